@@ -1,0 +1,134 @@
+// The only pybind11 file: DLPack tensors to TensorView, checks with the GIL held, kernels with it released.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "core/isa.h"
+#include "core/tensor.h"
+#include "core/threads.h"
+#include "ops/rms_norm.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// The part of the DLPack ABI (dlpack.h, version 0.8) that is read here.
+struct DlTensor {
+  void* data;
+  std::int32_t device_type;
+  std::int32_t device_id;
+  std::int32_t ndim;
+  std::uint8_t type_code;
+  std::uint8_t type_bits;
+  std::uint16_t type_lanes;
+  std::int64_t* shape;
+  std::int64_t* strides;
+  std::uint64_t byte_offset;
+};
+
+hrmcore::DType dtype_of(const DlTensor& t) {
+  using hrmcore::DType;
+  enum : std::uint8_t { signed_integer = 0, unsigned_integer = 1, floating = 2, bfloat = 4 };
+  if (t.type_lanes != 1) return DType::other;
+  if (t.type_code == floating && t.type_bits == 32) return DType::f32;
+  if (t.type_code == floating && t.type_bits == 64) return DType::f64;
+  if (t.type_code == bfloat && t.type_bits == 16) return DType::bf16;
+  if (t.type_code == signed_integer && t.type_bits == 8) return DType::i8;
+  if (t.type_code == unsigned_integer && t.type_bits == 8) return DType::u8;
+  if (t.type_code == signed_integer && t.type_bits == 32) return DType::i32;
+  if (t.type_code == signed_integer && t.type_bits == 64) return DType::i64;
+  return DType::other;
+}
+
+// Borrows the tensors of one call: the capsules live, unconsumed, until it returns.
+class Borrowed {
+ public:
+  explicit Borrowed(const char* op) : op_(op) {}
+
+  hrmcore::TensorView view(const py::object& array, const char* argument) {
+    py::object capsule = array;
+    if (!PyCapsule_CheckExact(array.ptr())) {
+      if (!py::hasattr(array, "__dlpack__")) {
+        hrmcore::reject(op_, argument, "a tensor (any DLPack producer)", py::str(py::type::of(array)));
+      }
+      capsule = array.attr("__dlpack__")();
+    }
+    const auto* t = static_cast<const DlTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+    if (t == nullptr) throw py::error_already_set();
+    if (t->ndim > hrmcore::TensorView::max_rank) {
+      hrmcore::reject(op_, argument, "of rank 6 at most", "rank " + std::to_string(t->ndim));
+    }
+    hrmcore::TensorView v;
+    v.data = static_cast<char*>(t->data) + t->byte_offset;
+    v.rank = t->ndim;
+    v.dtype = dtype_of(*t);
+    constexpr std::int32_t dl_cpu = 1, dl_cuda = 2;
+    v.device = t->device_type == dl_cpu    ? hrmcore::Device::cpu
+               : t->device_type == dl_cuda ? hrmcore::Device::cuda
+                                           : hrmcore::Device::other;
+    std::int64_t packed = 1;
+    for (int axis = t->ndim - 1; axis >= 0; --axis) {
+      v.shape[axis] = t->shape[axis];
+      v.strides[axis] = t->strides != nullptr ? t->strides[axis] : packed;
+      packed *= t->shape[axis];
+    }
+    capsules_.push_back(std::move(capsule));
+    return v;
+  }
+
+  hrmcore::TensorView optional(const py::object& array, const char* argument) {
+    return array.is_none() ? hrmcore::TensorView{} : view(array, argument);
+  }
+
+ private:
+  const char* op_;
+  std::vector<py::object> capsules_;
+};
+
+template <class Args>
+void run(const Args& args, void (*kernel)(const Args&) noexcept) {
+  check(args);
+  py::gil_scoped_release unlocked;
+  kernel(args);
+}
+
+void bind_rms_norm(py::module_& m) {
+  m.def("rms_norm_forward", [](const py::object& x, const py::object& residual, const py::object& y,
+                               const py::object& sum, double eps) {
+    Borrowed b("rms_norm_forward");
+    run<hrmcore::RmsNormForward>({b.view(x, "x"), b.optional(residual, "residual"), b.view(y, "y"),
+                                  b.optional(sum, "sum"), eps},
+                                 hrmcore::rms_norm_forward);
+  });
+  m.def("rms_norm_backward", [](const py::object& u, const py::object& grad_y, const py::object& grad_sum,
+                                const py::object& grad_u, double eps) {
+    Borrowed b("rms_norm_backward");
+    run<hrmcore::RmsNormBackward>({b.view(u, "u"), b.view(grad_y, "grad_y"), b.optional(grad_sum, "grad_sum"),
+                                   b.view(grad_u, "grad_u"), eps},
+                                  hrmcore::rms_norm_backward);
+  });
+}
+
+void bind_runtime(py::module_& m) {
+  m.def("isa", [] { return hrmcore::name(hrmcore::current_isa()); });
+  m.def("set_isa", &hrmcore::set_isa);
+  m.def("supported_isas", [] {
+    std::vector<std::string> names;
+    for (hrmcore::Isa isa : hrmcore::supported_isas()) names.emplace_back(hrmcore::name(isa));
+    return names;
+  });
+  m.def("num_threads", &hrmcore::num_threads);
+  m.def("set_num_threads", &hrmcore::set_num_threads);
+  if (const char* forced = std::getenv("HRMCORE_ISA"); forced != nullptr && *forced != '\0') hrmcore::set_isa(forced);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "hrmcore's kernels. Tensors are DLPack producers; outputs are allocated by the caller.";
+  bind_runtime(m);
+  bind_rms_norm(m);
+}

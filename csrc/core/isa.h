@@ -1,0 +1,47 @@
+// Instruction sets: kernels are compiled once for each, in a namespace of its name, and chosen at run time.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace hrmcore {
+
+enum class Isa : std::uint8_t { generic, avx2, avx512, vnni };
+
+const char* name(Isa isa);
+std::vector<Isa> supported_isas();           // what this processor and this build can run, weakest first
+Isa current_isa();                           // the strongest, or the one that HRMCORE_ISA or set_isa named
+void set_isa(const std::string& requested);  // throws std::invalid_argument on an unknown or unsupported name
+
+// Declares `void kernel(const Args&)` in each instruction set's namespace, and a dispatcher of that name in hrmcore.
+#if defined(HRMCORE_X86)
+#define HRMCORE_DECLARE_KERNEL(kernel, Args)                                              \
+  namespace generic {                                                                     \
+  void kernel(const Args& args) noexcept;                                                 \
+  }                                                                                       \
+  namespace avx2 {                                                                        \
+  void kernel(const Args& args) noexcept;                                                 \
+  }                                                                                       \
+  namespace avx512 {                                                                      \
+  void kernel(const Args& args) noexcept;                                                 \
+  }                                                                                       \
+  namespace vnni {                                                                        \
+  void kernel(const Args& args) noexcept;                                                 \
+  }                                                                                       \
+  [[maybe_unused]] static void kernel(const Args& args) noexcept {                        \
+    using Function = void (*)(const Args&) noexcept;                                      \
+    constexpr Function table[] = {generic::kernel, avx2::kernel, avx512::kernel, vnni::kernel}; \
+    table[static_cast<int>(current_isa())](args);                                         \
+  }
+#else
+#define HRMCORE_DECLARE_KERNEL(kernel, Args)                        \
+  namespace generic {                                               \
+  void kernel(const Args& args) noexcept;                           \
+  }                                                                 \
+  [[maybe_unused]] static void kernel(const Args& args) noexcept {  \
+    generic::kernel(args);                                          \
+  }
+#endif
+
+}  // namespace hrmcore

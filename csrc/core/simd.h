@@ -1,0 +1,137 @@
+// The SIMD type of the instruction set that this file is being compiled for, on GCC's and Clang's vector extensions.
+// Everything here lives in the instruction set's own namespace and is inlined by force (see cmake/check_isolation.py).
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "core/isa.h"
+#include "core/tensor.h"
+#include "core/threads.h"
+
+#define HRMCORE_INLINE static inline __attribute__((always_inline))
+
+namespace hrmcore::HRMCORE_ISA {
+
+#if defined(HRMCORE_ISA_avx512) || defined(HRMCORE_ISA_vnni)
+constexpr int lanes = 16;
+#elif defined(HRMCORE_ISA_avx2)
+constexpr int lanes = 8;
+#else
+constexpr int lanes = 4;
+#endif
+
+typedef float vfloat __attribute__((vector_size(lanes * 4)));
+typedef std::int32_t vint __attribute__((vector_size(lanes * 4)));
+typedef std::uint32_t vuint __attribute__((vector_size(lanes * 4)));
+typedef std::uint16_t vhalf __attribute__((vector_size(lanes * 2)));
+
+struct bf16 {
+  std::uint16_t bits;
+};
+
+HRMCORE_INLINE vfloat splat(float x) { return x - vfloat{}; }
+
+HRMCORE_INLINE vfloat load(const float* p) {
+  vfloat v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+HRMCORE_INLINE void store(float* p, vfloat v) { __builtin_memcpy(p, &v, sizeof(v)); }
+
+HRMCORE_INLINE vfloat load(const bf16* p) {
+  vhalf h;
+  __builtin_memcpy(&h, p, sizeof(h));
+  return (vfloat)(__builtin_convertvector(h, vuint) << 16);
+}
+
+// Round to nearest even; a NaN stays a NaN.
+HRMCORE_INLINE void store(bf16* p, vfloat v) {
+  const vuint u = (vuint)v;
+  const vuint rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  const vuint nan = (u >> 16) | 0x40;
+  const vuint is_nan = (vuint)(v != v);
+  const vhalf h = __builtin_convertvector((rounded & ~is_nan) | (nan & is_nan), vhalf);
+  __builtin_memcpy(p, &h, sizeof(h));
+}
+
+// The last, incomplete vector of a row: missing lanes read as zero and are not written.
+template <class T>
+HRMCORE_INLINE vfloat load_part(const T* p, std::int64_t count) {
+  T buffer[lanes] = {};
+  for (int i = 0; i < count; ++i) buffer[i] = p[i];
+  return load(buffer);
+}
+
+template <class T>
+HRMCORE_INLINE void store_part(T* p, vfloat v, std::int64_t count) {
+  T buffer[lanes];
+  store(buffer, v);
+  for (int i = 0; i < count; ++i) p[i] = buffer[i];
+}
+
+HRMCORE_INLINE float sum(vfloat v) {
+  float total[lanes];
+  store(total, v);
+  for (int width = lanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) total[i] += total[i + width];
+  }
+  return total[0];
+}
+
+HRMCORE_INLINE float max(vfloat v) {
+  float top[lanes];
+  store(top, v);
+  for (int width = lanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) top[i] = top[i] > top[i + width] ? top[i] : top[i + width];
+  }
+  return top[0];
+}
+
+HRMCORE_INLINE vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }
+HRMCORE_INLINE vfloat min(vfloat a, vfloat b) { return a < b ? a : b; }
+
+// e^x to about 1 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, a degree-6 polynomial in r. Saturates instead of overflowing,
+// flushes to zero below -87.3 (no denormals), and passes a NaN on.
+HRMCORE_INLINE vfloat exp(vfloat x) {
+  const vfloat clamped = min(max(x, splat(-87.33654f)), splat(88.37626f));
+  const vfloat magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const vfloat shifted = clamped * 1.44269504f + magic;
+  const vfloat n = shifted - magic;
+  const vfloat r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  vfloat p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const vint exponent = ((vint)shifted - 0x4b400000) << 23;
+  const vfloat y = (vfloat)((vint)p + exponent);
+  const vfloat flushed = x < -87.33654f ? vfloat{} : y;
+  return x == x ? flushed : x;
+}
+
+HRMCORE_INLINE vfloat sigmoid(vfloat x) { return 1.0f / (1.0f + exp(-x)); }
+
+// Runs f(begin, end) over blocks of [0, count); see run_blocks.
+template <class F>
+HRMCORE_INLINE void parallel_for(std::int64_t count, std::int64_t grain, const F& f) {
+  run_blocks(
+      count, grain,
+      [](void* context, std::int64_t begin, std::int64_t end) { (*static_cast<const F*>(context))(begin, end); },
+      const_cast<F*>(&f));
+}
+
+// Calls f with a null pointer of the element type that `dtype` names.
+template <class F>
+HRMCORE_INLINE void with_element(DType dtype, const F& f) {
+  if (dtype == DType::bf16) {
+    f(static_cast<bf16*>(nullptr));
+  } else {
+    f(static_cast<float*>(nullptr));
+  }
+}
+
+}  // namespace hrmcore::HRMCORE_ISA
