@@ -1,0 +1,136 @@
+"""HRMConfig: the architecture of one model, frozen and validated. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+PRESETS: dict[str, dict[str, int]] = {
+    # The published sizes (arXiv 2605.20613); layers are per stack, half of the total.
+    "B": {"num_layers_per_stack": 6, "hidden_size": 1024, "num_attention_heads": 8},
+    "L": {"num_layers_per_stack": 12, "hidden_size": 1280, "num_attention_heads": 10},
+    "XL": {"num_layers_per_stack": 16, "hidden_size": 1536, "num_attention_heads": 12},
+    "XXL": {"num_layers_per_stack": 36, "hidden_size": 1792, "num_attention_heads": 14},
+}
+
+
+def default_intermediate_size(hidden_size: int) -> int:
+    """FFN width of the published models: 4·D·2/3, rounded, then up to a multiple of 256."""
+    return -(-round(4 * hidden_size * 2 / 3) // 256) * 256
+
+
+@dataclass(frozen=True)
+class HRMConfig:
+    """The shape and constants of an HRM. Raises ValueError on an unknown key or an impossible value.
+
+    `embedding_scale` None means sqrt(hidden_size), the inverse of the initialisation's standard deviation.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers_per_stack: int
+    num_attention_heads: int
+    head_dim: int = 128
+    H_cycles: int = 2
+    L_cycles: int = 3
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    embedding_scale: float | None = None
+    prefix_lm: bool = True
+    pad_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_type(field.name, getattr(self, field.name), str(field.type))
+        for name in _COUNTS:
+            if getattr(self, name) < 1:
+                raise ValueError(f"config: {name} must be at least 1, got {getattr(self, name)}")
+        if self.head_dim % 8 or self.head_dim > 256:
+            raise ValueError(f"config: head_dim must be a multiple of 8 and at most 256, got {self.head_dim}")
+        if not 0 < self.rms_norm_eps < 1:
+            raise ValueError(f"config: rms_norm_eps must be between 0 and 1, got {self.rms_norm_eps}")
+        if not (math.isfinite(self.rope_theta) and self.rope_theta > 1):
+            raise ValueError(f"config: rope_theta must be a finite number above 1, got {self.rope_theta}")
+        if self.embedding_scale is None:
+            object.__setattr__(self, "embedding_scale", math.sqrt(self.hidden_size))
+        elif not (math.isfinite(self.embedding_scale) and self.embedding_scale > 0):
+            raise ValueError(f"config: embedding_scale must be a finite number above 0, got {self.embedding_scale}")
+        for name in ("pad_token_id", "eos_token_id"):
+            token = getattr(self, name)
+            if token is not None and not 0 <= token < self.vocab_size:
+                raise ValueError(f"config: {name} must be in [0, vocab_size={self.vocab_size}), got {token}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> HRMConfig:
+        """Build from a mapping; an unknown or missing key is a ValueError that names it."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"config: unknown key {unknown[0]!r}; the keys are {', '.join(sorted(known))}")
+        required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+        if missing := [name for name in required if name not in values]:
+            raise ValueError(f"config: missing key {missing[0]!r}")
+        return cls(**values)
+
+    @classmethod
+    def preset(cls, size: str, vocab_size: int = 65536) -> HRMConfig:
+        """A published size: B, L, XL (HRM-Text-1B) or XXL."""
+        if size not in PRESETS:
+            raise ValueError(f"config: unknown size {size!r}; the sizes are {', '.join(PRESETS)}")
+        shape = PRESETS[size]
+        return cls(
+            vocab_size=vocab_size, intermediate_size=default_intermediate_size(shape["hidden_size"]), **shape
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All keys, as `from_dict` takes them."""
+        return dataclasses.asdict(self)
+
+    def replace(self, **changes: Any) -> HRMConfig:
+        """A copy with some keys changed, validated again."""
+        return self.from_dict(self.to_dict() | changes)
+
+    @property
+    def attention_width(self) -> int:
+        """num_attention_heads × head_dim; need not equal hidden_size."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def visits(self) -> int:
+        """How often a stack runs for one token: H_cycles · (L_cycles + 1)."""
+        return self.H_cycles * (self.L_cycles + 1)
+
+    @property
+    def cache_slots(self) -> int:
+        """KV cache slots: one for each (visit, layer)."""
+        return self.visits * self.num_layers_per_stack
+
+
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_layers_per_stack",
+    "num_attention_heads",
+    "head_dim",
+    "H_cycles",
+    "L_cycles",
+    "max_position_embeddings",
+)
+_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "int | None": (int, type(None)),
+    "float | None": (int, float, type(None)),
+}
+
+
+def _check_type(name: str, value: object, annotation: str) -> None:
+    if not isinstance(value, _TYPES[annotation]) or (isinstance(value, bool) and annotation != "bool"):
+        raise ValueError(f"config: {name} must be of type {annotation}, got {value!r}")

@@ -1,0 +1,241 @@
+"""The whole HRM as one module, readable beside the paper's figure (arXiv 2605.20613).
+
+Shapes: B batch, T tokens (packed, all sequences one after the other), D width, H heads, d head_dim, F ffn width,
+V vocabulary, S sequences. The two stacks are called L (fast) and H (slow), as in the paper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hrmcore.config import HRMConfig
+from hrmcore.ops.attention import attention
+from hrmcore.ops.rms_norm import rms_norm
+from hrmcore.ops.rope import rope, rope_table
+from hrmcore.ops.swiglu import swiglu
+
+if TYPE_CHECKING:
+    from hrmcore.data import PackedBatch
+
+
+class Cache(Protocol):
+    """Where attention keeps keys and values; one slot for each (visit, layer)."""
+
+    def extend(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append this call's k, v (T, H, d) to a slot; return all keys and values of the slot, packed (Tk, H, d)."""
+        ...
+
+    @property
+    def key_offsets(self) -> Tensor:
+        """(S+1) int32: where each sequence's keys start, this call's tokens included."""
+        ...
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the sequences of one packed call lie, and what each of them may see.
+
+    Query i of sequence s sees key j iff j < max(prefix[s], i + 1), both counted from the sequence's first token.
+    """
+
+    offsets: Tensor  # (S+1) int32
+    prefix: Tensor  # (S) int32
+    positions: Tensor  # (T) int32, counted from each sequence's first token
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], prefix: Sequence[int], starts: Sequence[int] | None = None) -> Layout:
+        """Lay out sequences of these lengths; `starts` are the tokens of each that a cache already holds."""
+        starts = starts or [0] * len(lengths)
+        offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        runs = [torch.arange(s, s + n, dtype=torch.int32) for s, n in zip(starts, lengths, strict=True)]
+        positions = torch.cat(runs) if runs else torch.empty(0, dtype=torch.int32)
+        return cls(offsets, torch.tensor(prefix, dtype=torch.int32), positions)
+
+
+class Block(nn.Module):
+    """Pre-norm attention with a sigmoid gate, then SwiGLU. Works on the residual stream in two halves (x, residual)."""
+
+    def __init__(self, config: HRMConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, attention_width = config.hidden_size, config.attention_width
+        self.gqkv_proj = nn.Linear(width, 4 * attention_width, bias=False)  # rows gate | q | k | v
+        self.o_proj = nn.Linear(attention_width, width, bias=False)
+        self.gate_up_proj = nn.Linear(width, 2 * config.intermediate_size, bias=False)  # rows gate | up
+        self.down_proj = nn.Linear(config.intermediate_size, width, bias=False)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, layout: Layout, table: Tensor, cache: Cache | None, slot: int
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream is x + residual, both (T, D); returns its two new halves."""
+        config = self.config
+        normed, residual = rms_norm(x, residual, config.rms_norm_eps)
+        gqkv = self.gqkv_proj(normed).view(-1, 4, config.num_attention_heads, config.head_dim)
+        gate, q, k, v = gqkv.unbind(1)
+        q, k = rope(q, k, table, layout.positions)
+        key_offsets = None
+        if cache is not None:
+            k, v = cache.extend(slot, k, v)
+            key_offsets = cache.key_offsets
+        attended = attention(q, k, v, gate, layout.offsets, layout.prefix, key_offsets)
+        x = self.o_proj(attended.flatten(1))
+        normed, residual = rms_norm(x, residual, config.rms_norm_eps)
+        return self.down_proj(swiglu(self.gate_up_proj(normed))), residual
+
+
+class Stack(nn.Module):
+    """N blocks closed by a final norm ("MagicNorm")."""
+
+    def __init__(self, config: HRMConfig) -> None:
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.layers = nn.ModuleList([Block(config) for _ in range(config.num_layers_per_stack)])
+
+    def forward(
+        self, state: Tensor, injection: Tensor, layout: Layout, table: Tensor, cache: Cache | None, visit: int
+    ) -> Tensor:
+        """One visit: (T, D) state + (T, D) injection -> (T, D), normalised."""
+        x, residual = state, injection
+        for index, block in enumerate(self.layers):
+            x, residual = block(x, residual, layout, table, cache, visit * len(self.layers) + index)
+        return rms_norm(x, residual, self.eps)[0]
+
+
+def graded_visits(H_cycles: int, L_cycles: int, horizon: int | None) -> set[tuple[int, int]]:
+    """The (h, l) visits that carry gradient, l = L_cycles standing for H, when the gradient horizon is `horizon`.
+
+    H gets min(H_cycles, K − 1) of the last K steps, L the rest, each counted from the end (arXiv 2605.20613);
+    None is every visit.
+    """
+    h_visits = [(h, L_cycles) for h in range(H_cycles)]
+    l_visits = [(h, l) for h in range(H_cycles) for l in range(L_cycles)]  # noqa: E741
+    if horizon is None:
+        return {*h_visits, *l_visits}
+    if horizon < 2:
+        raise ValueError(f"horizon must be at least 2 (one H and one L step), got {horizon}")
+    h_count = min(H_cycles, horizon - 1)
+    return {*h_visits[-h_count:], *l_visits[-min(len(l_visits), horizon - h_count) :]}
+
+
+class HRM(nn.Module):
+    """A hierarchical recurrent language model: two stacks, slow H and fast L, visited in nested cycles."""
+
+    z_L_init: Tensor
+
+    def __init__(self, config: HRMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.L_module = Stack(config)
+        self.H_module = Stack(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_buffer("z_L_init", torch.empty(config.hidden_size))
+        table = rope_table(config.max_position_embeddings, config.head_dim, config.rope_theta)
+        self.register_buffer("rope_table", table, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """LeCun initialisation: normal truncated at 3 sigma, variance-corrected, std 1/sqrt(fan_in); z_L_init std 1."""
+        for parameter in self.parameters():
+            _truncated_normal_(parameter, 1 / math.sqrt(parameter.shape[1]))
+        _truncated_normal_(self.z_L_init, 1.0)
+
+    def states(
+        self, ids: Tensor, layout: Layout, cache: Cache | None = None, horizon: int | None = None
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """Run the recurrence over packed ids (T), yielding (h, l, state (T, D)) after each visit; l = L_cycles is H.
+
+        Visits outside the gradient horizon run without autograd and keep nothing.
+        """
+        config = self.config
+        graded = graded_visits(config.H_cycles, config.L_cycles, horizon)
+        table = self.rope_table
+        assert isinstance(table, Tensor)
+        z_H = self.embed_tokens(ids) * config.embedding_scale
+        z_L = self.z_L_init.expand_as(z_H)
+        for h in range(config.H_cycles):
+            for l in range(config.L_cycles + 1):  # noqa: E741
+                visit = h * (config.L_cycles + 1) + l
+                with torch.set_grad_enabled(torch.is_grad_enabled() and (h, l) in graded):
+                    if l < config.L_cycles:
+                        z_L = self.L_module(z_L, z_H, layout, table, cache, visit)
+                    else:
+                        z_H = self.H_module(z_H, z_L, layout, table, cache, visit)
+                yield h, l, z_L if l < config.L_cycles else z_H
+
+    def hidden(
+        self, ids: Tensor, layout: Layout, cache: Cache | None = None, horizon: int | None = None
+    ) -> Tensor:
+        """The final H state (T, D) of packed ids (T)."""
+        for _, _, state in self.states(ids, layout, cache, horizon):
+            final = state
+        return final
+
+    def forward(self, ids: Tensor, prefix_length: int | Sequence[int] | None = None) -> Tensor:
+        """(B, T) int64 -> float32 logits (B, T, V).
+
+        The first `prefix_length` tokens (one number, or one for each row) see each other both ways; None means the
+        whole of `ids`. Raises ValueError on ids out of range, a wrong shape, or more than max_position_embeddings.
+        """
+        batch, length = self._check_ids(ids)
+        prefix = self._check_prefix(prefix_length, batch, length)
+        layout = Layout.of([length] * batch, prefix)
+        return self.lm_head(self.hidden(ids.reshape(-1), layout)).float().view(batch, length, -1)
+
+    def loss(self, batch: PackedBatch, horizon: int | None = None) -> Tensor:
+        """Summed cross-entropy (float32, nats) over the supervised tokens of a packed batch."""
+        prefix = batch.prefix if self.config.prefix_lm else torch.zeros_like(batch.prefix)
+        layout = Layout(batch.offsets, prefix, batch.positions)
+        final = self.hidden(batch.ids, layout, horizon=horizon)
+        logits = self.lm_head(final[batch.supervised]).float()
+        return F.cross_entropy(logits, batch.targets, reduction="sum")
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> HRM:
+        """Load an hrm_text checkpoint folder, or a hub id that is already in the local cache."""
+        from hrmcore.checkpoint import load_model
+
+        return load_model(path)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write config.json and model.safetensors in the released hrm_text format."""
+        from hrmcore.checkpoint import save_model
+
+        save_model(self, path)
+
+    def _check_ids(self, ids: Tensor) -> tuple[int, int]:
+        if ids.dim() != 2 or ids.dtype != torch.int64 or ids.numel() == 0:
+            raise ValueError(f"ids must be a non-empty (B, T) int64 tensor, got {ids.dtype} of shape {tuple(ids.shape)}")
+        if ids.shape[1] > self.config.max_position_embeddings:
+            limit = self.config.max_position_embeddings
+            raise ValueError(f"ids has {ids.shape[1]} tokens, the context (max_position_embeddings) is {limit}")
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.config.vocab_size:
+            wrong = low if low < 0 else high
+            raise ValueError(f"ids must be in [0, vocab_size={self.config.vocab_size}), got {wrong}")
+        return ids.shape[0], ids.shape[1]
+
+    def _check_prefix(self, prefix_length: int | Sequence[int] | None, batch: int, length: int) -> list[int]:
+        if not self.config.prefix_lm:
+            return [0] * batch
+        prefix_length = length if prefix_length is None else prefix_length
+        prefix = [prefix_length] * batch if isinstance(prefix_length, int) else list(prefix_length)
+        if len(prefix) != batch or not all(0 <= p <= length for p in prefix):
+            raise ValueError(f"prefix_length must be between 0 and the {length} tokens given, got {prefix_length}")
+        return prefix
+
+
+def _truncated_normal_(tensor: Tensor, std: float) -> None:
+    kept = math.erf(3 / math.sqrt(2))
+    variance = 1 - 6 * math.exp(-4.5) / math.sqrt(2 * math.pi) / kept  # of a unit normal cut at 3 sigma
+    scale = std / math.sqrt(variance)
+    with torch.no_grad():
+        nn.init.trunc_normal_(tensor, std=scale, a=-3 * scale, b=3 * scale)

@@ -1,0 +1,225 @@
+"""Two kinds of tokenizer behind one face, and the tokens that frame a prompt.
+
+A sequence is `<boq> condition… instruction <eoq> response <eoa>`. Our own models bring `tokenizer.model`
+(sentencepiece), released ones `tokenizer.json` (tokenizers). Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+CONDITIONS = ("direct", "cot", "synth", "noisy")
+
+# How the released HRM-Text checkpoints spell the framing tokens (sapientinc/HRM-Text, data preparation).
+RELEASED_NAMES = {
+    "boq": "<|im_start|>",
+    "eoq": "<|im_end|>",
+    "eoa": "<|box_end|>",
+    "direct": "<|object_ref_start|>",
+    "cot": "<|object_ref_end|>",
+    "noisy": "<|quad_start|>",
+    "synth": "<|quad_end|>",
+}
+# How ours spell them; a tokenizer that has these is one of ours.
+OWN_NAMES = {name: f"<{name}>" for name in ("boq", "eoq", "eoa", *CONDITIONS)}
+
+
+class _Backend(Protocol):
+    """What the two libraries have in common."""
+
+    vocab_size: int
+
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def token_id(self, token: str) -> int | None: ...
+
+
+class _SentencePiece:
+    def __init__(self, path: Path) -> None:
+        import sentencepiece
+
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{path}: not a sentencepiece model ({str(error).splitlines()[0]})") from None
+        self.vocab_size: int = self._processor.vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._processor.encode(text)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._processor.decode(list(ids)))
+
+    def token_id(self, token: str) -> int | None:
+        index = int(self._processor.piece_to_id(token))
+        return None if index == self._processor.unk_id() else index
+
+
+class _TokenizerJson:
+    def __init__(self, path: Path) -> None:
+        import tokenizers
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises a bare Exception
+            raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
+        self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def token_id(self, token: str) -> int | None:
+        index: int | None = self._tokenizer.token_to_id(token)
+        return index
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to token ids and back, with the framing tokens by name.
+
+    `boq`, `eoq`, `eoa` are token ids; `condition_ids` maps each condition the tokenizer has to its id.
+    """
+
+    backend: _Backend
+    source: Path
+    boq: int
+    eoq: int
+    eoa: int
+    condition_ids: dict[str, int]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """Read `tokenizer.model` or `tokenizer.json` from a folder.
+
+        Raises FileNotFoundError when there is neither, ValueError when the file is broken or lacks the framing tokens.
+        """
+        for name, kind in (("tokenizer.model", _SentencePiece), ("tokenizer.json", _TokenizerJson)):
+            if (path := Path(folder) / name).is_file():
+                return cls._from_backend(kind(path), path)
+        raise FileNotFoundError(f"{folder}: no tokenizer.model and no tokenizer.json")
+
+    @classmethod
+    def _from_backend(cls, backend: _Backend, path: Path) -> Tokenizer:
+        names = OWN_NAMES if backend.token_id(OWN_NAMES["boq"]) is not None else RELEASED_NAMES
+        ids = {role: backend.token_id(token) for role, token in names.items()}
+        framing = {}
+        for role in ("boq", "eoq", "eoa"):
+            if (index := ids.get(role)) is None:
+                raise ValueError(f"{path}: the token {names[role]!r} ({role}) is missing")
+            framing[role] = index
+        conditions = {name: index for name in CONDITIONS if (index := ids.get(name)) is not None}
+        return cls(backend, path, framing["boq"], framing["eoq"], framing["eoa"], conditions)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.backend.vocab_size
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The framing tokens: they never appear in decoded text."""
+        return frozenset({self.boq, self.eoq, self.eoa, *self.condition_ids.values()})
+
+    def encode(self, text: str) -> list[int]:
+        """Plain text to ids; framing tokens spelled out in the text stay ordinary text where the library allows."""
+        return self.backend.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Ids to text, framing tokens left out; an incomplete UTF-8 sequence becomes U+FFFD."""
+        special = self.special_ids
+        return self.backend.decode([i for i in ids if i not in special])
+
+    def conditions(self, condition: str) -> list[int]:
+        """The ids of one or several comma-separated conditions. Raises ValueError on one that is unknown."""
+        names = [name.strip() for name in condition.split(",")]
+        for name in names:
+            if name not in self.condition_ids:
+                known = ", ".join(self.condition_ids) or "none"
+                raise ValueError(f"unknown condition {name!r}; this tokenizer has: {known}")
+        return [self.condition_ids[name] for name in names]
+
+    def prompt(self, instruction: str, condition: str = "direct") -> list[int]:
+        """The bidirectional prefix of an instruction: `<boq> condition… instruction <eoq>`.
+
+        Raises ValueError on an empty instruction or an unknown condition.
+        """
+        if not instruction.strip():
+            raise ValueError("the prompt is empty")
+        return [self.boq, *self.conditions(condition), *self.encode(instruction), self.eoq]
+
+
+class PieceDecoder:
+    """Turns a stream of token ids into text pieces that are always whole UTF-8 characters."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._pending: list[int] = []
+        self._shown = ""
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; empty while a character is incomplete."""
+        self._pending.append(token)
+        text = self._tokenizer.decode(self._pending)
+        if text.endswith("\ufffd"):
+            return ""
+        return self._advance(text)
+
+    def finish(self) -> str:
+        """What is left at the end, an incomplete character as U+FFFD."""
+        return self._advance(self._tokenizer.decode(self._pending))
+
+    def _advance(self, text: str) -> str:
+        piece, self._shown = text[len(self._shown) :], text
+        if len(self._pending) > 32:
+            # Decoding is only linear over short runs: keep a little context, which settles how a token's
+            # leading space is rendered.
+            self._pending = self._pending[-8:]
+            self._shown = self._tokenizer.decode(self._pending)
+        return piece
+
+
+def train_tokenizer(
+    texts: Iterable[str], folder: str | Path, vocab_size: int, phrases: Sequence[str] = ()
+) -> Tokenizer:
+    """Train a sentencepiece BPE (byte fallback, digits split) and write `tokenizer.model` into a folder.
+
+    `phrases` are texts that always become a single token each: the unchanging wording of a task.
+    Raises ValueError when the texts cannot fill the vocabulary.
+    """
+    import sentencepiece
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_prefix=str(folder / "tokenizer"),
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            character_coverage=1.0,
+            control_symbols=list(OWN_NAMES.values()),
+            user_defined_symbols=["\n", *phrases],
+            pad_id=0,
+            unk_id=1,
+            bos_id=-1,
+            eos_id=-1,
+            max_sentence_length=1 << 20,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(f"tokenizer: {str(error).splitlines()[-1]}") from None
+    (folder / "tokenizer.vocab").unlink()
+    return Tokenizer.load(folder)
