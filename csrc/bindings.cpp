@@ -10,6 +10,8 @@
 #include "core/tensor.h"
 #include "core/threads.h"
 #include "ops/rms_norm.h"
+#include "ops/rope.h"
+#include "ops/swiglu.h"
 
 namespace py = pybind11;
 
@@ -99,9 +101,9 @@ void bind_rms_norm(py::module_& m) {
   m.def("rms_norm_forward", [](const py::object& x, const py::object& residual, const py::object& y,
                                const py::object& sum, double eps) {
     Borrowed b("rms_norm_forward");
-    run<hrmcore::RmsNormForward>({b.view(x, "x"), b.optional(residual, "residual"), b.view(y, "y"),
-                                  b.optional(sum, "sum"), eps},
-                                 hrmcore::rms_norm_forward);
+    run<hrmcore::RmsNormForward>(
+        {b.view(x, "x"), b.optional(residual, "residual"), b.view(y, "y"), b.optional(sum, "sum"), eps},
+        hrmcore::rms_norm_forward);
   });
   m.def("rms_norm_backward", [](const py::object& u, const py::object& grad_y, const py::object& grad_sum,
                                 const py::object& grad_u, double eps) {
@@ -109,6 +111,30 @@ void bind_rms_norm(py::module_& m) {
     run<hrmcore::RmsNormBackward>({b.view(u, "u"), b.view(grad_y, "grad_y"), b.optional(grad_sum, "grad_sum"),
                                    b.view(grad_u, "grad_u"), eps},
                                   hrmcore::rms_norm_backward);
+  });
+}
+
+void bind_rope(py::module_& m) {
+  m.def("rope",
+        [](const py::object& q, const py::object& k, const py::object& table, const py::object& positions,
+           const py::object& q_out, const py::object& k_out, bool inverse) {
+          Borrowed b("rope");
+          run<hrmcore::Rope>(
+              {b.view(q, "q"), b.view(k, "k"), b.view(table, "table"), b.view(positions, "positions"),
+               b.view(q_out, "q_out"), b.view(k_out, "k_out"), inverse},
+              hrmcore::rope);
+        });
+}
+
+void bind_swiglu(py::module_& m) {
+  m.def("swiglu_forward", [](const py::object& ab, const py::object& y) {
+    Borrowed b("swiglu_forward");
+    run<hrmcore::SwigluForward>({b.view(ab, "ab"), b.view(y, "y")}, hrmcore::swiglu_forward);
+  });
+  m.def("swiglu_backward", [](const py::object& ab, const py::object& grad_y, const py::object& grad_ab) {
+    Borrowed b("swiglu_backward");
+    run<hrmcore::SwigluBackward>({b.view(ab, "ab"), b.view(grad_y, "grad_y"), b.view(grad_ab, "grad_ab")},
+                                 hrmcore::swiglu_backward);
   });
 }
 
@@ -122,7 +148,8 @@ void bind_runtime(py::module_& m) {
   });
   m.def("num_threads", &hrmcore::num_threads);
   m.def("set_num_threads", &hrmcore::set_num_threads);
-  if (const char* forced = std::getenv("HRMCORE_ISA"); forced != nullptr && *forced != '\0') hrmcore::set_isa(forced);
+  if (const char* forced = std::getenv("HRMCORE_ISA"); forced != nullptr && *forced != '\0')
+    hrmcore::set_isa(forced);
 }
 
 }  // namespace
@@ -131,4 +158,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "hrmcore's kernels. Tensors are DLPack producers; outputs are allocated by the caller.";
   bind_runtime(m);
   bind_rms_norm(m);
+  bind_rope(m);
+  bind_swiglu(m);
 }

@@ -1,5 +1,6 @@
-// The SIMD type of the instruction set that this file is being compiled for, on GCC's and Clang's vector extensions.
-// Everything here lives in the instruction set's own namespace and is inlined by force (see cmake/check_isolation.py).
+// The SIMD type of the instruction set that this file is being compiled for, on GCC's and Clang's vector
+// extensions. Everything here lives in the instruction set's own namespace and is inlined by force (see
+// cmake/check_isolation.py).
 #pragma once
 
 #include <cstdint>
@@ -92,8 +93,8 @@ HRMCORE_INLINE float max(vfloat v) {
 HRMCORE_INLINE vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }
 HRMCORE_INLINE vfloat min(vfloat a, vfloat b) { return a < b ? a : b; }
 
-// e^x to about 1 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, a degree-6 polynomial in r. Saturates instead of overflowing,
-// flushes to zero below -87.3 (no denormals), and passes a NaN on.
+// e^x to about 1 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, a degree-6 polynomial in r. Saturates instead of
+// overflowing, flushes to zero below -87.3 (no denormals), and passes a NaN on.
 HRMCORE_INLINE vfloat exp(vfloat x) {
   const vfloat clamped = min(max(x, splat(-87.33654f)), splat(88.37626f));
   const vfloat magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
@@ -115,12 +116,31 @@ HRMCORE_INLINE vfloat exp(vfloat x) {
 
 HRMCORE_INLINE vfloat sigmoid(vfloat x) { return 1.0f / (1.0f + exp(-x)); }
 
+// Calls f(column, load, store) over one row, the last vector in part: f sees loads and stores of the right
+// length.
+template <class F>
+HRMCORE_INLINE void for_columns(std::int64_t width, const F& f) {
+  std::int64_t column = 0;
+  for (; column + lanes <= width; column += lanes) {
+    f(
+        column, [](const auto* p) __attribute__((always_inline)) { return load(p); },
+        [](auto* p, vfloat v) __attribute__((always_inline)) { store(p, v); });
+  }
+  if (const std::int64_t rest = width - column; rest > 0) {
+    f(
+        column, [rest](const auto* p) __attribute__((always_inline)) { return load_part(p, rest); },
+        [rest](auto* p, vfloat v) __attribute__((always_inline)) { store_part(p, v, rest); });
+  }
+}
+
 // Runs f(begin, end) over blocks of [0, count); see run_blocks.
 template <class F>
 HRMCORE_INLINE void parallel_for(std::int64_t count, std::int64_t grain, const F& f) {
   run_blocks(
       count, grain,
-      [](void* context, std::int64_t begin, std::int64_t end) { (*static_cast<const F*>(context))(begin, end); },
+      [](void* context, std::int64_t begin, std::int64_t end) {
+        (*static_cast<const F*>(context))(begin, end);
+      },
       const_cast<F*>(&f));
 }
 

@@ -8,7 +8,12 @@ namespace hrmcore {
 namespace {
 
 void check_rows(const char* op, const char* argument, const TensorView& tensor, const TensorView& like) {
-  Check(op, argument, tensor).cpu().rank(2).dtype({like.dtype}).same_shape(like, "the input").last_contiguous();
+  Check(op, argument, tensor)
+      .cpu()
+      .rank(2)
+      .dtype({like.dtype})
+      .same_shape(like, "the input")
+      .last_contiguous();
 }
 
 void check_input(const char* op, const char* argument, const TensorView& tensor, double eps) {
@@ -25,7 +30,8 @@ void check(const RmsNormForward& args) {
   if (args.residual.given()) check_rows(op, "residual", args.residual, args.x);
   check_rows(op, "y", args.y, args.x);
   if (args.residual.given() || args.sum.given()) check_rows(op, "sum", args.sum, args.x);
-  if (args.sum.given() && !args.residual.given()) reject(op, "sum", "left out without a residual", "a tensor");
+  if (args.sum.given() && !args.residual.given())
+    reject(op, "sum", "left out without a residual", "a tensor");
 }
 
 void check(const RmsNormBackward& args) {
@@ -49,22 +55,6 @@ HRMCORE_INLINE T* row_of(const TensorView& tensor, std::int64_t row) {
 
 HRMCORE_INLINE float inverse_rms(float sum_of_squares, std::int64_t width, double eps) {
   return 1.0f / __builtin_sqrtf(sum_of_squares / static_cast<float>(width) + static_cast<float>(eps));
-}
-
-// Calls f(column, load, store) over one row, the last vector in part: f sees loads and stores of the right length.
-template <class F>
-HRMCORE_INLINE void for_columns(std::int64_t width, const F& f) {
-  std::int64_t column = 0;
-  for (; column + lanes <= width; column += lanes) {
-    f(
-        column, [](const auto* p) __attribute__((always_inline)) { return load(p); },
-        [](auto* p, vfloat v) __attribute__((always_inline)) { store(p, v); });
-  }
-  if (const std::int64_t rest = width - column; rest > 0) {
-    f(
-        column, [rest](const auto* p) __attribute__((always_inline)) { return load_part(p, rest); },
-        [rest](auto* p, vfloat v) __attribute__((always_inline)) { store_part(p, v, rest); });
-  }
 }
 
 template <class T>

@@ -97,17 +97,17 @@ _rms_norm.register_autograd(_backward, setup_context=_save_input)
 _add_rms_norm.register_autograd(_add_backward, setup_context=_save_sum)
 
 
-def cases() -> Iterator[dict[str, Any]]:
+def cases(dtype: torch.dtype = torch.float32) -> Iterator[dict[str, Any]]:
     """Arguments shared by tests and benchmarks, smallest first: ragged sizes, one element, real shapes."""
     generator = torch.Generator().manual_seed(0)
-    for tokens, width, with_residual in [
-        (1, 1, False),
-        (3, 7, True),
-        (5, 33, False),
-        (17, 100, True),
-        (64, 192, True),
-        (1024, 1536, True),
+    for tokens, width, with_residual, eps in [
+        (1, 1, False, 0.5),  # a small eps would cancel the whole gradient of a one-column row
+        (3, 7, True, 1e-6),
+        (5, 33, False, 1e-2),
+        (17, 100, True, 1e-6),
+        (64, 192, True, 1e-6),
+        (1024, 1536, True, 1e-6),
     ]:
-        x = torch.randn(tokens, width, generator=generator)
-        residual = torch.randn(tokens, width, generator=generator) if with_residual else None
-        yield {"x": x, "residual": residual, "eps": 1e-6}
+        x = torch.randn(tokens, width, generator=generator).to(dtype)
+        residual = torch.randn(tokens, width, generator=generator).to(dtype) if with_residual else None
+        yield {"x": x, "residual": residual, "eps": eps}

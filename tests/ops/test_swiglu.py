@@ -1,0 +1,102 @@
+import re
+
+import pytest
+import torch
+from oracle import DTYPES, bound, call, framed, listed, only_inside_written, poisoned, relative_error, same_bits
+
+from hrmcore import _C
+from hrmcore.ops.backend import reference_ops
+from hrmcore.ops.swiglu import _swiglu, _swiglu_backward, cases, swiglu, swiglu_ref
+
+FLOAT32_BOUND = 2e-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("index", range(len(list(cases()))))
+def test_forward_kernel(isa, dtype, index):
+    ab = listed(cases, dtype)[index]["ab"]
+    y = poisoned(ab.shape[0], ab.shape[1] // 2, dtype=dtype)
+    call(_C.swiglu_forward, framed(ab), y)
+    assert only_inside_written(y)
+    assert relative_error(y, swiglu_ref(ab.double())) <= bound(y, FLOAT32_BOUND)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("index", range(len(list(cases()))))
+def test_backward_kernel(isa, dtype, index):
+    ab = listed(cases, dtype)[index]["ab"]
+    grad_y = torch.randn(ab.shape[0], ab.shape[1] // 2, generator=torch.Generator().manual_seed(1)).to(dtype)
+    grad_ab = poisoned(*ab.shape, dtype=dtype)
+    call(_C.swiglu_backward, framed(ab), framed(grad_y), grad_ab)
+    assert only_inside_written(grad_ab)
+    reference = ab.double().requires_grad_()
+    swiglu_ref(reference).backward(grad_y.double())
+    assert relative_error(grad_ab, reference.grad) <= bound(grad_ab, FLOAT32_BOUND)
+
+
+def test_autograd():
+    ab = torch.randn(9, 80, generator=torch.Generator().manual_seed(2))
+    ours, theirs = ab.clone().requires_grad_(), ab.double().requires_grad_()
+    swiglu(ours).square().sum().backward()
+    swiglu_ref(theirs).square().sum().backward()
+    assert relative_error(ours.grad, theirs.grad) <= 5e-7
+
+
+def test_saturated_gates(isa):
+    """Far from zero the gate is 0 or the identity: no overflow, no NaN."""
+    ab = torch.tensor([[-1e30, -300.0, -90.0, 0.0, 90.0, 300.0, 1e30] + 7 * [1.0]], requires_grad=True)
+    y = swiglu(ab)
+    assert torch.allclose(y, torch.tensor([[0.0, 0.0, 0.0, 0.0, 90.0, 300.0, 1e30]]), rtol=1e-6, atol=1e-6)
+    y.sum().backward()
+    assert torch.allclose(ab.grad[0, :7], torch.tensor([0.0, 0.0, 0.0, 0.5, 1.0, 1.0, 1.0]), rtol=1e-6, atol=1e-6)
+
+
+def test_nan_is_passed_on(isa):
+    assert swiglu(torch.tensor([[float("nan"), 1.0, 1.0, 1.0]])).isnan().tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_for_any_number_of_threads(isa, dtype):
+    ab = listed(cases, dtype)[-1]["ab"]
+
+    def compute():
+        y = swiglu(ab)
+        return y, _swiglu_backward(ab, y)
+
+    assert same_bits(compute)
+
+
+def test_opcheck():
+    ab = torch.randn(5, 24)
+    torch.library.opcheck(_swiglu, (ab.clone().requires_grad_(),))
+    torch.library.opcheck(_swiglu_backward, (ab, ab[:, :12]))
+
+
+def test_reference_is_twice_differentiable():
+    ab = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with reference_ops():
+        assert torch.autograd.gradgradcheck(swiglu, (ab,))
+
+
+def test_no_tokens():
+    assert swiglu(torch.empty(0, 8)).shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("ab", "message"),
+    [
+        (torch.ones(4, 8).double(), "ab must be float32 or bfloat16, got float64"),
+        (torch.ones(8), "ab must be of rank 2, got shape (8)"),
+        (torch.ones(4, 7), "ab must be an even number of columns wide (2F), at least 2, got 7"),
+        (torch.ones(4, 0), "ab must be an even number of columns wide (2F), at least 2, got 0"),
+        (torch.ones(8, 4).T, "ab must be contiguous in its last axis"),
+    ],
+)
+def test_bad_input(ab, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        swiglu(ab)
+
+
+def test_bad_output():
+    with pytest.raises(ValueError, match=re.escape("y must be of size 4 (F) in axis 1, got shape (3, 8)")):
+        call(_C.swiglu_forward, torch.ones(3, 8), torch.ones(3, 8))
