@@ -160,7 +160,9 @@ class HRM(nn.Module):
         table = self.rope_table
         assert isinstance(table, Tensor)
         z_H = self.embed_tokens(ids) * config.embedding_scale
-        z_L = self.z_L_init.expand_as(z_H)
+        if torch.is_autocast_enabled(z_H.device.type):
+            z_H = z_H.to(torch.get_autocast_dtype(z_H.device.type))
+        z_L = self.z_L_init.to(z_H.dtype).expand_as(z_H)
         for h in range(config.H_cycles):
             for l in range(config.L_cycles + 1):  # noqa: E741
                 visit = h * (config.L_cycles + 1) + l

@@ -211,7 +211,7 @@ def train_tokenizer(
             allow_whitespace_only_pieces=True,
             character_coverage=1.0,
             control_symbols=list(OWN_NAMES.values()),
-            user_defined_symbols=["\n", *phrases],
+            user_defined_symbols=["\n", *(phrase.replace(" ", "\u2581") for phrase in phrases)],
             pad_id=0,
             unk_id=1,
             bos_id=-1,

@@ -1,0 +1,495 @@
+"""Checkpoints in the released hrm_text format: `config.json` beside safetensors, one file or sharded with an index.
+
+Weights are read through one key table, `key_table`, which also writes them. No pickle is ever loaded.
+Shapes: D width, A attention width (heads × head_dim), F ffn width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hrmcore.config import HRMConfig
+from hrmcore.model import HRM
+from hrmcore.ops.rope import rope_table
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+
+
+@dataclass(frozen=True)
+class Key:
+    """One tensor: its name in the module, its shape, and the names of the two forms on disk.
+
+    The split form cuts the rows evenly over its names; where it has a single name, nothing is cut.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    released: str
+    split: tuple[str, ...]
+
+
+_LAYER_NAMES = {
+    # Module name within a layer: the released name, the split names (what transformers keeps in memory).
+    "gqkv_proj": ("attn.gqkv_proj", tuple(f"self_attn.{part}_proj" for part in ("gate", "q", "k", "v"))),
+    "o_proj": ("attn.o_proj", ("self_attn.o_proj",)),
+    "gate_up_proj": ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
+    "down_proj": ("mlp.down_proj", ("mlp.down_proj",)),
+}
+
+
+def key_table(config: HRMConfig) -> Iterator[Key]:
+    """Every tensor of a checkpoint, in the order in which the module holds them."""
+    vocabulary, width, attention, ffn = (
+        config.vocab_size,
+        config.hidden_size,
+        config.attention_width,
+        config.intermediate_size,
+    )
+    shapes = {
+        "gqkv_proj": (4 * attention, width),
+        "o_proj": (width, attention),
+        "gate_up_proj": (2 * ffn, width),
+        "down_proj": (width, ffn),
+    }
+    yield Key("embed_tokens.weight", (vocabulary, width), "model.embed_tokens.weight", ("model.embed_tokens.weight",))
+    yield Key("z_L_init", (width,), "model.z_L_init", ("model.z_L_init",))
+    for stack in ("L_module", "H_module"):
+        for layer in range(config.num_layers_per_stack):
+            prefix = f"{stack}.layers.{layer}."
+            for name, (released, split) in _LAYER_NAMES.items():
+                yield Key(
+                    f"{prefix}{name}.weight",
+                    shapes[name],
+                    f"model.{prefix}{released}.weight",
+                    tuple(f"model.{prefix}{part}.weight" for part in split),
+                )
+    yield Key("lm_head.weight", (vocabulary, width), "lm_head.weight", ("lm_head.weight",))
+
+
+def resolve(source: str | Path) -> Path:
+    """The folder of a checkpoint: a local one, or the snapshot of a hub id `owner/name` in the local cache.
+
+    Nothing is downloaded. Raises FileNotFoundError when there is neither, ValueError when `source` is a file.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"{source}: a checkpoint is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, this is a file")
+    if not (isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source)):
+        raise FileNotFoundError(f"{source}: no such folder")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise FileNotFoundError(
+            f"{source}: no such folder; to look it up in the local Hugging Face cache, pip install huggingface_hub"
+        ) from None
+    try:
+        return Path(snapshot_download(source, local_files_only=True))
+    except (OSError, ValueError):
+        raise FileNotFoundError(
+            f"{source}: no such folder, and not in the local Hugging Face cache; "
+            f"if it is a hub id, fetch it first: hf download {source}"
+        ) from None
+
+
+def read_config(folder: str | Path) -> HRMConfig:
+    """The configuration in a released `config.json`.
+
+    Keys that do not touch the computation are ignored. Raises FileNotFoundError without the file, ValueError naming
+    the key that is missing, impossible, or asks for a computation that hrmcore does not do.
+    """
+    path = Path(folder) / CONFIG_FILE
+    values = _read_json(path)
+    try:
+        _refuse_unsupported(values)
+        return HRMConfig.from_dict(_own_keys(values))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+_DEFAULTS = {
+    # What transformers assumes for a key that a released config.json leaves out.
+    "head_dim": 128,
+    "H_cycles": 2,
+    "L_cycles": 3,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "prefix_lm": True,
+    "pad_token_id": None,
+    "eos_token_id": None,
+}
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    # Keys that change the computation: the values that mean the one hrmcore does. An absent key means it, too.
+    "model_type": ("hrm_text",),
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "tie_word_embeddings": (False, None),
+    "rope_scaling": (None,),
+    "quantization_config": (None,),
+    "position_encoding": ("rope", None),
+}
+
+
+def _refuse_unsupported(values: dict[str, Any]) -> None:
+    for key, allowed in _SUPPORTED.items():
+        value = values.get(key, allowed[0])
+        if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
+            raise ValueError(f"{key} is {value!r}; hrmcore supports only {json.dumps(allowed[0])}")
+    rope = values.get("rope_parameters")
+    if not (rope is None or isinstance(rope, dict)):
+        raise ValueError(f"rope_parameters must be an object, got {rope!r}")
+    kind = (rope or {}).get("rope_type", "default")
+    if kind != "default":
+        raise ValueError(f"rope_parameters has rope_type {kind!r}; hrmcore supports only 'default'")
+
+
+def _own_keys(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a released config under the names of HRMConfig."""
+    depth = "num_layers_per_stack" if values.get("num_layers_per_stack") is not None else "num_hidden_layers"
+    own = {"num_layers_per_stack": _required(values, depth)}
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):
+        own[key] = _required(values, key)
+    own |= {key: values.get(key, default) for key, default in _DEFAULTS.items()}
+    rope = values.get("rope_parameters") or {}
+    own["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10000.0))
+    own["embedding_scale"] = values.get("embedding_scale")
+    if own["embedding_scale"] is None:
+        deviation = values.get("initializer_range", 0.02)
+        if isinstance(deviation, bool) or not isinstance(deviation, int | float) or not 0 < deviation <= 1:
+            raise ValueError(f"initializer_range must be above 0 and at most 1, got {deviation!r}")
+        own["embedding_scale"] = 1 / deviation
+    return own
+
+
+def _required(values: dict[str, Any], key: str) -> Any:
+    if values.get(key) is None:
+        raise ValueError(f"missing key {key!r}")
+    return values[key]
+
+
+def _released_config(config: HRMConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """What `config.json` says about a model: the keys of the released checkpoints, depth as the per-stack count."""
+    values = config.to_dict()
+    depth = values.pop("num_layers_per_stack")
+    return {
+        "model_type": "hrm_text",
+        "architectures": ["HrmTextForCausalLM"],
+        **values,
+        "num_hidden_layers": depth,
+        "hidden_act": "silu",
+        "initializer_range": config.hidden_size**-0.5,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One tensor as a safetensors header describes it."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by their names in the module, read when asked for, in the dtype they are stored in.
+
+    A tensor of the released form is a view of the memory-mapped file, one of the split form is put together.
+    Names, shapes, dtypes and offsets of all tensors have been checked before the first is read.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.config = read_config(folder)
+        stored = _stored_tensors(self.folder)
+        self._parts: dict[str, tuple[str, ...]] = {}
+        for key in key_table(self.config):
+            self._parts[key.name] = _parts_on_disk(key, stored, self.folder)
+        used = {part for parts in self._parts.values() for part in parts}
+        if extra := sorted(set(stored) - used):
+            path = stored[extra[0]].path
+            raise ValueError(f"{path}: extra tensor {extra[0]!r} has no place in this model ({len(extra)} such)")
+        self._stored = stored
+        self._files = {path: _open(path) for path in {tensor.path for tensor in stored.values()}}
+
+    def __getitem__(self, name: str) -> Tensor:
+        parts = [self._read(part) for part in self._parts[name]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def _read(self, part: str) -> Tensor:
+        path = self._stored[part].path
+        try:
+            tensor: Tensor = self._files[path].get_tensor(part)
+        except (safetensors.SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{path}: cannot read tensor {part!r} ({error})") from None
+        # A header of odd length shifts the data off the alignment that kernels rely on.
+        return tensor if tensor.data_ptr() % tensor.element_size() == 0 else tensor.clone()
+
+
+def read_tensors(folder: str | Path) -> Tensors:
+    """Checked, lazy access to a checkpoint's tensors without building a model; keys as in `HRM.state_dict()`.
+
+    Raises FileNotFoundError for a missing file, ValueError naming key and file for anything that does not fit.
+    """
+    return Tensors(folder)
+
+
+def load_model(path: str | Path) -> HRM:
+    """Build the model of a checkpoint folder or cached hub id, its weights as float32 in memory of their own.
+
+    Raises FileNotFoundError and ValueError as `resolve` and `read_tensors` do.
+    """
+    tensors = read_tensors(resolve(path))
+    config = tensors.config
+    with torch.device("meta"):  # no time and no random numbers for weights that are replaced
+        model = HRM(config)
+    model.rope_table = rope_table(config.max_position_embeddings, config.head_dim, config.rope_theta)
+    weights = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
+def save_model(
+    model: HRM, folder: str | Path, dtype: torch.dtype = torch.float32, tokenizer_folder: str | Path | None = None
+) -> None:
+    """Write `config.json` and `model.safetensors` (and copies of the tokenizer's files) in the released format.
+
+    `dtype` is float32, bfloat16 or float16. Every file appears whole or not at all. Raises ValueError on another
+    dtype, a weight that overflows it, or a folder that holds a sharded checkpoint; FileNotFoundError when
+    `tokenizer_folder` has no tokenizer.
+    """
+    folder = Path(folder)
+    weights = _released_weights(model, dtype)
+    config = json.dumps(_released_config(model.config, dtype), indent=2) + "\n"
+    copies = _tokenizer_files(tokenizer_folder)
+    if (folder / INDEX_FILE).exists():
+        raise ValueError(f"{folder}: holds a sharded checkpoint ({INDEX_FILE}), save into another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def copy(source: Path) -> Callable[[Path], object]:
+        return lambda path: shutil.copyfile(source, path)
+
+    _write_files(
+        folder,
+        {source.name: copy(source) for source in copies}
+        | {
+            WEIGHTS_FILE: lambda path: save_file(weights, path, metadata={"format": "pt"}),
+            CONFIG_FILE: lambda path: path.write_text(config, encoding="utf-8"),
+        },
+    )
+
+
+def _released_weights(model: HRM, dtype: torch.dtype) -> dict[str, Tensor]:
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    state = model.state_dict()
+    weights = {}
+    for key in key_table(model.config):
+        weight = state[key.name]
+        weights[key.released] = converted = weight.to("cpu", dtype).contiguous()
+        if not converted.isfinite().all() and weight.isfinite().all():
+            raise ValueError(f"{key.released} does not fit {dtype}: its largest value is {weight.abs().max():.3g}")
+    return weights
+
+
+def _tokenizer_files(folder: str | Path | None) -> list[Path]:
+    if folder is None:
+        return []
+    files = [path for name in TOKENIZER_FILES if (path := Path(folder) / name).is_file()]
+    if not {path.name for path in files} & {"tokenizer.model", "tokenizer.json"}:
+        raise FileNotFoundError(f"{folder}: no tokenizer.model and no tokenizer.json")
+    return files
+
+
+def _write_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
+    """Write all files under temporary names, flush them to the disk, then rename all."""
+    staged = {folder / name: folder / f".{name}.{os.getpid()}.tmp" for name in writers}
+    try:
+        for (target, temporary), write in zip(staged.items(), writers.values(), strict=True):
+            write(temporary)
+            _sync(temporary)
+        for target, temporary in staged.items():
+            os.replace(temporary, target)
+        _sync(folder)
+    finally:
+        for temporary in staged.values():
+            temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _stored_tensors(folder: Path) -> dict[str, _Stored]:
+    """All tensors of a checkpoint by their names on disk, from the headers alone."""
+    if (single := folder / WEIGHTS_FILE).exists():
+        return _read_header(single)
+    if not (index := folder / INDEX_FILE).exists():
+        pickled = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(kind))
+        if pickled:
+            raise ValueError(
+                f"{folder / pickled[0]}: pickled weights are refused, because loading a pickle can run any code; "
+                f"convert them to safetensors"
+            )
+        raise FileNotFoundError(f"{folder}: no {WEIGHTS_FILE} and no {INDEX_FILE}")
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"{index}: weight_map must be an object from tensor names to file names")
+    stored: dict[str, _Stored] = {}
+    for shard in sorted(set(weight_map.values())):
+        stored |= _read_shard(index, shard, {key for key, name in weight_map.items() if name == shard})
+    return stored
+
+
+def _read_shard(index: Path, shard: str, keys: set[str]) -> dict[str, _Stored]:
+    if not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
+        raise ValueError(f"{index}: {min(keys)!r} is in {shard!r}; a shard must be a .safetensors file of the folder")
+    path = index.parent / shard
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing, but {index.name} says that it holds {min(keys)!r}")
+    header = _read_header(path)
+    if missing := sorted(keys - set(header)):
+        raise ValueError(f"{path}: tensor {missing[0]!r} is missing, but {index.name} says that it is here")
+    if extra := sorted(set(header) - keys):
+        raise ValueError(f"{path}: extra tensor {extra[0]!r} is not in {index.name}")
+    return header
+
+
+def _read_header(path: Path) -> dict[str, _Stored]:
+    """Parse and check a safetensors header; see the format's description at github.com/huggingface/safetensors."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or 8 + length > size:
+            raise ValueError(f"{path}: truncated, its header does not end within the {size} bytes of the file")
+        if length > _MAX_HEADER_BYTES:
+            raise ValueError(f"{path}: header of {length} bytes, more than the {_MAX_HEADER_BYTES} allowed")
+        header = _parse_json(path, file.read(length))
+    header.pop("__metadata__", None)
+    spans = []
+    stored = {}
+    for key, entry in header.items():
+        dtype, shape, start, end = _check_entry(path, key, entry)
+        spans.append((start, end, key))
+        stored[key] = _Stored(path, dtype, shape)
+    _check_spans(path, sorted(spans), size - 8 - length)
+    return stored
+
+
+def _check_entry(path: Path, key: str, entry: object) -> tuple[str, tuple[int, ...], int, int]:
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise ValueError(f"{path}: header entry {key!r} must be an object with dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in DTYPES:
+        raise ValueError(f"{path}: tensor {key!r} has dtype {dtype!r}; accepted are {', '.join(DTYPES)}")
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"{path}: tensor {key!r} has impossible shape {shape!r} or data_offsets {offsets!r}")
+    elements = 1
+    for extent in shape:
+        elements *= extent
+    needed = elements * DTYPES[dtype].itemsize
+    if offsets[1] - offsets[0] != needed:
+        raise ValueError(f"{path}: tensor {key!r} needs {needed} bytes, its data_offsets {offsets} give another number")
+    return dtype, tuple(shape), offsets[0], offsets[1]
+
+
+def _are_sizes(values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 62 for value in values)
+
+
+def _check_spans(path: Path, spans: list[tuple[int, int, str]], size: int) -> None:
+    """The tensors must fill the file's data without overlap, hole or overrun, as the format demands."""
+    position = 0
+    for start, end, key in spans:
+        if end > size:
+            raise ValueError(f"{path}: truncated, tensor {key!r} ends at byte {end} of {size} bytes of data")
+        if start != position:
+            fault = "overlaps another" if start < position else "leaves a hole before it"
+            raise ValueError(f"{path}: tensor {key!r} {fault} (data_offsets start at {start}, expected {position})")
+        position = end
+    if position != size:
+        raise ValueError(f"{path}: {size - position} bytes after the last tensor belong to none")
+
+
+def _parts_on_disk(key: Key, stored: Mapping[str, _Stored], folder: Path) -> tuple[str, ...]:
+    """The names under which one tensor lies on disk, one or several; raises ValueError if they do not fit its shape."""
+    parts = (key.released,) if key.released in stored else key.split
+    missing = [part for part in parts if part not in stored]
+    if missing:
+        lacking = key.released if len(missing) == len(parts) else missing[0]
+        raise ValueError(f"{folder}: tensor {lacking!r} is missing ({CONFIG_FILE} asks for it)")
+    shape = (key.shape[0] // len(parts), *key.shape[1:])
+    for part in parts:
+        if stored[part].shape != shape:
+            raise ValueError(
+                f"{stored[part].path}: tensor {part!r} has shape {stored[part].shape}, {CONFIG_FILE} asks for {shape}"
+            )
+    return parts
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safetensors.safe_open(path, framework="pt")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a safetensors file ({error})") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    return _parse_json(path, text)
+
+
+def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(values := dict(pairs)) != len(pairs):
+            raise ValueError(
+                f"the key {next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))!r} comes twice"
+            )
+        return values
+
+    try:
+        values = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must hold a JSON object, got {type(values).__name__}")
+    return values

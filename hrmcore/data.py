@@ -1,0 +1,211 @@
+"""Instruction-response records, their token form, and packed PrefixLM batches.
+
+A record is one JSON object a line: {"instruction": str, "response": str, "condition": "direct"}; other keys are left
+alone. Its sequence is `<boq> condition… instruction <eoq> response <eoa>`: the instruction is the bidirectional
+prefix, the loss is on response and eoa.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hrmcore.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Record:
+    """One instruction-response pair and where it stands (file:line)."""
+
+    instruction: str
+    response: str
+    condition: str
+    source: str
+
+
+@dataclass
+class Rejected:
+    """Lines that were left out, counted by reason; the first few of each are kept to be shown."""
+
+    shown_per_reason: int = 3
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, source: str, reason: str) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        if self.counts[reason] <= self.shown_per_reason:
+            self.examples.setdefault(reason, []).append(source)
+
+    def report(self) -> list[str]:
+        """One line a reason: how many, why, and where the first ones stand."""
+        return [f"{n} left out: {reason} ({', '.join(self.examples[reason])}…)" for reason, n in self.counts.items()]
+
+
+def read_records(path: str | Path, rejected: Rejected, strict: bool = False) -> Iterator[Record]:
+    """Records of a JSON-lines file. A bad line is counted in `rejected`, or a ValueError if `strict`.
+
+    Raises FileNotFoundError when there is no such file.
+    """
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            source = f"{path}:{number}"
+            record = _parse(line, source)
+            if isinstance(record, Record):
+                yield record
+            elif strict:
+                raise ValueError(f"{source}: {record}")
+            else:
+                rejected.add(source, record)
+
+
+def _parse(line: bytes, source: str) -> Record | str:
+    """The record of a line, or the reason why it is none."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return "not JSON"
+    if not isinstance(values, dict):
+        return "not a JSON object"
+    for key in ("instruction", "response"):
+        if not isinstance(values.get(key), str):
+            return f"{key!r} is missing or not a string"
+        if not values[key].strip():
+            return f"{key!r} is empty"
+    condition = values.get("condition", "direct")
+    if not isinstance(condition, str):
+        return "'condition' is not a string"
+    return Record(values["instruction"], values["response"], condition, source)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokenised records, one after the other.
+
+    `tokens` int32, all sequences with eoa; `offsets` (N+1) int64; `prefix` (N) int32, the length of each instruction.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    prefix: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.prefix)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(N) input tokens of each sequence: the last token is only ever a target."""
+        return np.diff(self.offsets) - 1
+
+
+def tokenize(
+    records: Iterator[Record], tokenizer: Tokenizer, context: int, rejected: Rejected, strict: bool = False
+) -> Corpus:
+    """Tokenise records; one longer than `context` or of an unknown condition is counted in `rejected`, or fatal."""
+    pieces: list[np.ndarray] = []
+    prefixes: list[int] = []
+    for record in records:
+        try:
+            prompt = tokenizer.prompt(record.instruction, record.condition)
+        except ValueError as error:
+            reason = str(error)
+        else:
+            ids = [*prompt, *tokenizer.encode(record.response), tokenizer.eoa]
+            if len(ids) - 1 <= context:
+                pieces.append(np.asarray(ids, dtype=np.int32))
+                prefixes.append(len(prompt))
+                continue
+            reason = f"longer than the context of {context} tokens"
+        if strict:
+            raise ValueError(f"{record.source}: {reason}")
+        rejected.add(record.source, reason)
+    if not pieces:
+        raise ValueError("no usable record: " + ("; ".join(rejected.report()) or "the files are empty"))
+    offsets = np.concatenate([[0], np.cumsum([len(p) for p in pieces])])
+    return Corpus(np.concatenate(pieces), offsets, np.asarray(prefixes, dtype=np.int32))
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Sequences laid one after the other, without padding. T input tokens, S sequences, R supervised positions."""
+
+    ids: Tensor  # (T) int64
+    offsets: Tensor  # (S+1) int32
+    prefix: Tensor  # (S) int32
+    positions: Tensor  # (T) int32, counted from each sequence's first token
+    supervised: Tensor  # (R) int64, positions whose next token is predicted
+    targets: Tensor  # (R) int64, that next token
+    records: tuple[int, ...]  # which records these are
+
+
+def pack(corpus: Corpus, records: Sequence[int]) -> PackedBatch:
+    """The batch of these records, in this order. The last instruction token predicts the first response token."""
+    ids, positions, supervised, targets = [], [], [], []
+    offsets = [0]
+    for record in records:
+        sequence = corpus.tokens[corpus.offsets[record] : corpus.offsets[record + 1]]
+        length, prefix = len(sequence) - 1, int(corpus.prefix[record])
+        ids.append(sequence[:-1])
+        positions.append(np.arange(length, dtype=np.int32))
+        supervised.append(np.arange(prefix - 1, length) + offsets[-1])
+        targets.append(sequence[prefix:])
+        offsets.append(offsets[-1] + length)
+    return PackedBatch(
+        ids=torch.from_numpy(np.concatenate(ids)).long(),
+        offsets=torch.tensor(offsets, dtype=torch.int32),
+        prefix=torch.from_numpy(corpus.prefix[list(records)]),
+        positions=torch.from_numpy(np.concatenate(positions)),
+        supervised=torch.from_numpy(np.concatenate(supervised)).long(),
+        targets=torch.from_numpy(np.concatenate(targets)).long(),
+        records=tuple(int(record) for record in records),
+    )
+
+
+_WINDOW_BATCHES = 32  # records of so many batches are packed together: enough choice to fill every batch
+
+
+def epoch_batches(lengths: np.ndarray, capacity: int, seed: int, epoch: int) -> Iterator[list[int]]:
+    """Record numbers of each batch of an epoch: every record once, at most `capacity` tokens a batch.
+
+    The order depends on seed and epoch alone. Within a window of shuffled records each batch takes the longest record
+    that still fits (best fit decreasing); what is left at a window's end opens the next one.
+    Raises ValueError when a record is longer than `capacity`.
+    """
+    if len(lengths) and (longest := int(lengths.max())) > capacity:
+        raise ValueError(f"batch_tokens is {capacity}, but a record has {longest} tokens; raise it to at least that")
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    ends = np.cumsum(lengths[order])
+    start, left = 0, np.empty(0, dtype=order.dtype)
+    while start < len(order):
+        used = ends[start - 1] if start else 0
+        stop = int(np.searchsorted(ends, used + _WINDOW_BATCHES * capacity - lengths[left].sum(), side="right"))
+        stop = max(stop, start + 1)
+        window, start = np.concatenate([left, order[start:stop]]), stop
+        batches, rest = _fill(window, lengths, capacity, keep_last=start < len(order))
+        rng.shuffle(batches)
+        yield from batches
+        left = np.asarray(rest, dtype=order.dtype)
+
+
+def _fill(
+    window: np.ndarray, lengths: np.ndarray, capacity: int, keep_last: bool
+) -> tuple[list[list[int]], list[int]]:
+    """Pack a window; with `keep_last` the last batch, which rarely fills, is handed back instead."""
+    by_length = sorted((int(lengths[r]), int(r)) for r in window)
+    batches: list[list[int]] = []
+    while by_length:
+        room, batch = capacity, []
+        while by_length and (index := bisect.bisect_right(by_length, (room, len(lengths))) - 1) >= 0:
+            length, record = by_length.pop(index)
+            batch.append(record)
+            room -= length
+        batches.append(batch)
+    rest = batches.pop() if keep_last and len(batches) > 1 else []
+    return batches, rest
