@@ -145,7 +145,6 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "tie_word_embeddings": (False, None),
-    "rope_scaling": (None,),
     "quantization_config": (None,),
     "position_encoding": ("rope", None),
 }
@@ -156,12 +155,13 @@ def _refuse_unsupported(values: dict[str, Any]) -> None:
         value = values.get(key, allowed[0])
         if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
             raise ValueError(f"{key} is {value!r}; hrmcore supports only {json.dumps(allowed[0])}")
-    rope = values.get("rope_parameters")
-    if not (rope is None or isinstance(rope, dict)):
-        raise ValueError(f"rope_parameters must be an object, got {rope!r}")
-    kind = (rope or {}).get("rope_type", "default")
-    if kind != "default":
-        raise ValueError(f"rope_parameters has rope_type {kind!r}; hrmcore supports only 'default'")
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = values.get(key)
+        if not (rope is None or isinstance(rope, dict)):
+            raise ValueError(f"{key} must be an object, got {rope!r}")
+        kind = (rope or {}).get("rope_type", (rope or {}).get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"{key} has rope_type {kind!r}; hrmcore supports only 'default'")
 
 
 def _own_keys(values: dict[str, Any]) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def _own_keys(values: dict[str, Any]) -> dict[str, Any]:
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):
         own[key] = _required(values, key)
     own |= {key: values.get(key, default) for key, default in _DEFAULTS.items()}
-    rope = values.get("rope_parameters") or {}
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     own["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10000.0))
     own["embedding_scale"] = values.get("embedding_scale")
     if own["embedding_scale"] is None:
@@ -335,8 +335,11 @@ def _write_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) 
     """Write all files under temporary names, flush them to the disk, then rename all."""
     staged = {folder / name: folder / f".{name}.{os.getpid()}.tmp" for name in writers}
     try:
-        for (target, temporary), write in zip(staged.items(), writers.values(), strict=True):
+        for temporary, write in zip(staged.values(), writers.values(), strict=True):
+            temporary.touch()
+            mode = temporary.stat().st_mode
             write(temporary)
+            temporary.chmod(mode)  # safetensors leaves files that only their owner can read
             _sync(temporary)
         for target, temporary in staged.items():
             os.replace(temporary, target)
@@ -414,7 +417,7 @@ def _check_entry(path: Path, key: str, entry: object) -> tuple[str, tuple[int, .
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise ValueError(f"{path}: header entry {key!r} must be an object with dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{path}: tensor {key!r} has dtype {dtype!r}; accepted are {', '.join(DTYPES)}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"{path}: tensor {key!r} has impossible shape {shape!r} or data_offsets {offsets!r}")
@@ -480,10 +483,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(values := dict(pairs)) != len(pairs):
-            raise ValueError(
-                f"the key {next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))!r} comes twice"
-            )
+        values: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in values:
+                raise ValueError(f"the key {key!r} comes twice")
+            values[key] = value
         return values
 
     try:

@@ -17,6 +17,9 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 
+MAX_POSITIONS = 1 << 20  # the table of rotations is held whole: 0.5 GB at this length and head_dim 128
+
+
 def default_intermediate_size(hidden_size: int) -> int:
     """FFN width of the published models: 4·D·2/3, rounded, then up to a multiple of 256."""
     return -(-round(4 * hidden_size * 2 / 3) // 256) * 256
@@ -27,6 +30,7 @@ class HRMConfig:
     """The shape and constants of an HRM. Raises ValueError on an unknown key or an impossible value.
 
     `embedding_scale` None means sqrt(hidden_size), the inverse of the initialisation's standard deviation.
+    `eos_token_id` may be several; `eos_token_ids` has them as a tuple in every case.
     """
 
     vocab_size: int
@@ -43,14 +47,25 @@ class HRMConfig:
     embedding_scale: float | None = None
     prefix_lm: bool = True
     pad_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.eos_token_id, list):  # as JSON and TOML write it
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         for field in dataclasses.fields(self):
             _check_type(field.name, getattr(self, field.name), str(field.type))
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"config: {name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden_size % self.num_attention_heads:
+            heads = self.num_attention_heads  # the released format asks for it, although head_dim is free
+            raise ValueError(
+                f"config: hidden_size {self.hidden_size} must be a multiple of num_attention_heads {heads}"
+            )
+        if self.max_position_embeddings > MAX_POSITIONS:
+            raise ValueError(
+                f"config: max_position_embeddings must be at most {MAX_POSITIONS}, got {self.max_position_embeddings}"
+            )
         if self.head_dim % 8 or self.head_dim > 256:
             raise ValueError(f"config: head_dim must be a multiple of 8 and at most 256, got {self.head_dim}")
         if not 0 < self.rms_norm_eps < 1:
@@ -61,10 +76,11 @@ class HRMConfig:
             object.__setattr__(self, "embedding_scale", math.sqrt(self.hidden_size))
         elif not (math.isfinite(self.embedding_scale) and self.embedding_scale > 0):
             raise ValueError(f"config: embedding_scale must be a finite number above 0, got {self.embedding_scale}")
-        for name in ("pad_token_id", "eos_token_id"):
-            token = getattr(self, name)
-            if token is not None and not 0 <= token < self.vocab_size:
-                raise ValueError(f"config: {name} must be in [0, vocab_size={self.vocab_size}), got {token}")
+        pads = () if self.pad_token_id is None else (self.pad_token_id,)
+        for name, tokens in (("pad_token_id", pads), ("eos_token_id", self.eos_token_ids)):
+            for token in tokens:
+                if not 0 <= token < self.vocab_size:
+                    raise ValueError(f"config: {name} must be in [0, vocab_size={self.vocab_size}), got {token}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> HRMConfig:
@@ -83,9 +99,7 @@ class HRMConfig:
         if size not in PRESETS:
             raise ValueError(f"config: unknown size {size!r}; the sizes are {', '.join(PRESETS)}")
         shape = PRESETS[size]
-        return cls(
-            vocab_size=vocab_size, intermediate_size=default_intermediate_size(shape["hidden_size"]), **shape
-        )
+        return cls(vocab_size=vocab_size, intermediate_size=default_intermediate_size(shape["hidden_size"]), **shape)
 
     def to_dict(self) -> dict[str, Any]:
         """All keys, as `from_dict` takes them."""
@@ -99,6 +113,13 @@ class HRMConfig:
     def attention_width(self) -> int:
         """num_attention_heads × head_dim; need not equal hidden_size."""
         return self.num_attention_heads * self.head_dim
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer: none, one or several."""
+        if self.eos_token_id is None:
+            return ()
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
     @property
     def visits(self) -> int:
@@ -128,9 +149,16 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "bool": (bool,),
     "int | None": (int, type(None)),
     "float | None": (int, float, type(None)),
+    "int | tuple[int, ...] | None": (int, type(None)),
 }
 
 
 def _check_type(name: str, value: object, annotation: str) -> None:
-    if not isinstance(value, _TYPES[annotation]) or (isinstance(value, bool) and annotation != "bool"):
+    if isinstance(value, tuple) and "tuple" in annotation:
+        allowed = all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+    else:
+        allowed = isinstance(value, _TYPES[annotation]) and (annotation == "bool" or not isinstance(value, bool))
+    if not allowed:
         raise ValueError(f"config: {name} must be of type {annotation}, got {value!r}")
+    if isinstance(value, int) and abs(value) >= 1 << 62:
+        raise ValueError(f"config: {name} is too large: {value}")
