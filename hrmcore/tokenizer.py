@@ -67,7 +67,8 @@ class _TokenizerJson:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises a bare Exception
             raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
-        self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self._tokenizer.encode_special_tokens = True  # a special token spelled out in a text is ordinary text
+        self.vocab_size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -128,13 +129,38 @@ class Tokenizer:
         return frozenset({self.boq, self.eoq, self.eoa, *self.condition_ids.values()})
 
     def encode(self, text: str) -> list[int]:
-        """Plain text to ids; framing tokens spelled out in the text stay ordinary text where the library allows."""
-        return self.backend.encode(text)
+        """Plain text to ids; a framing token that is spelled out in the text stays ordinary text.
+
+        `decode` gives the text back, except that sentencepiece reads U+2581 as a space and a tokenizer.json may bring
+        a normalisation. Raises ValueError on a lone surrogate, which is no text.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text has a lone surrogate at character {error.start}") from None
+        return self._encode_plain(text)
+
+    def _encode_plain(self, text: str) -> list[int]:
+        ids = self.backend.encode(text)
+        if self.special_ids.isdisjoint(ids):
+            return ids
+        if len(text) == 1:
+            raise ValueError(f"{self.source}: the framing token {text!r} is a single character, so it cannot be text")
+        # A tokenizer.json that does not mark its framing tokens as special: cut until none is whole.
+        middle = len(text) // 2
+        return self._encode_plain(text[:middle]) + self._encode_plain(text[middle:])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids to text, framing tokens left out; an incomplete UTF-8 sequence becomes U+FFFD."""
+        """Ids to text, framing tokens left out; an incomplete UTF-8 sequence becomes U+FFFD.
+
+        Raises ValueError on an id outside the vocabulary.
+        """
         special = self.special_ids
-        return self.backend.decode([i for i in ids if i not in special])
+        plain = [i for i in ids if i not in special]
+        for i in plain:
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(f"token ids must be in [0, {self.vocab_size}), got {i}")
+        return self.backend.decode(plain)
 
     def conditions(self, condition: str) -> list[int]:
         """The ids of one or several comma-separated conditions. Raises ValueError on one that is unknown."""
@@ -164,12 +190,20 @@ class PieceDecoder:
         self._shown = ""
 
     def push(self, token: int) -> str:
-        """The text that this token completes; empty while a character is incomplete."""
+        """The text that is certain after this token; empty while a character is incomplete."""
         self._pending.append(token)
         text = self._tokenizer.decode(self._pending)
-        if text.endswith("\ufffd"):
-            return ""
-        return self._advance(text)
+        # The bytes of an incomplete character, at most three, read as U+FFFD until the rest of it comes.
+        certain = text
+        for _ in range(3):
+            certain = certain.removesuffix("\ufffd")
+        piece = self._advance(certain)
+        if certain == text and len(self._pending) > 32:
+            # Decoding is only linear over short runs: keep a little context, which settles how a token's
+            # leading space is rendered.
+            self._pending = self._pending[-8:]
+            self._shown = self._tokenizer.decode(self._pending)
+        return piece
 
     def finish(self) -> str:
         """What is left at the end, an incomplete character as U+FFFD."""
@@ -177,11 +211,6 @@ class PieceDecoder:
 
     def _advance(self, text: str) -> str:
         piece, self._shown = text[len(self._shown) :], text
-        if len(self._pending) > 32:
-            # Decoding is only linear over short runs: keep a little context, which settles how a token's
-            # leading space is rendered.
-            self._pending = self._pending[-8:]
-            self._shown = self._tokenizer.decode(self._pending)
         return piece
 
 
@@ -220,6 +249,6 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(f"tokenizer: {str(error).splitlines()[-1]}") from None
+        raise ValueError(f"tokenizer: {str(error).splitlines()[-1].split('] ')[-1]}") from None
     (folder / "tokenizer.vocab").unlink()
     return Tokenizer.load(folder)
