@@ -1,0 +1,55 @@
+// Gated prefix attention over packed sequences, online softmax: no (T, T) tensor and no mask tensor.
+//
+//   Query i of a sequence stands at p = (key length - query length) + i and sees key j iff j < max(prefix, p
+//   + 1). forward:   lse_i = log sum_j exp(q_i . k_j / sqrt(d)),  o_i = sum_j exp(q_i . k_j / sqrt(d) -
+//   lse_i) v_j
+//              out = sigmoid(gate) * o
+//   backward:  P recomputed from lse; with g = sigmoid(gate) and delta_i = sum_d grad_out * out:
+//              grad_gate = grad_out * out * (1 - g),  dO = grad_out * g,  dS = P * (dO v^T - delta)
+//              grad_v = P^T dO,  grad_q = dS k / sqrt(d),  grad_k = dS^T q / sqrt(d)
+//
+// T query rows, Tk key rows, H heads, d head_dim (a multiple of 8, at most 256), S sequences. q, k, v, gate
+// and out share one dtype, float32 or bfloat16, with unit stride in d and any stride before it; arithmetic in
+// float32. Sequence s owns query rows offsets[s]..offsets[s+1] and key rows key_offsets[s]..key_offsets[s+1];
+// either may be empty. Source: the mask of HRM-Text, arXiv 2605.20613; online softmax and recomputation,
+// arXiv 2205.14135.
+//
+// With N visible (query, key) pairs: forward 4 N d H FLOPs and N H exponentials, backward 10 N d H and N H.
+// Moves at least 3 T H d + 2 Tk H d elements and T H floats forward, 6 T H d + 4 Tk H d elements and T H
+// floats backward; keys and values are read again for each block of 32 queries that sees them, from cache for
+// as long as a head's keys fit there. Each pair of backward tasks (sequence, head) is independent: one
+// sequence with one head runs on one thread.
+#pragma once
+
+#include "core/isa.h"
+#include "core/tensor.h"
+
+namespace hrmcore {
+
+struct AttentionForward {
+  TensorView q;            // (T, H, d)
+  TensorView k;            // (Tk, H, d)
+  TensorView v;            // (Tk, H, d)
+  TensorView gate;         // (T, H, d)
+  TensorView offsets;      // (S + 1) int32
+  TensorView key_offsets;  // (S + 1) int32
+  TensorView prefix;       // (S) int32
+  TensorView out;          // (T, H, d), written
+  TensorView lse;          // (T, H) float32, contiguous, written
+};
+
+struct AttentionBackward {
+  TensorView q, k, v, gate, offsets, key_offsets, prefix, out, lse;  // as in the forward
+  TensorView grad_out;                                               // (T, H, d)
+  TensorView grad_q;                                                 // (T, H, d), written
+  TensorView grad_k,
+      grad_v;  // (Tk, H, d), written; float32 whatever the inputs are, since they are summed in place
+  TensorView grad_gate;  // (T, H, d), written
+};
+
+void check(const AttentionForward& args);
+void check(const AttentionBackward& args);
+HRMCORE_DECLARE_KERNEL(attention_forward, AttentionForward)
+HRMCORE_DECLARE_KERNEL(attention_backward, AttentionBackward)
+
+}  // namespace hrmcore

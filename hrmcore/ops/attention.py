@@ -1,0 +1,166 @@
+"""Gated prefix attention over packed sequences. Kernels: csrc/ops/attention.{h,cpp}.
+
+Shapes: T query rows, Tk key rows, H heads, d head_dim, S sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import to_dlpack
+
+from hrmcore import _C
+from hrmcore.ops.backend import reference_active
+
+
+def attention_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    offsets: Tensor,
+    prefix: Tensor,
+    key_offsets: Tensor | None = None,
+) -> Tensor:
+    """The specification: out = sigmoid(gate) * softmax(q k^T / sqrt(d)) v, each sequence on its own; (T, H, d).
+
+    Query i of a sequence stands at p = (key length - query length) + i and sees key j iff j < max(prefix, p + 1).
+    Source: arXiv 2605.20613 (PrefixLM mask and sigmoid gate).
+    """
+    query_bounds = offsets.tolist()
+    key_bounds = query_bounds if key_offsets is None else key_offsets.tolist()
+    outputs = [q.new_empty(0, *q.shape[1:])]
+    for s, visible in enumerate(prefix.tolist()):
+        rows, keys = slice(*query_bounds[s : s + 2]), slice(*key_bounds[s : s + 2])
+        scores = torch.einsum("ihd,jhd->hij", q[rows], k[keys]) / math.sqrt(q.shape[-1])
+        query_count, key_count = scores.shape[1:]
+        position = torch.arange(key_count - query_count, key_count, device=q.device)
+        seen = torch.arange(key_count, device=q.device) < (position + 1).clamp(min=visible)[:, None]
+        weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
+        outputs.append(torch.sigmoid(gate[rows]) * torch.einsum("hij,jhd->ihd", weights, v[keys]))
+    return torch.cat(outputs)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    offsets: Tensor,
+    prefix: Tensor,
+    key_offsets: Tensor | None = None,
+) -> Tensor:
+    """sigmoid(gate) * softmax(q k^T / sqrt(d)) v over packed sequences; returns (T, H, d), contiguous.
+
+    q, gate: (T, H, d); k, v: (Tk, H, d); float32 or bfloat16, unit stride in d; d a multiple of 8, at most 256.
+    offsets, key_offsets: (S + 1) int32, sequence s owns the rows offsets[s] to offsets[s + 1]; key_offsets None means
+    that the keys are packed as the queries are. prefix: (S) int32, how many first keys every query of a sequence sees.
+    Raises ValueError on a wrong dtype, shape, device or stride, and on offsets or prefix that do not fit the rows.
+    """
+    if reference_active():
+        return attention_ref(q, k, v, gate, offsets, prefix, key_offsets)
+    return _attention(q, k, v, gate, offsets, prefix, key_offsets)[0]
+
+
+@torch.library.custom_op("hrmcore::attention", mutates_args=(), device_types="cpu")
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, offsets: Tensor, prefix: Tensor, key_offsets: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    key_offsets = offsets if key_offsets is None else key_offsets
+    out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:2], dtype=torch.float32)
+    _C.attention_forward(*map(to_dlpack, (q, k, v, gate, offsets, key_offsets, prefix, out, lse)))
+    return out, lse
+
+
+@torch.library.custom_op("hrmcore::attention_backward", mutates_args=(), device_types="cpu")
+def _attention_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    offsets: Tensor,
+    prefix: Tensor,
+    key_offsets: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    key_offsets = offsets if key_offsets is None else key_offsets
+    grad_q, grad_gate = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape, dtype=q.dtype)
+    grad_k, grad_v = torch.empty(k.shape, dtype=torch.float32), torch.empty(k.shape, dtype=torch.float32)
+    inputs = (q, k, v, gate, offsets, key_offsets, prefix, out, lse, grad_out.contiguous())
+    _C.attention_backward(*map(to_dlpack, (*inputs, grad_q, grad_k, grad_v, grad_gate)))
+    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_gate
+
+
+@_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, offsets: Tensor, prefix: Tensor, key_offsets: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@_attention_backward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    offsets: Tensor,
+    prefix: Tensor,
+    key_offsets: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), gate.new_empty(gate.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(*inputs, out, lse)
+
+
+def _backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    return *_attention_backward(*ctx.saved_tensors, grad_out), None, None, None
+
+
+_attention.register_autograd(_backward, setup_context=_save)
+
+
+def cases(dtype: torch.dtype = torch.float32) -> Iterator[dict[str, Any]]:
+    """Arguments shared by tests and benchmarks, smallest first: ragged sizes, one token, longer keys, real shapes.
+
+    v and gate are strided views of one fused (T, 4, H, d) buffer, as the projection leaves them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for heads, head_dim, lengths, prefix, cached in [
+        (1, 8, [1], [0], None),
+        (2, 16, [1, 1, 2], [0, 1, 2], None),
+        (3, 24, [5, 0, 17, 3], [2, 0, 17, 1], None),  # an empty sequence
+        (1, 256, [70], [13], None),
+        (2, 104, [33, 66], [0, 40], None),
+        (4, 32, [31, 32, 33, 63, 64, 65, 1], [0, 32, 20, 63, 1, 7, 1], None),
+        (2, 64, [129, 100, 200], [70, 0, 150], None),
+        (2, 40, [1, 1, 3, 0], [0, 9, 70, 4], [4, 70, 130, 6]),  # cached decoding
+        (3, 64, [70, 1, 40], [100, 0, 0], [60, 200, 64]),  # chunked prefill
+        (6, 64, [20, 57, 120, 33, 96, 64, 41, 81], [12, 30, 60, 0, 96, 20, 1, 64], None),
+        (12, 128, [512], [128], None),
+    ]:
+        offsets = torch.tensor([0, *lengths]).cumsum(0)
+        key_offsets = offsets + torch.tensor([0, *(cached or [0] * len(lengths))]).cumsum(0)
+        fused = torch.randn(int(key_offsets[-1]), 4, heads, head_dim, generator=generator).to(dtype)
+        yield {
+            "q": torch.randn(int(offsets[-1]), heads, head_dim, generator=generator).to(dtype),
+            "k": torch.randn(int(key_offsets[-1]), heads, head_dim, generator=generator).to(dtype),
+            "v": fused[:, 3],
+            "gate": fused[: int(offsets[-1]), 0],
+            "offsets": offsets.int(),
+            "prefix": torch.tensor(prefix, dtype=torch.int32),
+            "key_offsets": None if cached is None else key_offsets.int(),
+        }
