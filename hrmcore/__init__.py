@@ -1,0 +1,33 @@
+"""Train, grow and run hierarchical recurrent language models.
+
+The public names are imported when first used, so `import hrmcore` alone stays fast and needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hrmcore.config import HRMConfig
+    from hrmcore.engine import load
+    from hrmcore.model import HRM
+
+# Public name -> the module that holds it.
+_HOMES = {"load": "engine", "HRM": "model", "HRMConfig": "config"}
+
+__all__ = ["HRM", "HRMConfig", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("hrmcore")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hrmcore' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"hrmcore.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES, "__version__"})

@@ -1,0 +1,437 @@
+"""Load a model and generate: text or token ids, one prompt or many, whole or streamed.
+
+Shapes: T tokens, V vocabulary. What runs the recurrence is behind `hrmcore.runner.Runner`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hrmcore import _C
+from hrmcore.checkpoint import load_model, resolve
+from hrmcore.config import HRMConfig
+from hrmcore.model import HRM
+from hrmcore.runner import Runner, TorchRunner
+from hrmcore.sampling import Sampler, Sampling, is_integer, require
+from hrmcore.tokenizer import PieceDecoder, Tokenizer
+
+if TYPE_CHECKING:
+    from typing import Unpack  # Python 3.11; only type checkers come here
+
+EMBEDDED_MODEL = Path(__file__).parent / "assets" / "tiny"
+
+# Requests decoded together: at most this many, holding at most this much KV cache if all of them ran to their limit.
+MAX_BATCH = 64
+CACHE_BUDGET = 4 << 30  # bytes
+PREFILL_TOKENS = 4096  # in one packed prefill; a longer prompt goes alone
+
+# Why an answer is over: the model ended it, a stop string, max_new_tokens, the end of the context, close().
+Finish = Literal["end", "stop", "length", "context", "closed"]
+
+
+class TextOptions(TypedDict, total=False):
+    """The options of `Engine.generate`, explained at `Engine.stream`."""
+
+    max_new_tokens: int
+    condition: str
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float
+    stop: str | Sequence[str] | None
+    seed: int | None
+
+
+def load(
+    path: str | Path | None = None, dtype: str = "auto", device: str = "cpu", threads: int | None = None
+) -> Engine:
+    """Load a checkpoint folder, or a hub id from the local cache; None is the embedded tiny model.
+
+    `dtype` is float32 or bfloat16; auto is float32, the faster of the two on most CPUs. `threads` sets the threads of
+    torch and of the kernels for the whole process; None leaves them. Raises ValueError on an argument out of range or a
+    broken checkpoint, FileNotFoundError when there is none.
+    """
+    _check_dtype(dtype)
+    _check_device(device)
+    if threads is not None:
+        require(is_integer(threads) and 1 <= threads <= 1024, "threads", "a whole number from 1 to 1024", threads)
+        torch.set_num_threads(threads)
+        _C.set_num_threads(threads)
+    if path is None and not (EMBEDDED_MODEL / "config.json").is_file():
+        raise FileNotFoundError("this installation has no embedded model: give the path of a checkpoint")
+    folder = EMBEDDED_MODEL if path is None else resolve(path)
+    model = load_model(folder)
+    if dtype == "bfloat16":
+        _to_bfloat16(model)
+    return Engine(TorchRunner(model), _find_tokenizer(folder, model.config), folder)
+
+
+class Engine:
+    """A loaded model. Every method raises ValueError on a bad argument, before anything runs.
+
+    `tokenizer` is None when the checkpoint came without one; then only `tokens` and `logits` work.
+    """
+
+    def __init__(self, runner: Runner, tokenizer: Tokenizer | None, source: Path) -> None:
+        self.tokenizer = tokenizer
+        self.source = source
+        self._runner = runner
+
+    @property
+    def config(self) -> HRMConfig:
+        """The model's configuration."""
+        return self._runner.config
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return self._runner.parameters
+
+    @overload
+    def generate(self, prompt: str, **options: Unpack[TextOptions]) -> str: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def generate(self, prompt: Sequence[str], **options: Unpack[TextOptions]) -> list[str]: ...
+
+    def generate(self, prompt: str | Sequence[str], **options: Unpack[TextOptions]) -> str | list[str]:
+        """Answer one prompt, or many in one batch, in their order. Takes the options of `stream`.
+
+        Every prompt of a batch gets the answer that it would get alone, with the same seed.
+        """
+        if isinstance(prompt, str):
+            return "".join(self.stream(prompt, **options))
+        answers = []
+        for index, text in enumerate(prompt):
+            try:
+                answers.append(self.stream(text, **options))
+            except ValueError as error:
+                raise ValueError(f"prompt {index}: {error}") from None
+        pieces: list[list[str]] = [[] for _ in answers]
+        for index, token in self._decode([answer.request for answer in answers]):
+            pieces[index].append(answers[index].push(token))
+        return ["".join([*parts, answer.flush()]) for parts, answer in zip(pieces, answers, strict=True)]
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 256,
+        condition: str = "direct",
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] | None = None,
+        seed: int | None = None,
+    ) -> Answer:
+        """Answer a prompt piece by piece. Pieces are whole characters; `.close()` cancels.
+
+        The answer ends where the model ends it, before the first `stop` string, after max_new_tokens, or at the end of
+        the context; `.finish` says which. Temperature 0 is greedy. The same seed gives the same answer.
+        """
+        if self.tokenizer is None:
+            raise ValueError(f"{self.source} has no tokenizer: give token ids to Engine.tokens instead")
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        stops = _check_stop(stop)
+        ids = self.tokenizer.prompt(_check_text(prompt), condition)
+        request = self._request(ids, len(ids), max_new_tokens, sampling, ignore_eos=False)
+        return Answer(request, self._follow(request), PieceDecoder(self.tokenizer), StopFilter(stops))
+
+    def tokens(
+        self,
+        ids: Sequence[int] | Tensor | NDArray[np.integer],
+        prefix_length: int | None = None,
+        max_new_tokens: int = 64,
+        ignore_eos: bool = False,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+    ) -> Generator[int, None, None]:
+        """Continue token ids (T), yielding token ids. Needs no tokenizer; `.close()` cancels.
+
+        The first `prefix_length` ids see each other both ways, None means all. The token that ends an answer is not
+        yielded, unless `ignore_eos` makes it a token like any other. Ends at the end of the context at the latest.
+        """
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        known = self._check_ids(ids)
+        prefix = _check_prefix(prefix_length, len(known))
+        return self._follow(self._request(known, prefix, max_new_tokens, sampling, ignore_eos))
+
+    def logits(self, ids: Sequence[int] | Tensor | NDArray[np.integer], prefix_length: int | None = None) -> Tensor:
+        """The logits after every token of ids (T): float32 (T, V). `prefix_length` is as in `tokens`."""
+        known = self._check_ids(ids)
+        return self._runner.logits(known, _check_prefix(prefix_length, len(known)))
+
+    def _request(
+        self, ids: list[int], prefix_length: int, max_new_tokens: int, sampling: Sampling, ignore_eos: bool
+    ) -> Request:
+        expected = "a whole number of at least 1"
+        require(is_integer(max_new_tokens) and max_new_tokens >= 1, "max_new_tokens", expected, max_new_tokens)
+        context = self.config.max_position_embeddings
+        if len(ids) >= context:
+            raise ValueError(f"the prompt has {len(ids)} tokens; it must leave room in the context of {context} tokens")
+        limit = min(max_new_tokens, context - len(ids))
+        ends = {*self.config.eos_token_ids, *([self.tokenizer.eoa] if self.tokenizer else [])}
+        return Request(
+            ids,
+            prefix_length,
+            limit,
+            at_limit="length" if limit == max_new_tokens else "context",
+            ends=frozenset() if ignore_eos else frozenset(ends),
+            sampler=Sampler(sampling, ids),
+        )
+
+    def _check_ids(self, ids: Sequence[int] | Tensor | NDArray[np.integer]) -> list[int]:
+        known = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else ids
+        whole = isinstance(known, Sequence) and not isinstance(known, str) and all(is_integer(i) for i in known)
+        if not whole:
+            raise ValueError("ids must be whole numbers: a list, or a one-dimensional tensor or array")
+        if not known:
+            raise ValueError("ids must hold at least one token, got none")
+        vocabulary, context = self.config.vocab_size, self.config.max_position_embeddings
+        for position, token in enumerate(known):
+            if not 0 <= token < vocabulary:
+                raise ValueError(f"ids must be in [0, vocab_size={vocabulary}), got {token} at position {position}")
+        if len(known) > context:
+            raise ValueError(f"ids has {len(known)} tokens, the context (max_position_embeddings) is {context}")
+        return [int(token) for token in known]
+
+    def _follow(self, request: Request) -> Generator[int, None, None]:
+        with contextlib.closing(self._decode([request])) as run:
+            for _, token in run:
+                yield token
+
+    def _decode(self, requests: Sequence[Request]) -> Generator[tuple[int, int], None, None]:
+        """Decode requests together, yielding (index, token) as tokens come. Requests join as others leave.
+
+        A request whose `finish` the consumer sets leaves before the next step; closing the generator ends them all.
+        """
+        waiting = deque(enumerate(requests))
+        active: list[tuple[int, Request]] = []
+        try:
+            while waiting or active:
+                rows: list[Tensor] = []
+                joining = self._admit(waiting, active)
+                if active:
+                    running = [request for _, request in active]
+                    rows += self._runner.step([r.handle for r in running], [r.last for r in running])
+                if joining:
+                    fresh = [request for _, request in joining]
+                    handles, logits = self._runner.open([r.ids for r in fresh], [r.prefix_length for r in fresh])
+                    for request, handle in zip(fresh, handles, strict=True):
+                        request.handle = handle
+                    active += joining
+                    rows += logits
+                for (index, request), row in zip(active, rows, strict=True):
+                    if request.take(row.numpy()):
+                        yield index, request.last
+                for entry in [entry for entry in active if entry[1].finish]:
+                    active.remove(entry)
+                    self._runner.close(entry[1].handle)
+        finally:
+            for _, request in active:
+                self._runner.close(request.handle)
+
+    def _admit(
+        self, waiting: deque[tuple[int, Request]], active: Sequence[tuple[int, Request]]
+    ) -> list[tuple[int, Request]]:
+        """Take from the queue what fits beside the active requests; at least one when there are none."""
+        budget = CACHE_BUDGET // self._runner.cache_bytes_per_token - sum(r.most_tokens for _, r in active)
+        prefill = PREFILL_TOKENS
+        admitted: list[tuple[int, Request]] = []
+        while waiting and len(active) + len(admitted) < MAX_BATCH:
+            request = waiting[0][1]
+            budget -= request.most_tokens
+            prefill -= len(request.ids)
+            if (budget < 0 and (active or admitted)) or (prefill < 0 and admitted):
+                break
+            admitted.append(waiting.popleft())
+        return admitted
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence on its way through the engine: what was asked, and how far it is."""
+
+    ids: list[int]
+    prefix_length: int
+    limit: int  # tokens to generate at most
+    at_limit: Finish
+    ends: frozenset[int]
+    sampler: Sampler
+    handle: int = -1
+    last: int = -1
+    count: int = 0
+    finish: Finish | None = None
+
+    @property
+    def most_tokens(self) -> int:
+        """How many tokens the sequence can come to hold."""
+        return len(self.ids) + self.limit
+
+    def take(self, logits: NDArray[np.float32]) -> bool:
+        """Draw the next token into `last`; False when it is the one that ends the answer."""
+        self.last = self.sampler.pick(logits)
+        if self.last in self.ends:
+            self.finish = "end"
+            return False
+        self.count += 1
+        if self.count == self.limit:
+            self.finish = self.at_limit
+        return True
+
+
+class Answer(Iterator[str]):
+    """The pieces of one answer, as they come. `finish` tells why it is over (None while it is not)."""
+
+    def __init__(
+        self, request: Request, tokens: Generator[int, None, None], decoder: PieceDecoder, stops: StopFilter
+    ) -> None:
+        self.request = request
+        self._tokens = tokens
+        self._decoder = decoder
+        self._stops = stops
+        self._flushed = False
+
+    @property
+    def finish(self) -> Finish | None:
+        """Why the answer is over: end, stop, length, context or closed."""
+        return self.request.finish
+
+    @property
+    def token_count(self) -> int:
+        """Tokens generated so far."""
+        return self.request.count
+
+    def __next__(self) -> str:
+        for token in self._tokens:
+            if piece := self.push(token):
+                return piece
+        if rest := self.flush():
+            return rest
+        raise StopIteration
+
+    def close(self) -> None:
+        """Cancel: release what the request holds. Nothing more comes."""
+        self._tokens.close()
+        self._flushed = True
+        self.request.finish = self.request.finish or "closed"
+
+    def push(self, token: int) -> str:
+        """The text that may be shown after this token; sets `finish` when a stop string is complete."""
+        return self._pass(self._decoder.push(token))
+
+    def flush(self) -> str:
+        """What was held back, once no token follows."""
+        if self._flushed:
+            return ""
+        self._flushed = True
+        return self._pass(self._decoder.finish()) + self._stops.rest()
+
+    def _pass(self, text: str) -> str:
+        text = self._stops.push(text)
+        if self._stops.stopped:
+            self.request.finish = "stop"
+        return text
+
+
+class StopFilter:
+    """Lets text through up to the stop string that is complete first, however the text is cut into pieces."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stopped = False
+        self._stops = stops
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """What may be shown: all but a stop string, or the possible beginning of one."""
+        if self.stopped:
+            return ""
+        text = self._held + text
+        found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            shown = min(found)[1]
+            self._held = ""
+        else:
+            shown = len(text) - self._beginning(text)
+            self._held = text[shown:]
+        return text[:shown]
+
+    def rest(self) -> str:
+        """What was held back, when nothing follows."""
+        rest, self._held = self._held, ""
+        return rest
+
+    def _beginning(self, text: str) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        longest = max((len(stop) for stop in self._stops), default=1) - 1
+        for size in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self._stops):
+                return size
+        return 0
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype in ("int8", "int4"):
+        raise ValueError(f"dtype {dtype!r} arrives with the packed engine; until then take auto, float32 or bfloat16")
+    require(dtype in ("auto", "float32", "bfloat16"), "dtype", "auto, float32 or bfloat16", dtype)
+
+
+def _check_device(device: str) -> None:
+    if isinstance(device, str) and device.split(":")[0] == "cuda":
+        raise ValueError(f"device {device!r}: generation runs on device='cpu' only, so far")
+    require(device == "cpu", "device", "'cpu'", device)
+
+
+def _check_prefix(prefix_length: int | None, length: int) -> int:
+    if prefix_length is None:
+        return length
+    expected = f"between 0 and the {length} tokens given"
+    require(is_integer(prefix_length) and 0 <= prefix_length <= length, "prefix_length", expected, prefix_length)
+    return int(prefix_length)
+
+
+def _check_text(prompt: str) -> str:
+    require(isinstance(prompt, str), "prompt", "text or a list of texts", prompt)
+    return prompt
+
+
+def _check_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    stops = () if stop is None else (stop,) if isinstance(stop, str) else stop
+    good = isinstance(stops, Sequence) and all(isinstance(text, str) and text for text in stops)
+    require(good, "stop", "a non-empty text or a list of them", stop)
+    return tuple(stops)
+
+
+def _to_bfloat16(model: HRM) -> None:
+    table = model.rope_table  # angles lose their meaning in 8 bits
+    model.to(torch.bfloat16)
+    model.rope_table = table
+
+
+def _find_tokenizer(folder: Path, config: HRMConfig) -> Tokenizer | None:
+    try:
+        tokenizer = Tokenizer.load(folder)
+    except FileNotFoundError:
+        return None
+    if tokenizer.vocab_size > config.vocab_size:
+        sizes = f"{tokenizer.vocab_size} tokens, but the model's vocab_size is {config.vocab_size}"
+        raise ValueError(f"{tokenizer.source}: the tokenizer has {sizes}")
+    return tokenizer

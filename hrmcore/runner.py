@@ -1,0 +1,160 @@
+"""What the engine asks of whatever runs the recurrence, and the reference answer to it in torch.
+
+Shapes: T tokens, S sequences, H heads, d head_dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hrmcore.config import HRMConfig
+from hrmcore.model import HRM, Layout
+
+BLOCK = 64  # tokens in one block of the KV cache
+
+
+class Runner(Protocol):
+    """Sequences that join, advance by one token together, and leave. Arguments have been checked by the engine."""
+
+    config: HRMConfig
+    parameters: int
+    cache_bytes_per_token: int
+
+    def open(self, prompts: Sequence[Sequence[int]], prefix_lengths: Sequence[int]) -> tuple[list[int], Tensor]:
+        """Prefill new sequences; returns a handle for each, and the logits (S, V) float32 after their last tokens."""
+        ...
+
+    def step(self, handles: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """Append one token to each of these sequences; returns the logits (S, V) float32 that follow."""
+        ...
+
+    def close(self, handle: int) -> None:
+        """Release what a sequence holds."""
+        ...
+
+    def logits(self, ids: Sequence[int], prefix_length: int) -> Tensor:
+        """The logits (T, V) float32 of every position, without a cache."""
+        ...
+
+
+@dataclass
+class _Sequence:
+    prefix: int
+    length: int = 0
+    blocks: list[int] = field(default_factory=list)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """The rows of the pool that hold the tokens from start to stop."""
+        position = torch.arange(start, stop)
+        return torch.tensor(self.blocks)[position // BLOCK] * BLOCK + position % BLOCK
+
+
+class _Pool:
+    """Keys and values of all sequences: (slots, 2, rows, H, d), handed out in blocks of rows. Grows, never shrinks."""
+
+    def __init__(self, config: HRMConfig, dtype: torch.dtype) -> None:
+        shape = (config.cache_slots, 2, 0, config.num_attention_heads, config.head_dim)
+        self.kv = torch.empty(shape, dtype=dtype)
+        self._free: list[int] = []  # highest block first, so that a lone sequence gets neighbouring blocks
+
+    def reserve(self, sequence: _Sequence, length: int) -> None:
+        """Give a sequence enough blocks for this many tokens."""
+        missing = -(-length // BLOCK) - len(sequence.blocks)
+        if missing > len(self._free):
+            self._grow(missing)
+        sequence.blocks += [self._free.pop() for _ in range(missing)]
+
+    def release(self, sequence: _Sequence) -> None:
+        """Take a sequence's blocks back."""
+        self._free = sorted([*self._free, *sequence.blocks], reverse=True)
+        sequence.blocks = []
+
+    def _grow(self, blocks: int) -> None:
+        slots, two, rows, heads, head_dim = self.kv.shape
+        added = max(blocks * BLOCK, rows)
+        grown = self.kv.new_empty(slots, two, rows + added, heads, head_dim)
+        grown[:, :, :rows] = self.kv
+        self.kv = grown
+        self._free = sorted([*self._free, *range(rows // BLOCK, (rows + added) // BLOCK)], reverse=True)
+
+
+class _Call:
+    """The cache of one packed call (model.Cache): which rows of the pool its new tokens go to, and all come from."""
+
+    def __init__(self, kv: Tensor, sequences: Sequence[_Sequence], counts: Sequence[int]) -> None:
+        lengths = [s.length + n for s, n in zip(sequences, counts, strict=True)]
+        self._kv = kv
+        self._new = torch.cat([s.rows(s.length, n) for s, n in zip(sequences, lengths, strict=True)])
+        self._all = torch.cat([s.rows(0, n) for s, n in zip(sequences, lengths, strict=True)])
+        first, last = int(self._all[0]), int(self._all[-1])
+        neighbours = torch.equal(self._all, torch.arange(first, last + 1))
+        self._run = slice(first, last + 1) if neighbours else None
+        self._key_offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+    @property
+    def key_offsets(self) -> Tensor:
+        return self._key_offsets
+
+    def extend(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self._kv[slot, 0], self._kv[slot, 1]
+        keys.index_copy_(0, self._new, k)
+        values.index_copy_(0, self._new, v)
+        if self._run is not None:
+            return keys[self._run], values[self._run]
+        return keys.index_select(0, self._all), values.index_select(0, self._all)
+
+
+class TorchRunner:
+    """The reference runner: HRM.hidden over packed sequences, with one paged slot for each (visit, layer)."""
+
+    def __init__(self, model: HRM) -> None:
+        self.config = model.config
+        self.parameters = sum(p.numel() for p in model.parameters()) + model.z_L_init.numel()
+        dtype = model.lm_head.weight.dtype
+        self.cache_bytes_per_token = 2 * self.config.cache_slots * self.config.attention_width * dtype.itemsize
+        self._model = model.eval()
+        self._pool = _Pool(self.config, dtype)
+        self._sequences: dict[int, _Sequence] = {}
+        self._handles = itertools.count()
+
+    def open(self, prompts: Sequence[Sequence[int]], prefix_lengths: Sequence[int]) -> tuple[list[int], Tensor]:
+        sequences = [_Sequence(prefix if self.config.prefix_lm else 0) for prefix in prefix_lengths]
+        handles = [next(self._handles) for _ in sequences]
+        self._sequences.update(zip(handles, sequences, strict=True))
+        try:
+            return handles, self._advance(sequences, prompts)
+        except BaseException:
+            for handle in handles:
+                self.close(handle)
+            raise
+
+    def step(self, handles: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        return self._advance([self._sequences[handle] for handle in handles], [[token] for token in tokens])
+
+    def close(self, handle: int) -> None:
+        self._pool.release(self._sequences.pop(handle))
+
+    @torch.inference_mode()
+    def logits(self, ids: Sequence[int], prefix_length: int) -> Tensor:
+        return self._model(torch.tensor([list(ids)]), prefix_length)[0]
+
+    @torch.inference_mode()
+    def _advance(self, sequences: Sequence[_Sequence], added: Sequence[Sequence[int]]) -> Tensor:
+        """Run the added tokens of each sequence; logits after the last of each. An interrupted call changes nothing."""
+        counts = [len(tokens) for tokens in added]
+        for sequence, count in zip(sequences, counts, strict=True):
+            self._pool.reserve(sequence, sequence.length + count)
+        layout = Layout.of(counts, [s.prefix for s in sequences], [s.length for s in sequences])
+        call = _Call(self._pool.kv, sequences, counts)
+        ids = torch.tensor(list(itertools.chain.from_iterable(added)))
+        final = self._model.hidden(ids, layout, call)
+        logits = self._model.lm_head(final[layout.offsets[1:].long() - 1]).float()
+        for sequence, count in zip(sequences, counts, strict=True):
+            sequence.length += count
+        return logits
