@@ -6,6 +6,7 @@ A sequence is `<boq> condition… instruction <eoq> response <eoa>`. Our own mod
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ class _SentencePiece:
 
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ValueError) as error:
             raise ValueError(f"{path}: not a sentencepiece model ({str(error).splitlines()[0]})") from None
         self.vocab_size: int = self._processor.vocab_size()
 
@@ -226,10 +227,11 @@ def train_tokenizer(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
-            model_prefix=str(folder / "tokenizer"),
+            model_writer=model,  # not a file name, which the model would remember
             model_type="bpe",
             vocab_size=vocab_size,
             byte_fallback=True,
@@ -250,5 +252,5 @@ def train_tokenizer(
         )
     except RuntimeError as error:
         raise ValueError(f"tokenizer: {str(error).splitlines()[-1].split('] ')[-1]}") from None
-    (folder / "tokenizer.vocab").unlink()
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
     return Tokenizer.load(folder)
