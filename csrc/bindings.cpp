@@ -2,7 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdint>
 #include <cstdlib>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -57,15 +59,21 @@ class Borrowed {
       if (!py::hasattr(array, "__dlpack__")) {
         hrmcore::reject(op_, argument, "a tensor (any DLPack producer)", py::str(py::type::of(array)));
       }
-      capsule = array.attr("__dlpack__")();
+      capsule = exported(array, argument);
     }
     const auto* t = static_cast<const DlTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
-    if (t == nullptr) throw py::error_already_set();
+    if (t == nullptr) {
+      PyErr_Clear();
+      hrmcore::reject(op_, argument, "a DLPack capsule that nobody has consumed", "one of another kind");
+    }
     if (t->ndim > hrmcore::TensorView::max_rank) {
       hrmcore::reject(op_, argument, "of rank 6 at most", "rank " + std::to_string(t->ndim));
     }
     hrmcore::TensorView v;
     v.data = static_cast<char*>(t->data) + t->byte_offset;
+    if (t->type_bits >= 8 && reinterpret_cast<std::uintptr_t>(v.data) % (t->type_bits / 8) != 0) {
+      hrmcore::reject(op_, argument, "aligned to its element size", "a misaligned view");
+    }
     v.rank = t->ndim;
     v.dtype = dtype_of(*t);
     constexpr std::int32_t dl_cpu = 1, dl_cuda = 2;
@@ -87,6 +95,14 @@ class Borrowed {
   }
 
  private:
+  py::object exported(const py::object& array, const char* argument) const {
+    try {
+      return array.attr("__dlpack__")();
+    } catch (const py::error_already_set& error) {
+      hrmcore::reject(op_, argument, "an array that can be exported through DLPack", error.what());
+    }
+  }
+
   const char* op_;
   std::vector<py::object> capsules_;
 };
@@ -175,8 +191,13 @@ void bind_runtime(py::module_& m) {
   });
   m.def("num_threads", &hrmcore::num_threads);
   m.def("set_num_threads", &hrmcore::set_num_threads);
-  if (const char* forced = std::getenv("HRMCORE_ISA"); forced != nullptr && *forced != '\0')
-    hrmcore::set_isa(forced);
+  if (const char* forced = std::getenv("HRMCORE_ISA"); forced != nullptr && *forced != '\0') {
+    try {
+      hrmcore::set_isa(forced);
+    } catch (const std::invalid_argument& error) {
+      throw py::import_error(std::string("the environment variable HRMCORE_ISA is wrong: ") + error.what());
+    }
+  }
 }
 
 }  // namespace

@@ -16,7 +16,8 @@ bool runs_here(Isa isa) {
     case Isa::generic:
       return true;
     case Isa::avx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("bmi2");
     case Isa::avx512:
       return v4;
     case Isa::vnni:
@@ -68,8 +69,8 @@ void set_isa(const std::string& requested) {
     }
     choices += (choices.empty() ? "" : ", ") + std::string(name(isa));
   }
-  throw std::invalid_argument("instruction set '" + requested + "' is unknown or not supported here; choose one of " +
-                              choices);
+  throw std::invalid_argument("instruction set '" + requested +
+                              "' is unknown or not supported here; choose one of " + choices);
 }
 
 }  // namespace hrmcore

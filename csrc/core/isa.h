@@ -14,34 +14,33 @@ std::vector<Isa> supported_isas();           // what this processor and this bui
 Isa current_isa();                           // the strongest, or the one that HRMCORE_ISA or set_isa named
 void set_isa(const std::string& requested);  // throws std::invalid_argument on an unknown or unsupported name
 
-// Declares `void kernel(const Args&)` in each instruction set's namespace, and a dispatcher of that name in hrmcore.
+// Declares `void kernel(const Args&)` in each instruction set's namespace, and a dispatcher of that name in
+// hrmcore.
 #if defined(HRMCORE_X86)
-#define HRMCORE_DECLARE_KERNEL(kernel, Args)                                              \
-  namespace generic {                                                                     \
-  void kernel(const Args& args) noexcept;                                                 \
-  }                                                                                       \
-  namespace avx2 {                                                                        \
-  void kernel(const Args& args) noexcept;                                                 \
-  }                                                                                       \
-  namespace avx512 {                                                                      \
-  void kernel(const Args& args) noexcept;                                                 \
-  }                                                                                       \
-  namespace vnni {                                                                        \
-  void kernel(const Args& args) noexcept;                                                 \
-  }                                                                                       \
-  [[maybe_unused]] static void kernel(const Args& args) noexcept {                        \
-    using Function = void (*)(const Args&) noexcept;                                      \
+#define HRMCORE_DECLARE_KERNEL(kernel, Args)                                                    \
+  namespace generic {                                                                           \
+  void kernel(const Args& args) noexcept;                                                       \
+  }                                                                                             \
+  namespace avx2 {                                                                              \
+  void kernel(const Args& args) noexcept;                                                       \
+  }                                                                                             \
+  namespace avx512 {                                                                            \
+  void kernel(const Args& args) noexcept;                                                       \
+  }                                                                                             \
+  namespace vnni {                                                                              \
+  void kernel(const Args& args) noexcept;                                                       \
+  }                                                                                             \
+  [[maybe_unused]] static void kernel(const Args& args) noexcept {                              \
+    using Function = void (*)(const Args&) noexcept;                                            \
     constexpr Function table[] = {generic::kernel, avx2::kernel, avx512::kernel, vnni::kernel}; \
-    table[static_cast<int>(current_isa())](args);                                         \
+    table[static_cast<int>(current_isa())](args);                                               \
   }
 #else
-#define HRMCORE_DECLARE_KERNEL(kernel, Args)                        \
-  namespace generic {                                               \
-  void kernel(const Args& args) noexcept;                           \
-  }                                                                 \
-  [[maybe_unused]] static void kernel(const Args& args) noexcept {  \
-    generic::kernel(args);                                          \
-  }
+#define HRMCORE_DECLARE_KERNEL(kernel, Args) \
+  namespace generic {                        \
+  void kernel(const Args& args) noexcept;    \
+  }                                          \
+  [[maybe_unused]] static void kernel(const Args& args) noexcept { generic::kernel(args); }
 #endif
 
 }  // namespace hrmcore

@@ -80,7 +80,8 @@ const Check& Check::size(int axis, std::int64_t expected, const char* meaning) c
 const Check& Check::same_shape(const TensorView& other, const char* other_name) const {
   bool same = tensor_.rank == other.rank;
   for (int axis = 0; same && axis < other.rank; ++axis) same = tensor_.shape[axis] == other.shape[axis];
-  if (!same) fail("of the shape of " + std::string(other_name) + " " + show_shape(other), show_shape(tensor_));
+  if (!same)
+    fail("of the shape of " + std::string(other_name) + " " + show_shape(other), show_shape(tensor_));
   return *this;
 }
 
@@ -95,7 +96,8 @@ const Check& Check::contiguous() const {
 
 const Check& Check::last_contiguous() const {
   const int last = tensor_.rank - 1;
-  if (tensor_.shape[last] != 1 && tensor_.strides[last] != 1) fail("contiguous in its last axis", "a strided view");
+  if (tensor_.shape[last] != 1 && tensor_.strides[last] != 1)
+    fail("contiguous in its last axis", "a strided view");
   return *this;
 }
 

@@ -12,7 +12,8 @@ enum class Device : std::uint8_t { cpu, cuda, other };
 
 const char* name(DType dtype);
 
-// A borrowed, strided array. Strides count elements. `data == nullptr && rank == -1` is an argument left out (None).
+// A borrowed, strided array. Strides count elements. `data == nullptr && rank == -1` is an argument left out
+// (None).
 struct TensorView {
   static constexpr int max_rank = 6;
   void* data = nullptr;
@@ -29,15 +30,16 @@ struct TensorView {
   }
 };
 
-// Collects the conditions that one operand must meet; every failure is a std::invalid_argument that names the op, the
-// argument, what was expected and what came. Runs with the GIL held, before any kernel.
+// Collects the conditions that one operand must meet; every failure is a std::invalid_argument that names the
+// op, the argument, what was expected and what came. Runs with the GIL held, before any kernel.
 class Check {
  public:
   Check(const char* op, const char* argument, const TensorView& tensor);
   const Check& cpu() const;
   const Check& dtype(std::initializer_list<DType> allowed) const;
   const Check& rank(int expected) const;
-  const Check& size(int axis, std::int64_t expected, const char* meaning) const;  // meaning: the letter, e.g. "T"
+  const Check& size(int axis, std::int64_t expected,
+                    const char* meaning) const;  // meaning: the letter, e.g. "T"
   const Check& same_shape(const TensorView& other, const char* other_name) const;
   const Check& contiguous() const;       // C order, no gaps
   const Check& last_contiguous() const;  // unit stride in the last axis, any stride before it
@@ -49,6 +51,7 @@ class Check {
   const TensorView& tensor_;
 };
 
-[[noreturn]] void reject(const char* op, const char* argument, const std::string& expected, const std::string& came);
+[[noreturn]] void reject(const char* op, const char* argument, const std::string& expected,
+                         const std::string& came);
 
 }  // namespace hrmcore

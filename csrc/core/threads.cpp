@@ -1,8 +1,8 @@
 #include "core/threads.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
 #include <sched.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <condition_variable>
@@ -110,16 +110,24 @@ class Pool {
   bool stop_ = false;
 };
 
+std::mutex pool_mutex;
+std::unique_ptr<Pool> pool;
+std::atomic<bool> forked{false};
+
+// Threads do not survive a fork, and an OpenMP runtime that had some waits for them for ever. So the child
+// abandons the pool object, not joining it, and borrows nobody's team again.
+void survive_forks() {
+  static const int registered = pthread_atfork([] { pool_mutex.lock(); }, [] { pool_mutex.unlock(); },
+                                               [] {
+                                                 (void)pool.release();
+                                                 forked.store(true);
+                                                 pool_mutex.unlock();
+                                               });
+  (void)registered;  // fails only for want of memory; then forks are as dangerous as without it
+}
+
 void run_on_pool(Region& region, int threads) {
-  static std::mutex mutex;
-  static std::unique_ptr<Pool> pool;
-  static pid_t owner = 0;
-  std::lock_guard<std::mutex> lock(mutex);
-  if (owner != getpid()) {
-    // After a fork the pool's threads exist only in the parent: the object is abandoned, not joined.
-    (void)pool.release();
-    owner = getpid();
-  }
+  std::lock_guard<std::mutex> lock(pool_mutex);
   if (!pool || pool->workers() != threads - 1) {
     pool.reset();
     try {
@@ -132,12 +140,14 @@ void run_on_pool(Region& region, int threads) {
   pool->run(region);
 }
 
-// torch's OpenMP workers spin for milliseconds after each of its own regions and would fight a second team for the
-// processors. So where an OpenMP runtime is loaded (torch makes it globally visible), its team is borrowed.
+// torch's OpenMP workers spin for milliseconds after each of its own regions and would fight a second team
+// for the processors. So where an OpenMP runtime is loaded (torch makes it globally visible), its team is
+// borrowed.
 using OpenMpParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 OpenMpParallel openmp_parallel() {
   static std::atomic<OpenMpParallel> found{nullptr};
+  if (forked.load(std::memory_order_relaxed)) return nullptr;
   OpenMpParallel parallel = found.load(std::memory_order_relaxed);
   if (parallel == nullptr) {
     parallel = reinterpret_cast<OpenMpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
@@ -166,7 +176,10 @@ void run_blocks(std::int64_t count, std::int64_t grain, BlockBody body, void* co
     const bool outer = inside_region;
     region.work();
     inside_region = outer;
-  } else if (OpenMpParallel parallel = openmp_parallel()) {
+    return;
+  }
+  survive_forks();
+  if (OpenMpParallel parallel = openmp_parallel()) {
     parallel([](void* r) { static_cast<Region*>(r)->work(); }, &region, static_cast<unsigned>(threads), 0);
   } else {
     run_on_pool(region, threads);

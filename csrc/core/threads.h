@@ -1,5 +1,6 @@
-// One way to run a loop on several threads. Work is handed out in blocks whose borders do not depend on the number of
-// threads, so a kernel that keeps each block's arithmetic to itself gives the same bits for any thread count.
+// One way to run a loop on several threads. Work is handed out in blocks whose borders do not depend on the
+// number of threads, so a kernel that keeps each block's arithmetic to itself gives the same bits for any
+// thread count.
 #pragma once
 
 #include <cstdint>
