@@ -173,9 +173,7 @@ class HRM(nn.Module):
                         z_H = self.H_module(z_H, z_L, layout, table, cache, visit)
                 yield h, l, z_L if l < config.L_cycles else z_H
 
-    def hidden(
-        self, ids: Tensor, layout: Layout, cache: Cache | None = None, horizon: int | None = None
-    ) -> Tensor:
+    def hidden(self, ids: Tensor, layout: Layout, cache: Cache | None = None, horizon: int | None = None) -> Tensor:
         """The final H state (T, D) of packed ids (T)."""
         for _, _, state in self.states(ids, layout, cache, horizon):
             final = state
@@ -214,8 +212,9 @@ class HRM(nn.Module):
         save_model(self, path)
 
     def _check_ids(self, ids: Tensor) -> tuple[int, int]:
-        if ids.dim() != 2 or ids.dtype != torch.int64 or ids.numel() == 0:
-            raise ValueError(f"ids must be a non-empty (B, T) int64 tensor, got {ids.dtype} of shape {tuple(ids.shape)}")
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.int64 or ids.numel() == 0:
+            found = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
+            raise ValueError(f"ids must be a non-empty (B, T) int64 tensor, got {found}")
         if ids.shape[1] > self.config.max_position_embeddings:
             limit = self.config.max_position_embeddings
             raise ValueError(f"ids has {ids.shape[1]} tokens, the context (max_position_embeddings) is {limit}")
@@ -229,9 +228,12 @@ class HRM(nn.Module):
         if not self.config.prefix_lm:
             return [0] * batch
         prefix_length = length if prefix_length is None else prefix_length
-        prefix = [prefix_length] * batch if isinstance(prefix_length, int) else list(prefix_length)
-        if len(prefix) != batch or not all(0 <= p <= length for p in prefix):
-            raise ValueError(f"prefix_length must be between 0 and the {length} tokens given, got {prefix_length}")
+        prefix = list(prefix_length) if isinstance(prefix_length, Sequence) else [prefix_length] * batch
+        if len(prefix) != batch or not all(type(p) is int and 0 <= p <= length for p in prefix):
+            raise ValueError(
+                f"prefix_length must be a number (or one for each of {batch} rows) from 0 to the {length} tokens given, "
+                f"got {prefix_length!r}"
+            )
         return prefix
 
 

@@ -44,10 +44,10 @@ class TrainConfig:
 
     model: HRMConfig
     train_files: tuple[str, ...] = _key("JSON-lines files to train on")
-    heldout_files: tuple[str, ...] = _key("JSON-lines files whose loss is reported; never trained on", ())
     tokenizer: str = _key("folder with tokenizer.model or tokenizer.json")
     out: str = _key("run folder: metrics.jsonl, state.safetensors and checkpoint/ are written here")
     steps: int = _key("optimizer steps")
+    heldout_files: tuple[str, ...] = _key("JSON-lines files whose loss is reported; never trained on", ())
     batch_tokens: int = _key("input tokens of a packed batch, at most", 8192)
     learning_rate: float = _key("peak learning rate of AdamW", 1e-3)
     warmup_steps: int = _key("steps over which the learning rate rises linearly from 0", 100)
