@@ -231,7 +231,7 @@ class HRM(nn.Module):
         prefix = list(prefix_length) if isinstance(prefix_length, Sequence) else [prefix_length] * batch
         if len(prefix) != batch or not all(type(p) is int and 0 <= p <= length for p in prefix):
             raise ValueError(
-                f"prefix_length must be a number (or one for each of {batch} rows) from 0 to the {length} tokens given, "
+                f"prefix_length must be a number (or one for each of {batch} rows) from 0 to the {length} tokens, "
                 f"got {prefix_length!r}"
             )
         return prefix
