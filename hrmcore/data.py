@@ -194,9 +194,7 @@ def epoch_batches(lengths: np.ndarray, capacity: int, seed: int, epoch: int) -> 
         left = np.asarray(rest, dtype=order.dtype)
 
 
-def _fill(
-    window: np.ndarray, lengths: np.ndarray, capacity: int, keep_last: bool
-) -> tuple[list[list[int]], list[int]]:
+def _fill(window: np.ndarray, lengths: np.ndarray, capacity: int, keep_last: bool) -> tuple[list[list[int]], list[int]]:
     """Pack a window; with `keep_last` the last batch, which rarely fills, is handed back instead."""
     by_length = sorted((int(lengths[r]), int(r)) for r in window)
     batches: list[list[int]] = []

@@ -252,7 +252,9 @@ class Trainer:
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip))
         if not math.isfinite(norm):
             sources = ", ".join(str(record) for record in batch.records[:20])
-            raise FloatingPointError(f"step {self.step}: the gradient is not finite; the batch's records are {sources}…")
+            raise FloatingPointError(
+                f"step {self.step}: the gradient is not finite; the batch's records are {sources}…"
+            )
         return float(loss.detach()), norm
 
     def _precision(self) -> AbstractContextManager[Any]:
@@ -320,4 +322,3 @@ class Trainer:
             if moments:
                 self.optimizer.state[parameter] = moments
         self._batches = self._batch_stream(skip=self.step)
-

@@ -72,7 +72,9 @@ def main() -> None:
         shutil.copy(file, args.out)
     chosen = [sample for task in samples.values() for sample in task]
     (args.out / "samples.json").write_text(json.dumps(chosen, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    text = card({"parameters": sum(p.numel() for p in hrmcore.HRM.from_pretrained(args.checkpoint).parameters())}, scores)
+    text = card(
+        {"parameters": sum(p.numel() for p in hrmcore.HRM.from_pretrained(args.checkpoint).parameters())}, scores
+    )
     (args.out / "README.md").write_text(text, encoding="utf-8")
     print(text)
 

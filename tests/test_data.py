@@ -1,0 +1,154 @@
+"""Records, their token form and packing. Oracles: the definitions in training.md, recomputed record by record."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reasoning_gym
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hrmcore.data import Corpus, Rejected, epoch_batches, pack, read_records, tokenize
+from hrmcore.tokenizer import Tokenizer, train_tokenizer
+
+TASKS = {"mini_sudoku": 60, "spell_backward": 60, "letter_counting": 60, "chain_sum": 60, "gcd": 60}
+
+
+@pytest.fixture(scope="module")
+def records_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "records.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for task, size in TASKS.items():
+            for item in reasoning_gym.create_dataset(task, size=size, seed=3):
+                file.write(json.dumps({"instruction": item["question"], "response": item["answer"]}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(records_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    texts = (json.loads(line)["instruction"] for line in records_file.read_text(encoding="utf-8").splitlines())
+    return train_tokenizer(texts, tmp_path_factory.mktemp("tokenizer"), vocab_size=512)
+
+
+@pytest.fixture(scope="module")
+def corpus(records_file: Path, tokenizer: Tokenizer) -> Corpus:
+    rejected = Rejected()
+    corpus = tokenize(read_records(records_file, rejected), tokenizer, 1024, rejected)
+    assert not rejected.counts
+    return corpus
+
+
+def test_a_sequence_is_framed_as_designed(records_file: Path, tokenizer: Tokenizer, corpus: Corpus) -> None:
+    first = json.loads(records_file.read_text(encoding="utf-8").splitlines()[0])
+    sequence = corpus.tokens[: corpus.offsets[1]].tolist()
+    prefix = int(corpus.prefix[0])
+    assert sequence[0] == tokenizer.boq
+    assert sequence[1] == tokenizer.condition_ids["direct"]
+    assert sequence[prefix - 1] == tokenizer.eoq
+    assert sequence[-1] == tokenizer.eoa
+    assert tokenizer.decode(sequence[2 : prefix - 1]) == first["instruction"]
+    assert tokenizer.decode(sequence[prefix:-1]) == first["response"]
+
+
+def test_a_batch_supervises_response_and_eoa_only(tokenizer: Tokenizer, corpus: Corpus) -> None:
+    chosen = [5, 0, 250]
+    batch = pack(corpus, chosen)
+    assert batch.records == (5, 0, 250)
+    row = 0
+    for number, record in enumerate(chosen):
+        sequence = corpus.tokens[corpus.offsets[record] : corpus.offsets[record + 1]].tolist()
+        start, stop = int(batch.offsets[number]), int(batch.offsets[number + 1])
+        assert batch.ids[start:stop].tolist() == sequence[:-1]
+        assert batch.positions[start:stop].tolist() == list(range(len(sequence) - 1))
+        assert int(batch.prefix[number]) == corpus.prefix[record]
+        response = sequence[corpus.prefix[record] :]
+        assert batch.targets[row : row + len(response)].tolist() == response
+        # the last instruction token predicts the first response token
+        assert batch.supervised[row].item() == start + corpus.prefix[record] - 1
+        assert torch.equal(
+            batch.supervised[row : row + len(response)] + 1, torch.arange(stop - len(response), stop) + 1
+        )
+        row += len(response)
+    assert row == len(batch.targets) == len(batch.supervised)
+
+
+def test_real_lengths_fill_the_slots(corpus: Corpus) -> None:
+    lengths = np.tile(corpus.lengths, 40)
+    batches = list(epoch_batches(lengths, 4096, seed=0, epoch=0))
+    used = sum(int(lengths[batch].sum()) for batch in batches[:-1])
+    assert used / (4096 * (len(batches) - 1)) >= 0.99
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 100), max_size=300),
+    capacity=st.integers(100, 400),
+    seed=st.integers(0, 3),
+    epoch=st.integers(0, 3),
+)
+def test_an_epoch_holds_every_record_once(lengths: list[int], capacity: int, seed: int, epoch: int) -> None:
+    array = np.asarray(lengths, dtype=np.int64)
+    batches = list(epoch_batches(array, capacity, seed, epoch))
+    assert sorted(record for batch in batches for record in batch) == list(range(len(lengths)))
+    assert all(array[batch].sum() <= capacity for batch in batches)
+
+
+def test_the_order_depends_on_seed_and_epoch_alone(corpus: Corpus) -> None:
+    def order(seed: int, epoch: int) -> list[list[int]]:
+        return list(epoch_batches(corpus.lengths, 2048, seed, epoch))
+
+    assert order(1, 2) == order(1, 2)
+    assert order(1, 2) != order(1, 3)
+    assert order(1, 2) != order(2, 2)
+
+
+def test_a_record_longer_than_a_batch_is_named(corpus: Corpus) -> None:
+    with pytest.raises(ValueError, match="batch_tokens is 8, but a record has"):
+        next(epoch_batches(corpus.lengths, 8, seed=0, epoch=0))
+
+
+BAD_LINES = {
+    "{": "not JSON",
+    "[1]": "not a JSON object",
+    '{"instruction": "a"}': "'response' is missing or not a string",
+    '{"instruction": 3, "response": "b"}': "'instruction' is missing or not a string",
+    '{"instruction": "a", "response": " "}': "'response' is empty",
+    '{"instruction": "a", "response": "b", "condition": 1}': "'condition' is not a string",
+    '{"instruction": "a", "response": "b", "condition": "loud"}': "unknown condition 'loud'",
+    '{"instruction": "' + "a " * 600 + '", "response": "b"}': "longer than the context",
+    '{"instruction": "\\ud800", "response": "b"}': "surrogate",
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_bad_lines_are_counted_and_placed(line: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"instruction": "good", "response": "one"}\n' + line + "\n", encoding="utf-8")
+    rejected = Rejected()
+    corpus = tokenize(read_records(path, rejected), tokenizer, 256, rejected)
+    assert len(corpus) == 1
+    [report] = rejected.report()
+    assert BAD_LINES[line] in report
+    assert f"{path}:2" in report
+    with pytest.raises(ValueError, match=f"{path}:2: .*{BAD_LINES[line]}"):
+        tokenize(read_records(path, rejected, strict=True), tokenizer, 256, rejected, strict=True)
+
+
+def test_undecodable_bytes_are_a_bad_line(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(b'{"instruction": "a", "response": "b"}\n\xff\xfe\n')
+    rejected = Rejected()
+    assert len(list(read_records(path, rejected))) == 1
+    assert rejected.counts == {"not JSON": 1}
+
+
+def test_no_usable_record_is_an_error(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text("oops\n", encoding="utf-8")
+    rejected = Rejected()
+    with pytest.raises(ValueError, match=f"no usable record: 1 left out: not JSON .*{path}:1"):
+        tokenize(read_records(path, rejected), tokenizer, 256, rejected)
