@@ -1,0 +1,87 @@
+"""The `hrmcore` command: finds the module of a subcommand, runs it, and turns errors into exit codes.
+
+0 is success, 2 a mistake in what was given (one line says which), 1 a failure, 130 an interruption. A subcommand's
+module has `add_arguments(parser)` and `run(args) -> int`, and is imported only when it is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: its line in `hrmcore --help`, and where it lives."""
+
+    help: str
+    module: str
+
+
+COMMANDS = {
+    "generate": Command("answer one question", "hrmcore.generate"),
+    "repl": Command("talk to a model", "hrmcore.repl"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status. Raises SystemExit as argparse does."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a narrow encoding must not end an answer
+    args = _parser(arguments).parse_args(arguments)
+    try:
+        status = importlib.import_module(COMMANDS[args.command].module).run(args)
+        sys.stdout.flush()
+        return int(status)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader has gone, as in `hrmcore generate … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError) as error:
+        print(f"hrmcore {args.command}: {explain(error)}", file=sys.stderr)
+        return 2
+
+
+def explain(error: Exception) -> str:
+    """An exception as one line for a person."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="hrmcore",
+        description="Train, grow and run hierarchical recurrent language models.",
+        epilog="hrmcore COMMAND --help explains a command and shows an example.",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        described = f"{command.help[0].upper()}{command.help[1:]}."
+        formatter = argparse.RawDescriptionHelpFormatter
+        sub = commands.add_parser(name, help=command.help, description=described, formatter_class=formatter)
+        if arguments[:1] == [name]:
+            importlib.import_module(command.module).add_arguments(sub)
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        import hrmcore
+
+        print(hrmcore.__version__)
+        parser.exit()
