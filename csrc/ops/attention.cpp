@@ -83,7 +83,7 @@ void check_inputs(const char* op, const Args& args) {
   check_offsets(op, "key_offsets", args.key_offsets, args.k.shape[0]);
   check_sequences(op, args.offsets, args.key_offsets, args.prefix);
   check_query_rows(op, "out", args.out, args.q);
-  Check(op, "lse", args.lse).cpu().rank(2).dtype({DType::f32}).contiguous();
+  Check(op, "lse", args.lse).cpu().rank(2).dtype({DType::f32}).last_contiguous();
   Check(op, "lse", args.lse).size(0, args.q.shape[0], "T").size(1, args.q.shape[1], "H");
 }
 

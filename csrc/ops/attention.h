@@ -35,7 +35,7 @@ struct AttentionForward {
   TensorView key_offsets;  // (S + 1) int32
   TensorView prefix;       // (S) int32
   TensorView out;          // (T, H, d), written
-  TensorView lse;          // (T, H) float32, contiguous, written
+  TensorView lse;          // (T, H) float32, written
 };
 
 struct AttentionBackward {

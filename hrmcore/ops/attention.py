@@ -141,7 +141,7 @@ def cases(dtype: torch.dtype = torch.float32) -> Iterator[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     for heads, head_dim, lengths, prefix, cached in [
         (1, 8, [1], [0], None),
-        (2, 16, [1, 1, 2], [0, 1, 2], None),
+        (2, 16, [1, 3, 2], [0, 1, 2], None),
         (3, 24, [5, 0, 17, 3], [2, 0, 17, 1], None),  # an empty sequence
         (1, 256, [70], [13], None),
         (2, 104, [33, 66], [0, 40], None),
@@ -150,7 +150,7 @@ def cases(dtype: torch.dtype = torch.float32) -> Iterator[dict[str, Any]]:
         (2, 40, [1, 1, 3, 0], [0, 9, 70, 4], [4, 70, 130, 6]),  # cached decoding
         (3, 64, [70, 1, 40], [100, 0, 0], [60, 200, 64]),  # chunked prefill
         (6, 64, [20, 57, 120, 33, 96, 64, 41, 81], [12, 30, 60, 0, 96, 20, 1, 64], None),
-        (12, 128, [512], [128], None),
+        (4, 128, [400], [128], None),
     ]:
         offsets = torch.tensor([0, *lengths]).cumsum(0)
         key_offsets = offsets + torch.tensor([0, *(cached or [0] * len(lengths))]).cumsum(0)

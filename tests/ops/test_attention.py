@@ -1,0 +1,296 @@
+import re
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import DTYPES, bound, call, framed, listed, only_inside_written, poisoned, relative_error, same_bits
+from torch.nn.functional import scaled_dot_product_attention
+
+from hrmcore import _C
+from hrmcore.ops.attention import _attention, _attention_backward, attention, attention_ref, cases
+from hrmcore.ops.backend import reference_ops
+
+FLOAT32_BOUND = 1e-6
+OPERANDS = ("q", "k", "v", "gate")
+INDICES = range(len(list(cases())))
+
+
+def grad_out_of(q):
+    return torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(q.dtype)
+
+
+@cache
+def reference(dtype, index):
+    """The output in float64, and the gradients of q, k, v and gate."""
+    case = listed(cases, dtype)[index]
+    leaves = {name: case[name].double().requires_grad_() for name in OPERANDS}
+    out = attention_ref(**(case | leaves))
+    return out.detach(), torch.autograd.grad(out, list(leaves.values()), grad_out_of(case["q"]).double())
+
+
+def gradient_bound(grad, dtype):
+    """bfloat16: the output that the backward starts from is rounded already, and so is the gradient.
+
+    With a handful of keys the gradients of q and k are what is left when nearly equal terms cancel.
+    """
+    if dtype == torch.float32:
+        return FLOAT32_BOUND
+    return 2.0**-7 if len(grad) < 10 else 2.0**-8
+
+
+def gradient_error(grad, expected, grad_out):
+    """A token that sees nothing but itself gives q and k no gradient: what rounding leaves is measured by grad_out."""
+    if expected.any():
+        return relative_error(grad, expected)
+    return (grad.double().norm() / grad_out.double().norm()).item()
+
+
+def packing(case):
+    key_offsets = case["offsets"] if case["key_offsets"] is None else case["key_offsets"]
+    return case["offsets"], key_offsets, case["prefix"]
+
+
+def random_case(lengths, prefix, cached=None, heads=2, head_dim=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    key_offsets = offsets + torch.tensor([0, *(cached or [0] * len(lengths))]).cumsum(0)
+    rows = {"q": offsets, "k": key_offsets, "v": key_offsets, "gate": offsets}
+    operands = {name: torch.randn(int(o[-1]), heads, head_dim, generator=generator) for name, o in rows.items()}
+    prefix = torch.tensor(prefix, dtype=torch.int32)
+    return operands | {"offsets": offsets.int(), "prefix": prefix, "key_offsets": key_offsets.int()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("index", INDICES)
+def test_forward_kernel(isa, dtype, index):
+    case = listed(cases, dtype)[index]
+    out, lse = poisoned(*case["q"].shape, dtype=dtype), poisoned(*case["q"].shape[:2], dtype=torch.float32)
+    call(_C.attention_forward, *(framed(case[name]) for name in OPERANDS), *packing(case), out, lse)
+    assert only_inside_written(out)
+    assert only_inside_written(lse)
+    assert relative_error(out, reference(dtype, index)[0]) <= bound(out, FLOAT32_BOUND)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("index", INDICES)
+def test_backward_kernel(isa, dtype, index):
+    case = listed(cases, dtype)[index]
+    q, k, v, gate = (framed(case[name]) for name in OPERANDS)
+    out, lse = (framed(x) for x in _attention(**case))
+    grad_out = framed(grad_out_of(q))
+    grad_q, grad_gate = poisoned(*q.shape, dtype=dtype), poisoned(*q.shape, dtype=dtype)
+    grad_k, grad_v = poisoned(*k.shape, dtype=torch.float32), poisoned(*k.shape, dtype=torch.float32)
+    grads = grad_q, grad_k, grad_v, grad_gate
+    call(_C.attention_backward, q, k, v, gate, *packing(case), out, lse, grad_out, *grads)
+    for grad, expected in zip(grads, reference(dtype, index)[1], strict=True):
+        assert only_inside_written(grad)
+        assert gradient_error(grad, expected, grad_out) <= gradient_bound(grad, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("index", INDICES)
+def test_autograd(dtype, index):
+    case = listed(cases, dtype)[index]
+    leaves = {name: case[name].detach().requires_grad_() for name in OPERANDS}
+    out = attention(**(case | leaves))
+    grad_out = grad_out_of(out)
+    expected_out, expected_grads = reference(dtype, index)
+    assert relative_error(out, expected_out) <= bound(out, FLOAT32_BOUND)
+    grads = torch.autograd.grad(out, list(leaves.values()), grad_out)
+    for grad, expected in zip(grads, expected_grads, strict=True):
+        assert grad.dtype == dtype
+        assert gradient_error(grad, expected, grad_out) <= gradient_bound(grad, dtype)
+
+
+@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+def test_every_head_dim(isa, head_dim):
+    case = random_case([37], [9], cached=[30], heads=1, head_dim=head_dim)
+    ours = {name: case[name].clone().requires_grad_() for name in OPERANDS}
+    theirs = {name: case[name].double().requires_grad_() for name in OPERANDS}
+    out, expected = attention(**(case | ours)), attention_ref(**(case | theirs))
+    assert relative_error(out, expected) <= FLOAT32_BOUND
+    torch.autograd.backward([out, expected], [grad_out_of(out), grad_out_of(out).double()])
+    for name in OPERANDS:
+        assert relative_error(ours[name].grad, theirs[name].grad) <= FLOAT32_BOUND
+
+
+@st.composite
+def packings(draw):
+    lengths = draw(st.lists(st.integers(0, 70), min_size=1, max_size=6))
+    cached = [draw(st.integers(0, 70)) for _ in lengths]
+    prefix = [draw(st.integers(0, length + more)) for length, more in zip(lengths, cached, strict=True)]
+    return lengths, prefix, cached
+
+
+@settings(max_examples=50, deadline=None)
+@given(packings())
+def test_any_packing(drawn):
+    case = random_case(*drawn)
+    ours = {name: case[name].clone().requires_grad_() for name in OPERANDS}
+    theirs = {name: case[name].double().requires_grad_() for name in OPERANDS}
+    out, expected = attention(**(case | ours)), attention_ref(**(case | theirs))
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.autograd.backward([out, expected], [grad_out_of(out), grad_out_of(out).double()])
+    for name in OPERANDS:
+        torch.testing.assert_close(ours[name].grad.double(), theirs[name].grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("queries", "keys", "prefix"), [(150, 150, 0), (150, 150, 77), (90, 200, 150), (1, 333, 20)])
+def test_against_torch(isa, queries, keys, prefix):
+    case = random_case([queries], [prefix], cached=[keys - queries], head_dim=64)
+    mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    mask[:, :prefix] = True
+    q, k, v = (case[name].double().transpose(0, 1) for name in ("q", "k", "v"))
+    expected = scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(0, 1)
+    out, lse = _attention(**(case | {"gate": torch.full_like(case["gate"], 40.0)}))  # wide open
+    assert relative_error(out, expected) <= FLOAT32_BOUND
+    scores = (q @ k.transpose(1, 2) / 8).masked_fill(~mask, -torch.inf)
+    assert relative_error(lse, scores.logsumexp(-1).T) <= FLOAT32_BOUND
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e2, 1e4])
+def test_extreme_scores(isa, scale):
+    case = random_case([100], [30])
+    case["q"] *= scale
+    out = attention(**case)
+    expected = attention_ref(**{name: x.double() if name in OPERANDS else x for name, x in case.items()})
+    assert relative_error(out, expected) <= FLOAT32_BOUND * max(1, scale)  # a score's rounding grows with the score
+
+
+def test_sequences_do_not_see_each_other(isa):
+    case = random_case([40, 70, 33], [0, 50, 33])
+    clean = _attention(**case)
+    clean_grads = _attention_backward(**case, out=clean[0], lse=clean[1], grad_out=clean[0])
+    for name in OPERANDS:
+        case[name][40:110] = torch.nan
+    spoilt = _attention(**case)
+    spoilt_grads = _attention_backward(**case, out=spoilt[0], lse=spoilt[1], grad_out=spoilt[0])
+    for before, after in zip(clean + clean_grads, spoilt + spoilt_grads, strict=True):
+        assert torch.equal(before[:40], after[:40])
+        assert torch.equal(before[110:], after[110:])
+    assert spoilt[0][40:110].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("index", INDICES[-3:-1])
+def test_same_bits_for_any_number_of_threads(isa, dtype, index):
+    case = listed(cases, dtype)[index]
+
+    def compute():
+        out, lse = _attention(**case)
+        return out, lse, *_attention_backward(**case, out=out, lse=lse, grad_out=out)
+
+    assert same_bits(compute)
+
+
+def test_opcheck():
+    case = listed(cases, torch.float32)[7]
+    leaves = {name: case[name].detach().requires_grad_() for name in OPERANDS}
+    torch.library.opcheck(_attention, tuple((case | leaves).values()))
+    out, lse = _attention(**case)
+    torch.library.opcheck(_attention_backward, (*case.values(), out, lse, out))
+
+
+def test_reference_is_twice_differentiable():
+    case = random_case([2, 3], [2, 1], cached=[0, 1], heads=1, head_dim=2)
+    leaves = [case[name].double().requires_grad_() for name in OPERANDS]
+    rest = {name: case[name] for name in ("offsets", "prefix", "key_offsets")}
+    with reference_ops():
+        assert torch.autograd.gradgradcheck(lambda *operands: attention(*operands, **rest), leaves)
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
+def test_no_tokens(lengths):
+    case = random_case(lengths, [0] * len(lengths))
+    q = case["q"].requires_grad_()
+    attention(**(case | {"q": q})).sum().backward()
+    assert q.grad.shape == (0, 2, 8)
+
+
+def test_keys_without_queries_have_no_gradient():
+    case = random_case([0, 4], [3, 0], cached=[5, 0])
+    out, lse = _attention(**case)
+    _, grad_k, grad_v, _ = _attention_backward(**case, out=out, lse=lse, grad_out=out)
+    assert not grad_k[:5].any()
+    assert not grad_v[:5].any()
+    assert grad_v[5:].any()
+
+
+Q, FUSED = torch.ones(5, 2, 8), torch.ones(5, 2, 8, 2)
+INTS = torch.tensor([0, 2, 5], dtype=torch.int32)
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": Q.double()}, "q must be float32 or bfloat16, got float64"),
+        ({"q": Q[0]}, "q must be of rank 3, got shape (2, 8)"),
+        ({"q": FUSED[..., 0]}, "q must be contiguous in its last axis, got a strided view"),
+        (
+            {"q": torch.ones(5, 2, 12)},
+            "q must be of a head_dim (last axis) that is a multiple of 8 from 8 to 256, got 12",
+        ),
+        (
+            {"q": torch.ones(5, 2, 264)},
+            "q must be of a head_dim (last axis) that is a multiple of 8 from 8 to 256, got 264",
+        ),
+        (
+            {"q": torch.ones(5, 2, 0)},
+            "q must be of a head_dim (last axis) that is a multiple of 8 from 8 to 256, got 0",
+        ),
+        ({"k": Q.bfloat16()}, "k must be float32, got bfloat16"),
+        ({"k": torch.ones(5, 3, 8)}, "k must be of size 2 (H) in axis 1, got shape (5, 3, 8)"),
+        ({"k": torch.ones(5, 2, 16)}, "k must be of size 8 (d) in axis 2, got shape (5, 2, 16)"),
+        ({"v": Q[:4]}, "v must be of the shape of k (5, 2, 8), got (4, 2, 8)"),
+        ({"v": FUSED[..., 0]}, "v must be contiguous in its last axis, got a strided view"),
+        ({"gate": Q[:4]}, "gate must be of the shape of q (5, 2, 8), got (4, 2, 8)"),
+        ({"offsets": INTS.long()}, "offsets must be int32, got int64"),
+        ({"offsets": INTS[None]}, "offsets must be of rank 1, got shape (1, 3)"),
+        ({"offsets": ints(0, 0, 2, 0, 5)[::2]}, "offsets must be contiguous, got a strided view"),
+        ({"offsets": ints()}, "offsets must be of at least one element (S + 1), got an empty tensor"),
+        ({"offsets": ints(1, 2, 5)}, "offsets must be 0 in its first element, got 1"),
+        ({"offsets": ints(0, 6, 5)}, "offsets must be non-decreasing, got offsets[2] = 5 after 6"),
+        ({"offsets": ints(0, 2, 6)}, "offsets must be 5 (the number of rows) in its last element, got 6"),
+        ({"key_offsets": ints(0, 2, 4)}, "key_offsets must be 5 (the number of rows) in its last element, got 4"),
+        ({"key_offsets": ints(0, 5)}, "key_offsets must be of the shape of offsets (3), got (2)"),
+        (
+            {"key_offsets": ints(0, 1, 5)},
+            "key_offsets must be such that each sequence has at least as many keys as queries, "
+            "got 1 keys for 2 queries in sequence 0",
+        ),
+        ({"prefix": ints(0, 0).long()}, "prefix must be int32, got int64"),
+        ({"prefix": ints(0)}, "prefix must be of size 2 (S) in axis 0, got shape (1)"),
+        ({"prefix": ints(0, -1)}, "prefix must be between 0 and the sequence's number of keys, 3, got prefix[1] = -1"),
+        ({"prefix": ints(3, 0)}, "prefix must be between 0 and the sequence's number of keys, 2, got prefix[0] = 3"),
+    ],
+)
+def test_bad_input(change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        attention(**({"q": Q, "k": Q, "v": Q, "gate": Q, "offsets": INTS, "prefix": ints(0, 0)} | change))
+
+
+@pytest.mark.parametrize(
+    ("position", "wrong", "message"),
+    [
+        (7, Q[:4], "out must be of the shape of q (5, 2, 8), got (4, 2, 8)"),
+        (7, Q.bfloat16(), "out must be float32, got bfloat16"),
+        (8, Q[..., 0].double(), "lse must be float32, got float64"),
+        (8, Q[:4, 0, :2], "lse must be of size 5 (T) in axis 0, got shape (4, 2)"),
+        (9, Q[:, :1], "grad_out must be of size 2 (H) in axis 1, got shape (5, 1, 8)"),
+        (10, FUSED[..., 0], "grad_q must be contiguous in its last axis, got a strided view"),
+        (11, Q.bfloat16(), "grad_k must be float32, got bfloat16"),
+        (12, Q[:4], "grad_v must be of the shape of k (5, 2, 8), got (4, 2, 8)"),
+        (13, None, "grad_gate must be a tensor"),
+    ],
+)
+def test_bad_backward_operand(position, wrong, message):
+    operands = [Q, Q, Q, Q, INTS, INTS, ints(0, 0), Q, torch.ones(5, 2), Q, *torch.empty(4, 5, 2, 8)]
+    operands[position] = wrong
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call(_C.attention_backward, *operands)
