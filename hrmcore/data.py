@@ -173,14 +173,13 @@ _WINDOW_BATCHES = 32  # records of so many batches are packed together: enough c
 def epoch_batches(lengths: np.ndarray, capacity: int, seed: int, epoch: int) -> Iterator[list[int]]:
     """Record numbers of each batch of an epoch: every record once, at most `capacity` tokens a batch.
 
-    The order depends on seed and epoch alone. Within a window of shuffled records each batch takes the longest record
-    that still fits (best fit decreasing); what is left at a window's end opens the next one.
-    Raises ValueError when a record is longer than `capacity`.
+    The order depends on seed and epoch alone. A batch takes records as the shuffle brings them, whatever their length,
+    so that no batch is all of one task; only its last gap is filled with the longest record of the window that fits.
+    What is left at a window's end opens the next one. Raises ValueError when a record is longer than `capacity`.
     """
     if len(lengths) and (longest := int(lengths.max())) > capacity:
         raise ValueError(f"batch_tokens is {capacity}, but a record has {longest} tokens; raise it to at least that")
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(lengths))
+    order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
     ends = np.cumsum(lengths[order])
     start, left = 0, np.empty(0, dtype=order.dtype)
     while start < len(order):
@@ -188,22 +187,27 @@ def epoch_batches(lengths: np.ndarray, capacity: int, seed: int, epoch: int) -> 
         stop = int(np.searchsorted(ends, used + _WINDOW_BATCHES * capacity - lengths[left].sum(), side="right"))
         stop = max(stop, start + 1)
         window, start = np.concatenate([left, order[start:stop]]), stop
-        batches, rest = _fill(window, lengths, capacity, keep_last=start < len(order))
-        rng.shuffle(batches)
+        batches = _fill(window, lengths, capacity)
+        left = np.asarray(batches.pop() if start < len(order) and len(batches) > 1 else [], dtype=order.dtype)
         yield from batches
-        left = np.asarray(rest, dtype=order.dtype)
 
 
-def _fill(window: np.ndarray, lengths: np.ndarray, capacity: int, keep_last: bool) -> tuple[list[list[int]], list[int]]:
-    """Pack a window; with `keep_last` the last batch, which rarely fills, is handed back instead."""
-    by_length = sorted((int(lengths[r]), int(r)) for r in window)
+def _fill(window: np.ndarray, lengths: np.ndarray, capacity: int) -> list[list[int]]:
+    """Pack the records of a window, in their order but for the gaps; only the last batch may be far from full."""
+    by_length = sorted((int(lengths[record]), int(record)) for record in window)
+    waiting = dict.fromkeys(int(record) for record in window)
     batches: list[list[int]] = []
-    while by_length:
-        room, batch = capacity, []
-        while by_length and (index := bisect.bisect_right(by_length, (room, len(lengths))) - 1) >= 0:
-            length, record = by_length.pop(index)
-            batch.append(record)
-            room -= length
+    while waiting:
+        room = capacity
+        batch: list[int] = []
+        while by_length and by_length[0][0] <= room:
+            following = next(iter(waiting))
+            key = (int(lengths[following]), following)
+            if key[0] > room:
+                key = by_length[bisect.bisect_right(by_length, (room, len(lengths))) - 1]
+            by_length.pop(bisect.bisect_left(by_length, key))
+            del waiting[key[1]]
+            batch.append(key[1])
+            room -= key[0]
         batches.append(batch)
-    rest = batches.pop() if keep_last and len(batches) > 1 else []
-    return batches, rest
+    return batches

@@ -30,14 +30,14 @@ def answer_all(engine: Any, records: list[dict[str, str]]) -> list[str]:
     return answers
 
 
-def card(model: Any, scores: dict[str, list[bool]]) -> str:
+def card(parameters: int, scores: dict[str, list[bool]]) -> str:
     """The model card: what it is, how it was made, how well it does on prompts it never saw."""
     rows = "\n".join(
         f"| {task} | {100 * sum(right) / len(right):.1f}% | {len(right)} |" for task, right in sorted(scores.items())
     )
     return f"""# The embedded model
 
-A hierarchical recurrent language model of {model["parameters"] / 1e6:.2f} M parameters, trained from scratch by
+A hierarchical recurrent language model of {parameters / 1e6:.2f} M parameters, trained from scratch by
 `runs/tiny.sh` (seed and settings in `runs/tiny.toml`, problems and difficulties in `runs/tiny_data.py`) on problems
 that the `reasoning-gym` package generates. It knows these tasks in the wording of that package and nothing else.
 
@@ -72,9 +72,8 @@ def main() -> None:
         shutil.copy(file, args.out)
     chosen = [sample for task in samples.values() for sample in task]
     (args.out / "samples.json").write_text(json.dumps(chosen, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    text = card(
-        {"parameters": sum(p.numel() for p in hrmcore.HRM.from_pretrained(args.checkpoint).parameters())}, scores
-    )
+    model = hrmcore.HRM.from_pretrained(args.checkpoint)
+    text = card(sum(p.numel() for p in model.parameters()), scores)
     (args.out / "README.md").write_text(text, encoding="utf-8")
     print(text)
 
