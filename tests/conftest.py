@@ -1,0 +1,61 @@
+"""What the tests of generation share: a small random model with a tokenizer, and one thread."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from hrmcore import _C
+from hrmcore.config import HRMConfig
+from hrmcore.engine import Engine, load
+from hrmcore.model import HRM
+from hrmcore.tokenizer import train_tokenizer
+
+SAMPLES = [
+    {"task": "chain_sum", "instruction": "what is 3 plus 4?", "response": "7"},
+    {"task": "grid", "instruction": "copy\n1 2\n3 4", "response": "1 2\n3 4"},
+]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Run on one thread: the models are tiny, and the machine may be busy."""
+    before = torch.get_num_threads(), _C.num_threads()
+    torch.set_num_threads(1)
+    _C.set_num_threads(1)
+    yield
+    torch.set_num_threads(before[0])
+    _C.set_num_threads(before[1])
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model in a folder with a tokenizer and sample questions. Its answers are noise."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    texts = [f"what is {i} plus {j}? é{i} ü, copy\n{i} {j}" for i in range(40) for j in range(40)]
+    tokenizer = train_tokenizer(texts, folder, vocab_size=300)
+    torch.manual_seed(0)
+    config = HRMConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers_per_stack=1,
+        num_attention_heads=2,
+        head_dim=16,
+        H_cycles=2,
+        L_cycles=2,
+        max_position_embeddings=2048,
+    )
+    HRM(config).save_pretrained(folder)
+    (folder / "samples.json").write_text(json.dumps(SAMPLES))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def engine(checkpoint: Path) -> Engine:
+    """The checkpoint, loaded."""
+    return load(checkpoint)
