@@ -1,7 +1,8 @@
-"""Training: a TOML file in, a run folder out (metrics, training state, hrm_text checkpoint)."""
+"""`hrmcore train`: a TOML file in, a run folder out (metrics, training state, hrm_text checkpoint)."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
@@ -29,6 +30,42 @@ try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
+
+
+EXAMPLE = """\
+examples:
+  hrmcore train run.toml          start, or resume where the run folder's state stands
+  hrmcore train --explain         every key of a run file
+
+a run file:
+  train_files = ["records.jsonl"]    # {"instruction": …, "response": …} a line
+  tokenizer = "tokenizer/"
+  out = "run/"
+  steps = 1000
+  [model]
+  hidden_size = 256
+  intermediate_size = 768
+  num_layers_per_stack = 2
+  num_attention_heads = 4
+  head_dim = 64
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `hrmcore train`."""
+    parser.epilog = EXAMPLE
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("config", nargs="?", type=Path, help="the run file (TOML)")
+    what.add_argument("--explain", action="store_true", help="print every key of a run file and leave")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train as the run file says; an interrupted run saves its state first."""
+    if args.explain:
+        print(explain())
+    else:
+        Trainer(read_config(args.config)).run()
+    return 0
 
 
 def _key(explanation: str, default: Any = dataclasses.MISSING) -> Any:
@@ -139,10 +176,11 @@ def explain() -> str:
         if f.name != "model":
             default = "(required)" if f.default is dataclasses.MISSING else f"default {f.default!r}"
             lines.append(f"{f.name:<17} {default:<18} {f.metadata['explain']}")
-    lines.append("\n[model]  the keys of HRMConfig; vocab_size is the tokenizer's")
+    lines.append("\n[model]  the keys of HRMConfig; vocab_size and eos_token_id are the tokenizer's")
     for f in dataclasses.fields(HRMConfig):
-        default = "(required)" if f.default is dataclasses.MISSING else f"default {f.default!r}"
-        lines.append(f"{f.name:<24} {default}")
+        if f.name not in ("vocab_size", "eos_token_id"):
+            default = "(required)" if f.default is dataclasses.MISSING else f"default {f.default!r}"
+            lines.append(f"{f.name:<24} {default}")
     return "\n".join(lines)
 
 

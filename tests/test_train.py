@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hrmcore.cli import main
 from hrmcore.model import HRM
 from hrmcore.tokenizer import train_tokenizer
 from hrmcore.train import TrainConfig, Trainer, explain, horizon, learning_rate, read_config
@@ -167,3 +168,13 @@ def test_explain_lists_every_key() -> None:
     text = explain()
     for key in TrainConfig.__dataclass_fields__:
         assert key in text
+
+
+def test_the_command_trains_and_names_mistakes(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(run_file)]) == 0
+    assert len(metrics(Path(read_config(run_file).out))) == 12
+    capsys.readouterr()
+    assert main(["train", str(rewrite(run_file, "steps = 12", "steps = 0"))]) == 2
+    assert capsys.readouterr().err == f"hrmcore train: {run_file}: train config: steps must be at least 1, got 0\n"
+    assert main(["train", str(run_file.with_name("missing.toml"))]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
