@@ -167,7 +167,10 @@ def _refuse_unsupported(values: dict[str, Any]) -> None:
 def _own_keys(values: dict[str, Any]) -> dict[str, Any]:
     """The values of a released config under the names of HRMConfig."""
     depth = "num_layers_per_stack" if values.get("num_layers_per_stack") is not None else "num_hidden_layers"
-    own = {"num_layers_per_stack": _required(values, depth)}
+    layers = _required(values, depth)
+    if type(layers) is not int or layers < 1:
+        raise ValueError(f"{depth} must be a whole number of at least 1, got {layers!r}")
+    own = {"num_layers_per_stack": layers}
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):
         own[key] = _required(values, key)
     own |= {key: values.get(key, default) for key, default in _DEFAULTS.items()}
@@ -369,39 +372,43 @@ def _stored_tensors(folder: Path) -> dict[str, _Stored]:
                 f"convert them to safetensors"
             )
         raise FileNotFoundError(f"{folder}: no {WEIGHTS_FILE} and no {INDEX_FILE}")
+    return _sharded_tensors(index)
+
+
+def _sharded_tensors(index: Path) -> dict[str, _Stored]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"{index}: weight_map must be an object from tensor names to file names")
-    stored: dict[str, _Stored] = {}
-    for shard in sorted(set(weight_map.values())):
-        stored |= _read_shard(index, shard, {key for key, name in weight_map.items() if name == shard})
-    return stored
-
-
-def _read_shard(index: Path, shard: str, keys: set[str]) -> dict[str, _Stored]:
-    if not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
-        raise ValueError(f"{index}: {min(keys)!r} is in {shard!r}; a shard must be a .safetensors file of the folder")
-    path = index.parent / shard
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing, but {index.name} says that it holds {min(keys)!r}")
-    header = _read_header(path)
-    if missing := sorted(keys - set(header)):
-        raise ValueError(f"{path}: tensor {missing[0]!r} is missing, but {index.name} says that it is here")
-    if extra := sorted(set(header) - keys):
-        raise ValueError(f"{path}: extra tensor {extra[0]!r} is not in {index.name}")
-    return header
+    for key, shard in weight_map.items():
+        if not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
+            raise ValueError(f"{index}: {key!r} is in {shard!r}; a shard must be a .safetensors file of the folder")
+        if not (index.parent / shard).exists():
+            raise FileNotFoundError(f"{index.parent / shard}: missing, but {index.name} says that it holds {key!r}")
+    headers = {shard: _read_header(index.parent / shard) for shard in sorted(set(weight_map.values()))}
+    for key, shard in weight_map.items():
+        if key not in headers[shard]:
+            path = index.parent / shard
+            raise ValueError(f"{path}: tensor {key!r} is missing, but {index.name} says that it is here")
+    for shard, header in headers.items():
+        if extra := sorted(key for key in header if weight_map.get(key) != shard):
+            raise ValueError(f"{index.parent / shard}: extra tensor {extra[0]!r} is not here by {index.name}")
+    return {key: headers[shard][key] for key, shard in weight_map.items()}
 
 
 def _read_header(path: Path) -> dict[str, _Stored]:
     """Parse and check a safetensors header; see the format's description at github.com/huggingface/safetensors."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or 8 + length > size:
-            raise ValueError(f"{path}: truncated, its header does not end within the {size} bytes of the file")
-        if length > _MAX_HEADER_BYTES:
-            raise ValueError(f"{path}: header of {length} bytes, more than the {_MAX_HEADER_BYTES} allowed")
-        header = _parse_json(path, file.read(length))
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or 8 + length > size:
+                raise ValueError(f"{path}: truncated, its header does not end within the {size} bytes of the file")
+            if length > _MAX_HEADER_BYTES:
+                raise ValueError(f"{path}: header of {length} bytes, more than the {_MAX_HEADER_BYTES} allowed")
+            text = file.read(length)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    header = _parse_json(path, text)
     header.pop("__metadata__", None)
     spans = []
     stored = {}
