@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/isa.h"
+#include "core/machine_limits.h"
 #include "core/tensor.h"
 #include "core/threads.h"
 #include "ops/attention.h"
@@ -181,6 +182,23 @@ void bind_swiglu(py::module_& m) {
   });
 }
 
+void bind_machine_limits(py::module_& m) {
+  m.def("stream_read", [](const py::object& source, const py::object& sums) {
+    Borrowed b("stream_read");
+    run<hrmcore::StreamRead>({b.view(source, "source"), b.view(sums, "sums")}, hrmcore::stream_read);
+  });
+  m.def("stream_copy", [](const py::object& source, const py::object& target) {
+    Borrowed b("stream_copy");
+    run<hrmcore::StreamCopy>({b.view(source, "source"), b.view(target, "target")}, hrmcore::stream_copy);
+  });
+  m.def("multiply_add", [](const py::object& sums, std::int64_t rounds) {
+    Borrowed b("multiply_add");
+    run<hrmcore::MultiplyAdd>({b.view(sums, "sums"), rounds}, hrmcore::multiply_add);
+  });
+  m.attr("multiply_add_width") = hrmcore::multiply_add_width;
+  m.attr("stream_block") = hrmcore::stream_block;
+}
+
 void bind_runtime(py::module_& m) {
   m.def("isa", [] { return hrmcore::name(hrmcore::current_isa()); });
   m.def("set_isa", &hrmcore::set_isa);
@@ -205,6 +223,7 @@ void bind_runtime(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "hrmcore's kernels. Tensors are DLPack producers; outputs are allocated by the caller.";
   bind_runtime(m);
+  bind_machine_limits(m);
   bind_attention(m);
   bind_rms_norm(m);
   bind_rope(m);

@@ -1,3 +1,4 @@
+# ruff: noqa: N999
 # The kernels' signatures are stated once, in csrc/bindings.cpp; a wrong call is a TypeError or ValueError at run time.
 from typing import Any
 

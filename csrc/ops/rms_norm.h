@@ -6,8 +6,12 @@
 //              grad_u = r * (grad_y - y * mean(grad_y * y)) + grad_sum
 //
 // All tensors (T, D), float32 or bfloat16 (one dtype for all), unit stride in D, any row stride; arithmetic
-// in float32. Source: arXiv 1910.07467; the gain-free form of HRM-Text, arXiv 2605.20613. Moves, in elements:
-// forward 2 T D (4 T D with residual), backward 3 T D (4 T D with grad_sum).
+// in float32.
+//
+// Source: arXiv 1910.07467; the gain-free form of HRM-Text, arXiv 2605.20613.
+//
+// Moves, in elements: forward 2 T D (4 T D with residual), backward 3 T D (4 T D with grad_sum). Computes
+// 4 T D FLOPs forward (5 T D with residual), 7 T D backward (8 T D with grad_sum).
 #pragma once
 
 #include "core/isa.h"

@@ -6,7 +6,9 @@
 //
 // q and k (T, H, d), float32 or bfloat16 (one dtype), unit stride in d, any strides before it, so they may be
 // views of a fused projection; outputs likewise, and an output may be its own input. Arithmetic in float32.
+//
 // Source: arXiv 2104.09864, with the channel order of LLaMA and HRM-Text.
+//
 // Moves, in elements: 4 T H d, and T rows of the table; computes 6 T H d FLOPs.
 #pragma once
 

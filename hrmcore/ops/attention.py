@@ -10,11 +10,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
 from hrmcore import _C
 from hrmcore.ops.backend import reference_active
+
+
+def _seen(query_count: int, key_count: int, visible: int) -> Tensor:
+    """(query_count, key_count) booleans of one sequence: which keys each query sees."""
+    position = torch.arange(key_count - query_count, key_count)
+    return torch.arange(key_count) < (position + 1).clamp(min=visible)[:, None]
 
 
 def attention_ref(
@@ -37,9 +44,7 @@ def attention_ref(
     for s, visible in enumerate(prefix.tolist()):
         rows, keys = slice(*query_bounds[s : s + 2]), slice(*key_bounds[s : s + 2])
         scores = torch.einsum("ihd,jhd->hij", q[rows], k[keys]) / math.sqrt(q.shape[-1])
-        query_count, key_count = scores.shape[1:]
-        position = torch.arange(key_count - query_count, key_count, device=q.device)
-        seen = torch.arange(key_count, device=q.device) < (position + 1).clamp(min=visible)[:, None]
+        seen = _seen(scores.shape[1], scores.shape[2], visible).to(q.device)
         weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
         outputs.append(torch.sigmoid(gate[rows]) * torch.einsum("hij,jhd->ihd", weights, v[keys]))
     return torch.cat(outputs)
@@ -164,3 +169,39 @@ def cases(dtype: torch.dtype = torch.float32) -> Iterator[dict[str, Any]]:
             "prefix": torch.tensor(prefix, dtype=torch.int32),
             "key_offsets": None if cached is None else key_offsets.int(),
         }
+
+
+def work(case: dict[str, Any], backward: bool = False) -> dict[str, int]:
+    """The bytes that one call must move and the FLOPs of its matrix products over the visible (query, key) pairs."""
+    queries, keys = case["q"], case["k"]
+    query_counts = case["offsets"].diff().tolist()
+    key_counts = query_counts if case["key_offsets"] is None else case["key_offsets"].diff().tolist()
+    sequences = zip(query_counts, key_counts, case["prefix"].tolist(), strict=True)
+    pairs = sum(int(_seen(*sequence).sum()) for sequence in sequences)
+    heads, head_dim = queries.shape[1:]
+    lse = 4 * queries.shape[0] * heads
+    if backward:
+        return {"bytes": 6 * queries.nbytes + 4 * keys.nbytes + lse, "flops": 10 * pairs * heads * head_dim}
+    return {"bytes": 3 * queries.nbytes + 2 * keys.nbytes + lse, "flops": 4 * pairs * heads * head_dim}
+
+
+def peer(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    offsets: Tensor,
+    prefix: Tensor,
+    key_offsets: Tensor | None = None,
+) -> Tensor:
+    """The same through torch's own fused attention, for benchmarks."""
+    query_bounds = offsets.tolist()
+    key_bounds = query_bounds if key_offsets is None else key_offsets.tolist()
+    outputs = []
+    for s, visible in enumerate(prefix.tolist()):
+        rows, keys = slice(*query_bounds[s : s + 2]), slice(*key_bounds[s : s + 2])
+        mask = _seen(rows.stop - rows.start, keys.stop - keys.start, visible)
+        queries, sequence_keys, values = (x.transpose(0, 1)[None] for x in (q[rows], k[keys], v[keys]))
+        attended = F.scaled_dot_product_attention(queries, sequence_keys, values, attn_mask=mask)
+        outputs.append(attended[0].transpose(0, 1))
+    return torch.sigmoid(gate) * torch.cat(outputs)

@@ -111,3 +111,11 @@ def cases(dtype: torch.dtype = torch.float32) -> Iterator[dict[str, Any]]:
         x = torch.randn(tokens, width, generator=generator).to(dtype)
         residual = torch.randn(tokens, width, generator=generator).to(dtype) if with_residual else None
         yield {"x": x, "residual": residual, "eps": eps}
+
+
+def work(case: dict[str, Any], backward: bool = False) -> dict[str, int]:
+    """The bytes that one call must move and the FLOPs that it must compute, backward with every output's gradient."""
+    x, with_residual = case["x"], case["residual"] is not None
+    if backward:
+        return {"bytes": (3 + with_residual) * x.nbytes, "flops": (7 + with_residual) * x.numel()}
+    return {"bytes": (2 + 2 * with_residual) * x.nbytes, "flops": (4 + with_residual) * x.numel()}

@@ -103,3 +103,10 @@ def cases(dtype: torch.dtype = torch.float32) -> Iterator[dict[str, Any]]:
         length = 2 * tokens
         positions = torch.randint(0, length, (tokens,), generator=generator, dtype=torch.int32)
         yield {"q": q, "k": k, "table": rope_table(length, head_dim), "positions": positions}
+
+
+def work(case: dict[str, Any], backward: bool = False) -> dict[str, int]:
+    """The bytes that one call must move and the FLOPs that it must compute: backward is the same rotation."""
+    q, k, positions = case["q"], case["k"], case["positions"]
+    angles = 4 * len(positions) * (q.shape[-1] + 1)
+    return {"bytes": 2 * (q.nbytes + k.nbytes) + angles, "flops": 3 * (q.numel() + k.numel())}

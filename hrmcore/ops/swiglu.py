@@ -74,3 +74,11 @@ def cases(dtype: torch.dtype = torch.float32) -> Iterator[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     for tokens, ffn in [(1, 1), (3, 7), (5, 33), (17, 100), (64, 512), (256, 4096)]:
         yield {"ab": 2 * torch.randn(tokens, 2 * ffn, generator=generator).to(dtype)}
+
+
+def work(case: dict[str, Any], backward: bool = False) -> dict[str, int]:
+    """The bytes that one call must move and the FLOPs that it must compute, an exponential or a division as one."""
+    ab = case["ab"]
+    if backward:
+        return {"bytes": 5 * ab.nbytes // 2, "flops": 12 * ab.numel() // 2}
+    return {"bytes": 3 * ab.nbytes // 2, "flops": 5 * ab.numel() // 2}
