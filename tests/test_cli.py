@@ -1,0 +1,206 @@
+"""The command line: answers, exit codes, and one line for every mistake."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hrmcore import cli
+from hrmcore.engine import Engine
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def hrmcore(*arguments: str) -> int:
+    """The exit status of a command line, run in this process."""
+    try:
+        return cli.main(arguments)
+    except SystemExit as leaving:
+        return int(leaving.code or 0)
+
+
+@pytest.fixture
+def quick(checkpoint: Path) -> list[str]:
+    """Options of a short answer from the random model."""
+    return ["--model", str(checkpoint), "--max-new-tokens", "12"]
+
+
+def test_generate_prints_the_answer(quick: list[str], engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = engine.generate("what is 3 plus 4?", max_new_tokens=12)
+    for form in ("--stream", "--no-stream"):
+        assert hrmcore("generate", "what is 3 plus 4?", *quick, form) == 0
+        assert capsys.readouterr() == (expected + "\n", "")
+
+
+def test_every_option_reaches_the_engine(quick: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    values: dict[str, Any] = {
+        "temperature": 1.5,
+        "top_k": 40,
+        "top_p": 0.9,
+        "min_p": 0.01,
+        "repetition_penalty": 1.2,
+        "seed": 7,
+        "condition": "cot",
+        "stop": ["end"],
+    }
+    given = []
+    original = Engine.stream
+
+    def recorded(self: Engine, prompt: str, **options: Any) -> Any:
+        given.append((prompt, options))
+        return original(self, prompt, **options)
+
+    monkeypatch.setattr(Engine, "stream", recorded)
+    options = [
+        text
+        for name, value in values.items()
+        for text in (f"--{name.replace('_', '-')}", value[0] if name == "stop" else str(value))
+    ]
+    assert hrmcore("generate", "é", *quick, *options) == 0
+    assert given == [("é", {**values, "max_new_tokens": 12})]
+
+
+def test_generate_as_json(quick: list[str], engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    full = engine.generate("é", max_new_tokens=12)
+    assert hrmcore("generate", "é", *quick, "--json", "--stop", full[4:6], "--stop", "no such") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result.pop("seconds") > 0
+    assert 0 < result.pop("tokens") <= 12
+    assert result == {
+        "instruction": "é",
+        "response": full[: full.index(full[4:6])],
+        "condition": "direct",
+        "finish": "stop",
+    }
+
+
+def test_a_dash_reads_the_prompt(
+    quick: list[str], engine: Engine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("copy\n1 2\n"))
+    assert hrmcore("generate", "-", *quick) == 0
+    assert capsys.readouterr().out == engine.generate("copy\n1 2", max_new_tokens=12) + "\n"
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in cli.COMMANDS)], ids=lambda words: " ".join(words) or "-")
+def test_help_explains_and_shows_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert hrmcore(*command, "--help") == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    if command:
+        assert f"examples:\n  hrmcore {command[0]}" in out
+    else:
+        assert all(f"    {name} " in out for name in cli.COMMANDS)
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    import hrmcore as package
+
+    assert hrmcore("--version") == 0
+    assert capsys.readouterr().out == package.__version__ + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: COMMAND"),
+        (["nonsense"], "invalid choice: 'nonsense'"),
+        (["generate"], "required: prompt"),
+        (["generate", "x", "--nonsense"], "--nonsense"),
+        (["generate", "x", "--top-k", "many"], "--top-k: invalid int value: 'many'"),
+        (["generate", "x", "--model", "no/such/folder"], "no/such/folder: no such folder"),
+        (["generate", "", "--model", "MODEL"], "the prompt is empty"),
+        (["generate", "1 " * 3000, "--model", "MODEL"], "context of 2048 tokens"),
+        (["generate", "\udcff", "--model", "MODEL"], "surrogate"),
+        (["generate", "x", "--model", "MODEL", "--condition", "shout"], "unknown condition 'shout'"),
+        (["generate", "x", "--model", "MODEL", "--temperature", "-1"], "temperature must be 0 or more, got -1.0"),
+        (["generate", "x", "--model", "MODEL", "--max-new-tokens", "0"], "max_new_tokens must be"),
+        (["generate", "x", "--model", "MODEL", "--stop", ""], "stop must be"),
+        (["generate", "x", "--model", "MODEL", "--dtype", "int8"], "'int8' arrives with the packed engine"),
+        (["generate", "x", "--model", "MODEL", "--threads", "0"], "threads must be"),
+        (["repl", "no/such/folder"], "no/such/folder: no such folder"),
+        (["repl", "MODEL", "--top-p", "2"], "top_p must be"),
+        (["repl", "MODEL", "--condition", "shout"], "unknown condition 'shout'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_2(
+    arguments: list[str], message: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hrmcore(*(str(checkpoint) if word == "MODEL" else word for word in arguments)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("hrmcore")
+    assert message in err
+
+
+def test_broken_model_files_are_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{")
+    assert hrmcore("generate", "x", "--model", str(tmp_path)) == 2
+    assert str(tmp_path / "config.json") in capsys.readouterr().err
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").mkdir()
+    assert hrmcore("generate", "x", "--model", str(tmp_path)) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_failure_is_not_taken_for_a_mistake(quick: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hrmcore.sampling.Sampler.pick", lambda *_: (_ for _ in ()).throw(ArithmeticError("NaN")))
+    with pytest.raises(ArithmeticError):  # Python prints it and exits 1
+        hrmcore("generate", "x", *quick)
+
+
+# --- as a process of its own -------------------------------------------------------------------------------------
+
+
+def start(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "hrmcore", *arguments, "--threads", "1"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def test_a_process_answers_whatever_the_encoding(quick: list[str], engine: Engine) -> None:
+    narrow = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    out, err = start("generate", "é", *quick, stdin=subprocess.DEVNULL, env=narrow).communicate(timeout=120)
+    expected = engine.generate("é", max_new_tokens=12)
+    assert not expected.isascii()
+    assert (out.decode("ascii"), err) == (expected.encode("ascii", "replace").decode() + "\n", b"")
+
+
+def test_a_failure_is_exit_1(tmp_path: Path, checkpoint: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import hrmcore.sampling\n"
+        "def fail(*_): raise ArithmeticError('not finite')\n"
+        "hrmcore.sampling.Sampler.pick = fail\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    process = start("generate", "x", "--model", str(checkpoint), stdin=subprocess.DEVNULL, env=environment)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert b"ArithmeticError: not finite" in err
+
+
+def test_interrupting_generate_is_exit_130(checkpoint: Path) -> None:
+    process = start("generate", "é", "--model", str(checkpoint), "--max-new-tokens", "2000", stdin=subprocess.DEVNULL)
+    assert process.stdout is not None
+    process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (130, b"")
+
+
+def test_a_reader_that_leaves_is_no_error(checkpoint: Path) -> None:
+    process = start("generate", "é", "--model", str(checkpoint), "--max-new-tokens", "2000", stdin=subprocess.DEVNULL)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(timeout=120) == 141
+    assert process.stderr.read() == b""

@@ -1,0 +1,136 @@
+"""Imports go one way, and `import hrmcore` stays light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+import hrmcore
+
+PACKAGE = Path(hrmcore.__file__).parent
+
+# From the bottom up; a module may import from the layers below its own, and a package from itself.
+LAYERS = [
+    {"_C"},
+    {"config", "tokenizer", "sampling", "ops"},
+    {"model", "optim", "data", "planner"},
+    {"checkpoint", "growth", "runner", "microbench"},
+    {"train", "engine", "lens", "plots"},
+    {"generate"},
+    {"repl", "evals"},
+    {"cli"},
+    {"__main__"},
+]
+# Upward imports that run only when a function is called: a module's conveniences that need the layer above.
+LATE = {("model", "checkpoint")}
+# Too slow or too rare to come along with a module of ours.
+NEVER_EAGER = {"transformers", "reasoning_gym", "wandb", "matplotlib", "lm_eval", "gguf", "huggingface_hub"}
+FREE_OF_TORCH = ["config", "tokenizer", "sampling", "generate", "repl", "cli"]
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    """The module that a file belongs to, a subpackage counting as one."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def rank(name: str) -> int:
+    for height, layer in enumerate(LAYERS):
+        if name in layer:
+            return height
+    raise AssertionError(f"hrmcore.{name} has no layer: give it one in this test and in the design")
+
+
+def imports(nodes: Iterable[ast.AST], late: bool = False) -> Iterator[tuple[str, bool]]:
+    """(module, whether it is imported only when a function runs) for what runs; type-checking blocks do not."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, late) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            if node.module == "hrmcore":
+                yield from ((f"hrmcore.{alias.name}", late) for alias in node.names)
+            else:
+                yield node.module or "", late
+        elif isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            yield from imports(node.orelse, late)
+        else:
+            inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from imports(ast.iter_child_nodes(node), late or inside)
+
+
+def found_in(source: str) -> list[tuple[str, bool]]:
+    return list(imports(ast.parse(source).body))
+
+
+def test_the_parser_of_imports_sees_what_it_should() -> None:
+    assert found_in("import torch\nfrom hrmcore import _C, ops\nfrom hrmcore.model import HRM") == [
+        ("torch", False),
+        ("hrmcore._C", False),
+        ("hrmcore.ops", False),
+        ("hrmcore.model", False),
+    ]
+    assert found_in("def f():\n  if x:\n    import a") == [("a", True)]
+    assert found_in("class C:\n  import a") == [("a", False)]
+    assert found_in("if TYPE_CHECKING:\n  import a\nelse:\n  import b") == [("b", False)]
+    assert found_in("try:\n  import a\nexcept ImportError:\n  import b") == [("a", False), ("b", False)]
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.name != "__init__.py"], ids=str)
+def test_imports_go_down(path: Path) -> None:
+    importer = name_of(path)
+    for module, late in found_in(path.read_text(encoding="utf-8")):
+        root, _, rest = module.partition(".")
+        assert late or root not in NEVER_EAGER, f"{path.name} imports {module} before it is needed"
+        if root != "hrmcore" or not rest:
+            continue
+        imported = rest.split(".")[0]
+        allowed = rank(imported) < rank(importer) or (importer == imported and path.parent != PACKAGE)
+        assert allowed or (late and (importer, imported) in LATE), f"hrmcore.{importer} imports hrmcore.{imported}"
+
+
+def test_every_listed_exception_is_used() -> None:
+    used = set()
+    for path in SOURCES:
+        for module, late in found_in(path.read_text(encoding="utf-8")):
+            if late and module.startswith("hrmcore."):
+                used.add((name_of(path), module.split(".")[1]))
+    assert used >= LATE
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, check=True)
+
+
+def test_importing_the_package_is_light() -> None:
+    done = run_python("-X", "importtime", "-c", "import hrmcore, sys; print(*sys.modules)")
+    loaded = set(done.stdout.split())
+    assert not loaded & {"torch", "numpy", "argparse", "importlib.metadata"}
+    assert {name for name in loaded if name.startswith("hrmcore")} == {"hrmcore"}
+    (line,) = [line for line in done.stderr.splitlines() if line.endswith("| hrmcore")]
+    assert int(line.split("|")[1]) < 150_000  # microseconds, everything it imports included; it takes about 1,000
+
+
+def test_modules_that_need_no_torch_import_none() -> None:
+    names = ", ".join(f"hrmcore.{name}" for name in FREE_OF_TORCH)
+    assert run_python("-c", f"import sys, {names}; print('torch' in sys.modules)").stdout == "False\n"
+
+
+def test_the_public_names_are_there_and_no_others() -> None:
+    from hrmcore.config import HRMConfig
+    from hrmcore.engine import load
+    from hrmcore.model import HRM
+
+    assert (hrmcore.load, hrmcore.HRM, hrmcore.HRMConfig) == (load, HRM, HRMConfig)
+    assert hrmcore.__version__.count(".") == 2
+    assert set(hrmcore.__all__) <= set(dir(hrmcore))
+    for name in hrmcore.__all__:
+        getattr(hrmcore, name)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        hrmcore.nonsense  # noqa: B018
