@@ -133,7 +133,7 @@ def tokenize(
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Sequences laid one after the other, without padding. T input tokens, S sequences, R supervised positions."""
+    """Sequences laid one after the other. T input tokens, S sequences, R supervised positions."""
 
     ids: Tensor  # (T) int64
     offsets: Tensor  # (S+1) int32
@@ -144,8 +144,12 @@ class PackedBatch:
     records: tuple[int, ...]  # which records these are
 
 
-def pack(corpus: Corpus, records: Sequence[int]) -> PackedBatch:
-    """The batch of these records, in this order. The last instruction token predicts the first response token."""
+def pack(corpus: Corpus, records: Sequence[int], multiple: int = 1) -> PackedBatch:
+    """The batch of these records, in this order. The last instruction token predicts the first response token.
+
+    A last, unsupervised sequence of token 0 brings T up to a multiple of `multiple`: matrix libraries that compile a
+    kernel for each shape (oneDNN in bfloat16) would otherwise compile in every step.
+    """
     ids, positions, supervised, targets = [], [], [], []
     offsets = [0]
     for record in records:
@@ -156,10 +160,16 @@ def pack(corpus: Corpus, records: Sequence[int]) -> PackedBatch:
         supervised.append(np.arange(prefix - 1, length) + offsets[-1])
         targets.append(sequence[prefix:])
         offsets.append(offsets[-1] + length)
+    prefixes = corpus.prefix[list(records)]
+    if fill := -offsets[-1] % multiple:
+        ids.append(np.zeros(fill, dtype=np.int32))
+        positions.append(np.arange(fill, dtype=np.int32))
+        prefixes = np.append(prefixes, np.int32(0))
+        offsets.append(offsets[-1] + fill)
     return PackedBatch(
         ids=torch.from_numpy(np.concatenate(ids)).long(),
         offsets=torch.tensor(offsets, dtype=torch.int32),
-        prefix=torch.from_numpy(corpus.prefix[list(records)]),
+        prefix=torch.from_numpy(prefixes),
         positions=torch.from_numpy(np.concatenate(positions)),
         supervised=torch.from_numpy(np.concatenate(supervised)).long(),
         targets=torch.from_numpy(np.concatenate(targets)).long(),

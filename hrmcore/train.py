@@ -201,6 +201,9 @@ def horizon(config: TrainConfig, step: int) -> int:
     return config.horizon_first + int(progress * (config.horizon_last - config.horizon_first))
 
 
+_ROW_MULTIPLE = 64  # tokens of a batch are rounded up to it, see pack()
+
+
 class Trainer:
     """One run: model, optimizer, data position. `run()` trains to the end and exports the checkpoint."""
 
@@ -256,7 +259,7 @@ class Trainer:
         total, count = 0.0, 0
         with torch.no_grad(), self._precision():
             for records in epoch_batches(self.heldout.lengths, self.config.batch_tokens, seed=0, epoch=0):
-                batch = pack(self.heldout, records)
+                batch = pack(self.heldout, records, _ROW_MULTIPLE)
                 total += float(self.model.loss(batch))
                 count += len(batch.targets)
         return {"heldout_loss": total / count}
@@ -272,15 +275,16 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         seconds = time.perf_counter() - started
+        tokens = int(batch.offsets[len(batch.records)])
         return {
             "step": self.step,
             "loss": loss,
             "learning_rate": lr,
             "horizon": k,
             "grad_norm": norm,
-            "tokens": len(batch.ids),
+            "tokens": tokens,
             "supervised_tokens": len(batch.targets),
-            "tokens_per_second": len(batch.ids) / seconds,
+            "tokens_per_second": tokens / seconds,
         }
 
     def _backward(self, batch: PackedBatch, k: int) -> tuple[float, float]:
@@ -318,7 +322,7 @@ class Trainer:
                 if skip > 0:
                     skip -= 1
                 else:
-                    yield pack(self.corpus, records)
+                    yield pack(self.corpus, records, _ROW_MULTIPLE)
             epoch += 1
 
     def _record(self, metrics: Mapping[str, float]) -> None:

@@ -95,7 +95,7 @@ def test_loss_is_the_mean_over_response_tokens(run_file: Path) -> None:
     trainer = Trainer(read_config(run_file))
     batch = next(trainer._batch_stream(skip=0))
     expected = 0.0
-    for s in range(len(batch.prefix)):
+    for s in range(len(batch.records)):
         start, stop = int(batch.offsets[s]), int(batch.offsets[s + 1])
         prefix = int(batch.prefix[s])
         logits = trainer.model(batch.ids[start:stop][None], prefix_length=prefix)[0, prefix - 1 :]
