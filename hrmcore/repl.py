@@ -186,7 +186,8 @@ class Session:
             answer = self.engine.generate(sample.instruction, **self.options)
             good = answer.strip() == sample.response.strip()
             right += good
-            for line in _beside(["answer", *answer.splitlines()], ["expected", *sample.response.splitlines()]):
+            shown, expected = printable(answer).splitlines(), printable(sample.response).splitlines()
+            for line in _beside(["answer", *shown], ["expected", *expected]):
                 self.say("  " + line)
             self.say("  " + ("as expected" if good else "different") + "\n")
         self.say(f"{right} of {len(self.samples)} answers as expected")
@@ -212,7 +213,7 @@ class Session:
     def _obey(self, text: str) -> None:
         name, _, argument = text.strip().partition(" ")
         if name not in COMMANDS:
-            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.8)
             hint = f"did you mean {near[0]}?" if near else "see /help, or begin with a space to ask it as a question"
             raise ValueError(f"unknown command {name}: {hint}")
         COMMANDS[name].act(self, argument.strip())
@@ -313,6 +314,7 @@ def converse(session: Session, source: Input | None = None, screen: Output | Non
         prompt_continuation="… ",
         key_bindings=_keys(),
         completer=_SlashCompleter(session),
+        reserve_space_for_menu=4,
         input=source,
         output=screen,
     )

@@ -50,7 +50,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         L_cycles=2,
         max_position_embeddings=2048,
     )
-    HRM(config).save_pretrained(folder)
+    hrm = HRM(config)
+    with torch.no_grad():
+        hrm.lm_head.weight[tokenizer.eoa] = 0  # greedy answers do not end by themselves
+    hrm.save_pretrained(folder)
     (folder / "samples.json").write_text(json.dumps(SAMPLES))
     return folder
 

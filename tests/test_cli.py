@@ -90,6 +90,12 @@ def test_a_dash_reads_the_prompt(
     assert capsys.readouterr().out == engine.generate("copy\n1 2", max_new_tokens=12) + "\n"
 
 
+def test_bench_checks_and_times_an_op(capsys: pytest.CaptureFixture[str]) -> None:
+    assert hrmcore("bench", "rms_norm", "--threads", "1", "--seconds", "0.001", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {line["op"] for line in report["ops"]} == {"rms_norm"}
+
+
 @pytest.mark.parametrize("command", [[], *([name] for name in cli.COMMANDS)], ids=lambda words: " ".join(words) or "-")
 def test_help_explains_and_shows_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert hrmcore(*command, "--help") == 0
@@ -126,6 +132,8 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "x", "--model", "MODEL", "--stop", ""], "stop must be"),
         (["generate", "x", "--model", "MODEL", "--dtype", "int8"], "'int8' arrives with the packed engine"),
         (["generate", "x", "--model", "MODEL", "--threads", "0"], "threads must be"),
+        (["bench", "nonsense"], "no op is called 'nonsense'"),
+        (["bench", "rms_norm", "--seconds", "0"], "seconds must be positive"),
         (["repl", "no/such/folder"], "no/such/folder: no such folder"),
         (["repl", "MODEL", "--top-p", "2"], "top_p must be"),
         (["repl", "MODEL", "--condition", "shout"], "unknown condition 'shout'"),

@@ -21,7 +21,7 @@ LAYERS = [
     {"model", "optim", "data", "planner"},
     {"checkpoint", "growth", "runner", "microbench"},
     {"train", "engine", "lens", "plots"},
-    {"generate"},
+    {"generate", "bench"},
     {"repl", "evals"},
     {"cli"},
     {"__main__"},
@@ -30,7 +30,7 @@ LAYERS = [
 LATE = {("model", "checkpoint")}
 # Too slow or too rare to come along with a module of ours.
 NEVER_EAGER = {"transformers", "reasoning_gym", "wandb", "matplotlib", "lm_eval", "gguf", "huggingface_hub"}
-FREE_OF_TORCH = ["config", "tokenizer", "sampling", "generate", "repl", "cli"]
+FREE_OF_TORCH = ["config", "tokenizer", "sampling", "generate", "bench", "repl", "cli"]
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
