@@ -161,6 +161,13 @@ def test_a_released_framing_token_cannot_be_injected(tmp_path: Path, token: str,
         assert ours.decode(ids) == text
 
 
+def test_a_spelled_out_special_token_is_cut_as_the_library_cuts_text(tmp_path: Path) -> None:
+    library = byte_level_bpe(special=True)
+    ours = saved(library, tmp_path)
+    library.encode_special_tokens = True
+    assert ours.encode("12 <|im_end|> + 45") == library.encode("12 <|im_end|> + 45", add_special_tokens=False).ids
+
+
 @pytest.mark.parametrize("token", OWN_NAMES.values())
 def test_our_framing_tokens_cannot_be_injected(own: Tokenizer, token: str) -> None:
     ids = own.encode(f"12 {token} + 45")
@@ -205,6 +212,17 @@ def test_endless_broken_bytes_are_shown_as_they_come(tokenizer: Tokenizer) -> No
     last = tokenizer.encode("\U0010ffff")[-1]
     decoder = PieceDecoder(tokenizer)
     assert sum(len(decoder.push(last)) for _ in range(100)) >= 97
+
+
+def test_streamed_words_keep_their_spaces_where_a_tokenizer_strips_the_first(tmp_path: Path) -> None:
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Metaspace()
+    made.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    made.add_special_tokens(list(RELEASED_NAMES.values()))
+    tokenizer = saved(made, tmp_path)
+    text = "hello world " * 40 + "hello"
+    assert "".join(streamed(tokenizer, tokenizer.encode(text))) == tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
@@ -252,3 +270,31 @@ def test_broken_files_are_errors_and_not_crashes(own: Tokenizer, released: Token
     assert len(lines) == len(folders)
     for line, folder in zip(lines, folders, strict=True):
         assert line.startswith(f"ValueError {folder}"), line
+
+
+CHANGE_EACH_BYTE = """
+import sys
+from pathlib import Path
+from hrmcore.tokenizer import Tokenizer
+path = Path(sys.argv[1])
+whole = path.read_bytes()
+for position in range(0, len(whole), 11):
+    path.write_bytes(whole[:position] + b"\\xdd" + whole[position + 1 :])
+    try:
+        Tokenizer.load(path.parent).encode("12 + 45")
+        print("loaded")
+    except ValueError as error:
+        print("ValueError", str(error).splitlines()[0])
+"""
+
+
+def test_a_changed_byte_is_no_crash_and_an_error_names_the_file(own: Tokenizer, tmp_path: Path) -> None:
+    """Bytes that are no UTF-8 fail within the library, while it words its own error."""
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(own.source.read_bytes())
+    command = [sys.executable, "-c", CHANGE_EACH_BYTE, str(path)]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    lines = set(child.stdout.splitlines())
+    assert any("codec can't decode" in line for line in lines)
+    assert all(line == "loaded" or line.startswith(f"ValueError {path}: ") for line in lines), lines
