@@ -1,4 +1,3 @@
-# ruff: noqa: N999
 # The kernels' signatures are stated once, in csrc/bindings.cpp; a wrong call is a TypeError or ValueError at run time.
 from typing import Any
 

@@ -170,7 +170,7 @@ def _own_keys(values: dict[str, Any]) -> dict[str, Any]:
     layers = _required(values, depth)
     if type(layers) is not int or layers < 1:
         raise ValueError(f"{depth} must be a whole number of at least 1, got {layers!r}")
-    own = {"num_layers_per_stack": layers}
+    own: dict[str, Any] = {"num_layers_per_stack": layers}
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):
         own[key] = _required(values, key)
     own |= {key: values.get(key, default) for key, default in _DEFAULTS.items()}

@@ -99,7 +99,8 @@ class HRMConfig:
         if size not in PRESETS:
             raise ValueError(f"config: unknown size {size!r}; the sizes are {', '.join(PRESETS)}")
         shape = PRESETS[size]
-        return cls(vocab_size=vocab_size, intermediate_size=default_intermediate_size(shape["hidden_size"]), **shape)
+        ffn = default_intermediate_size(shape["hidden_size"])
+        return cls.from_dict({"vocab_size": vocab_size, "intermediate_size": ffn, **shape})
 
     def to_dict(self) -> dict[str, Any]:
         """All keys, as `from_dict` takes them."""

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -26,9 +27,9 @@ from hrmcore.data import Corpus, PackedBatch, Rejected, epoch_batches, pack, rea
 from hrmcore.model import HRM
 from hrmcore.tokenizer import Tokenizer
 
-try:
+if sys.version_info >= (3, 11):
     import tomllib
-except ModuleNotFoundError:  # Python 3.10
+else:
     import tomli as tomllib
 
 
