@@ -11,6 +11,7 @@ import difflib
 import itertools
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -318,20 +319,42 @@ def converse(session: Session, source: Input | None = None, screen: Output | Non
         input=source,
         output=screen,
     )
-    while not session.leaving:
-        with contextlib.suppress(KeyboardInterrupt):
-            _take_turn(session, prompt)
-
-
-def _take_turn(session: Session, prompt: PromptSession[str]) -> None:
+    interrupt = _Interrupt()
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
-        text = prompt.prompt("> ")
-    except KeyboardInterrupt:
+        while not session.leaving:
+            _take_turn(session, prompt, interrupt)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _take_turn(session: Session, prompt: PromptSession[str], interrupt: _Interrupt) -> None:
+    try:
+        text = prompt.prompt("> ", handle_sigint=False)
+    except KeyboardInterrupt:  # the key; no signal comes while a line is edited
         session.note("(Ctrl-D leaves)")
+        return
     except EOFError:
         session.leaving = True
-    else:
+        return
+    try:
+        interrupt.armed = True
         session.handle(text)
+        interrupt.armed = False
+    except KeyboardInterrupt:
+        interrupt.armed = False
+
+
+class _Interrupt:
+    """What SIGINT does: raise KeyboardInterrupt, once, while a turn is worked on. At any other time a Ctrl-C that
+    comes a moment too late must end neither the program nor the line editor."""
+
+    armed = False
+
+    def __call__(self, *_: object) -> None:
+        if self.armed:
+            self.armed = False
+            raise KeyboardInterrupt
 
 
 def join_lines(lines: Iterable[str]) -> Iterator[str]:

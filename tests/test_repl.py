@@ -8,10 +8,11 @@ import os
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -293,7 +294,13 @@ def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 CTRL_C, CTRL_D, ENTER, ALT_ENTER, UP = "\x03", "\x04", "\r", "\x1b\r", "\x1b[A"
 
 
-def typed(monkeypatch: pytest.MonkeyPatch, keyboard: PipeInput, engine: Engine, *keys: str) -> list[str]:
+def typed(
+    monkeypatch: pytest.MonkeyPatch,
+    keyboard: PipeInput,
+    engine: Engine,
+    *keys: str,
+    as_it_starts: Callable[[], None] = lambda: None,
+) -> list[str]:
     """What a session is handed when these keys are typed, one group at each prompt."""
     session = session_of(engine)
     handed: list[str] = []
@@ -315,6 +322,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, keyboard: PipeInput, engine: Engine, 
                 keyboard.send_text(next(groups))
 
             def start() -> None:
+                as_it_starts()
                 self.app.create_background_task(type_when_ready())
 
             return super().prompt(*arguments, pre_run=start, **options)
@@ -394,6 +402,17 @@ def test_paths_are_completed(session: repl.Session, tmp_path: Path) -> None:
     assert [completion.text for completion in found] == ["ckpoint"]
 
 
+def test_an_interruption_that_comes_too_late_does_nothing(
+    monkeypatch: pytest.MonkeyPatch, keyboard: PipeInput, engine: Engine
+) -> None:
+    def interrupt() -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    assert typed(monkeypatch, keyboard, engine, "1" + ENTER, "2" + ENTER, as_it_starts=interrupt) == ["1", "2"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_an_interruption_stops_the_answer_and_not_the_program(
     keyboard: PipeInput, engine: Engine, screen: Screen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -403,7 +422,7 @@ def test_an_interruption_stops_the_answer_and_not_the_program(
 
     def interrupted_step(*arguments: Any) -> Any:
         if next(steps) == 5:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return step(*arguments)
 
     monkeypatch.setattr(engine._runner, "step", interrupted_step)
@@ -470,7 +489,7 @@ def test_a_conversation_at_a_real_terminal(checkpoint: Path, tmp_path: Path) -> 
         terminal.expect(PROMPT)
         terminal.send("é" + ENTER)
         terminal.expect(r"\x1b\[\?2004l.")  # the first character of the answer
-        terminal.send(CTRL_C)
+        terminal.send(CTRL_C * 3)
         terminal.expect(r"\x1b\[2m\d+ tokens, \d+ tokens/s, stopped\x1b\[0m")
         terminal.expect(PROMPT)
         terminal.send(CTRL_C)  # at the prompt
