@@ -108,9 +108,9 @@ namespace {
 constexpr int max_width = 256;   // head_dim
 constexpr int query_block = 32;  // queries of one task; the row length of every transposed buffer
 constexpr int key_tile = 64;     // keys visited at a time
-constexpr int block_rows =
-    lanes == 16 ? 12 : 6;  // register blocking: block_rows x block_vectors accumulators
+constexpr int block_rows = lanes == 16 ? 8 : 6;  // register blocking: block_rows x block_vectors accumulators
 constexpr int block_vectors = 2;
+constexpr int blocks_together = 8;  // of one head, before the next: keys are reused, neighbours stay near
 constexpr float minus_infinity = -__builtin_inff();
 
 // C (rows x vectors * lanes) = A (rows x depth) B (depth x vectors * lanes), or += where add is set. A is
@@ -126,26 +126,24 @@ struct Product {
   bool add;
 };
 
-template <int rows, int vectors>
-void multiply_block(const Product& p, const float* a, const float* b, float* c) {
-  vfloat total[rows][vectors];
-  for (int r = 0; r < rows; ++r) {
-    for (int v = 0; v < vectors; ++v) total[r][v] = p.add ? load(c + r * p.c_row + v * lanes) : vfloat{};
-  }
-  const std::int64_t a_row = p.a_row, a_column = p.a_column, b_row = p.b_row;
+// A cell is one accumulator. Spelled out one by one, not as loops, so that all of them stay in registers.
+template <int vectors, int... cell>
+HRMCORE_INLINE void multiply_cells(const Product& p, const float* a, const float* b, float* c,
+                                   std::integer_sequence<int, cell...>) {
+  vfloat total[] = {(static_cast<void>(cell), vfloat{})...};
+  const std::int64_t a_row = p.a_row, a_column = p.a_column, b_row = p.b_row, c_row = p.c_row;
   for (std::int64_t step = p.depth; step > 0; --step) {
-    vfloat right[vectors];
-    for (int v = 0; v < vectors; ++v) right[v] = load(b + v * lanes);
-    for (int r = 0; r < rows; ++r) {
-      const vfloat left = splat(a[r * a_row]);
-      for (int v = 0; v < vectors; ++v) total[r][v] += left * right[v];
-    }
+    ((total[cell] += splat(a[cell / vectors * a_row]) * load(b + cell % vectors * lanes)), ...);
     a += a_column;
     b += b_row;
   }
-  for (int r = 0; r < rows; ++r) {
-    for (int v = 0; v < vectors; ++v) store(c + r * p.c_row + v * lanes, total[r][v]);
-  }
+  if (p.add) ((total[cell] += load(c + cell / vectors * c_row + cell % vectors * lanes)), ...);
+  (store(c + cell / vectors * c_row + cell % vectors * lanes, total[cell]), ...);
+}
+
+template <int rows, int vectors>
+void multiply_block(const Product& p, const float* a, const float* b, float* c) {
+  multiply_cells<vectors>(p, a, b, c, std::make_integer_sequence<int, rows * vectors>());
 }
 
 using BlockProduct = void (*)(const Product&, const float*, const float*, float*);
@@ -330,8 +328,12 @@ bool update_softmax(std::int64_t vectors, std::int64_t keys, float* scores, Soft
   for (std::int64_t v = 0; v < vectors; ++v) {
     float* column = scores + v * lanes;
     const vfloat before = load(softmax.top + v * lanes);
-    vfloat top = before;
-    for (std::int64_t key = 0; key < keys; ++key) top = max(top, load(column + key * query_block));
+    vfloat top = before, other = before;  // two chains of maxima hide half of the latency
+    for (std::int64_t key = 0; key + 1 < keys; key += 2) {
+      top = max(top, load(column + key * query_block));
+      other = max(other, load(column + (key + 1) * query_block));
+    }
+    top = max(max(top, other), load(column + (keys - 1) * query_block));
     const vfloat decay = exp(before - top);
     vfloat total = load(softmax.total + v * lanes) * decay;
     for (std::int64_t key = 0; key < keys; ++key) {
@@ -564,11 +566,14 @@ void backward_task(const AttentionBackward& args, const Sequence& sequence) {
 }  // namespace
 
 void attention_forward(const AttentionForward& args) noexcept {
-  const std::int64_t blocks = (args.q.shape[0] + query_block - 1) / query_block;
+  const std::int64_t blocks = (args.q.shape[0] + query_block - 1) / query_block, heads = args.q.shape[1];
+  const std::int64_t groups = (blocks + blocks_together - 1) / blocks_together;
   with_element(args.q.dtype, [&](auto* element) {
-    parallel_for(args.q.shape[1] * blocks, 1, [&](std::int64_t begin, std::int64_t) {
-      forward_task<std::remove_pointer_t<decltype(element)>>(args, begin % blocks * query_block,
-                                                             begin / blocks);
+    parallel_for(groups * heads * blocks_together, 1, [&](std::int64_t begin, std::int64_t) {
+      const std::int64_t group = begin / blocks_together / heads, head = begin / blocks_together % heads;
+      const std::int64_t block = group * blocks_together + begin % blocks_together;
+      if (block < blocks)
+        forward_task<std::remove_pointer_t<decltype(element)>>(args, block * query_block, head);
     });
   });
 }
