@@ -133,6 +133,13 @@ HRMCORE_INLINE void for_columns(std::int64_t width, const F& f) {
   }
 }
 
+// Rows of one block of work: enough elements that a second thread is worth waking for the next block. Depends
+// on the shape alone, so the thread count changes no bits.
+HRMCORE_INLINE std::int64_t rows_of_block(std::int64_t row_elements) {
+  constexpr std::int64_t block_elements = 16384;
+  return row_elements < block_elements ? block_elements / row_elements : 1;
+}
+
 // Runs f(begin, end) over blocks of [0, count); see run_blocks.
 template <class F>
 HRMCORE_INLINE void parallel_for(std::int64_t count, std::int64_t grain, const F& f) {

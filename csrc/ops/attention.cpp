@@ -563,17 +563,33 @@ void backward_task(const AttentionBackward& args, const Sequence& sequence) {
   }
 }
 
+// Tasks of one block of work: one, or all of them where the whole call is too small to wake a second thread
+// for.
+template <class Args>
+std::int64_t tasks_of_block(const Args& args, std::int64_t tasks) {
+  constexpr std::int64_t small = 1 << 20;  // FLOPs
+  std::int64_t pairs = 0;
+  for (std::int64_t s = 0; s < args.prefix.shape[0]; ++s) {
+    const Sequence sequence = sequence_of(args, s, 0);
+    pairs += sequence.queries * sequence.keys;
+  }
+  return 4 * pairs * args.q.shape[1] * args.q.shape[2] < small ? tasks : 1;
+}
+
 }  // namespace
 
 void attention_forward(const AttentionForward& args) noexcept {
   const std::int64_t blocks = (args.q.shape[0] + query_block - 1) / query_block, heads = args.q.shape[1];
   const std::int64_t groups = (blocks + blocks_together - 1) / blocks_together;
   with_element(args.q.dtype, [&](auto* element) {
-    parallel_for(groups * heads * blocks_together, 1, [&](std::int64_t begin, std::int64_t) {
-      const std::int64_t group = begin / blocks_together / heads, head = begin / blocks_together % heads;
-      const std::int64_t block = group * blocks_together + begin % blocks_together;
-      if (block < blocks)
-        forward_task<std::remove_pointer_t<decltype(element)>>(args, block * query_block, head);
+    const std::int64_t tasks = groups * heads * blocks_together;
+    parallel_for(tasks, tasks_of_block(args, tasks), [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t task = begin; task < end; ++task) {
+        const std::int64_t group = task / blocks_together / heads, head = task / blocks_together % heads;
+        const std::int64_t block = group * blocks_together + task % blocks_together;
+        if (block < blocks)
+          forward_task<std::remove_pointer_t<decltype(element)>>(args, block * query_block, head);
+      }
     });
   });
 }
@@ -581,9 +597,12 @@ void attention_forward(const AttentionForward& args) noexcept {
 void attention_backward(const AttentionBackward& args) noexcept {
   const std::int64_t heads = args.q.shape[1];
   with_element(args.q.dtype, [&](auto* element) {
-    parallel_for(args.prefix.shape[0] * heads, 1, [&](std::int64_t begin, std::int64_t) {
-      backward_task<std::remove_pointer_t<decltype(element)>>(
-          args, sequence_of(args, begin / heads, begin % heads));
+    const std::int64_t tasks = args.prefix.shape[0] * heads;
+    parallel_for(tasks, tasks_of_block(args, tasks), [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t task = begin; task < end; ++task) {
+        backward_task<std::remove_pointer_t<decltype(element)>>(
+            args, sequence_of(args, task / heads, task % heads));
+      }
     });
   });
 }

@@ -46,8 +46,6 @@ void check(const RmsNormBackward& args) {
 namespace HRMCORE_ISA {
 namespace {
 
-constexpr std::int64_t rows_per_block = 16;
-
 template <class T>
 HRMCORE_INLINE T* row_of(const TensorView& tensor, std::int64_t row) {
   return tensor.given() ? tensor.as<T>() + row * tensor.strides[0] : nullptr;
@@ -109,7 +107,7 @@ void backward_rows(const RmsNormBackward& args, std::int64_t begin, std::int64_t
 
 void rms_norm_forward(const RmsNormForward& args) noexcept {
   with_element(args.x.dtype, [&](auto* element) {
-    parallel_for(args.x.shape[0], rows_per_block, [&](std::int64_t begin, std::int64_t end) {
+    parallel_for(args.x.shape[0], rows_of_block(args.x.shape[1]), [&](std::int64_t begin, std::int64_t end) {
       forward_rows<std::remove_pointer_t<decltype(element)>>(args, begin, end);
     });
   });
@@ -117,7 +115,7 @@ void rms_norm_forward(const RmsNormForward& args) noexcept {
 
 void rms_norm_backward(const RmsNormBackward& args) noexcept {
   with_element(args.u.dtype, [&](auto* element) {
-    parallel_for(args.u.shape[0], rows_per_block, [&](std::int64_t begin, std::int64_t end) {
+    parallel_for(args.u.shape[0], rows_of_block(args.u.shape[1]), [&](std::int64_t begin, std::int64_t end) {
       backward_rows<std::remove_pointer_t<decltype(element)>>(args, begin, end);
     });
   });

@@ -46,8 +46,6 @@ void check(const Rope& args) {
 namespace HRMCORE_ISA {
 namespace {
 
-constexpr std::int64_t tokens_per_block = 16;
-
 // One token: every head is rotated by the same angles.
 template <class T>
 HRMCORE_INLINE void rotate_heads(const TensorView& in, const TensorView& out, std::int64_t token,
@@ -81,9 +79,10 @@ void rotate_tokens(const Rope& args, std::int64_t begin, std::int64_t end) {
 
 void rope(const Rope& args) noexcept {
   with_element(args.q.dtype, [&](auto* element) {
-    parallel_for(args.q.shape[0], tokens_per_block, [&](std::int64_t begin, std::int64_t end) {
-      rotate_tokens<std::remove_pointer_t<decltype(element)>>(args, begin, end);
-    });
+    parallel_for(args.q.shape[0], rows_of_block(2 * args.q.shape[1] * args.q.shape[2]),
+                 [&](std::int64_t begin, std::int64_t end) {
+                   rotate_tokens<std::remove_pointer_t<decltype(element)>>(args, begin, end);
+                 });
   });
 }
 

@@ -39,8 +39,6 @@ void check(const SwigluBackward& args) {
 namespace HRMCORE_ISA {
 namespace {
 
-constexpr std::int64_t rows_per_block = 16;
-
 template <class T>
 void forward_rows(const SwigluForward& args, std::int64_t begin, std::int64_t end) {
   const std::int64_t width = args.y.shape[1];
@@ -77,17 +75,19 @@ void backward_rows(const SwigluBackward& args, std::int64_t begin, std::int64_t 
 
 void swiglu_forward(const SwigluForward& args) noexcept {
   with_element(args.ab.dtype, [&](auto* element) {
-    parallel_for(args.ab.shape[0], rows_per_block, [&](std::int64_t begin, std::int64_t end) {
-      forward_rows<std::remove_pointer_t<decltype(element)>>(args, begin, end);
-    });
+    parallel_for(args.ab.shape[0], rows_of_block(args.ab.shape[1]),
+                 [&](std::int64_t begin, std::int64_t end) {
+                   forward_rows<std::remove_pointer_t<decltype(element)>>(args, begin, end);
+                 });
   });
 }
 
 void swiglu_backward(const SwigluBackward& args) noexcept {
   with_element(args.ab.dtype, [&](auto* element) {
-    parallel_for(args.ab.shape[0], rows_per_block, [&](std::int64_t begin, std::int64_t end) {
-      backward_rows<std::remove_pointer_t<decltype(element)>>(args, begin, end);
-    });
+    parallel_for(args.ab.shape[0], rows_of_block(args.ab.shape[1]),
+                 [&](std::int64_t begin, std::int64_t end) {
+                   backward_rows<std::remove_pointer_t<decltype(element)>>(args, begin, end);
+                 });
   });
 }
 
