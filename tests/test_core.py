@@ -130,7 +130,7 @@ import os
 import numpy as np
 from hrmcore import _C
 
-x = np.random.default_rng(0).standard_normal((517, 65), dtype=np.float32)
+x = np.random.default_rng(0).standard_normal((5170, 65), dtype=np.float32)
 
 def rows(threads):
     y = np.full_like(x, np.nan)
