@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-UNLISTED = {"LICENSE", "pyproject.toml", "constraints.txt", "hrmcore/__main__.py", "hrmcore/py.typed"}
+UNLISTED = {"LICENSE", "pyproject.toml", "constraints.txt", "hrmcore/__main__.py", "hrmcore/_C.pyi"}
 
 
 def listed() -> set[str]:

@@ -103,7 +103,7 @@ def test_loss_is_the_mean_over_response_tokens(run_file: Path) -> None:
         sequence = trainer.corpus.tokens[trainer.corpus.offsets[record] : trainer.corpus.offsets[record + 1]]
         targets = torch.from_numpy(sequence[prefix:]).long()
         expected += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
-    assert float(trainer.model.loss(batch)) == pytest.approx(expected, rel=1e-5)
+    assert trainer.model.loss(batch).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_short_horizon_leaves_the_embedding_alone(run_file: Path) -> None:
