@@ -1,5 +1,6 @@
 # make run   builds, installs into .venv and opens the interactive prompt (needs Python >= 3.10, a C++17 compiler)
 # make test  builds, installs and runs every test
+# make sanitize  runs the op and core tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,6 +27,27 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+# The tests run from an environment and a folder of their own: the editable install, or the sources in the working
+# directory, would win over the instrumented module. Python's own leaks are not ours to report.
+SANITIZED := build/sanitize
+SANITIZERS = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(name)))
+SITE_PACKAGES := -c "import site; print(site.getsitepackages()[0])"
+
+sanitize: $(VENV)/installed-dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DCMAKE_CXX_COMPILER=$(CXX) -DHRMCORE_SANITIZE=address,undefined \
+	  -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
+	$(BIN)/cmake --build $(SANITIZED)
+	$(BIN)/python -m venv --without-pip --clear $(SANITIZED)/venv
+	site="$$($(SANITIZED)/venv/bin/python $(SITE_PACKAGES))" && cp -r hrmcore "$$site" && \
+	  $(BIN)/cmake --install $(SANITIZED) --prefix "$$site" && $(BIN)/python $(SITE_PACKAGES) > "$$site/dev.pth"
+	cd $(SANITIZED) && LD_PRELOAD="$(SANITIZERS)" PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
+	  venv/bin/python "$(CURDIR)/$(BIN)/pytest" -c "$(CURDIR)/pyproject.toml" -p no:cacheprovider --capture=sys \
+	  "$(CURDIR)/tests/ops" "$(CURDIR)/tests/test_core.py" -k "not opcheck and not twice and not memory"
+	cd $(SANITIZED) && printf "leak:%s\n" bin/python libpython lib-dynload numpy openblas ld-linux > not_ours.txt && \
+	  LD_PRELOAD="$(SANITIZERS)" PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=1:malloc_context_size=3 \
+	  LSAN_OPTIONS=suppressions=not_ours.txt venv/bin/python "$(CURDIR)/tests/leaks.py" 20
 
 clean:
 	rm -rf build $(VENV)

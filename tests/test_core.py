@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -178,3 +179,10 @@ def test_threads_of_the_caller():
         "    print(set(callers.map(rows, [2, 3] * 40)) == {expected})"
     )
     assert child(program) == (0, "True", "")
+
+
+def test_calls_leave_no_memory_behind():
+    """10,000 rounds that lost 32 bytes each, the least that malloc gives, would grow by 312 KiB."""
+    program = Path(__file__).with_name("leaks.py")
+    done = subprocess.run([sys.executable, program, "10000"], capture_output=True, text=True, check=True, timeout=60)
+    assert int(done.stdout) < 150
