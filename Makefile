@@ -31,7 +31,7 @@ format: $(VENV)/installed-dev
 # The tests run from an environment and a folder of their own: the editable install, or the sources in the working
 # directory, would win over the instrumented module. Python's own leaks are not ours to report.
 SANITIZED := build/sanitize
-SANITIZERS = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(name)))
+SANITIZERS = $(foreach name,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(name)))
 SITE_PACKAGES := -c "import site; print(site.getsitepackages()[0])"
 
 sanitize: $(VENV)/installed-dev
