@@ -4,6 +4,8 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -12,6 +14,7 @@
 #include "core/machine_limits.h"
 #include "core/tensor.h"
 #include "core/threads.h"
+#include "engine/engine.h"
 #include "ops/attention.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
@@ -199,6 +202,106 @@ void bind_machine_limits(py::module_& m) {
   m.attr("stream_block") = hrmcore::stream_block;
 }
 
+hrmcore::Packing packing_of(const char* argument, const std::string& dtype) {
+  using hrmcore::Packing;
+  if (dtype == "float32") return Packing::f32;
+  if (dtype == "bfloat16") return Packing::bf16;
+  if (dtype == "int8") return Packing::int8;
+  if (dtype == "int4") return Packing::int4;
+  hrmcore::reject("Engine", argument, "float32, bfloat16, int8 or int4", "'" + dtype + "'");
+}
+
+// A step waits for the engine without the GIL, so that no thread waits for one of the two holding the other.
+std::unique_lock<std::mutex> lock_engine(hrmcore::Engine& engine) {
+  py::gil_scoped_release unlocked;
+  return std::unique_lock<std::mutex>(engine.mutex());
+}
+
+void bind_engine(py::module_& m) {
+  using hrmcore::Engine;
+  m.attr("cache_block_tokens") = hrmcore::block_tokens;
+  m.def("cache_block_bytes",
+        [](const std::string& kv_dtype, std::int64_t slots, std::int64_t heads, std::int64_t head_dim) {
+          return hrmcore::CacheShape{packing_of("kv_dtype", kv_dtype), slots, heads, head_dim}.block_bytes();
+        });
+  py::class_<Engine>(m, "Engine")
+      .def(py::init([](std::int64_t vocab_size, std::int64_t hidden_size, std::int64_t intermediate_size,
+                       std::int64_t num_layers, std::int64_t num_heads, std::int64_t head_dim,
+                       std::int64_t h_cycles, std::int64_t l_cycles, double eps, double embedding_scale,
+                       const py::object& rope, const std::string& dtype, const std::string& kv_dtype,
+                       int threads, std::int64_t cache_tokens) {
+             Borrowed b("Engine");
+             const hrmcore::TensorView table = b.view(rope, "rope");
+             const std::int64_t positions = table.rank > 0 ? table.shape[0] : 0;
+             const hrmcore::ModelShape shape{vocab_size,
+                                             hidden_size,
+                                             intermediate_size,
+                                             num_layers,
+                                             num_heads,
+                                             head_dim,
+                                             h_cycles,
+                                             l_cycles,
+                                             positions,
+                                             static_cast<float>(eps),
+                                             static_cast<float>(embedding_scale)};
+             return std::make_unique<Engine>(shape, packing_of("dtype", dtype),
+                                             packing_of("kv_dtype", kv_dtype), threads, cache_tokens, table);
+           }),
+           py::kw_only(), py::arg("vocab_size"), py::arg("hidden_size"), py::arg("intermediate_size"),
+           py::arg("num_layers"), py::arg("num_heads"), py::arg("head_dim"), py::arg("H_cycles"),
+           py::arg("L_cycles"), py::arg("eps"), py::arg("embedding_scale"), py::arg("rope"), py::arg("dtype"),
+           py::arg("kv_dtype"), py::arg("threads"), py::arg("cache_tokens"))
+      .def("allocate_weights", [](Engine& e) { e.weights().allocate(); })
+      .def("map_weights", [](Engine& e, const std::string& path, std::int64_t offset,
+                             std::uint64_t checksum) { e.weights().map_file(path, offset, checksum); })
+      .def("set_weight",
+           [](Engine& e, const std::string& name, const py::object& tensor) {
+             Borrowed b("set_weight");
+             e.weights().set(name, b.view(tensor, "tensor"));
+           })
+      .def("get_weight",
+           [](const Engine& e, const std::string& name, const py::object& out) {
+             Borrowed b("get_weight");
+             e.weights().get(name, b.view(out, "out"));
+           })
+      .def("packed_weights",  // borrowed: valid while the engine lives
+           [](const Engine& e) {
+             return py::memoryview::from_memory(const_cast<const std::byte*>(e.weights().data()),
+                                                e.weights().bytes());
+           })
+      .def("checksum", [](const Engine& e) { return e.weights().checksum(); })
+      .def("open",
+           [](Engine& e, std::int64_t prefix_length) {
+             const auto lock = lock_engine(e);
+             return e.open(prefix_length);
+           })
+      .def("close",
+           [](Engine& e, std::int64_t request) {
+             const auto lock = lock_engine(e);
+             e.close(request);
+           })
+      .def("step",
+           [](Engine& e, const std::vector<std::int64_t>& requests,
+              const std::vector<std::vector<std::int64_t>>& ids, const py::object& logits, bool every_row) {
+             Borrowed b("step");
+             const hrmcore::TensorView out = b.view(logits, "logits");
+             const auto lock = lock_engine(e);
+             e.begin(requests, ids, every_row, out);
+             {
+               py::gil_scoped_release unlocked;
+               e.run();
+             }
+             e.commit();
+           })
+      .def_property_readonly("vocab_size", [](const Engine& e) { return e.shape().vocabulary; })
+      .def_property_readonly("weight_bytes", [](const Engine& e) { return e.weights().bytes(); })
+      .def_property_readonly("workspace_bytes", &Engine::workspace_bytes)
+      .def_property_readonly("threads", &Engine::threads)
+      .def_property_readonly("open_requests", &Engine::open_requests)
+      .def_property_readonly("cache_blocks", [](const Engine& e) { return e.cache().capacity(); })
+      .def_property_readonly("cache_blocks_used", [](const Engine& e) { return e.cache().used(); });
+}
+
 void bind_runtime(py::module_& m) {
   m.def("isa", [] { return hrmcore::name(hrmcore::current_isa()); });
   m.def("set_isa", &hrmcore::set_isa);
@@ -225,6 +328,7 @@ PYBIND11_MODULE(_C, m) {
   bind_runtime(m);
   bind_machine_limits(m);
   bind_attention(m);
+  bind_engine(m);
   bind_rms_norm(m);
   bind_rope(m);
   bind_swiglu(m);

@@ -27,6 +27,7 @@ class Command:
 COMMANDS = {
     "generate": Command("answer one question", "hrmcore.generate"),
     "repl": Command("talk to a model", "hrmcore.repl"),
+    "convert": Command("pack a checkpoint for the CPU engine", "hrmcore.convert"),
     "bench": Command("check and time the ops", "hrmcore.bench"),
     "train": Command("train a model as a run file says", "hrmcore.train"),
 }

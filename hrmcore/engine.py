@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hrmcore import _C
-from hrmcore.checkpoint import load_model, resolve
+from hrmcore.checkpoint import CONFIG_FILE, resolve
 from hrmcore.config import HRMConfig
-from hrmcore.model import HRM
-from hrmcore.runner import Runner, TorchRunner
+from hrmcore.packed import DTYPES, PACKED_FILE, PackedRunner
+from hrmcore.runner import Runner
 from hrmcore.sampling import Sampler, Sampling, is_integer, require
 from hrmcore.tokenizer import PieceDecoder, Tokenizer
 
@@ -54,27 +54,31 @@ class TextOptions(TypedDict, total=False):
 
 
 def load(
-    path: str | Path | None = None, dtype: str = "auto", device: str = "cpu", threads: int | None = None
+    path: str | Path | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+    threads: int | None = None,
+    kv_dtype: str | None = None,
 ) -> Engine:
     """Load a checkpoint folder, or a hub id from the local cache; None is the embedded tiny model.
 
-    `dtype` is float32 or bfloat16; auto is float32, the faster of the two on most CPUs. `threads` sets the threads of
-    torch and of the kernels for the whole process; None leaves them. Raises ValueError on an argument out of range or a
-    broken checkpoint, FileNotFoundError when there is none.
+    `dtype` is float32, bfloat16, int8 or int4; auto is what the checkpoint holds. `kv_dtype`, of the cached keys and
+    values, is float32, bfloat16 or int8; None is float32 beside float32 weights, else bfloat16. `threads` sets the
+    threads of torch and of the kernels for the whole process; None leaves them. Raises ValueError on an argument out of
+    range or a broken checkpoint, FileNotFoundError when there is none.
     """
-    _check_dtype(dtype)
+    require(dtype in ("auto", *DTYPES), "dtype", f"auto, {', '.join(DTYPES[:-1])} or {DTYPES[-1]}", dtype)
+    require(kv_dtype in (None, "float32", "bfloat16", "int8"), "kv_dtype", "float32, bfloat16 or int8", kv_dtype)
     _check_device(device)
     if threads is not None:
         require(is_integer(threads) and 1 <= threads <= 1024, "threads", "a whole number from 1 to 1024", threads)
         torch.set_num_threads(threads)
         _C.set_num_threads(threads)
-    if path is None and not (EMBEDDED_MODEL / "config.json").is_file():
+    if path is None and not any((EMBEDDED_MODEL / name).is_file() for name in (CONFIG_FILE, PACKED_FILE)):
         raise FileNotFoundError("this installation has no embedded model: give the path of a checkpoint")
     folder = EMBEDDED_MODEL if path is None else resolve(path)
-    model = load_model(folder)
-    if dtype == "bfloat16":
-        _to_bfloat16(model)
-    return Engine(TorchRunner(model), _find_tokenizer(folder, model.config), folder)
+    runner = PackedRunner.from_checkpoint(folder, dtype, kv_dtype, threads, CACHE_BUDGET)
+    return Engine(runner, _find_tokenizer(folder, runner.config), folder)
 
 
 class Engine:
@@ -388,12 +392,6 @@ class StopFilter:
         return 0
 
 
-def _check_dtype(dtype: str) -> None:
-    if dtype in ("int8", "int4"):
-        raise ValueError(f"dtype {dtype!r} arrives with the packed engine; until then take auto, float32 or bfloat16")
-    require(dtype in ("auto", "float32", "bfloat16"), "dtype", "auto, float32 or bfloat16", dtype)
-
-
 def _check_device(device: str) -> None:
     if isinstance(device, str) and device.split(":")[0] == "cuda":
         raise ValueError(f"device {device!r}: generation runs on device='cpu' only, so far")
@@ -418,12 +416,6 @@ def _check_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     good = isinstance(stops, Sequence) and all(isinstance(text, str) and text for text in stops)
     require(good, "stop", "a non-empty text or a list of them", stop)
     return tuple(stops)
-
-
-def _to_bfloat16(model: HRM) -> None:
-    table = model.rope_table  # angles lose their meaning in 8 bits
-    model.to(torch.bfloat16)
-    model.rope_table = table
 
 
 def _find_tokenizer(folder: Path, config: HRMConfig) -> Tokenizer | None:

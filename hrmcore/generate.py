@@ -43,7 +43,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before TEXT; may be repeated")
     sampling.add_argument("--seed", type=int, metavar="N", help="draw the same answer every time")
     loading = parser.add_argument_group("loading")
-    loading.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
+    loading.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, int8 or int4")
     loading.add_argument("--threads", type=int, metavar="N", help="threads to compute with")
 
 

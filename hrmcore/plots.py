@@ -44,3 +44,28 @@ def ops(report: dict[str, Any], path: Path) -> None:
     peer.legend(frameon=False, loc="lower right")
     figure.suptitle(f"{machine['processor']}, {machine['isa']}, {machine['threads']} threads", fontsize=10)
     figure.savefig(path, dpi=150)
+
+
+def decode(report: dict[str, Any], path: Path) -> None:
+    """Draw what bench/decode.py measured: decode speed by batch and by context, one line for each dtype."""
+    figure, (batches, contexts) = _figure(1, 2, (10, 4))
+    for axes, key, label in ((batches, "batches", "sequences together"), (contexts, "contexts", "tokens in the cache")):
+        for line in report["lines"]:
+            axes.plot([int(x) for x in line[key]], list(line[key].values()), marker="o", label=line["dtype"])
+        axes.set_xlabel(label)
+        axes.set_ylabel("decoded tokens/s")
+        axes.set_ylim(bottom=0)
+        axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def peers(report: dict[str, Any], path: Path) -> None:
+    """Draw what bench/peers.py measured: prefill and decode speed of every engine."""
+    lines = report["lines"]
+    figure, panels = _figure(1, 2, (11, 1 + 0.4 * len(lines)))
+    for axes, key in zip(panels, ("prefill", "decode"), strict=True):
+        bars = axes.barh([line["engine"] for line in lines], [line[key] for line in lines])
+        axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+        axes.set_xlabel(f"{key}, tokens/s")
+        axes.invert_yaxis()
+    figure.savefig(path, dpi=150)

@@ -26,6 +26,11 @@ class Runner(Protocol):
     parameters: int
     cache_bytes_per_token: int
 
+    @property
+    def open_sequences(self) -> int:
+        """How many sequences are open."""
+        ...
+
     def open(self, prompts: Sequence[Sequence[int]], prefix_lengths: Sequence[int]) -> tuple[list[int], Tensor]:
         """Prefill new sequences; returns a handle for each, and the logits (S, V) float32 after their last tokens."""
         ...
@@ -122,6 +127,10 @@ class TorchRunner:
         self._pool = _Pool(self.config, dtype)
         self._sequences: dict[int, _Sequence] = {}
         self._handles = itertools.count()
+
+    @property
+    def open_sequences(self) -> int:
+        return len(self._sequences)
 
     def open(self, prompts: Sequence[Sequence[int]], prefix_lengths: Sequence[int]) -> tuple[list[int], Tensor]:
         sequences = [_Sequence(prefix if self.config.prefix_lm else 0) for prefix in prefix_lengths]

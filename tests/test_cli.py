@@ -130,7 +130,10 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "x", "--model", "MODEL", "--temperature", "-1"], "temperature must be 0 or more, got -1.0"),
         (["generate", "x", "--model", "MODEL", "--max-new-tokens", "0"], "max_new_tokens must be"),
         (["generate", "x", "--model", "MODEL", "--stop", ""], "stop must be"),
-        (["generate", "x", "--model", "MODEL", "--dtype", "int8"], "'int8' arrives with the packed engine"),
+        (
+            ["generate", "x", "--model", "MODEL", "--dtype", "int2"],
+            "dtype must be auto, float32, bfloat16, int8 or int4",
+        ),
         (["generate", "x", "--model", "MODEL", "--threads", "0"], "threads must be"),
         (["bench", "nonsense"], "no op is called 'nonsense'"),
         (["bench", "rms_norm", "--seconds", "0"], "seconds must be positive"),

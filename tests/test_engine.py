@@ -187,15 +187,15 @@ def test_closing_releases_the_sequence() -> None:
     engine = untexted()
     running = engine.tokens(random_ids(5))
     next(running)
-    assert len(engine._runner._sequences) == 1
+    assert engine._runner.open_sequences == 1
     running.close()
-    assert not engine._runner._sequences
+    assert engine._runner.open_sequences == 0
     assert list(running) == []
     abandoned = engine.tokens(random_ids(5))
     next(abandoned)
     del abandoned
     gc.collect()
-    assert not engine._runner._sequences
+    assert engine._runner.open_sequences == 0
 
 
 # --- text --------------------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def test_a_batch_answers_as_each_prompt_alone(engine: Engine, options: dict[str,
     assert engine.generate(list(reversed(PROMPTS)), max_new_tokens=24, **options) == alone[::-1]
     assert len(set(alone)) == len(PROMPTS) - 1
     assert engine.generate([]) == []
-    assert not engine._runner._sequences
+    assert engine._runner.open_sequences == 0
 
 
 class Watched:
@@ -226,14 +226,14 @@ class Watched:
 
     def open(self, prompts: Sequence[Sequence[int]], prefix_lengths: Sequence[int]) -> tuple[list[int], Tensor]:
         opened = self._runner.open(prompts, prefix_lengths)
-        self.held = max(self.held, len(self._runner._sequences))
+        self.held = max(self.held, self._runner.open_sequences)
         self.prefill = max(self.prefill, sum(map(len, prompts)))
         return opened
 
 
 @pytest.mark.parametrize(
     ("limit", "value", "most_held"),
-    [("MAX_BATCH", 2, 2), ("CACHE_BUDGET", 1, 1), ("CACHE_BUDGET", 100 * 1536, 3), ("PREFILL_TOKENS", 1, 6)],
+    [("MAX_BATCH", 2, 2), ("CACHE_BUDGET", 1, 1), ("CACHE_BUDGET", 100 * 3072, 3), ("PREFILL_TOKENS", 1, 6)],
 )
 def test_long_queues_wait_for_room(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, limit: str, value: int, most_held: int
@@ -242,7 +242,7 @@ def test_long_queues_wait_for_room(
     alone = [engine.generate(prompt, max_new_tokens=20, **stops) for prompt in PROMPTS]
     assert len({len(answer) for answer in alone}) > 2
     watched = Watched(engine._runner)
-    assert watched.cache_bytes_per_token == 1536
+    assert watched.cache_bytes_per_token == 3072
     monkeypatch.setattr(hrmcore.engine, limit, value)
     queued = Engine(watched, engine.tokenizer, engine.source)
     assert queued.generate(PROMPTS, max_new_tokens=20, **stops) == alone
@@ -329,9 +329,9 @@ def changed(checkpoint: Path, folder: Path, **config: Any) -> None:
 def test_closing_an_answer_cancels_it(engine: Engine) -> None:
     answer = engine.stream("what is 3 plus 4?", stop="\x00\x00")
     next(answer)
-    assert len(engine._runner._sequences) == 1
+    assert engine._runner.open_sequences == 1
     answer.close()
-    assert not engine._runner._sequences
+    assert engine._runner.open_sequences == 0
     assert list(answer) == []
     assert answer.finish == "closed"
     unused = engine.stream("é")
@@ -390,10 +390,9 @@ def test_threads_are_set_for_torch_and_the_kernels(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "int8"}, "'int8' arrives with the packed engine.*bfloat16"),
-        ({"dtype": "int4"}, "'int4' arrives with the packed engine"),
-        ({"dtype": "float16"}, "dtype must be auto, float32 or bfloat16, got 'float16'"),
+        ({"dtype": "float16"}, "dtype must be auto, float32, bfloat16, int8 or int4, got 'float16'"),
         ({"dtype": torch.float32}, "dtype must be"),
+        ({"kv_dtype": "int4"}, "kv_dtype must be float32, bfloat16 or int8, got 'int4'"),
         ({"device": "cuda"}, "'cuda': generation runs on device='cpu'"),
         ({"device": "cuda:1"}, "'cuda:1': generation runs on device='cpu'"),
         ({"device": "tpu"}, "device must be 'cpu', got 'tpu'"),

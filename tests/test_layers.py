@@ -20,8 +20,9 @@ LAYERS = [
     {"config", "tokenizer", "sampling", "ops"},
     {"model", "optim", "data", "planner"},
     {"checkpoint", "growth", "runner", "microbench"},
+    {"packed"},
     {"train", "engine", "lens", "plots"},
-    {"generate", "bench"},
+    {"generate", "bench", "convert"},
     {"repl", "evals"},
     {"cli"},
     {"__main__"},
@@ -30,7 +31,7 @@ LAYERS = [
 LATE = {("model", "checkpoint")}
 # Too slow or too rare to come along with a module of ours.
 NEVER_EAGER = {"transformers", "reasoning_gym", "wandb", "matplotlib", "lm_eval", "gguf", "huggingface_hub"}
-FREE_OF_TORCH = ["config", "tokenizer", "sampling", "generate", "bench", "repl", "cli"]
+FREE_OF_TORCH = ["config", "tokenizer", "sampling", "generate", "bench", "convert", "repl", "cli"]
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

@@ -432,7 +432,7 @@ def test_an_interruption_stops_the_answer_and_not_the_program(
     shown = screen.take()
     assert re.search(r"6 tokens, \d+ tokens/s, stopped", shown)
     assert re.search(r"50 tokens, \d+ tokens/s, cut at max_new_tokens", shown)
-    assert not engine._runner._sequences
+    assert engine._runner.open_sequences == 0
     assert [record["instruction"] for record in session._records] == ["copy"]
 
 

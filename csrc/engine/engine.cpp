@@ -1,0 +1,182 @@
+#include "engine/engine.h"
+
+#include <algorithm>
+#include <set>
+#include <stdexcept>
+
+namespace hrmcore {
+namespace {
+
+const ModelShape& checked(const ModelShape& shape) {
+  const std::pair<const char*, std::int64_t> counts[] = {{"vocab_size", shape.vocabulary},
+                                                         {"hidden_size", shape.width},
+                                                         {"intermediate_size", shape.ffn},
+                                                         {"num_layers", shape.layers},
+                                                         {"num_heads", shape.heads},
+                                                         {"head_dim", shape.head_dim},
+                                                         {"H_cycles", shape.h_cycles},
+                                                         {"L_cycles", shape.l_cycles},
+                                                         {"max_position_embeddings", shape.positions}};
+  for (const auto& [name, value] : counts) {
+    if (value < 1 || value > (std::int64_t{1} << 31))
+      reject("Engine", name, "at least 1", std::to_string(value));
+  }
+  if (shape.head_dim > most_head_channels || shape.head_dim % 2 != 0) {
+    reject("Engine", "head_dim", "even and at most " + std::to_string(most_head_channels),
+           std::to_string(shape.head_dim));
+  }
+  return shape;
+}
+
+Packing checked_cache(Packing packing) {
+  if (packing == Packing::int4) reject("Engine", "kv_dtype", "float32, bfloat16 or int8", "int4");
+  return packing;
+}
+
+std::vector<float> copied_table(const TensorView& rope, const ModelShape& shape) {
+  Check("Engine", "rope", rope)
+      .cpu()
+      .dtype({DType::f32})
+      .rank(2)
+      .size(0, shape.positions, "positions")
+      .size(1, shape.head_dim, "head_dim")
+      .contiguous();
+  return {rope.as<float>(), rope.as<float>() + shape.positions * shape.head_dim};
+}
+
+int checked_threads(int threads) {
+  if (threads < 1 || threads > 1024)
+    reject("Engine", "threads", "between 1 and 1024", std::to_string(threads));
+  return threads;
+}
+
+std::string named(std::int64_t request) { return "request " + std::to_string(request); }
+
+}  // namespace
+
+Engine::Engine(const ModelShape& shape, Packing weights, Packing cache, int threads,
+               std::int64_t cache_tokens, const TensorView& rope)
+    : shape_(checked(shape)),
+      weights_(shape_, weights),
+      cache_(CacheShape{checked_cache(cache), shape_.slots(), shape_.heads, shape_.head_dim},
+             cache_tokens / block_tokens),
+      rope_(copied_table(rope, shape_)),
+      team_(checked_threads(threads)),
+      recurrence_(shape_, weights_, cache_.shape(), rope_.data()) {
+  if (cache_tokens < block_tokens) {
+    reject("Engine", "cache_tokens", "at least " + std::to_string(block_tokens),
+           std::to_string(cache_tokens));
+  }
+}
+
+std::int64_t Engine::open(std::int64_t prefix) {
+  if (prefix < 0 || prefix > shape_.positions) {
+    reject("open", "prefix_length", "between 0 and the context of " + std::to_string(shape_.positions),
+           std::to_string(prefix));
+  }
+  requests_[next_request_].prefix = prefix;
+  return next_request_++;
+}
+
+void Engine::close(std::int64_t request) {
+  const auto found = requests_.find(request);
+  if (found == requests_.end()) reject("close", "request", "open", named(request) + ", which is not");
+  cache_.release(found->second.blocks);
+  requests_.erase(found);
+}
+
+void Engine::check_step(const std::vector<std::int64_t>& requests,
+                        const std::vector<std::vector<std::int64_t>>& ids, bool every_row,
+                        const TensorView& logits) const {
+  const char* op = "step";
+  if (requests.empty()) reject(op, "requests", "at least one request", "none");
+  if (requests.size() != ids.size()) {
+    reject(op, "ids", "one list for each of the " + std::to_string(requests.size()) + " requests",
+           std::to_string(ids.size()));
+  }
+  std::int64_t rows = 0;
+  std::set<std::int64_t> seen;
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    const auto found = requests_.find(requests[i]);
+    if (found == requests_.end()) reject(op, "requests", "open", named(requests[i]) + ", which is not");
+    if (!seen.insert(requests[i]).second)
+      reject(op, "requests", "different from each other", named(requests[i]) + " twice");
+    const Request& request = found->second;
+    const auto added = static_cast<std::int64_t>(ids[i].size());
+    if (added < 1) reject(op, "ids", "at least one token for each request", "none for " + named(requests[i]));
+    if (request.length == 0 && added < request.prefix) {
+      reject(op, "ids", "all " + std::to_string(request.prefix) + " tokens of the prefix in the first step",
+             std::to_string(added) + " for " + named(requests[i]));
+    }
+    if (request.length + added > shape_.positions) {
+      reject(op, "ids", "within the context of " + std::to_string(shape_.positions) + " tokens",
+             std::to_string(request.length + added) + " for " + named(requests[i]));
+    }
+    for (std::int64_t id : ids[i]) {
+      if (id < 0 || id >= shape_.vocabulary) {
+        reject(op, "ids", "in [0, " + std::to_string(shape_.vocabulary) + ")", std::to_string(id));
+      }
+    }
+    rows += every_row ? added : 1;
+  }
+  Check(op, "logits", logits)
+      .cpu()
+      .dtype({DType::f32})
+      .rank(2)
+      .size(0, rows, "rows")
+      .size(1, shape_.vocabulary, "V")
+      .contiguous();
+}
+
+void Engine::reserve(const std::vector<std::int64_t>& requests,
+                     const std::vector<std::vector<std::int64_t>>& ids) {
+  std::vector<std::size_t> held;
+  for (std::int64_t id : requests) held.push_back(requests_.at(id).blocks.size());
+  const auto give_back = [&] {
+    for (std::size_t i = 0; i < requests.size(); ++i) {
+      std::vector<std::byte*>& blocks = requests_.at(requests[i]).blocks;
+      std::vector<std::byte*> extra(blocks.begin() + static_cast<std::ptrdiff_t>(held[i]), blocks.end());
+      blocks.resize(held[i]);
+      cache_.release(extra);
+    }
+  };
+  try {
+    for (std::size_t i = 0; i < requests.size(); ++i) {
+      Request& request = requests_.at(requests[i]);
+      cache_.reserve(request.blocks, request.length + static_cast<std::int64_t>(ids[i].size()));
+    }
+  } catch (const std::bad_alloc&) {
+    give_back();
+    const std::int64_t all = cache_.capacity(), free = all - cache_.used();
+    throw CacheFull("the KV cache has no room for this step: " + std::to_string(free) + " of its " +
+                    std::to_string(all) + " blocks of " + std::to_string(block_tokens) +
+                    " tokens are free; close requests or load with more");
+  }
+}
+
+void Engine::begin(const std::vector<std::int64_t>& requests,
+                   const std::vector<std::vector<std::int64_t>>& ids, bool every_row,
+                   const TensorView& logits) {
+  weights_.check_complete();
+  weights_.check_unchanged();
+  check_step(requests, ids, every_row, logits);
+  reserve(requests, ids);
+  stepping_.clear();
+  chunks_.clear();
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    Request& request = requests_.at(requests[i]);
+    stepping_.push_back(&request);
+    chunks_.push_back({ids[i].data(), static_cast<std::int64_t>(ids[i].size()), request.length,
+                       request.prefix, request.blocks.data()});
+  }
+  recurrence_.prepare(chunks_, every_row, team_.size());
+  logits_ = logits.as<float>();
+}
+
+void Engine::run() noexcept { recurrence_.run(team_, logits_); }
+
+void Engine::commit() {
+  for (std::size_t i = 0; i < stepping_.size(); ++i) stepping_[i]->length += chunks_[i].tokens;
+}
+
+}  // namespace hrmcore

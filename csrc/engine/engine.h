@@ -1,0 +1,91 @@
+// Requests over one model: each holds its own blocks of the KV cache, and a step advances any set of them
+// together.
+//
+// A request's logits have the same bits whatever runs beside it, however its response is cut into chunks, and
+// with any number of threads: no kernel's arithmetic for one token depends on the others of a step.
+#pragma once
+
+#include <cstdint>
+#include <mutex>
+#include <new>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "core/tensor.h"
+#include "engine/kv_cache.h"
+#include "engine/recurrence.h"
+#include "engine/team.h"
+#include "engine/weights.h"
+
+namespace hrmcore {
+
+class CacheFull : public std::bad_alloc {
+ public:
+  explicit CacheFull(std::string message) : message_(std::move(message)) {}
+  const char* what() const noexcept override { return message_.c_str(); }
+
+ private:
+  std::string message_;
+};
+
+class Engine {
+ public:
+  // rope: (positions, head_dim) float32. cache_tokens: what all open requests may hold together, in whole
+  // blocks each. Throws std::invalid_argument on a shape that no model has.
+  Engine(const ModelShape& shape, Packing weights, Packing cache, int threads, std::int64_t cache_tokens,
+         const TensorView& rope);
+
+  const ModelShape& shape() const { return shape_; }
+  Weights& weights() { return weights_; }
+  const Weights& weights() const { return weights_; }
+  const KvCache& cache() const { return cache_; }
+  int threads() const { return team_.size(); }
+  std::int64_t workspace_bytes() const { return recurrence_.workspace_bytes(); }
+  std::int64_t open_requests() const { return static_cast<std::int64_t>(requests_.size()); }
+
+  // Whoever calls one of the following holds this.
+  std::mutex& mutex() { return mutex_; }
+
+  // A new request, whose first `prefix` tokens see each other both ways: they must come in one step, its
+  // first.
+  std::int64_t open(std::int64_t prefix);
+  // Releases its blocks. Throws std::invalid_argument when it is not open.
+  void close(std::int64_t request);
+
+  // A step in three parts, so that only the middle one, which cannot fail, runs without the GIL. begin throws
+  // std::invalid_argument on a bad argument, CacheFull or std::bad_alloc when there is no room,
+  // std::runtime_error when the weights are incomplete or their file changed; then nothing has happened.
+  // logits: (rows, V) float32, the last row of each request, or with every_row all rows in order.
+  void begin(const std::vector<std::int64_t>& requests, const std::vector<std::vector<std::int64_t>>& ids,
+             bool every_row, const TensorView& logits);
+  void run() noexcept;
+  void commit();
+
+ private:
+  struct Request {
+    std::int64_t prefix = 0;
+    std::int64_t length = 0;
+    std::vector<std::byte*> blocks;
+  };
+
+  void check_step(const std::vector<std::int64_t>& requests,
+                  const std::vector<std::vector<std::int64_t>>& ids, bool every_row,
+                  const TensorView& logits) const;
+  void reserve(const std::vector<std::int64_t>& requests, const std::vector<std::vector<std::int64_t>>& ids);
+
+  ModelShape shape_;
+  Weights weights_;
+  KvCache cache_;
+  std::vector<float> rope_;
+  Team team_;
+  Recurrence recurrence_;
+  std::mutex mutex_;
+  std::unordered_map<std::int64_t, Request> requests_;
+  std::int64_t next_request_ = 0;
+  std::vector<Request*> stepping_;
+  std::vector<Chunk> chunks_;
+  float* logits_ = nullptr;
+};
+
+}  // namespace hrmcore

@@ -1,0 +1,43 @@
+// Large blocks of memory: zeroed anonymous pages (huge ones where the system has them), or a file mapped for
+// reading.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace hrmcore {
+
+class Memory {
+ public:
+  Memory() = default;
+  explicit Memory(std::int64_t bytes);  // zeroed; throws std::bad_alloc
+  ~Memory();
+  Memory(Memory&& other) noexcept { swap(other); }
+  Memory& operator=(Memory&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+
+  // The part of a file from `offset` on, `bytes` long, offset a multiple of the page size. Throws
+  // std::runtime_error naming the file when it is missing or too short.
+  static Memory map_file(const std::string& path, std::int64_t offset, std::int64_t bytes);
+
+  // Whether the mapped file still is what was mapped: same size and time of change. Always true without a
+  // file.
+  bool unchanged() const;
+
+  std::byte* data() const { return data_; }
+  std::int64_t size() const { return size_; }
+  bool mapped() const { return file_ >= 0; }
+
+ private:
+  void swap(Memory& other) noexcept;
+
+  std::byte* data_ = nullptr;
+  std::int64_t size_ = 0;
+  int file_ = -1;
+  std::int64_t file_size_ = 0, changed_seconds_ = 0, changed_nanoseconds_ = 0;
+};
+
+}  // namespace hrmcore

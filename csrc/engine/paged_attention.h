@@ -1,0 +1,69 @@
+// Attention over the paged KV cache, for the tokens of one step.
+//
+// A block holds 64 consecutive tokens of a request for every slot, and in it for each slot and head:
+//   keys    one panel of packed.h: the 64 tokens are its rows, the head's channels its columns (f32, bf16 or
+//   int8) values  [64][d'] in f32 or bf16; or int8, then a float32 scale for each token;  d' is d rounded up
+//   to 32
+//
+// append_tokens turns q and k by their position (RoPE, half split), multiplies q by 1/sqrt(d) and stores k
+// and v. attend computes  out = sigmoid(gate) * softmax(q k^T) v,  key j visible to query i iff j <
+// max(prefix, i + 1), in blocks of 64 keys in order with a running maximum, so a query's bits do not depend
+// on how many stand beside it. Reads each visible key and value once for up to `query_tile` queries. Sources:
+// arXiv 2104.09864, 2205.14135.
+#pragma once
+
+#include "core/isa.h"
+#include "engine/packed.h"
+
+namespace hrmcore {
+
+constexpr std::int64_t block_tokens = panel_rows;
+constexpr std::int64_t most_head_channels = 256;
+constexpr std::int64_t query_tile = 12;
+
+struct CacheShape {
+  Packing packing;  // f32, bf16 or int8
+  std::int64_t slots, heads, head_dim;
+
+  std::int64_t channels() const { return groups_of(head_dim) * group_columns; }
+  std::int64_t key_bytes() const { return groups_of(head_dim) * group_bytes(packing); }
+  std::int64_t value_bytes() const {
+    const std::int64_t one = packing == Packing::f32 ? 4 : packing == Packing::bf16 ? 2 : 1;
+    return block_tokens * (channels() * one + (packing == Packing::int8 ? 4 : 0));
+  }
+  std::int64_t head_bytes() const { return key_bytes() + value_bytes(); }
+  std::int64_t slot_bytes() const { return heads * head_bytes(); }
+  std::int64_t block_bytes() const { return slots * slot_bytes(); }
+};
+
+// Where one token of a step belongs.
+struct TokenPlace {
+  std::byte* block;       // of its request
+  std::int64_t position;  // in its request
+};
+
+struct AppendTokens {
+  CacheShape shape;
+  std::int64_t slot;
+  const TokenPlace* places;
+  float* gqkv;  // [tokens][gate | q | k | v], q rewritten
+  std::int64_t stride, token_begin, token_end;
+  const float* rope;  // [positions][head_dim]: cos, then sin
+};
+
+struct Attend {
+  CacheShape shape;
+  std::int64_t slot, head;
+  const std::byte* const* blocks;  // of the request
+  std::int64_t start, prefix;      // tokens cached before this step; tokens that see each other both ways
+  std::int64_t query_begin, query_end;  // among the request's tokens of this step
+  const float* gqkv;                    // its first token
+  std::int64_t stride;
+  float* out;  // its first token: [tokens][heads * head_dim], written
+  std::int64_t out_stride;
+};
+
+HRMCORE_DECLARE_KERNEL(append_tokens, AppendTokens)
+HRMCORE_DECLARE_KERNEL(attend, Attend)
+
+}  // namespace hrmcore

@@ -1,0 +1,33 @@
+// One group of activations to int8; for kernels of the same instruction set.
+#pragma once
+
+#include "engine/lanes.h"
+#include "engine/packed.h"
+
+namespace hrmcore::HRMCORE_ISA {
+
+typedef std::int8_t vbyte __attribute__((vector_size(lanes)));
+
+constexpr int group_vectors = static_cast<int>(group_columns) / lanes;
+
+// q = round(x / scale) with scale = max |x| / 127; an all-zero group has scale 0.
+HRMCORE_INLINE void quantise_group(const vfloat (&x)[group_vectors], QuantGroup* out) {
+  vfloat top = {};
+  for (int v = 0; v < group_vectors; ++v) top = max(top, (vfloat)((vint)x[v] & 0x7fffffff));
+  const float largest = max(top);
+  const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+  const vfloat magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
+  vint total = {};
+  for (int v = 0; v < group_vectors; ++v) {
+    const vint q = (vint)fma(x[v], splat(inverse), magic) - 0x4b400000;
+    total += q;
+    const vbyte bytes = __builtin_convertvector(q, vbyte);
+    __builtin_memcpy(out->q + v * lanes, &bytes, sizeof(bytes));
+  }
+  std::int32_t sum_of_q = 0;
+  for (int i = 0; i < lanes; ++i) sum_of_q += total[i];
+  out->scale = largest / 127.0f;
+  out->sum = sum_of_q;
+}
+
+}  // namespace hrmcore::HRMCORE_ISA

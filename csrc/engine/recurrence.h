@@ -1,0 +1,85 @@
+// The whole recurrence over the tokens of one step, in one job of the team:
+//
+//   zH = scale * embed[ids], zL = z_L_init
+//   H_cycles times: L_cycles times zL = L(zL + zH); then zH = H(zH + zL)
+//   logits = head zH, of the rows asked for
+//   a stack: N blocks on u, then rms(u);  [g|q|k|v] = Wgqkv rms(u),  u += Wo (sigmoid(g) attention(q, k, v)),
+//            [a|b] = Wgate_up rms(u),  u += Wdown (silu(a) b)
+//
+// Reads every layer's weights once a visit. Source: arXiv 2605.20613.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "engine/memory.h"
+#include "engine/paged_attention.h"
+#include "engine/team.h"
+#include "engine/weights.h"
+
+namespace hrmcore {
+
+// The tokens that one request adds.
+struct Chunk {
+  const std::int64_t* ids;
+  std::int64_t tokens;
+  std::int64_t start, prefix;
+  const std::byte* const* blocks;  // with room for start + tokens
+};
+
+class Recurrence {
+ public:
+  Recurrence(const ModelShape& shape, const Weights& weights, const CacheShape& cache, const float* rope);
+
+  // Makes room for a step; the only part that can throw (std::bad_alloc).
+  void prepare(const std::vector<Chunk>& chunks, bool every_row, int threads);
+  // Runs it. logits: the last row of each chunk, or every row, [rows][V].
+  void run(Team& team, float* logits) noexcept;
+
+  std::int64_t workspace_bytes() const { return memory_.size(); }
+
+ private:
+  struct Task {
+    std::int64_t chunk, head, query_begin, query_end;
+  };
+  struct Operand {  // the activations of a product
+    const std::byte* data;
+    std::int64_t row_bytes;
+  };
+
+  void work(Worker& worker);
+  void embed(Worker& worker);
+  void visit(Worker& worker, bool slow, std::int64_t visit, const PackedMatrix& next);
+  void attention(Worker& worker, std::int64_t slot);
+  void normalise(Worker& worker, const float* x, const float* add, float* sum, std::byte* y,
+                 std::int64_t y_row_bytes, Packing packing);
+  Operand operand(Worker& worker, const float* x, std::int64_t stride, std::int64_t columns,
+                  std::int64_t rows, Packing packing);
+  void head(Worker& worker);
+  template <class Finish>
+  void multiply(Worker& worker, const PackedMatrix& weights, const Operand& x, std::int64_t rows,
+                const Finish& finish);
+  Upcoming upcoming(const PackedMatrix& weights) const;
+  float* scratch(const Worker& worker) const;
+
+  const ModelShape shape_;
+  const Weights& weights_;
+  const CacheShape cache_;
+  const float* rope_;
+  std::int64_t stride_, gqkv_stride_, attended_stride_, hidden_stride_, x_row_bytes_;
+
+  std::vector<Chunk> chunks_;
+  std::vector<Task> tasks_;
+  std::vector<TokenPlace> places_;
+  std::vector<std::int64_t> ids_, rows_, firsts_;
+  float* logits_ = nullptr;
+
+  Memory memory_;
+  std::int64_t tokens_ = 0, room_tokens_ = 0, room_rows_ = 0;
+  int room_threads_ = 0;
+  float *u_ = nullptr, *fast_ = nullptr, *slow_ = nullptr, *gqkv_ = nullptr, *attended_ = nullptr,
+        *hidden_ = nullptr, *picked_ = nullptr, *scratch_ = nullptr;
+  std::byte* x_ = nullptr;
+};
+
+}  // namespace hrmcore

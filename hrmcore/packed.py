@@ -1,0 +1,229 @@
+"""The packed CPU engine (csrc/engine) behind the Runner protocol, and the file that it can map instead of packing.
+
+A packed file is `HRMPACK\\0`, a version and the header's length (uint32 each, little-endian), the SHA-256 of the
+header, the header (JSON: config, dtype, bytes, checksum), zeros up to a multiple of 4096, then the weights exactly as
+csrc/engine/weights.h lays them out.
+Shapes: T tokens, S sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hrmcore import _C
+from hrmcore.checkpoint import TOKENIZER_FILES, key_table, read_tensors, resolve
+from hrmcore.config import HRMConfig
+from hrmcore.ops.rope import rope_table
+
+PACKED_FILE = "weights.hrmpack"
+DTYPES = ("float32", "bfloat16", "int8", "int4")
+
+_MAGIC = b"HRMPACK\0"
+_VERSION = 1
+_PREFIX = struct.Struct("<8sII32s")
+_PAGE = 4096
+_MAX_HEADER_BYTES = 1 << 20
+_MOST_TOGETHER = 64  # sequences, each of which may hold a block that is not full
+
+
+class PackedRunner:
+    """Sequences over packed weights. A sequence's logits have the same bits in any company, on any number of threads.
+
+    `cache_bytes` bounds the keys and values of all open sequences, beyond a block for each of 64 sequences, but never
+    below one as long as the context; a step that does not fit is a MemoryError and changes nothing. `kv_dtype` None is
+    float32 beside float32 weights and bfloat16 beside all others.
+    """
+
+    def __init__(
+        self, config: HRMConfig, dtype: str, kv_dtype: str | None, threads: int | None, cache_bytes: int
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.parameters = sum(math.prod(key.shape) for key in key_table(config))
+        kv_dtype = kv_dtype or ("float32" if dtype == "float32" else "bfloat16")
+        block_bytes = _C.cache_block_bytes(kv_dtype, config.cache_slots, config.num_attention_heads, config.head_dim)
+        block = _C.cache_block_tokens
+        blocks = max(cache_bytes // block_bytes, -(-config.max_position_embeddings // block)) + _MOST_TOGETHER
+        self.cache_bytes_per_token = block_bytes // block
+        self.core = _C.Engine(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_layers=config.num_layers_per_stack,
+            num_heads=config.num_attention_heads,
+            head_dim=config.head_dim,
+            H_cycles=config.H_cycles,
+            L_cycles=config.L_cycles,
+            eps=config.rms_norm_eps,
+            embedding_scale=config.embedding_scale,
+            rope=rope_table(config.max_position_embeddings, config.head_dim, config.rope_theta),
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            threads=threads or _C.num_threads(),
+            cache_tokens=blocks * block,
+        )
+
+    @classmethod
+    def from_checkpoint(
+        cls, folder: Path, dtype: str, kv_dtype: str | None, threads: int | None, cache_bytes: int
+    ) -> PackedRunner:
+        """Pack a checkpoint, or map one that is packed; dtype auto is what it holds.
+
+        Raises FileNotFoundError and ValueError as `read_tensors` does, and ValueError when a packed one has another
+        dtype or is damaged.
+        """
+        packed = folder / PACKED_FILE
+        if packed.is_file():
+            header = read_header(packed)
+            if dtype not in ("auto", header.dtype):
+                raise ValueError(f"{packed}: holds {header.dtype} weights; dtype must be auto or {header.dtype}")
+            runner = cls(header.config, header.dtype, kv_dtype, threads, cache_bytes)
+            runner._map(packed, header)
+            return runner
+        tensors = read_tensors(folder)
+        if dtype == "auto":
+            dtype = "bfloat16" if tensors["lm_head.weight"].dtype == torch.bfloat16 else "float32"
+        runner = cls(tensors.config, dtype, kv_dtype, threads, cache_bytes)
+        runner.core.allocate_weights()
+        for name in tensors:
+            tensor = tensors[name]
+            runner.core.set_weight(name, tensor.float() if tensor.dtype == torch.float16 else tensor)
+        return runner
+
+    def _map(self, path: Path, header: Header) -> None:
+        if header.bytes != self.core.weight_bytes:
+            raise ValueError(f"{path}: its header states {header.bytes} bytes, the model has {self.core.weight_bytes}")
+        try:
+            self.core.map_weights(str(path), header.offset, header.checksum)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from None
+
+    @property
+    def open_sequences(self) -> int:
+        """How many sequences are open."""
+        count: int = self.core.open_requests
+        return count
+
+    def open(self, prompts: Sequence[Sequence[int]], prefix_lengths: Sequence[int]) -> tuple[list[int], Tensor]:
+        """Prefill new sequences; returns a handle for each, and the logits (S, V) float32 after their last tokens."""
+        prefixes = [prefix if self.config.prefix_lm else 0 for prefix in prefix_lengths]
+        handles = [self.core.open(prefix) for prefix in prefixes]
+        try:
+            return handles, self._advance(handles, prompts)
+        except BaseException:
+            for handle in handles:
+                self.close(handle)
+            raise
+
+    def step(self, handles: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """Append one token to each of these sequences; returns the logits (S, V) float32 that follow."""
+        return self._advance(handles, [[token] for token in tokens])
+
+    def close(self, handle: int) -> None:
+        """Release what a sequence holds."""
+        self.core.close(handle)
+
+    def logits(self, ids: Sequence[int], prefix_length: int) -> Tensor:
+        """The logits (T, V) float32 of every position."""
+        handle = self.core.open(prefix_length if self.config.prefix_lm else 0)
+        try:
+            logits = torch.empty(len(ids), self.config.vocab_size)
+            self.core.step([handle], [ids], logits, True)
+            return logits
+        finally:
+            self.close(handle)
+
+    def _advance(self, handles: Sequence[int], ids: Sequence[Sequence[int]]) -> Tensor:
+        logits = torch.empty(len(handles), self.config.vocab_size)
+        self.core.step(handles, ids, logits, False)
+        return logits
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a packed file says about itself; `offset` is where its weights begin."""
+
+    config: HRMConfig
+    dtype: str
+    bytes: int
+    checksum: int
+    offset: int
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a packed file. Raises ValueError naming the file when it cannot be trusted."""
+    with path.open("rb") as file:
+        prefix = file.read(_PREFIX.size)
+        if len(prefix) < _PREFIX.size or not prefix.startswith(_MAGIC):
+            raise ValueError(f"{path}: not a packed checkpoint")
+        _, version, length, digest = _PREFIX.unpack(prefix)
+        if version != _VERSION:
+            raise ValueError(
+                f"{path}: packed format version {version}, this hrmcore reads {_VERSION}; convert it again"
+            )
+        text = file.read(min(length, _MAX_HEADER_BYTES))
+    if len(text) != length or hashlib.sha256(text).digest() != digest:
+        raise ValueError(f"{path}: damaged, its header does not match its checksum; convert the checkpoint again")
+    values: dict[str, Any] = json.loads(text)
+    return Header(
+        config=HRMConfig.from_dict(values["config"]),
+        dtype=values["dtype"],
+        bytes=values["bytes"],
+        checksum=values["checksum"],
+        offset=_data_offset(length),
+    )
+
+
+def _data_offset(header_length: int) -> int:
+    return -(-(_PREFIX.size + header_length) // _PAGE) * _PAGE
+
+
+def convert(source: str | Path, out: str | Path, dtype: str) -> Path:
+    """Pack a checkpoint into the folder `out`, its tokenizer beside it; returns the packed file.
+
+    The file appears whole or not at all. Raises ValueError on an unknown dtype, a broken or already packed checkpoint,
+    or an `out` that holds another kind of checkpoint.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    folder, out = resolve(source), Path(out)
+    if (folder / PACKED_FILE).is_file():
+        raise ValueError(f"{folder}: is packed already; convert the checkpoint that it was made from")
+    if (out / "config.json").exists():
+        raise ValueError(f"{out}: holds a checkpoint; give a folder of its own to the packed one")
+    runner = PackedRunner.from_checkpoint(folder, dtype, None, None, cache_bytes=0)
+    header = {
+        "config": runner.config.to_dict(),
+        "dtype": dtype,
+        "bytes": runner.core.weight_bytes,
+        "checksum": runner.core.checksum(),
+    }
+    text = json.dumps(header).encode()
+    out.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+    target, temporary = out / PACKED_FILE, out / f".{PACKED_FILE}.{os.getpid()}.tmp"
+    try:
+        with temporary.open("wb") as file:
+            file.write(_PREFIX.pack(_MAGIC, _VERSION, len(text), hashlib.sha256(text).digest()) + text)
+            file.seek(_data_offset(len(text)))
+            file.write(runner.core.packed_weights())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
