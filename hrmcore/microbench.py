@@ -10,7 +10,6 @@ import importlib
 import json
 import pkgutil
 import platform
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -140,9 +139,9 @@ def machine(seconds: float) -> dict[str, Any]:
     source = torch.ones(1 << 26)  # 256 MiB: more than most caches
     sums = torch.empty(-(-len(source) // _C.stream_block))
     multiply_add, flops = _multiply_adds()
-    read = median_times([lambda: _C.stream_read(source, sums)], seconds)[0]
-    copy = median_times([_copy_of(2 * source.nbytes)], seconds)[0]
-    computing = median_times([multiply_add], seconds)[0]
+    read = best_times([lambda: _C.stream_read(source, sums)], seconds)[0]
+    copy = best_times([_copy_of(2 * source.nbytes)], seconds)[0]
+    computing = best_times([multiply_add], seconds)[0]
     return {
         "processor": _processor(),
         "isa": _C.isa(),
@@ -154,8 +153,8 @@ def machine(seconds: float) -> dict[str, Any]:
     }
 
 
-def median_times(calls: list[Call], seconds: float) -> list[float]:
-    """Seconds a call of each, measured in turns so that a disturbance meets all of them; at least five turns."""
+def best_times(calls: list[Call], seconds: float) -> list[float]:
+    """Seconds of each call's best run, as STREAM reports them; in turns, so that a busy machine slows all of them."""
     for call in calls:
         call()
     times: list[list[float]] = [[] for _ in calls]
@@ -165,7 +164,7 @@ def median_times(calls: list[Call], seconds: float) -> list[float]:
             start = time.perf_counter()
             call()
             taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in times]
+    return [min(taken) for taken in times]
 
 
 def _time_op(name: str, seconds: float) -> Iterator[dict[str, Any]]:
@@ -180,7 +179,7 @@ def _time_op(name: str, seconds: float) -> Iterator[dict[str, Any]]:
         for direction in ("forward", "backward"):
             work = page.work(case, backward=direction == "backward")
             calls = [ours[direction], theirs[direction], _copy_of(work["bytes"]), multiply_add]
-            taken, peer_taken, copying, computing = median_times(calls, seconds)
+            taken, peer_taken, copying, computing = best_times(calls, seconds)
             computing *= work["flops"] / flops
             yield {
                 "op": name,

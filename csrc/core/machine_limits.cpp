@@ -35,12 +35,6 @@ void check(const MultiplyAdd& args) {
 namespace HRMCORE_ISA {
 namespace {
 
-#if defined(HRMCORE_X86)
-#define HRMCORE_REGISTER "+v"
-#else
-#define HRMCORE_REGISTER "+w"
-#endif
-
 // Enough independent chains to fill the pipelines, few enough to stay in registers.
 #if defined(HRMCORE_ISA_avx512) || defined(HRMCORE_ISA_vnni)
 constexpr int chains = 24;
@@ -62,18 +56,19 @@ void read_block(const float* source, std::int64_t count, float* total) {
   *total = sum(sums[0]);
 }
 
+// A value that the compiler cannot see through.
+HRMCORE_INLINE void hide(vfloat& v) { asm volatile("" : "+m"(v)); }
+
 float run_chains(std::int64_t rounds) {
   static_assert(multiply_add_width % (chains * lanes) == 0, "whole groups of chains");
   vfloat m = splat(0.999f), a = splat(0.001f), total = {};
-  asm volatile("" : "+m"(m), "+m"(a));  // values that the compiler cannot see through
+  hide(m), hide(a);
   for (int group = 0; group < multiply_add_width / (chains * lanes); ++group) {
     vfloat x[chains] = {};
+    for (int c = 0; c < chains; ++c) hide(x[c]);  // equal chains must not become one
     for (std::int64_t round = 0; round < rounds; ++round) {
 #pragma GCC unroll 24
       for (int c = 0; c < chains; ++c) x[c] = x[c] * m + a;
-#pragma GCC unroll 24
-      for (int c = 0; c < chains; ++c)
-        asm volatile("" : HRMCORE_REGISTER(x[c]));  // equal chains must not become one
     }
     for (int c = 0; c < chains; ++c) total += x[c];
   }
