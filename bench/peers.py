@@ -144,7 +144,7 @@ def open_llama(dtype: str, path: str, threads: int) -> tuple[Prefill, Callable[[
     llama_cpp.llama_backend_init()
     model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
     if not model:
-        raise SystemExit(f"llama.cpp cannot load {path}")
+        raise RuntimeError(f"llama.cpp cannot load {path}")
     options = llama_cpp.llama_context_default_params()
     options.n_ctx, options.n_batch, options.n_ubatch = 1024, 512, 512
     options.n_threads = options.n_threads_batch = threads
@@ -155,7 +155,7 @@ def open_llama(dtype: str, path: str, threads: int) -> tuple[Prefill, Callable[[
     def feed(ids: list[int]) -> None:
         array = (llama_cpp.llama_token * len(ids))(*ids)
         if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(ids))) != 0:
-            raise SystemExit("llama.cpp failed to decode")
+            raise RuntimeError("llama.cpp failed to decode")
         logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), (vocabulary,))
         state["token"] = int(logits.argmax())
 

@@ -35,6 +35,7 @@ _VERSION = 1
 _PREFIX = struct.Struct("<8sII32s")
 _PAGE = 4096
 _MAX_HEADER_BYTES = 1 << 20
+_TENSORS_A_MAPPING = 4
 _MOST_TOGETHER = 64  # sequences, each of which may hold a block that is not full
 
 
@@ -97,9 +98,15 @@ class PackedRunner:
             dtype = "bfloat16" if tensors["lm_head.weight"].dtype == torch.bfloat16 else "float32"
         runner = cls(tensors.config, dtype, kv_dtype, threads, cache_bytes)
         runner.core.allocate_weights()
-        for name in tensors:
-            tensor = tensors[name]
-            runner.core.set_weight(name, tensor.float() if tensor.dtype == torch.float16 else tensor)
+        # The largest first: what is mapped while the memory fills up is what counts at the peak.
+        names = [key.name for key in sorted(key_table(runner.config), key=lambda key: -math.prod(key.shape))]
+        for first in range(0, len(names), _TENSORS_A_MAPPING):
+            # A page of a mapped file counts as resident once read, until the file is unmapped.
+            tensors = read_tensors(folder)
+            for name in names[first : first + _TENSORS_A_MAPPING]:
+                tensor = tensors[name]
+                runner.core.set_weight(name, tensor.float() if tensor.dtype == torch.float16 else tensor)
+            del tensor
         return runner
 
     def _map(self, path: Path, header: Header) -> None:
