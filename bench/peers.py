@@ -79,7 +79,7 @@ def measure(name: str, dtype: str, path: str, threads: int, prefill: int, tokens
         dtype, path, threads
     )
     chance = random.Random(0)
-    start([chance.randrange(1000) for _ in range(prefill)])  # warm: pages touched, kernels chosen
+    start([chance.randrange(1000) for _ in range(32)])  # warm: pages touched, kernels chosen
     step()
     prompt = [chance.randrange(1000) for _ in range(prefill)]
     started = time.perf_counter()
