@@ -23,11 +23,11 @@ from torch import Tensor
 from hrmcore.config import HRMConfig
 from hrmcore.model import HRM
 from hrmcore.ops.rope import rope_table
+from hrmcore.tokenizer import TOKENIZER_FILES
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 

@@ -29,6 +29,7 @@ COMMANDS = {
     "repl": Command("talk to a model", "hrmcore.repl"),
     "convert": Command("pack a checkpoint for the CPU engine", "hrmcore.convert"),
     "bench": Command("check and time the ops", "hrmcore.bench"),
+    "prepare": Command("tokenise records into a store to train from", "hrmcore.prepare"),
     "train": Command("train a model as a run file says", "hrmcore.train"),
 }
 

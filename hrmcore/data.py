@@ -2,7 +2,7 @@
 
 A record is one JSON object a line: {"instruction": str, "response": str, "condition": "direct"}; other keys are left
 alone. Its sequence is `<boq> condition… instruction <eoq> response <eoa>`: the instruction is the bidirectional
-prefix, the loss is on response and eoa.
+prefix, the loss is on response and eoa. Imports torch only to build a batch.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from hrmcore.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def read_records(path: str | Path, rejected: Rejected, strict: bool = False) -> 
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
             source = f"{path}:{number}"
-            record = _parse(line, source)
+            record = parse_record(line, source)
             if isinstance(record, Record):
                 yield record
             elif strict:
@@ -65,8 +67,8 @@ def read_records(path: str | Path, rejected: Rejected, strict: bool = False) -> 
                 rejected.add(source, record)
 
 
-def _parse(line: bytes, source: str) -> Record | str:
-    """The record of a line, or the reason why it is none."""
+def parse_record(line: bytes, source: str) -> Record | str:
+    """The record of a JSON line, or the reason why it is none. `source` says where it stands."""
     try:
         values = json.loads(line)
     except ValueError:
@@ -88,7 +90,8 @@ def _parse(line: bytes, source: str) -> Record | str:
 class Corpus:
     """Tokenised records, one after the other.
 
-    `tokens` int32, all sequences with eoa; `offsets` (N+1) int64; `prefix` (N) int32, the length of each instruction.
+    `tokens` of any integer type, all sequences with eoa; `offsets` (N+1) int64; `prefix` (N) int32, the length of each
+    instruction.
     """
 
     tokens: np.ndarray
@@ -104,6 +107,18 @@ class Corpus:
         return np.diff(self.offsets) - 1
 
 
+def encode(record: Record, tokenizer: Tokenizer, context: int) -> tuple[list[int], int]:
+    """A record's sequence, eoa included, and the length of its prefix.
+
+    Raises ValueError on an unknown condition, a text that is none, or more than `context` input tokens.
+    """
+    prompt = tokenizer.prompt(record.instruction, record.condition)
+    ids = [*prompt, *tokenizer.encode(record.response), tokenizer.eoa]
+    if len(ids) - 1 > context:
+        raise ValueError(f"longer than the context of {context} tokens")
+    return ids, len(prompt)
+
+
 def tokenize(
     records: Iterator[Record], tokenizer: Tokenizer, context: int, rejected: Rejected, strict: bool = False
 ) -> Corpus:
@@ -112,19 +127,14 @@ def tokenize(
     prefixes: list[int] = []
     for record in records:
         try:
-            prompt = tokenizer.prompt(record.instruction, record.condition)
+            ids, prefix = encode(record, tokenizer, context)
         except ValueError as error:
-            reason = str(error)
+            if strict:
+                raise ValueError(f"{record.source}: {error}") from None
+            rejected.add(record.source, str(error))
         else:
-            ids = [*prompt, *tokenizer.encode(record.response), tokenizer.eoa]
-            if len(ids) - 1 <= context:
-                pieces.append(np.asarray(ids, dtype=np.int32))
-                prefixes.append(len(prompt))
-                continue
-            reason = f"longer than the context of {context} tokens"
-        if strict:
-            raise ValueError(f"{record.source}: {reason}")
-        rejected.add(record.source, reason)
+            pieces.append(np.asarray(ids, dtype=np.int32))
+            prefixes.append(prefix)
     if not pieces:
         raise ValueError("no usable record: " + ("; ".join(rejected.report()) or "the files are empty"))
     offsets = np.concatenate([[0], np.cumsum([len(p) for p in pieces])])
@@ -150,6 +160,8 @@ def pack(corpus: Corpus, records: Sequence[int], multiple: int = 1) -> PackedBat
     A last, unsupervised sequence of token 0 brings T up to a multiple of `multiple`: matrix libraries that compile a
     kernel for each shape (oneDNN in bfloat16) would otherwise compile in every step.
     """
+    import torch
+
     ids, positions, supervised, targets = [], [], [], []
     offsets = [0]
     for record in records:
@@ -167,12 +179,12 @@ def pack(corpus: Corpus, records: Sequence[int], multiple: int = 1) -> PackedBat
         prefixes = np.append(prefixes, np.int32(0))
         offsets.append(offsets[-1] + fill)
     return PackedBatch(
-        ids=torch.from_numpy(np.concatenate(ids)).long(),
+        ids=torch.from_numpy(np.concatenate(ids, dtype=np.int64)),
         offsets=torch.tensor(offsets, dtype=torch.int32),
         prefix=torch.from_numpy(prefixes),
         positions=torch.from_numpy(np.concatenate(positions)),
-        supervised=torch.from_numpy(np.concatenate(supervised)).long(),
-        targets=torch.from_numpy(np.concatenate(targets)).long(),
+        supervised=torch.from_numpy(np.concatenate(supervised, dtype=np.int64)),
+        targets=torch.from_numpy(np.concatenate(targets, dtype=np.int64)),
         records=tuple(int(record) for record in records),
     )
 

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from hrmcore import _C
-from hrmcore.checkpoint import TOKENIZER_FILES, key_table, read_tensors, resolve
+from hrmcore.checkpoint import key_table, read_tensors, resolve
 from hrmcore.config import HRMConfig
 from hrmcore.ops.rope import rope_table
+from hrmcore.tokenizer import TOKENIZER_FILES
 
 PACKED_FILE = "weights.hrmpack"
 DTYPES = ("float32", "bfloat16", "int8", "int4")

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+# What a folder with a tokenizer may hold; copied together.
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
 CONDITIONS = ("direct", "cot", "synth", "noisy")
 
 # How the released HRM-Text checkpoints spell the framing tokens (sapientinc/HRM-Text, data preparation).

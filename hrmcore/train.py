@@ -25,6 +25,7 @@ from hrmcore.checkpoint import save_model
 from hrmcore.config import HRMConfig
 from hrmcore.data import Corpus, PackedBatch, Rejected, epoch_batches, pack, read_records, tokenize
 from hrmcore.model import HRM
+from hrmcore.store import open_store, sha256_of
 from hrmcore.tokenizer import Tokenizer
 
 if sys.version_info >= (3, 11):
@@ -81,11 +82,11 @@ class TrainConfig:
     """Everything a run depends on; the fields' explanations are what `hrmcore train --explain` prints."""
 
     model: HRMConfig
-    train_files: tuple[str, ...] = _key("JSON-lines files to train on")
+    train_files: tuple[str, ...] = _key("JSON-lines files to train on, or one folder that `hrmcore prepare` wrote")
     tokenizer: str = _key("folder with tokenizer.model or tokenizer.json")
     out: str = _key("run folder: metrics.jsonl, state.safetensors and checkpoint/ are written here")
     steps: int = _key("optimizer steps")
-    heldout_files: tuple[str, ...] = _key("JSON-lines files whose loss is reported; never trained on", ())
+    heldout_files: tuple[str, ...] = _key("the same for the loss that is reported; never trained on", ())
     batch_tokens: int = _key("input tokens of a packed batch, at most", 8192)
     learning_rate: float = _key("peak learning rate of AdamW", 1e-3)
     warmup_steps: int = _key("steps over which the learning rate rises linearly from 0", 100)
@@ -308,6 +309,10 @@ class Trainer:
         return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
 
     def _load(self, files: tuple[str, ...]) -> Corpus:
+        if folders := [file for file in files if Path(file).is_dir()]:
+            if len(files) > 1:
+                raise ValueError(f"{folders[0]}: a store stands alone; `hrmcore prepare` puts many files into one")
+            return self._open_store(folders[0])
         rejected = Rejected()
         records = (record for file in files for record in read_records(file, rejected))
         bar = tqdm(records, desc="tokenising", unit="record", disable=None)
@@ -315,6 +320,19 @@ class Trainer:
         for line in rejected.report():
             tqdm.write(line)
         return corpus
+
+    def _open_store(self, folder: str) -> Corpus:
+        store, context = open_store(folder), self.config.model.max_position_embeddings
+        if store.manifest["tokenizer_sha256"] != sha256_of(self.tokenizer.source):
+            raise ValueError(
+                f"{folder}: was not made with {self.tokenizer.source}; set tokenizer to {folder}/tokenizer"
+            )
+        if (longest := int(store.corpus.lengths.max())) > context:
+            raise ValueError(
+                f"{folder}: a record has {longest} tokens, the model's max_position_embeddings is {context}; "
+                f"prepare with --context {context}"
+            )
+        return store.corpus
 
     def _batch_stream(self, skip: int) -> Iterator[PackedBatch]:
         epoch = 0

@@ -19,10 +19,10 @@ LAYERS = [
     {"_C"},
     {"config", "tokenizer", "sampling", "ops"},
     {"model", "optim", "data", "planner"},
-    {"checkpoint", "growth", "runner", "microbench"},
+    {"checkpoint", "growth", "runner", "microbench", "store"},
     {"packed"},
     {"train", "engine", "lens", "plots"},
-    {"generate", "bench", "convert"},
+    {"generate", "bench", "convert", "prepare"},
     {"repl", "evals"},
     {"cli"},
     {"__main__"},
@@ -31,7 +31,10 @@ LAYERS = [
 LATE = {("model", "checkpoint")}
 # Too slow or too rare to come along with a module of ours.
 NEVER_EAGER = {"transformers", "reasoning_gym", "wandb", "matplotlib", "lm_eval", "gguf", "huggingface_hub"}
-FREE_OF_TORCH = ["config", "tokenizer", "sampling", "generate", "bench", "convert", "repl", "cli"]
+FREE_OF_TORCH = [
+    *("config", "tokenizer", "sampling", "data", "store"),
+    *("generate", "bench", "convert", "prepare", "repl", "cli"),
+]
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
