@@ -22,7 +22,7 @@ LAYERS = [
     {"checkpoint", "growth", "runner", "microbench", "store"},
     {"packed"},
     {"train", "engine", "lens", "plots"},
-    {"generate", "bench", "convert", "prepare"},
+    {"generate", "bench", "convert", "prepare", "plan"},
     {"repl", "evals"},
     {"cli"},
     {"__main__"},
@@ -32,8 +32,8 @@ LATE = {("model", "checkpoint")}
 # Too slow or too rare to come along with a module of ours.
 NEVER_EAGER = {"transformers", "reasoning_gym", "wandb", "matplotlib", "lm_eval", "gguf", "huggingface_hub"}
 FREE_OF_TORCH = [
-    *("config", "tokenizer", "sampling", "data", "store"),
-    *("generate", "bench", "convert", "prepare", "repl", "cli"),
+    *("config", "tokenizer", "sampling", "data", "store", "planner"),
+    *("generate", "bench", "convert", "prepare", "plan", "repl", "cli"),
 ]
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))

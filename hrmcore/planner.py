@@ -1,0 +1,332 @@
+"""What a training run costs, before money is spent: parameters, FLOPs, memory, hours, dollars. Imports no torch.
+
+Letters: D width, A attention width (heads × head_dim), F ffn width, V vocabulary, N layers of a stack, K gradient
+horizon. FLOPs are those of the model, a multiply-add being two: what a kernel computes again is not counted, so
+hours follow from model FLOPs utilization as it is commonly stated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hrmcore.config import HRMConfig
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator, or one machine: `peak` in dense bfloat16 FLOP/s, `memory` in bytes."""
+
+    name: str
+    peak: float
+    memory: float
+
+
+GPUS = {
+    device.name: device
+    for device in (
+        # Peaks are tensor core rates without sparsity, accumulated in float32.
+        Device("A100", 312e12, 80e9),  # NVIDIA A100 Tensor Core GPU data sheet, A100 80GB SXM
+        Device("H100", 989.4e12, 80e9),  # NVIDIA H100 Tensor Core GPU architecture white paper, SXM5: half of 1,978.9
+        Device("H200", 989.4e12, 141e9),  # NVIDIA H200 Tensor Core GPU data sheet, SXM: half of 1,979
+        Device(
+            "B200", 2250e12, 180e9
+        ),  # NVIDIA DGX B200 data sheet, an eighth: half of 36 PFLOPS with sparsity, 1,440 GB
+        Device("RTX4090", 165.2e12, 24e9),  # NVIDIA Ada GPU architecture white paper
+        Device("RTX5090", 209.5e12, 32e9),  # NVIDIA RTX Blackwell GPU architecture white paper
+    )
+}
+
+PRECISIONS = {"bfloat16": 2, "float32": 4}  # bytes of an activation
+MAX_TOKENS = 1e18
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """The gradient horizon K over a run: from `first` linearly to `last` over the first `fraction` of the tokens."""
+
+    first: int = 2
+    last: int = 5
+    fraction: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.first <= self.last:
+            raise ValueError(f"horizons must satisfy 2 <= first <= last, got {self.first} and {self.last}")
+        if not 0 <= self.fraction <= 1:
+            raise ValueError(f"the horizon's fraction must be in [0, 1], got {self.fraction:g}")
+
+    def shares(self, start: float, stop: float) -> list[tuple[int, float]]:
+        """(K, share of the whole run) between two points of the run, both in [0, 1]; K is a whole number, rounded down.
+
+        The published trainer's schedule (arXiv 2605.20613), the one of `hrmcore train`.
+        """
+        steps = range(self.first, self.last)
+        width = self.fraction / len(steps) if steps else 0.0
+        bounds = [0.0, *(width * (index + 1) for index in range(len(steps))), 1.0]
+        found = []
+        for k, (low, high) in zip(range(self.first, self.last + 1), itertools.pairwise(bounds), strict=True):
+            if (share := min(high, stop) - max(low, start)) > 0:
+                found.append((k, share))
+        return found
+
+
+@dataclass(frozen=True)
+class Record:
+    """The mean record of a data set: tokens of the instruction (seen both ways) and of the response (supervised)."""
+
+    prompt: float
+    response: float
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "response"):
+            length = getattr(self, name)
+            if not 0 <= length <= MAX_TOKENS:
+                raise ValueError(f"{name} tokens must be 0 or more, got {length:g}")
+        if not self.prompt + self.response >= 1:
+            raise ValueError("a record needs at least one token")
+
+    @property
+    def supervised(self) -> float:
+        """Share of the tokens that carry loss."""
+        return self.response / (self.prompt + self.response)
+
+    @property
+    def pairs(self) -> float:
+        """Visible (query, key) pairs a token: key j is visible to query i iff j < max(prompt, i + 1)."""
+        pairs = self.prompt**2 + self.response * self.prompt + self.response * (self.response + 1) / 2
+        return pairs / (self.prompt + self.response)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Training FLOPs by part: the linear layers of both stacks, the head, the attention scores and sums."""
+
+    stacks: float
+    head: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        """All parts."""
+        return self.stacks + self.head + self.attention
+
+
+def layer_weights(config: HRMConfig) -> int:
+    """Weights of one block: gate, q, k, v, o (5·A·D) and gate, up, down (3·F·D)."""
+    return config.hidden_size * (5 * config.attention_width + 3 * config.intermediate_size)
+
+
+def stack_weights(config: HRMConfig) -> int:
+    """Weights of one stack; the norms have none."""
+    return config.num_layers_per_stack * layer_weights(config)
+
+
+def parameters(config: HRMConfig) -> int:
+    """Trained parameters: two stacks, the embedding and the head, which are not tied."""
+    return 2 * stack_weights(config) + 2 * config.vocab_size * config.hidden_size
+
+
+def backward_visits(config: HRMConfig, horizon: int | None) -> int:
+    """How many of a token's stack visits carry gradient when the horizon is K; None is every visit.
+
+    H gets min(H_cycles, K − 1) of them, L the rest as far as there are any. Raises ValueError when K is below 2.
+    """
+    if horizon is None:
+        return config.visits
+    if horizon < 2:
+        raise ValueError(f"horizon must be at least 2 (one H and one L step), got {horizon}")
+    h_visits = min(config.H_cycles, horizon - 1)
+    return h_visits + min(config.H_cycles * config.L_cycles, horizon - h_visits)
+
+
+def training_flops(
+    config: HRMConfig, horizon: int | None, tokens: float, supervised: float = 0.0, pairs: float = 0.0
+) -> Flops:
+    """FLOPs of one forward and backward pass over `tokens` tokens, of which `supervised` carry loss.
+
+    `pairs` are the visible (query, key) pairs, summed over the sequences. A weight costs 2 forward and 4 backward; a
+    pair 4·A forward (scores, sum) and 8·A backward, at every layer of every visit. The input gradient of the first
+    block that carries gradient is counted although K <= H_cycles does not need it: 8·A·D a token.
+    """
+    forward, backward = config.visits, backward_visits(config, horizon)
+    return Flops(
+        stacks=tokens * (2 * forward + 4 * backward) * stack_weights(config),
+        head=supervised * 6 * config.vocab_size * config.hidden_size,
+        attention=pairs * (4 * forward + 8 * backward) * config.num_layers_per_stack * config.attention_width,
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank by part, in a training step that shards weights, gradients and optimizer over the ranks."""
+
+    weights: float
+    gathered: float
+    optimizer: float
+    gradients: float
+    activations: float
+    logits: float
+
+    @property
+    def peak(self) -> float:
+        """The most that is held at once: the logits are gone before the gradients of the stacks appear."""
+        return self.weights + self.gathered + self.optimizer + self.activations + max(self.gradients, self.logits)
+
+
+def activation_elements(config: HRMConfig) -> int:
+    """Numbers that one visit of a stack with gradient keeps a token, log-sum-exps aside.
+
+    Every block keeps both norms' inputs and outputs (4·D), the gqkv product, the rotated q and k and the attention's
+    result (7·A), the gate_up product and what SwiGLU makes of it (3·F); the stack's last norm keeps its input (D).
+    """
+    width, attention, ffn = config.hidden_size, config.attention_width, config.intermediate_size
+    return config.num_layers_per_stack * (4 * width + 7 * attention + 3 * ffn) + width
+
+
+def memory(
+    config: HRMConfig, horizon: int | None, batch_tokens: int, supervised: float, ranks: int, precision: str
+) -> Memory:
+    """What a training step of `batch_tokens` tokens a rank holds, in bytes; `supervised` is the share with loss.
+
+    Weights, gradients and the optimizer's two moments are float32. Each visit with gradient keeps its activations in
+    the precision of the arithmetic and, per head, a float32 log-sum-exp. Bfloat16, or more than one rank, also holds
+    the weights as the arithmetic needs them. Logits: in float32 with their log-softmax and gradient, and as computed.
+    """
+    width = PRECISIONS[precision]
+    count = parameters(config)
+    visits = backward_visits(config, horizon)
+    sums = 4 * config.num_layers_per_stack * config.num_attention_heads
+    rows = batch_tokens * supervised
+    logits = rows * config.vocab_size
+    return Memory(
+        weights=4 * count / ranks,
+        gathered=width * count if ranks > 1 or precision == "bfloat16" else 0.0,
+        optimizer=8 * count / ranks,
+        gradients=4 * count / ranks,
+        activations=batch_tokens * visits * (width * activation_elements(config) + sums),
+        logits=logits * (12 if precision == "float32" else 12 + width),
+    )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a growing run: from `start` tokens on, the model is `config`, called `name`."""
+
+    start: float
+    name: str
+    config: HRMConfig
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What runs where: tokens of the whole run, devices, their utilization and price (dollars a device-hour)."""
+
+    tokens: float
+    device: Device
+    count: int = 1
+    utilization: float = 0.38
+    price: float | None = None
+    batch_tokens: int = 8192
+    precision: str = "bfloat16"
+    record: Record | None = None
+    horizon: Horizon = Horizon()
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.tokens <= MAX_TOKENS:
+            raise ValueError(f"tokens must be from 1 to {MAX_TOKENS:g}, got {self.tokens:g}")
+        for name, most in (("count", 1_000_000), ("batch_tokens", 1 << 40)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must be from 1 to {most}, got {getattr(self, name)}")
+        if not 0 < self.utilization <= 1:
+            raise ValueError(f"utilization must be above 0 and at most 1, got {self.utilization:g}")
+        if self.price is not None and not 0 <= self.price < math.inf:
+            raise ValueError(f"price must be 0 or more dollars a device-hour, got {self.price:g}")
+
+    def hours(self, flops: float) -> float:
+        """Wall-clock hours that so many FLOPs take on all devices."""
+        return flops / (self.device.peak * self.count * self.utilization) / 3600
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """The cost of one stage."""
+
+    name: str
+    start: float
+    tokens: float
+    parameters: int
+    flops: Flops
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cost of a run; `from_scratch` is what training the last stage's model over all tokens would take."""
+
+    budget: Budget
+    stages: tuple[StagePlan, ...]
+    flops: Flops
+    from_scratch: Flops
+
+    @property
+    def memory(self) -> Memory:
+        """Of the stage that needs most."""
+        return max((stage.memory for stage in self.stages), key=lambda memory: memory.peak)
+
+    @property
+    def hours(self) -> float:
+        """Wall-clock hours."""
+        return self.budget.hours(self.flops.total)
+
+    @property
+    def dollars(self) -> float | None:
+        """Price of the device-hours; None without a price."""
+        return None if self.budget.price is None else self.hours * self.budget.count * self.budget.price
+
+
+def plan(stages: Sequence[Stage], budget: Budget) -> Plan:
+    """Plan a run that starts as the first stage's model and grows into the others'.
+
+    Without a mean record in the budget, the head and attention terms are left out of the FLOPs (published training
+    costs leave them out, too), and memory supposes that every token is supervised. Raises ValueError when the stages
+    do not start at 0, rise, and end before the run does.
+    """
+    starts = [stage.start for stage in stages]
+    shares = [bound / budget.tokens for bound in (*starts, budget.tokens)]
+    if starts[:1] != [0] or any(not low < high for low, high in itertools.pairwise(shares)):
+        shown = ", ".join(f"{start:g}" for start in starts[1:])
+        raise ValueError(f"stages must start at rising token counts between 0 and {budget.tokens:g}, got {shown}")
+    ends = [*starts[1:], budget.tokens]
+    planned = tuple(_plan_stage(stage, end, budget) for stage, end in zip(stages, ends, strict=True))
+    whole = _flops(stages[-1].config, 0.0, budget.tokens, budget)
+    return Plan(budget, planned, _sum([stage.flops for stage in planned]), whole)
+
+
+def _plan_stage(stage: Stage, end: float, budget: Budget) -> StagePlan:
+    deepest, _ = budget.horizon.shares(stage.start / budget.tokens, end / budget.tokens)[-1]
+    supervised = 1.0 if budget.record is None else budget.record.supervised
+    return StagePlan(
+        name=stage.name,
+        start=stage.start,
+        tokens=end - stage.start,
+        parameters=parameters(stage.config),
+        flops=_flops(stage.config, stage.start, end, budget),
+        memory=memory(stage.config, deepest, budget.batch_tokens, supervised, budget.count, budget.precision),
+    )
+
+
+def _flops(config: HRMConfig, start: float, end: float, budget: Budget) -> Flops:
+    record = budget.record
+    supervised, pairs = (0.0, 0.0) if record is None else (record.supervised, record.pairs)
+    parts = []
+    for k, share in budget.horizon.shares(start / budget.tokens, end / budget.tokens):
+        tokens = share * budget.tokens
+        parts.append(training_flops(config, k, tokens, supervised * tokens, pairs * tokens))
+    return _sum(parts)
+
+
+def _sum(parts: Sequence[Flops]) -> Flops:
+    return Flops(*(math.fsum(getattr(part, f.name) for part in parts) for f in dataclasses.fields(Flops)))
