@@ -16,6 +16,7 @@
 #include "core/threads.h"
 #include "engine/engine.h"
 #include "ops/attention.h"
+#include "ops/optim.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
 #include "ops/swiglu.h"
@@ -142,6 +143,39 @@ void bind_attention(py::module_& m) {
                b.view(grad_k, "grad_k"), b.view(grad_v, "grad_v"), b.view(grad_gate, "grad_gate")},
               hrmcore::attention_backward);
         });
+}
+
+void bind_optim(py::module_& m) {
+  m.def("sophia_step", [](const py::object& param, const py::object& grad, const py::object& exp_avg,
+                          const py::object& hessian, const py::object& ema, const py::object& clipped,
+                          double lr, double beta1, double weight_decay, double rho, double batch_tokens,
+                          double eps, double ema_decay) {
+    Borrowed b("sophia_step");
+    run<hrmcore::SophiaStep>({b.view(param, "param"), b.view(grad, "grad"), b.view(exp_avg, "exp_avg"),
+                              b.view(hessian, "hessian"), b.optional(ema, "ema"), b.view(clipped, "clipped"),
+                              lr, beta1, weight_decay, rho, batch_tokens, eps, ema_decay},
+                             hrmcore::sophia_step);
+  });
+  m.def("sophia_curvature",
+        [](const py::object& hessian, const py::object& u, const py::object& w, double beta2) {
+          Borrowed b("sophia_curvature");
+          run<hrmcore::SophiaCurvature>({b.view(hessian, "hessian"), b.view(u, "u"), b.view(w, "w"), beta2},
+                                        hrmcore::sophia_curvature);
+        });
+  const auto bind_adam = [&m](const char* op, void (*kernel)(const hrmcore::AdamStep&) noexcept) {
+    m.def(op,
+          [op, kernel](const py::object& param, const py::object& grad, const py::object& exp_avg,
+                       const py::object& exp_avg_sq, const py::object& ema, double lr, double beta1,
+                       double beta2, double weight_decay, double eps, double ema_decay, std::int64_t step) {
+            Borrowed b(op);
+            run<hrmcore::AdamStep>({b.view(param, "param"), b.view(grad, "grad"), b.view(exp_avg, "exp_avg"),
+                                    b.view(exp_avg_sq, "exp_avg_sq"), b.optional(ema, "ema"), lr, beta1,
+                                    beta2, weight_decay, eps, ema_decay, step},
+                                   kernel);
+          });
+  };
+  bind_adam("adamw_step", hrmcore::adamw_step);
+  bind_adam("adam_atan2_step", hrmcore::adam_atan2_step);
 }
 
 void bind_rms_norm(py::module_& m) {
@@ -329,6 +363,7 @@ PYBIND11_MODULE(_C, m) {
   bind_machine_limits(m);
   bind_attention(m);
   bind_engine(m);
+  bind_optim(m);
   bind_rms_norm(m);
   bind_rope(m);
   bind_swiglu(m);

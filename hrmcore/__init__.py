@@ -9,14 +9,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hrmcore import optim
     from hrmcore.config import HRMConfig
     from hrmcore.engine import load
     from hrmcore.model import HRM
 
 # Public name -> the module that holds it.
 _HOMES = {"load": "engine", "HRM": "model", "HRMConfig": "config"}
+# Public modules.
+_MODULES = ("optim",)
 
-__all__ = ["HRM", "HRMConfig", "load"]
+__all__ = ["HRM", "HRMConfig", "load", "optim"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,10 +27,12 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("hrmcore")
+    if name in _MODULES:
+        return importlib.import_module(f"hrmcore.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'hrmcore' has no attribute {name!r}")
     return getattr(importlib.import_module(f"hrmcore.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES, "__version__"})
+    return sorted({*globals(), *_HOMES, *_MODULES, "__version__"})

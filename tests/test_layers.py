@@ -136,5 +136,6 @@ def test_the_public_names_are_there_and_no_others() -> None:
     assert set(hrmcore.__all__) <= set(dir(hrmcore))
     for name in hrmcore.__all__:
         getattr(hrmcore, name)
+    assert hrmcore.optim.Sophia.__module__ == "hrmcore.optim"
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         hrmcore.nonsense  # noqa: B018

@@ -1,0 +1,65 @@
+// One optimizer step over one parameter of N elements, in one pass over memory and in place. With g the
+// gradient, every step also decays the weights, p -= lr weight_decay p, and updates the average of the new
+// weights where one is kept, ema += (1 - ema_decay) (p - ema).
+//
+//   sophia_step:       m += (1 - beta1) (g - m)
+//                      p -= lr clip(m / max(rho batch_tokens h, eps), -1, 1)
+//   sophia_curvature:  h += (1 - beta2) (u w - h)       for a sample u w of the Hessian's diagonal
+//   adamw_step:        m += (1 - beta1) (g - m),  v += (1 - beta2) (g^2 - v)
+//                      p -= lr m' / (sqrt(v') + eps)
+//                      with m' = m / (1 - beta1^step), v' = v / (1 - beta2^step)
+//   adam_atan2_step:   the same with p -= lr atan2(m', sqrt(v'))
+//
+// All tensors float32, contiguous and of one shape. Arithmetic in float32, the numbers above folded in
+// float64. The moments move by differences because beta m + (1 - beta) g, its two factors rounded apart, has
+// a wrong fixed point. A NaN is passed on. The numbers are checked by hrmcore/optim.py.
+//
+// Sources: Sophia arXiv 2305.14342, algorithm 3; AdamW arXiv 1711.05101; Adam-atan2 arXiv 2407.05872.
+//
+// Moves, in bytes an element: sophia_step 24, sophia_curvature 16 (12 where u and w are one tensor),
+// adamw_step and adam_atan2_step 28; a step 8 more with the average. Computes at most 45 FLOPs an element.
+#pragma once
+
+#include "core/isa.h"
+#include "core/tensor.h"
+
+namespace hrmcore {
+
+struct SophiaStep {
+  TensorView param;  // updated, like exp_avg and ema
+  TensorView grad;
+  TensorView exp_avg;  // m
+  TensorView hessian;  // h
+  TensorView ema;      // or left out
+  TensorView clipped;  // (1) int64: the number of elements whose ratio reached 1 is added to it
+  double lr, beta1, weight_decay, rho, batch_tokens, eps, ema_decay;
+};
+
+struct SophiaCurvature {
+  TensorView hessian;  // h, updated
+  TensorView u;
+  TensorView w;
+  double beta2;
+};
+
+struct AdamStep {
+  TensorView param;  // updated, like exp_avg, exp_avg_sq and ema
+  TensorView grad;
+  TensorView exp_avg;     // m
+  TensorView exp_avg_sq;  // v
+  TensorView ema;         // or left out
+  double lr, beta1, beta2, weight_decay;
+  double eps;  // not read by adam_atan2_step
+  double ema_decay;
+  std::int64_t step;  // 1 at the first
+};
+
+void check(const SophiaStep& args);
+void check(const SophiaCurvature& args);
+void check(const AdamStep& args);
+HRMCORE_DECLARE_KERNEL(sophia_step, SophiaStep)
+HRMCORE_DECLARE_KERNEL(sophia_curvature, SophiaCurvature)
+HRMCORE_DECLARE_KERNEL(adamw_step, AdamStep)
+HRMCORE_DECLARE_KERNEL(adam_atan2_step, AdamStep)
+
+}  // namespace hrmcore

@@ -1,0 +1,371 @@
+"""Fused optimizers: Sophia (G and H), AdamAtan2, AdamW, each with an average of the weights (EMA) if asked for.
+
+A step is one pass over memory, in place. Kernels and formulas: csrc/ops/optim.{h,cpp}. Parameters and gradients are
+float32, contiguous and on the CPU. A parameter whose `grad` is None is left alone: no decay, no EMA, no step count.
+
+State of a parameter, made when the optimizer is made, so that torch.distributed.checkpoint finds it there: `step`
+(one float32 number), `exp_avg`, `exp_avg_sq` (the Adams) or `hessian` (Sophia), and `ema`, all of the parameter's
+shape and sharded as it is. The EMA starts from the weights before a parameter's first step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from torch.utils.dlpack import to_dlpack
+
+from hrmcore import _C
+
+__all__ = ["AdamAtan2", "AdamW", "Sophia"]
+
+
+class _Item(NamedTuple):
+    """A parameter that takes part in a step: it has a gradient."""
+
+    position: int  # among all parameters, in the order in which they were given
+    group: dict[str, Any]
+    parameter: Tensor
+    state: dict[str, Any]
+
+
+class _Fused(torch.optim.Optimizer):
+    """What the three share: early checks, state, EMA, the walk over the parameters."""
+
+    _moments: ClassVar[tuple[str, str]]
+
+    def __init__(self, params: ParamsT, **options: Any) -> None:
+        super().__init__(params, options)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with options of their own. Raises ValueError on an option or a parameter that cannot work."""
+        _check_options({**self.defaults, **param_group})
+        first = sum(len(group["params"]) for group in self.param_groups)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            for index, parameter in enumerate(group["params"], first):
+                _check_tensor(f"parameter {index}", parameter)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                self._start(parameter, group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; returns what `closure`, run first, returned.
+
+        Raises ValueError, before anything has changed, on a gradient or an option that cannot work.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for item in self._ready():
+            item.state["step"] += 1
+            self._update(item, self._average(item))
+        return loss
+
+    @contextlib.contextmanager
+    def swap_ema(self) -> Iterator[None]:
+        """The model's weights are their EMA inside this context, for evaluation and export; afterwards as before.
+
+        Parameters that have taken no step keep their weights. Raises ValueError when no EMA is kept.
+        """
+        if all(group["ema"] is None for group in self.param_groups):
+            raise ValueError("this optimizer keeps no EMA; make it with ema=0.9999, or another decay")
+        pairs = [
+            (parameter, self.state[parameter]["ema"])
+            for group in self.param_groups
+            for parameter in group["params"]
+            if group["ema"] is not None and self.state.get(parameter, {}).get("step", 0) > 0
+        ]
+        _swap(pairs)
+        try:
+            yield
+        finally:
+            _swap(pairs)
+
+    def _update(self, item: _Item, average: tuple[Tensor | None, float]) -> None:
+        raise NotImplementedError
+
+    def _start(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        state["step"] = torch.tensor(0.0)
+        for name in self._moments:
+            state[name] = torch.zeros_like(parameter)
+        if group["ema"] is not None:
+            state["ema"] = parameter.detach().clone()
+
+    def _ready(self) -> list[_Item]:
+        """The parameters with gradients, everything checked before the first is touched."""
+        items = []
+        index = -1
+        for group in self.param_groups:
+            _check_options(group)
+            for parameter in group["params"]:
+                index += 1
+                if parameter.grad is None:
+                    continue
+                _check_tensor(f"parameter {index}", parameter)
+                _check_tensor(f"the gradient of parameter {index}", parameter.grad)
+                if not self.state[parameter]:
+                    self._start(parameter, group)
+                items.append(_Item(index, group, parameter, self.state[parameter]))
+        return items
+
+    def _average(self, item: _Item) -> tuple[Tensor | None, float]:
+        """The EMA's tensor and decay; it begins at the weights as they are now, before the first step."""
+        decay = item.group["ema"]
+        if decay is None:
+            return None, 0.0
+        if "ema" not in item.state:
+            item.state["ema"] = item.parameter.detach().clone()
+        elif item.state["step"] == 1:
+            item.state["ema"].copy_(item.parameter)
+        return item.state["ema"], decay
+
+
+class Sophia(_Fused):
+    """Sophia: momentum divided by a running estimate of the Hessian's diagonal, clipped to 1 in every coordinate.
+
+    m = b1 m + (1 − b1) g;  p −= lr·wd·p;  p −= lr · clip(m / max(rho·B·h, eps), 1). Every 10 steps or so, call
+    `update_hessian` for h. As long as h is 0, so before its first call, every step is lr times the sign of m.
+
+    `variant` "G" (Gauss-Newton-Bartlett) takes the curvature from squared gradients of labels that the model itself
+    sampled; B is then the number of tokens over which that loss was averaged. "H" (Hutchinson) takes it from Hessian
+    products; its B is 1. Raises ValueError on numbers out of range: lr or weight_decay below 0, a beta or ema outside
+    [0, 1), rho not above 0, eps below 1e-30. Source: arXiv 2305.14342.
+
+    >>> loss_of_sampled_labels.backward()  # the mean over the batch; the model's own labels at supervised positions
+    >>> sophia.update_hessian()
+    >>> sophia.zero_grad()
+    """
+
+    _moments = ("exp_avg", "hessian")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        variant: str = "G",
+        lr: float = 2e-4,
+        betas: tuple[float, float] = (0.965, 0.99),
+        rho: float = 0.04,
+        weight_decay: float = 0.1,
+        eps: float = 1e-12,
+        ema: float | None = None,
+    ) -> None:
+        if variant not in ("G", "H"):
+            raise ValueError(f"variant must be 'G' or 'H', got {variant!r}")
+        self.variant = variant
+        self._batch_tokens = 1
+        self._clipped = torch.zeros(1, dtype=torch.int64)
+        self._counted = 0
+        super().__init__(params, lr=lr, betas=betas, rho=rho, weight_decay=weight_decay, eps=eps, ema=ema)
+
+    @property
+    def clipped_fraction(self) -> float:
+        """The share of coordinates, of this process's shards, that the last step clipped; NaN before the first."""
+        return self._clipped.item() / self._counted if self._counted else math.nan
+
+    def step(self, closure: Callable[[], Any] | None = None, *, batch_tokens: int | None = None) -> Any:
+        """One step; variant G needs B, the tokens over which the curvature's loss was averaged.
+
+        Raises ValueError, before anything has changed, when `batch_tokens` is missing for G, given for H or below 1.
+        """
+        if self.variant == "H" and batch_tokens is not None:
+            raise ValueError("batch_tokens is for variant G only; H's curvature does not depend on the batch size")
+        if self.variant == "G" and (batch_tokens is None or batch_tokens < 1):
+            raise ValueError(f"step(batch_tokens=n) must be at least 1 for variant G, got {batch_tokens}")
+        self._batch_tokens = batch_tokens or 1
+        self._clipped.zero_()
+        self._counted = 0
+        return super().step(closure)
+
+    def _update(self, item: _Item, average: tuple[Tensor | None, float]) -> None:
+        group, state = item.group, item.state
+        _run(
+            item.position,
+            _C.sophia_step,
+            item.parameter,
+            item.parameter.grad,
+            state["exp_avg"],
+            state["hessian"],
+            average[0],
+            self._clipped,
+            float(group["lr"]),
+            group["betas"][0],
+            group["weight_decay"],
+            group["rho"],
+            self._batch_tokens,
+            group["eps"],
+            average[1],
+        )
+        self._counted += _local(item.parameter).numel()
+
+    def update_hessian(self, loss: Tensor | None = None, generator: torch.Generator | None = None) -> None:
+        """Let a curvature sample into h: h = b2 h + (1 − b2) ĥ.
+
+        G: ĥ = g², g being the gradients as they stand, of the mean loss of labels sampled from the model's own
+        distribution. They are left as they are: clear them before the next backward.
+        H: ĥ = u ⊙ ∇²L u with u normal, drawn from `generator`, and L = `loss`, a scalar that must be twice
+        differentiable: compute it inside hrmcore.ops.backend.reference_ops(). The gradients are left alone.
+
+        Raises ValueError when `loss` is missing for H or given for G.
+        """
+        if (loss is not None) != (self.variant == "H"):
+            raise ValueError("update_hessian takes the loss for variant H, and nothing for variant G")
+        if loss is None:
+            for item in self._ready():
+                gradient = item.parameter.grad
+                _run(
+                    item.position,
+                    _C.sophia_curvature,
+                    item.state["hessian"],
+                    gradient,
+                    gradient,
+                    item.group["betas"][1],
+                )
+        else:
+            self._hutchinson(loss, generator)
+
+    def _hutchinson(self, loss: Tensor, generator: torch.Generator | None) -> None:
+        everything = [(group, p) for group in self.param_groups for p in group["params"]]
+        trained = [(index, group, p) for index, (group, p) in enumerate(everything) if p.requires_grad]
+        gradients = torch.autograd.grad(loss, [p for _, _, p in trained], create_graph=True, allow_unused=True)
+        used = [(*entry, g) for entry, g in zip(trained, gradients, strict=True) if g is not None]
+        directions = [torch.randn(p.shape, generator=generator) for _, _, p, _ in used]
+        curved = [(g, u) for (*_, g), u in zip(used, directions, strict=True) if g.requires_grad]
+        if not curved:
+            raise ValueError("the loss has no second derivative; compute it from the parameters, in reference_ops()")
+        products = torch.autograd.grad(
+            [g for g, _ in curved], [p for _, _, p, _ in used], [u for _, u in curved], materialize_grads=True
+        )
+        for (index, group, p, _), u, product in zip(used, directions, products, strict=True):
+            _run(index, _C.sophia_curvature, self.state[p]["hessian"], u, product.contiguous(), group["betas"][1])
+
+
+class AdamAtan2(_Fused):
+    """AdamW with atan2(m̂, √v̂) in place of m̂ / (√v̂ + eps): no epsilon, and no scale of the gradients that matters.
+
+    The paper writes a·atan2(m̂, b·√v̂) with constants a and b; here a = b = 1, as in the optimizer that HRMs have been
+    trained with, so a step of AdamW at |m̂| = √v̂ is π/4 of a step there. Raises ValueError on numbers out of range: lr
+    or weight_decay below 0, a beta or ema outside [0, 1). Source: arXiv 2407.05872.
+    """
+
+    _moments = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.1,
+        ema: float | None = None,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, ema=ema)
+
+    def _update(self, item: _Item, average: tuple[Tensor | None, float]) -> None:
+        _run_adam(_C.adam_atan2_step, item, average, eps=0.0)
+
+
+class AdamW(_Fused):
+    """Adam with decoupled weight decay: p −= lr·wd·p; p −= lr · m̂ / (√v̂ + eps).
+
+    Raises ValueError on numbers out of range: lr or weight_decay below 0, a beta or ema outside [0, 1), eps below
+    1e-30. Source: arXiv 1711.05101.
+    """
+
+    _moments = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        ema: float | None = None,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, ema=ema)
+
+    def _update(self, item: _Item, average: tuple[Tensor | None, float]) -> None:
+        _run_adam(_C.adamw_step, item, average, eps=item.group["eps"])
+
+
+def _run_adam(kernel: Callable[..., None], item: _Item, average: tuple[Tensor | None, float], eps: float) -> None:
+    group, state = item.group, item.state
+    _run(
+        item.position,
+        kernel,
+        item.parameter,
+        item.parameter.grad,
+        state["exp_avg"],
+        state["exp_avg_sq"],
+        average[0],
+        float(group["lr"]),
+        *group["betas"],
+        group["weight_decay"],
+        eps,
+        average[1],
+        int(state["step"]),
+    )
+
+
+def _run(index: int, kernel: Callable[..., None], *operands: object) -> None:
+    try:
+        kernel(*[to_dlpack(_local(x).detach()) if isinstance(x, Tensor) else x for x in operands])
+    except ValueError as error:
+        raise ValueError(f"parameter {index}: {error}") from None
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's shard of a DTensor; another tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+@torch.no_grad()
+def _swap(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    for a, b in pairs:
+        kept = a.clone()
+        a.copy_(b)
+        b.copy_(kept)
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} must be dense, got layout {tensor.layout}")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} must be on the CPU, got {tensor.device}")
+    if tensor.dtype != torch.float32:
+        raise ValueError(f"{name} must be float32, got {tensor.dtype}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got shape {tuple(tensor.shape)} with strides {tensor.stride()}")
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Raise ValueError, naming the option, on a number with which no step makes sense."""
+    for name, allowed, expected in (
+        ("lr", lambda x: 0 <= x < math.inf, "at least 0"),
+        ("weight_decay", lambda x: 0 <= x < math.inf, "at least 0"),
+        ("rho", lambda x: 0 < x < math.inf, "above 0"),
+        ("eps", lambda x: 1e-30 <= x < math.inf, "at least 1e-30"),  # it divides, in float32
+        ("betas", lambda x: len(x) == 2 and all(0 <= beta < 1 for beta in x), "two numbers in [0, 1)"),
+        ("ema", lambda x: x is None or 0 <= x < 1, "None or in [0, 1)"),
+    ):
+        if name in options and not _holds(allowed, options[name]):
+            raise ValueError(f"{name} must be {expected}, got {options[name]!r}")
+
+
+def _holds(allowed: Callable[[Any], bool], value: Any) -> bool:
+    try:
+        return bool(allowed(value))
+    except TypeError:
+        return False
