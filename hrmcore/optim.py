@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 from torch.utils.dlpack import to_dlpack
 
@@ -116,10 +117,13 @@ class _Fused(torch.optim.Optimizer):
                     continue
                 _check_tensor(f"parameter {index}", parameter)
                 _check_tensor(f"the gradient of parameter {index}", parameter.grad)
-                if not self.state[parameter]:
-                    self._start(parameter, group)
-                items.append(_Item(index, group, parameter, self.state[parameter]))
+                items.append(_Item(index, group, parameter, self._state(parameter, group)))
         return items
+
+    def _state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        if not self.state[parameter]:  # it was frozen when the optimizer was made
+            self._start(parameter, group)
+        return self.state[parameter]
 
     def _average(self, item: _Item) -> tuple[Tensor | None, float]:
         """The EMA's tensor and decay; it begins at the weights as they are now, before the first step."""
@@ -186,7 +190,7 @@ class Sophia(_Fused):
             raise ValueError(f"step(batch_tokens=n) must be at least 1 for variant G, got {batch_tokens}")
         self._batch_tokens = batch_tokens or 1
         self._clipped.zero_()
-        self._counted = 0
+        self._counted = 0  # of what _clipped counts
         return super().step(closure)
 
     def _update(self, item: _Item, average: tuple[Tensor | None, float]) -> None:
@@ -218,7 +222,7 @@ class Sophia(_Fused):
         H: ĥ = u ⊙ ∇²L u with u normal, drawn from `generator`, and L = `loss`, a scalar that must be twice
         differentiable: compute it inside hrmcore.ops.backend.reference_ops(). The gradients are left alone.
 
-        Raises ValueError when `loss` is missing for H or given for G.
+        Raises ValueError when `loss` is missing for H or given for G, and for H on sharded parameters.
         """
         if (loss is not None) != (self.variant == "H"):
             raise ValueError("update_hessian takes the loss for variant H, and nothing for variant G")
@@ -237,7 +241,11 @@ class Sophia(_Fused):
             self._hutchinson(loss, generator)
 
     def _hutchinson(self, loss: Tensor, generator: torch.Generator | None) -> None:
+        for group in self.param_groups:
+            _check_options(group)
         everything = [(group, p) for group in self.param_groups for p in group["params"]]
+        if any(isinstance(p, DTensor) for _, p in everything):
+            raise ValueError("variant H needs whole parameters and these are sharded; variant G works on shards")
         trained = [(index, group, p) for index, (group, p) in enumerate(everything) if p.requires_grad]
         gradients = torch.autograd.grad(loss, [p for _, _, p in trained], create_graph=True, allow_unused=True)
         used = [(*entry, g) for entry, g in zip(trained, gradients, strict=True) if g is not None]
@@ -249,15 +257,17 @@ class Sophia(_Fused):
             [g for g, _ in curved], [p for _, _, p, _ in used], [u for _, u in curved], materialize_grads=True
         )
         for (index, group, p, _), u, product in zip(used, directions, products, strict=True):
-            _run(index, _C.sophia_curvature, self.state[p]["hessian"], u, product.contiguous(), group["betas"][1])
+            hessian = self._state(p, group)["hessian"]
+            _run(index, _C.sophia_curvature, hessian, u, product.contiguous(), group["betas"][1])
 
 
 class AdamAtan2(_Fused):
     """AdamW with atan2(m̂, √v̂) in place of m̂ / (√v̂ + eps): no epsilon, and no scale of the gradients that matters.
 
-    The paper writes a·atan2(m̂, b·√v̂) with constants a and b; here a = b = 1, as in the optimizer that HRMs have been
-    trained with, so a step of AdamW at |m̂| = √v̂ is π/4 of a step there. Raises ValueError on numbers out of range: lr
-    or weight_decay below 0, a beta or ema outside [0, 1). Source: arXiv 2407.05872.
+    The paper writes a·atan2(m̂, b·√v̂) with constants a and b, for instance a = 4/π and b = 1; here a = b = 1, so at
+    |m̂| = √v̂ a step is π/4 of AdamW's. (The adam-atan2 package takes m without its bias correction into the arctangent:
+    its first steps differ.) Raises ValueError on numbers out of range: lr or weight_decay below 0, a beta or ema
+    outside [0, 1). Source: arXiv 2407.05872.
     """
 
     _moments = ("exp_avg", "exp_avg_sq")
@@ -328,7 +338,7 @@ def _run(index: int, kernel: Callable[..., None], *operands: object) -> None:
 
 def _local(tensor: Tensor) -> Tensor:
     """This process's shard of a DTensor; another tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()

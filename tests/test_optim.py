@@ -272,6 +272,17 @@ def test_hutchinson_through_our_ops_needs_the_reference() -> None:
     assert torch.equal(optimizer.state[p]["hessian"], before)
 
 
+def test_hutchinson_starts_what_was_frozen_and_leaves_the_unused() -> None:
+    used, unused = (torch.nn.Parameter(torch.ones(2), requires_grad=False) for _ in range(2))
+    optimizer = Sophia([used, unused], variant="H", betas=(0.9, 0.5))
+    used.requires_grad_()
+    unused.requires_grad_()
+    optimizer.update_hessian((used**2).sum(), generator=torch.Generator().manual_seed(1))
+    u = torch.randn(2, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(optimizer.state[used]["hessian"], 0.5 * 2 * u**2, rtol=1e-6)
+    assert not optimizer.state[unused]
+
+
 def sampled_gradient(weight: Tensor, x: Tensor, generator: torch.Generator) -> Tensor:
     """The gradient of the mean loss of labels that the model draws for itself."""
     logits = x @ weight.T
@@ -375,6 +386,12 @@ def test_sharded_parameters_take_the_same_steps(kind: str, one_process: DeviceMe
 
     pairs = zip(weights_after_steps(sharded=False), weights_after_steps(sharded=True), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_hutchinson_refuses_shards(one_process: DeviceMesh) -> None:
+    model = fully_shard(torch.nn.Linear(2, 2), mesh=one_process)
+    with pytest.raises(ValueError, match="variant H needs whole parameters"):
+        Sophia(model.parameters(), variant="H").update_hessian(model(torch.ones(1, 2)).square().sum())
 
 
 @pytest.mark.parametrize("kind", KINDS)
