@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hrmcore.config import PRESETS, HRMConfig
-from hrmcore.planner import GPUS, Budget, Device, Horizon, Plan, Record, Stage, StagePlan, plan
+from hrmcore.planner import GPUS, Budget, Device, Horizon, Memory, Plan, Record, Stage, StagePlan, plan
 
 EXAMPLE = """\
 examples:
@@ -142,7 +142,7 @@ def as_dict(planned: Plan) -> dict[str, Any]:
         "hours": planned.hours,
         "dollars": planned.dollars,
         "memory_bytes_per_gpu": planned.memory.peak,
-        "memory_by_part": dataclasses.asdict(planned.memory),
+        "memory_by_part": _parts(planned.memory),
         "fits": planned.memory.peak <= budget.device.memory,
         "gpu": dataclasses.asdict(budget.device),
         "count": budget.count,
@@ -190,9 +190,13 @@ def table(planned: Plan) -> str:
         lines.append(("from scratch", f"{scratch}; growing saves {saved:.0%}"))
     verdict = "fits in" if memory.peak <= device.memory else "does not fit in"
     step = f"a step of {budget.batch_tokens:,} tokens in {budget.precision}"
-    lines.append(("memory each", f"{_bytes(memory.peak)}, {step}; {verdict} {_bytes(device.memory)}"))
-    lines += [(f"  {name}", _bytes(value)) for name, value in dataclasses.asdict(memory).items() if value]
+    lines.append(("memory each", f"{_bytes(memory.peak)}, {step}; {verdict} {_bytes(device.memory)}; of it at most"))
+    lines += [(f"  {name}", _bytes(value)) for name, value in _parts(memory).items() if value]
     return "\n".join(f"{name:<14} {text}" for name, text in lines)
+
+
+def _parts(memory: Memory) -> dict[str, float]:
+    return {name: value for name, value in dataclasses.asdict(memory).items() if name != "peak"}
 
 
 def _stage_line(planned: Plan, stage: StagePlan) -> str:

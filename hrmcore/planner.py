@@ -161,19 +161,18 @@ def training_flops(
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank by part, in a training step that shards weights, gradients and optimizer over the ranks."""
+    """Bytes on one rank by part, and the most that a training step holds of them at once.
+
+    Ranks shard weights, gradients and the optimizer's moments. `cast` are the weights in the arithmetic's precision.
+    """
 
     weights: float
-    gathered: float
+    cast: float
     optimizer: float
     gradients: float
     activations: float
     logits: float
-
-    @property
-    def peak(self) -> float:
-        """The most that is held at once: the logits are gone before the gradients of the stacks appear."""
-        return self.weights + self.gathered + self.optimizer + self.activations + max(self.gradients, self.logits)
+    peak: float
 
 
 def activation_elements(config: HRMConfig) -> int:
@@ -192,22 +191,36 @@ def memory(
     """What a training step of `batch_tokens` tokens a rank holds, in bytes; `supervised` is the share with loss.
 
     Weights, gradients and the optimizer's two moments are float32. Each visit with gradient keeps its activations in
-    the precision of the arithmetic and, per head, a float32 log-sum-exp. Bfloat16, or more than one rank, also holds
-    the weights as the arithmetic needs them. Logits: in float32 with their log-softmax and gradient, and as computed.
+    the precision of the arithmetic and, per head, a float32 log-sum-exp. One rank in bfloat16 casts the weights anew
+    for every such visit; several ranks gather them once. The head holds log-probabilities and two gradients, float32.
     """
     width = PRECISIONS[precision]
-    count = parameters(config)
+    count, stack = parameters(config), stack_weights(config)
+    head = (count - 2 * stack) / 2
     visits = backward_visits(config, horizon)
     sums = 4 * config.num_layers_per_stack * config.num_attention_heads
-    rows = batch_tokens * supervised
-    logits = rows * config.vocab_size
+    activations = batch_tokens * visits * (width * activation_elements(config) + sums)
+    logits = 12 * batch_tokens * supervised * config.vocab_size
+    casts = width * (visits * stack + head) if ranks == 1 and precision == "bfloat16" else 0
+    gathered = width * count if ranks > 1 else 0
+    kept, gradient = activations + casts, 4 / ranks
+    # Backward goes through the visits one by one, an H first and then an L: what a visit kept goes as its stack's
+    # gradient comes, which later visits of that stack add to.
+    most = max(
+        kept + logits,
+        kept + gradient * head,
+        kept * (1 - 1 / visits) + gradient * (head + stack),
+        kept * (1 - 2 / visits) + gradient * (head + 2 * stack),
+        gradient * count,
+    )
     return Memory(
         weights=4 * count / ranks,
-        gathered=width * count if ranks > 1 or precision == "bfloat16" else 0.0,
+        cast=casts + gathered,
         optimizer=8 * count / ranks,
-        gradients=4 * count / ranks,
-        activations=batch_tokens * visits * (width * activation_elements(config) + sums),
-        logits=logits * (12 if precision == "float32" else 12 + width),
+        gradients=gradient * count,
+        activations=activations,
+        logits=logits,
+        peak=12 * count / ranks + gathered + most,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +167,74 @@ def test_activations_are_what_autograd_keeps(horizon_k: int, precision: str) -> 
     assert estimate.activations == pytest.approx(sum(kept.values()), rel=0.02)
 
 
+PEAK = """
+import json, sys
+import torch
+from hrmcore import _C
+from hrmcore.config import HRMConfig
+from hrmcore.data import PackedBatch
+from hrmcore.model import HRM
+
+def peak():
+    with open("/proc/self/status") as status:
+        return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+def train(model, sequences, steps):
+    length, vocabulary = 64, model.config.vocab_size
+    ids = torch.randint(0, vocabulary, (sequences * length,))
+    rows = torch.cat([torch.arange(s * length + 32, (s + 1) * length) for s in range(sequences)])
+    batch = PackedBatch(
+        ids=ids,
+        offsets=torch.arange(0, len(ids) + 1, length, dtype=torch.int32),
+        prefix=torch.full((sequences,), 32, dtype=torch.int32),
+        positions=torch.arange(length, dtype=torch.int32).repeat(sequences),
+        supervised=rows,
+        targets=ids[rows],
+        records=tuple(range(sequences)),
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for _ in range(steps):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16, cache_enabled=False):
+            loss = model.loss(batch, horizon=5) / len(batch.targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+torch.set_num_threads(1)
+_C.set_num_threads(1)
+shape, sequences, bfloat16 = json.loads(sys.argv[1])
+config = HRMConfig.from_dict(shape)
+train(HRM(config.replace(hidden_size=64, num_attention_heads=1, head_dim=64, num_layers_per_stack=1)), 1, 1)
+before = peak()
+train(HRM(config), sequences, 2)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("width", "vocabulary", "sequences"), [(128, 512, 64), (512, 8000, 8)])
+def test_the_peak_is_that_of_a_real_step(width: int, vocabulary: int, sequences: int, precision: str) -> None:
+    """Two steps in a process of their own: first mostly activations, then mostly weights.
+
+    The C allocator is told to give freed blocks back: what it would keep for itself is up to it, not to the model.
+    """
+    shape = config(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=width * 21 // 8,
+        num_attention_heads=width // 64,
+        head_dim=64,
+    )
+    arguments = json.dumps([shape.to_dict(), sequences, precision == "bfloat16"])
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, arguments], capture_output=True, text=True, check=True, env=environment
+    )
+    estimate = memory(shape, 5, 64 * sequences, 0.5, 1, precision)
+    assert estimate.peak == pytest.approx(int(done.stdout), rel=0.1)
+
+
 def test_the_horizon_is_the_trainers() -> None:
     for first, last, fraction, steps in [(2, 5, 0.2, 3000), (2, 5, 0.0, 10), (3, 3, 0.5, 10), (2, 8, 1.0, 600)]:
         run = TrainConfig(
@@ -218,7 +287,8 @@ def test_sharding_divides_what_it_shards() -> None:
     one, four = (memory(shape, 5, 1000, 0.5, ranks, "bfloat16") for ranks in (1, 4))
     for part in ("weights", "optimizer", "gradients"):
         assert getattr(one, part) == 4 * getattr(four, part)
-    assert (one.activations, one.logits, one.gathered) == (four.activations, four.logits, four.gathered)
+    assert (one.activations, one.logits) == (four.activations, four.logits)
+    assert four.cast == 2 * parameters(shape)
     assert one.weights + one.gradients + one.optimizer == 16 * parameters(shape)
     assert activation_elements(shape) == 2 * (4 * 48 + 7 * 64 + 3 * 128) + 48
 
