@@ -8,6 +8,7 @@ prefix, the loss is on response and eoa. Imports torch only to build a batch.
 from __future__ import annotations
 
 import bisect
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ class Rejected:
     """Lines that were left out, counted by reason; the first few of each are kept to be shown."""
 
     shown_per_reason: int = 3
+    shown_reasons: int = 8
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
@@ -46,8 +48,15 @@ class Rejected:
             self.examples.setdefault(reason, []).append(source)
 
     def report(self) -> list[str]:
-        """One line a reason: how many, why, and where the first ones stand."""
-        return [f"{n} left out: {reason} ({', '.join(self.examples[reason])}…)" for reason, n in self.counts.items()]
+        """One line a reason, the commonest first: how many, why, and where the first ones stand."""
+        ordered = sorted(self.counts.items(), key=lambda item: -item[1])
+        lines = []
+        for reason, n in ordered[: self.shown_reasons]:
+            places = ", ".join(self.examples[reason]) + ("…" if n > len(self.examples[reason]) else "")
+            lines.append(f"{n} left out: {reason} ({places})")
+        if rest := ordered[self.shown_reasons :]:
+            lines.append(f"{sum(n for _, n in rest)} left out for {len(rest)} other reasons")
+        return lines
 
 
 def read_records(path: str | Path, rejected: Rejected, strict: bool = False) -> Iterator[Record]:
@@ -212,6 +221,24 @@ def epoch_batches(lengths: np.ndarray, capacity: int, seed: int, epoch: int) -> 
         batches = _fill(window, lengths, capacity)
         left = np.asarray(batches.pop() if start < len(order) and len(batches) > 1 else [], dtype=order.dtype)
         yield from batches
+
+
+def rank_batches(
+    lengths: np.ndarray, capacity: int, seed: int, epoch: int, rank: int, ranks: int
+) -> Iterator[list[int]]:
+    """The batches of one rank of several in an epoch: together every record once, and as many batches for each.
+
+    Step s takes the s-th `ranks` batches of `epoch_batches`. The last step splits the batches that are left, those of
+    most records first; a rank for which there is no record then gets an empty batch.
+    """
+    batches = epoch_batches(lengths, capacity, seed, epoch)
+    while step := list(itertools.islice(batches, ranks)):
+        while len(step) < ranks:
+            largest = max(step, key=len)
+            middle = (len(largest) + 1) // 2
+            step.append(largest[middle:])
+            del largest[middle:]
+        yield step[rank]
 
 
 def _fill(window: np.ndarray, lengths: np.ndarray, capacity: int) -> list[list[int]]:

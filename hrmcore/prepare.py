@@ -231,7 +231,9 @@ def _texts(paths: Sequence[Path]) -> Iterator[str]:
     step = -(-sum(path.stat().st_size for path in paths) // _TOKENIZER_BYTES)
     records = itertools.chain.from_iterable(read_records(path, Rejected()) for path in paths)
     for record in tqdm(itertools.islice(records, 0, None, max(1, step)), desc="tokenizer", unit="record", disable=None):
-        yield from (record.instruction, record.response)
+        for text in (record.instruction, record.response):
+            if text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text):
+                yield text  # one with a lone surrogate is no text; tokenising reports it
 
 
 def _choose(index: _Index, names: Sequence[str], caps: Mapping[str, int], seed: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hrmcore.data import Corpus, Rejected, epoch_batches, pack, read_records, tokenize
+from hrmcore.data import Corpus, Rejected, epoch_batches, pack, rank_batches, read_records, tokenize
 from hrmcore.tokenizer import Tokenizer, train_tokenizer
 
 TASKS = {"mini_sudoku": 60, "spell_backward": 60, "letter_counting": 60, "chain_sum": 60, "gcd": 60}
@@ -109,6 +109,28 @@ def test_an_epoch_holds_every_record_once(lengths: list[int], capacity: int, see
     assert all(array[batch].sum() <= capacity for batch in batches)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 100), max_size=300),
+    capacity=st.integers(100, 400),
+    epoch=st.integers(0, 3),
+    ranks=st.integers(1, 9),
+)
+def test_ranks_share_an_epoch(lengths: list[int], capacity: int, epoch: int, ranks: int) -> None:
+    array = np.asarray(lengths, dtype=np.int64)
+    shares = [list(rank_batches(array, capacity, 1, epoch, rank, ranks)) for rank in range(ranks)]
+    assert sorted(record for share in shares for batch in share for record in batch) == list(range(len(lengths)))
+    assert all(array[batch].sum() <= capacity for share in shares for batch in share)
+    assert len({len(share) for share in shares}) == 1
+    whole = list(epoch_batches(array, capacity, 1, epoch))
+    full = len(whole) // ranks  # steps before the last, which alone may split batches
+    assert [batch for step in list(zip(*shares, strict=True))[:full] for batch in step] == whole[: full * ranks]
+    assert len(shares[0]) == -(-len(whole) // ranks)
+    assert all(batch for share in shares for batch in share[:full])
+    if len(lengths) - sum(map(len, whole[: full * ranks])) >= ranks:
+        assert all(batch for share in shares for batch in share)
+
+
 def test_the_order_depends_on_seed_and_epoch_alone(corpus: Corpus) -> None:
     def order(seed: int, epoch: int) -> list[list[int]]:
         return list(epoch_batches(corpus.lengths, 2048, seed, epoch))
@@ -148,6 +170,18 @@ def test_bad_lines_are_counted_and_placed(line: str, tokenizer: Tokenizer, tmp_p
     assert f"{path}:2" in report
     with pytest.raises(ValueError, match=f"{path}:2: .*{BAD_LINES[line]}"):
         tokenize(read_records(path, rejected, strict=True), tokenizer, 256, rejected, strict=True)
+
+
+def test_a_report_stays_short() -> None:
+    rejected = Rejected()
+    for number in range(100):
+        rejected.add(f"file:{number}", f"reason {number % 20}" if number < 60 else "the commonest")
+    lines = rejected.report()
+    assert lines[:2] == [
+        "40 left out: the commonest (file:60, file:61, file:62…)",
+        "3 left out: reason 0 (file:0, file:20, file:40)",
+    ]
+    assert lines[8:] == ["39 left out for 13 other reasons"]
 
 
 def test_undecodable_bytes_are_a_bad_line(tokenizer: Tokenizer, tmp_path: Path) -> None:

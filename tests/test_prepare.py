@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ BAD_LINES = [
     '{"instruction": "a", "response": " "}',
     '{"instruction": "a", "response": "b", "condition": "loud"}',
     '{"instruction": "' + "a " * 600 + '", "response": "b"}',
+    '{"instruction": "\\ud800 é", "response": "b"}',
 ]
 
 
@@ -115,8 +117,8 @@ def test_the_manifest_accounts_for_every_line(files: list[Path], tokenizer: Path
         [bad, files[1]], tmp_path / "store", tokenizer=tokenizer, context=CONTEXT, caps={"bad": 31}, workers=1
     )
     source = store.manifest["sources"]["bad"]
-    assert (source["read"], source["kept"], source["beyond_cap"]) == (94, 31, 59)
-    assert sorted(source["left_out"].values()) == [1, 1, 1, 1]
+    assert (source["read"], source["kept"], source["beyond_cap"]) == (95, 31, 59)
+    assert sorted(source["left_out"].values()) == [1, 1, 1, 1, 1]
     assert source["left_out_examples"]["not JSON"] == ["bad.jsonl:91"]
     assert store.manifest["sources"]["gcd"]["kept"] == 90
     assert store.manifest["records"] == len(store.corpus) == 121
@@ -124,7 +126,7 @@ def test_the_manifest_accounts_for_every_line(files: list[Path], tokenizer: Path
     assert store.manifest["tokens"] == len(store.corpus.tokens)
     assert store.manifest["longest"] == store.corpus.lengths.max()
     text = "\n".join(prepare_module.summary(store))
-    assert "bad: 31 of 94 records kept" in text
+    assert "bad: 31 of 95 records kept" in text
     assert "59 left out: beyond the cap of 31" in text
     assert "1 left out: unknown condition 'loud'" in text
     assert "gcd: 90 of 90 records kept" in text
@@ -181,7 +183,9 @@ def test_a_sample_is_spread_evenly() -> None:
 
 
 def test_a_new_tokenizer_comes_with_the_store(files: list[Path], tmp_path: Path) -> None:
-    store = prepare(files, tmp_path / "store", new_tokenizer=400, context=1024, workers=1)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("".join(line + "\n" for line in BAD_LINES), encoding="utf-8")
+    store = prepare([*files, bad], tmp_path / "store", new_tokenizer=400, context=1024, workers=1)
     tokenizer = Tokenizer.load(store.folder / "tokenizer")
     assert store.manifest["vocab_size"] == tokenizer.vocab_size == 400
     first = next(read_records(files[0], Rejected()))
@@ -288,6 +292,21 @@ def test_a_mistake_is_one_line_and_exit_2(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_without_room_leaves_nothing(
+    files: list[Path], tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    arguments = ["prepare", *map(str, files), "--tokenizer", str(tokenizer), "--out", str(tmp_path / "store")]
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tokenizer / "tokenizer.model").stat().st_size, before[1]))
+    try:
+        status = main([*arguments, "--workers", "1"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 2
+    assert "File too large" in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_caps_may_name_sources_with_an_equals_sign() -> None:
     assert parse_caps(["a=b=3", "c=4"]) == {"a=b": 3, "c": 4}
 
@@ -296,21 +315,25 @@ def test_caps_may_name_sources_with_an_equals_sign() -> None:
 def test_a_prepare_that_is_stopped_leaves_no_store_and_no_process(
     sent: signal.Signals, files: list[Path], tokenizer: Path, tmp_path: Path
 ) -> None:
-    line = files[0].read_text(encoding="utf-8").splitlines()[0]
+    lines = files[0].read_bytes()
     endless = tmp_path / "endless.jsonl"
     os.mkfifo(endless)  # a file that never ends: the stop comes in the middle, however slow the machine is
     arguments = ["prepare", str(endless), "--tokenizer", str(tokenizer), "--out", str(tmp_path / "store")]
     command = [sys.executable, "-m", "hrmcore", *arguments, "--workers", "2"]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE)
-    with endless.open("w") as pipe:  # the first reader only looks whether the file is there
-        pass
     tokens = tmp_path / "store.partial" / "tokens.npy"
-    with endless.open("w") as pipe:
+    pipe = os.open(endless, os.O_RDWR | os.O_NONBLOCK)  # a reader too, so that it outlives the first look at the file
+    try:
         while not tokens.exists() or tokens.stat().st_size < 100_000:
             assert process.poll() is None
-            pipe.write((line + "\n") * 512)
+            try:
+                os.write(pipe, lines)
+            except BlockingIOError:
+                time.sleep(0.01)
         (os.killpg if sent == signal.SIGINT else os.kill)(process.pid, sent)
         process.wait(timeout=60)
+    finally:
+        os.close(pipe)
     deadline = time.monotonic() + 60
     while (left := group_of(process.pid)) and time.monotonic() < deadline:
         time.sleep(0.05)
