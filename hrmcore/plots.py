@@ -68,4 +68,5 @@ def peers(report: dict[str, Any], path: Path) -> None:
         axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
         axes.set_xlabel(f"{key}, tokens/s")
         axes.invert_yaxis()
+        axes.margins(x=0.15)  # room for the labels
     figure.savefig(path, dpi=150)
