@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"hrmcore {args.command}: {explain(error)}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:  # a training run has gone wrong, whatever was given
+        print(f"hrmcore {args.command}: {explain(error)}", file=sys.stderr)
+        return 1
 
 
 def explain(error: Exception) -> str:

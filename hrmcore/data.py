@@ -100,12 +100,14 @@ class Corpus:
     """Tokenised records, one after the other.
 
     `tokens` of any integer type, all sequences with eoa; `offsets` (N+1) int64; `prefix` (N) int32, the length of each
-    instruction.
+    instruction. Where they come from: `files`, and `places` (N, 2) int64, which file and line; a store does not know.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     prefix: np.ndarray
+    files: tuple[str, ...] = ()
+    places: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.prefix)
@@ -114,6 +116,13 @@ class Corpus:
     def lengths(self) -> np.ndarray:
         """(N) input tokens of each sequence: the last token is only ever a target."""
         return np.diff(self.offsets) - 1
+
+    def describe(self, record: int) -> str:
+        """A record's number, with its file and line where they are known."""
+        if self.places is None:
+            return str(record)
+        file, line = self.places[record]
+        return f"{record} ({self.files[file]}:{line})"
 
 
 def encode(record: Record, tokenizer: Tokenizer, context: int) -> tuple[list[int], int]:
@@ -134,6 +143,8 @@ def tokenize(
     """Tokenise records; one longer than `context` or of an unknown condition is counted in `rejected`, or fatal."""
     pieces: list[np.ndarray] = []
     prefixes: list[int] = []
+    files: dict[str, int] = {}
+    places: list[tuple[int, int]] = []
     for record in records:
         try:
             ids, prefix = encode(record, tokenizer, context)
@@ -144,10 +155,14 @@ def tokenize(
         else:
             pieces.append(np.asarray(ids, dtype=np.int32))
             prefixes.append(prefix)
+            file, _, line = record.source.rpartition(":")
+            places.append((files.setdefault(file, len(files)), int(line)))
     if not pieces:
         raise ValueError("no usable record: " + ("; ".join(rejected.report()) or "the files are empty"))
     offsets = np.concatenate([[0], np.cumsum([len(p) for p in pieces])])
-    return Corpus(np.concatenate(pieces), offsets, np.asarray(prefixes, dtype=np.int32))
+    return Corpus(
+        np.concatenate(pieces), offsets, np.asarray(prefixes, dtype=np.int32), tuple(files), np.asarray(places)
+    )
 
 
 @dataclass(frozen=True)
@@ -239,6 +254,47 @@ def rank_batches(
             step.append(largest[middle:])
             del largest[middle:]
         yield step[rank]
+
+
+class BatchStream:
+    """The packed batches of one rank, epoch after epoch without end; `position` says where the next one stands.
+
+    Order and contents depend on the arguments alone: a stream made with another's position goes on as it would have.
+    """
+
+    MULTIPLE = 64  # tokens of a batch are rounded up to it, see pack()
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        capacity: int,
+        seed: int,
+        position: tuple[int, int] = (0, 0),
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        self.position = position
+        self._corpus = corpus
+        self._order = (capacity, seed)
+        self._rank = (rank, ranks)
+        self._epoch = self._records(position)
+
+    def __iter__(self) -> BatchStream:
+        return self
+
+    def __next__(self) -> PackedBatch:
+        epoch, index = self.position
+        records = next(self._epoch, None)
+        if records is None:
+            epoch, index = epoch + 1, 0
+            self._epoch = self._records((epoch, index))
+            records = next(self._epoch)
+        self.position = (epoch, index + 1)
+        return pack(self._corpus, records, self.MULTIPLE)
+
+    def _records(self, position: tuple[int, int]) -> Iterator[list[int]]:
+        epoch, index = position
+        return itertools.islice(rank_batches(self._corpus.lengths, *self._order, epoch, *self._rank), index, None)
 
 
 def _fill(window: np.ndarray, lengths: np.ndarray, capacity: int) -> list[list[int]]:

@@ -153,6 +153,18 @@ def machine(seconds: float) -> dict[str, Any]:
     }
 
 
+def peak_flops(dtype: str, seconds: float = 0.1) -> float:
+    """FLOP/s that this machine reaches at best in "float32" or "bfloat16", on the threads in use.
+
+    The faster of multiply-adds in float32 registers and a large matrix product of this type: a matrix unit counts.
+    """
+    side = 768
+    multiply_add, flops = _multiply_adds()
+    a, b = (torch.ones(side, side, dtype=DTYPES[dtype]) for _ in range(2))
+    in_registers, product = best_times([multiply_add, lambda: a @ b], seconds)
+    return max(flops / in_registers, 2 * side**3 / product)
+
+
 def best_times(calls: list[Call], seconds: float) -> list[float]:
     """Seconds of each call's best run, as STREAM reports them; in turns, so that a busy machine slows all of them."""
     for call in calls:

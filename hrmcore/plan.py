@@ -76,12 +76,12 @@ def _model(name: str) -> tuple[HRMConfig, dict[str, Any]]:
     if name in PRESETS:
         return HRMConfig.preset(name), {}
     if name.endswith(".toml"):
-        from hrmcore.train import read_config as read_run
+        from hrmcore.run_config import read_config as read_run
 
         run_file = read_run(name)
         horizon = Horizon(run_file.horizon_first, run_file.horizon_last, run_file.horizon_fraction)
         return run_file.model, {
-            "tokens": run_file.steps * run_file.batch_tokens,
+            "tokens": run_file.steps * run_file.accumulate * run_file.batch_tokens,
             "batch_tokens": run_file.batch_tokens,
             "precision": run_file.precision,
             "horizon": horizon,

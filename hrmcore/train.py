@@ -1,42 +1,41 @@
-"""`hrmcore train`: a TOML file in, a run folder out (metrics, training state, hrm_text checkpoint)."""
+"""`hrmcore train`: a TOML file in, a run folder out (metrics, training states, hrm_text checkpoint)."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
+import functools
+import hashlib
 import json
 import math
 import os
+import resource
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from hrmcore.checkpoint import save_model
-from hrmcore.config import HRMConfig
-from hrmcore.data import Corpus, PackedBatch, Rejected, epoch_batches, pack, read_records, tokenize
+from hrmcore import curvature, microbench, optim, planner
+from hrmcore.checkpoint import load_model, resolve, save_model
+from hrmcore.data import BatchStream, Corpus, PackedBatch, Rejected, epoch_batches, pack, read_records, tokenize
 from hrmcore.model import HRM
+from hrmcore.run_config import TrainConfig, ema_decay, explain, horizon, learning_rate, read_config
 from hrmcore.store import open_store, sha256_of
 from hrmcore.tokenizer import Tokenizer
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
+from hrmcore.training_state import StateWriter, load_newest, load_state, lock, state_path
 
 EXAMPLE = """\
 examples:
-  hrmcore train run.toml          start, or resume where the run folder's state stands
+  hrmcore train run.toml          start, or resume where the run folder's newest state stands
   hrmcore train --explain         every key of a run file
 
 a run file:
@@ -62,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train as the run file says; an interrupted run saves its state first."""
+    """Train as the run file says; an interrupted run finishes its step and saves its state first."""
     if args.explain:
         print(explain())
     else:
@@ -70,236 +69,165 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _key(explanation: str, default: Any = dataclasses.MISSING) -> Any:
-    metadata = {"explain": explanation}
-    if default is dataclasses.MISSING:
-        return field(metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything a run depends on; the fields' explanations are what `hrmcore train --explain` prints."""
-
-    model: HRMConfig
-    train_files: tuple[str, ...] = _key("JSON-lines files to train on, or one folder that `hrmcore prepare` wrote")
-    tokenizer: str = _key("folder with tokenizer.model or tokenizer.json")
-    out: str = _key("run folder: metrics.jsonl, state.safetensors and checkpoint/ are written here")
-    steps: int = _key("optimizer steps")
-    heldout_files: tuple[str, ...] = _key("the same for the loss that is reported; never trained on", ())
-    batch_tokens: int = _key("input tokens of a packed batch, at most", 8192)
-    learning_rate: float = _key("peak learning rate of AdamW", 1e-3)
-    warmup_steps: int = _key("steps over which the learning rate rises linearly from 0", 100)
-    schedule: str = _key("what follows the warm-up: 'constant', or 'cosine' to 0 at the last step", "cosine")
-    weight_decay: float = _key("AdamW's decoupled weight decay", 0.1)
-    beta1: float = _key("AdamW's first moment decay", 0.9)
-    beta2: float = _key("AdamW's second moment decay", 0.95)
-    grad_clip: float = _key("gradient norm above which gradients are scaled down", 1.0)
-    horizon_first: int = _key("gradient horizon K at the start (model.md)", 2)
-    horizon_last: int = _key("gradient horizon K after its warm-up", 5)
-    horizon_fraction: float = _key("share of the steps over which K rises", 0.2)
-    precision: str = _key("arithmetic of the matrix products and activations: 'float32' or 'bfloat16'", "float32")
-    seed: int = _key("seed of the initial weights and of the data order", 0)
-    eval_every: int = _key("steps between held-out losses", 500)
-    save_every: int = _key("steps between training states", 500)
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_tokens", "eval_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train config: {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "grad_clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"train config: {name} must be above 0, got {getattr(self, name)}")
-        for name, choices in (("schedule", ("constant", "cosine")), ("precision", ("float32", "bfloat16"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"train config: {name} must be one of {choices}, got {getattr(self, name)!r}")
-        if not 2 <= self.horizon_first <= self.horizon_last:
-            raise ValueError(
-                "train config: horizons must satisfy 2 <= horizon_first <= horizon_last, "
-                f"got {self.horizon_first} and {self.horizon_last}"
-            )
-        if not 0 <= self.horizon_fraction <= 1:
-            raise ValueError(f"train config: horizon_fraction must be in [0, 1], got {self.horizon_fraction}")
-        if not self.train_files:
-            raise ValueError("train config: train_files is empty")
-
-
-def read_config(path: str | Path) -> TrainConfig:
-    """Read and validate a TOML run file with a [model] table and the keys of TrainConfig at the top level.
-
-    The model's vocabulary is the tokenizer's. Raises ValueError naming the file and the key.
-    """
-    path = Path(path)
-    try:
-        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not TOML ({error})") from None
-    try:
-        return _config_from(values)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _config_from(values: Mapping[str, Any]) -> TrainConfig:
-    fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
-    if unknown := sorted(set(values) - set(fields)):
-        raise ValueError(f"unknown key {unknown[0]!r}; the keys are {', '.join(sorted(fields))}")
-    required = {name for name, f in fields.items() if f.default is dataclasses.MISSING}
-    if missing := sorted(required - set(values)):
-        raise ValueError(f"missing key {missing[0]!r}")
-    checked = {name: _typed(name, str(fields[name].type), value) for name, value in values.items() if name != "model"}
-    if not isinstance(values["model"], dict):
-        raise ValueError("model must be a table")
-    tokenizer = Tokenizer.load(checked["tokenizer"])
-    model = {
-        "vocab_size": tokenizer.vocab_size,
-        "eos_token_id": tokenizer.eoa,
-        "pad_token_id": 0,
-        **values["model"],
-    }
-    return TrainConfig(model=HRMConfig.from_dict(model), **checked)
-
-
-def _typed(name: str, annotation: str, value: Any) -> Any:
-    if annotation == "tuple[str, ...]":
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-    elif annotation == "float" and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    elif type(value).__name__ == annotation:
-        return value
-    raise ValueError(f"{name} must be of type {annotation}, got {value!r}")
-
-
-def explain() -> str:
-    """Every key of a run file with its default and meaning, as commented TOML."""
-    lines = []
-    for f in dataclasses.fields(TrainConfig):
-        if f.name != "model":
-            default = "(required)" if f.default is dataclasses.MISSING else f"default {f.default!r}"
-            lines.append(f"{f.name:<17} {default:<18} {f.metadata['explain']}")
-    lines.append("\n[model]  the keys of HRMConfig; vocab_size and eos_token_id are the tokenizer's")
-    for f in dataclasses.fields(HRMConfig):
-        if f.name not in ("vocab_size", "eos_token_id"):
-            default = "(required)" if f.default is dataclasses.MISSING else f"default {f.default!r}"
-            lines.append(f"{f.name:<24} {default}")
-    return "\n".join(lines)
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The learning rate of a step, counted from 0."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.learning_rate
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def horizon(config: TrainConfig, step: int) -> int:
-    """The gradient horizon K of a step: linear from first to last over the first share of the steps."""
-    ramp = config.horizon_fraction * config.steps
-    progress = 1.0 if step >= ramp else step / ramp
-    return config.horizon_first + int(progress * (config.horizon_last - config.horizon_first))
-
-
-_ROW_MULTIPLE = 64  # tokens of a batch are rounded up to it, see pack()
-
-
 class Trainer:
-    """One run: model, optimizer, data position. `run()` trains to the end and exports the checkpoint."""
+    """One run: model, optimizer, data position. `run()` trains to the end and exports the checkpoint.
+
+    It holds the run folder's lock until `run` or `close` ends. Raises BlockingIOError when another process has it.
+    """
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.out = Path(config.out)
         self.out.mkdir(parents=True, exist_ok=True)
+        self._lock = lock(self.out)
         self.tokenizer = Tokenizer.load(config.tokenizer)
-        self.corpus = self._load(config.train_files)
-        self.heldout = self._load(config.heldout_files) if config.heldout_files else None
-        torch.manual_seed(config.seed)
-        self.model = HRM(config.model)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self.corpus, self._checksum = self._load(config.train_files)
+        self.heldout = self._load(config.heldout_files)[0] if config.heldout_files else None
+        tqdm.write(self._needs(), file=sys.stderr)
+        self.model = self._first_model()
+        self.optimizer = make_optimizer(config, self.model)
         self.step = 0
-        self._batches = self._batch_stream(skip=0)
-        if (state := self.out / "state.safetensors").exists():
-            self._resume(state)
+        self.tokens = 0
+        self.skipped = 0
+        self._stream = BatchStream(self.corpus, config.batch_tokens, config.seed)
+        self._writer = StateWriter(self.out, config.keep, config.keep_every)
+        if newest := load_newest(self.out, functools.partial(tqdm.write, file=sys.stderr)):
+            self._resume(*newest)
+        self._forget_metrics_after(self.step)
 
     def run(self) -> None:
-        """Train until `steps`, then write checkpoint/ in the hrm_text format. Ctrl-C saves the state and ends."""
-        with tqdm(total=self.config.steps, initial=self.step, unit="step", disable=None) as bar:
-            try:
-                while self.step < self.config.steps:
-                    metrics = self._train_step()
-                    if self.step % self.config.eval_every == 0 or self.step == self.config.steps:
-                        metrics |= self.evaluate()
-                    self._record(metrics)
-                    bar.update()
-                    bar.set_postfix(loss=f"{metrics['loss']:.4f}", tok_s=f"{metrics['tokens_per_second']:.0f}")
-                    if self.step % self.config.save_every == 0:
-                        self.save()
-            except KeyboardInterrupt:
+        """Train until `steps`, then write checkpoint/ in the hrm_text format.
+
+        Ctrl-C (and SIGTERM) ends after the current step with a state; a second one ends at once, without.
+        """
+        try:
+            with _interruption() as asked:
+                self._train(asked)
                 self.save()
-                raise
-        self.save()
-        self.export()
+                self._writer.finish()
+                if asked.is_set():
+                    raise KeyboardInterrupt
+                self.export()
+        finally:
+            self.close()
+
+    def _train(self, asked: threading.Event) -> None:
+        config = self.config
+        with tqdm(total=config.steps, initial=self.step, unit="step", disable=None) as bar:
+            while self.step < config.steps and not asked.is_set():
+                metrics = self._train_step()
+                if self.step % config.eval_every == 0 or self.step == config.steps:
+                    metrics |= self.evaluate()
+                self._record(metrics)
+                bar.update()
+                bar.set_postfix_str(_shown(metrics))
+                self._writer.check()
+                if self.step % config.save_every == 0 or (config.keep_every and self.step % config.keep_every == 0):
+                    self.save()
+
+    def close(self) -> None:
+        """Wait for the state under way and give the run folder back."""
+        try:
+            self._writer.finish()
+        finally:
+            self._lock.close()
 
     def export(self) -> None:
-        """Write the weights (bfloat16) and the tokenizer as an hrm_text checkpoint."""
-        folder = self.out / "checkpoint"
-        save_model(self.model, folder, dtype=torch.bfloat16, tokenizer_folder=self.config.tokenizer)
+        """Write the averaged weights (bfloat16) and the tokenizer as an hrm_text checkpoint."""
+        with self._averaged():
+            folder = self.out / "checkpoint"
+            save_model(self.model, folder, dtype=torch.bfloat16, tokenizer_folder=self.config.tokenizer)
 
     def evaluate(self) -> dict[str, float]:
-        """Mean held-out loss a supervised token, in nats; empty without held-out files."""
+        """Mean held-out loss a supervised token, in nats, of the averaged weights; empty without held-out files."""
         if self.heldout is None:
             return {}
         total, count = 0.0, 0
-        with torch.no_grad(), self._precision():
+        with torch.no_grad(), self._precision(), self._averaged():
             for records in epoch_batches(self.heldout.lengths, self.config.batch_tokens, seed=0, epoch=0):
-                batch = pack(self.heldout, records, _ROW_MULTIPLE)
+                batch = pack(self.heldout, records, BatchStream.MULTIPLE)
                 total += float(self.model.loss(batch))
                 count += len(batch.targets)
         return {"heldout_loss": total / count}
 
+    # One step
+
     def _train_step(self) -> dict[str, float]:
         started = time.perf_counter()
-        batch = next(self._batches)
-        lr, k = learning_rate(self.config, self.step), horizon(self.config, self.step)
+        config = self.config
+        batches = [next(self._stream) for _ in range(config.accumulate)]
+        rate, k = learning_rate(config, self.step), horizon(config, self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        loss, norm = self._backward(batch, k)
-        self.optimizer.step()
+            group["lr"], group["ema"] = rate, ema_decay(config, self.step)
+        loss, norm = self._backward(batches, k)
+        if math.isfinite(loss) and math.isfinite(norm):
+            self._update(batches, k)
+        elif config.on_nonfinite == "skip":
+            self.skipped += 1
+        else:
+            self._stop_at(batches, "gradient" if math.isfinite(loss) else "loss")
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        seconds = time.perf_counter() - started
-        tokens = int(batch.offsets[len(batch.records)])
-        return {
+        tokens = sum(int(batch.offsets[len(batch.records)]) for batch in batches)
+        self.tokens += tokens
+        metrics = {
             "step": self.step,
             "loss": loss,
-            "learning_rate": lr,
+            "learning_rate": rate,
             "horizon": k,
             "grad_norm": norm,
             "tokens": tokens,
-            "supervised_tokens": len(batch.targets),
-            "tokens_per_second": tokens / seconds,
+            "supervised_tokens": sum(len(batch.targets) for batch in batches),
+            "tokens_seen": self.tokens,
         }
+        if config.on_nonfinite == "skip":
+            metrics["skipped"] = self.skipped
+        if isinstance(self.optimizer, optim.Sophia):
+            metrics["clipped_fraction"] = self.optimizer.clipped_fraction
+        return metrics | self._speed(batches, k, time.perf_counter() - started)
 
-    def _backward(self, batch: PackedBatch, k: int) -> tuple[float, float]:
+    def _backward(self, batches: Sequence[PackedBatch], k: int) -> tuple[float, float]:
+        """Gradients of the mean loss over all supervised tokens of the batches; returns it and the gradients' norm."""
+        count = sum(len(batch.targets) for batch in batches)
+        total = 0.0
+        for batch in batches:
+            with self._precision():
+                loss = self.model.loss(batch, horizon=k) / count
+            loss.backward()
+            total += float(loss.detach())
+        return total, float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip))
+
+    def _update(self, batches: Sequence[PackedBatch], k: int) -> None:
+        """The optimizer's step, and every so often a sample of the curvature for the steps that follow."""
+        if not isinstance(self.optimizer, optim.Sophia):
+            self.optimizer.step()
+            return
+        self.optimizer.step(batch_tokens=1 if self.optimizer.variant == "G" else None)
+        if self.step % (self.config.curvature_every or 1) == 0:
+            self._sample_curvature(self.optimizer, batches, k)
+
+    def _sample_curvature(self, sophia: optim.Sophia, batches: Sequence[PackedBatch], k: int) -> None:
+        generator = curvature.generator_of(self.config.seed, self.step)
+        if sophia.variant == "H":
+            curvature.hutchinson(sophia, self.model, batches, k, generator)
+            return
+        sophia.zero_grad(set_to_none=True)
         with self._precision():
-            loss = self.model.loss(batch, horizon=k) / len(batch.targets)
-        loss.backward()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip))
-        if not math.isfinite(norm):
-            sources = ", ".join(str(record) for record in batch.records[:20])
-            raise FloatingPointError(
-                f"step {self.step}: the gradient is not finite; the batch's records are {sources}…"
-            )
-        return float(loss.detach()), norm
+            curvature.gauss_newton_bartlett(self.model, batches, k, generator)
+        sophia.update_hessian()
+
+    def _stop_at(self, batches: Sequence[PackedBatch], what: str) -> NoReturn:
+        records = [record for batch in batches for record in batch.records]
+        guilty = [record for record in records if not math.isfinite(self._loss_of(record))] or records
+        shown = ", ".join(self.corpus.describe(record) for record in guilty[:20]) + ("…" if len(guilty) > 20 else "")
+        raise FloatingPointError(
+            f"step {self.step}: the {what} is not finite; it comes from the records {shown}; "
+            "mend or remove them, or set on_nonfinite = 'skip'; the states before are intact"
+        )
+
+    def _loss_of(self, record: int) -> float:
+        with torch.no_grad(), self._precision():
+            return float(self.model.loss(pack(self.corpus, [record])))
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.config.precision == "float32":
@@ -308,7 +236,50 @@ class Trainer:
         # that carry gradient would then find a copy that leads nowhere.
         return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
 
-    def _load(self, files: tuple[str, ...]) -> Corpus:
+    def _averaged(self) -> AbstractContextManager[Any]:
+        return self.optimizer.swap_ema() if self.config.ema else nullcontext()
+
+    # Figures of a step
+
+    def _speed(self, batches: Sequence[PackedBatch], k: int, seconds: float) -> dict[str, float]:
+        tokens = sum(int(batch.offsets[len(batch.records)]) for batch in batches)
+        supervised = sum(len(batch.targets) for batch in batches)
+        flops = planner.training_flops(
+            self.config.model, k, tokens, supervised, sum(_visible_pairs(batch) for batch in batches)
+        )
+        return {
+            "tokens_per_second": tokens / seconds,
+            "mfu": flops.total / seconds / self._peak,
+            "memory": _peak_memory(),
+        }
+
+    @functools.cached_property
+    def _peak(self) -> float:
+        return microbench.peak_flops(self.config.precision)
+
+    def _record(self, metrics: Mapping[str, float]) -> None:
+        with self._metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    @property
+    def _metrics_file(self) -> Path:
+        return self.out / "metrics.jsonl"
+
+    def _forget_metrics_after(self, step: int) -> None:
+        """Drop what a killed run recorded beyond its last state: those steps come again."""
+        if not self._metrics_file.exists():
+            return
+        lines = self._metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        if kept != lines:
+            temporary = self._metrics_file.with_suffix(".tmp")
+            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.replace(self._metrics_file)
+
+    # Data
+
+    def _load(self, files: tuple[str, ...]) -> tuple[Corpus, str]:
+        """The records of some files or of a store, and their checksum."""
         if folders := [file for file in files if Path(file).is_dir()]:
             if len(files) > 1:
                 raise ValueError(f"{folders[0]}: a store stands alone; `hrmcore prepare` puts many files into one")
@@ -319,9 +290,12 @@ class Trainer:
         corpus = tokenize(iter(bar), self.tokenizer, self.config.model.max_position_embeddings, rejected)
         for line in rejected.report():
             tqdm.write(line)
-        return corpus
+        digest = hashlib.sha256()
+        for array in (corpus.tokens, corpus.offsets, corpus.prefix):
+            digest.update(array.tobytes())
+        return corpus, digest.hexdigest()
 
-    def _open_store(self, folder: str) -> Corpus:
+    def _open_store(self, folder: str) -> tuple[Corpus, str]:
         store, context = open_store(folder), self.config.model.max_position_embeddings
         if store.manifest["tokenizer_sha256"] != sha256_of(self.tokenizer.source):
             raise ValueError(
@@ -332,54 +306,172 @@ class Trainer:
                 f"{folder}: a record has {longest} tokens, the model's max_position_embeddings is {context}; "
                 f"prepare with --context {context}"
             )
-        return store.corpus
+        files = store.manifest["files"]
+        sums = "".join(files[f"{name}.npy"]["sha256"] for name in ("tokens", "offsets", "prefix"))
+        return store.corpus, hashlib.sha256(sums.encode()).hexdigest()
 
-    def _batch_stream(self, skip: int) -> Iterator[PackedBatch]:
-        epoch = 0
-        while True:
-            for records in epoch_batches(self.corpus.lengths, self.config.batch_tokens, self.config.seed, epoch):
-                if skip > 0:
-                    skip -= 1
-                else:
-                    yield pack(self.corpus, records, _ROW_MULTIPLE)
-            epoch += 1
+    # Start and resume
 
-    def _record(self, metrics: Mapping[str, float]) -> None:
-        with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+    def _first_model(self) -> HRM:
+        torch.manual_seed(self.config.seed)
+        source = self.config.init_from
+        if source is None:
+            return HRM(self.config.model)
+        if not Path(source).is_file():
+            return load_model(resolve(source))
+        tensors, _ = load_state(source)
+        model = HRM(self.config.model)
+        weights = {name: tensors[f"model.{name}"] for name in model.state_dict()}
+        averaged = {name: tensors.get(f"optimizer.ema.{name}", tensor) for name, tensor in weights.items()}
+        model.load_state_dict(averaged)
+        return model
+
+    def _needs(self) -> str:
+        """One line that states the memory of a step before anything large is allocated."""
+        config, lengths = self.config, self.corpus.lengths
+        supervised = float((lengths - self.corpus.prefix + 1).sum() / lengths.sum())
+        need = planner.memory(config.model, config.horizon_last, config.batch_tokens, supervised, 1, config.precision)
+        average = need.weights if config.ema else 0.0
+        state = need.weights + need.optimizer + average
+        return (
+            f"{planner.parameters(config.model) / 1e6:.2f} M parameters; about {(need.peak + average) / 1e9:.2f} GB at "
+            f"a step's peak and {state / 1e9:.2f} GB more while a state is written; "
+            f"{_available_memory() / 1e9:.2f} GB are free"
+        )
 
     def save(self) -> None:
-        """Write the training state: complete under a temporary name first, then renamed over the last one."""
+        """Begin to write the training state of this step; `run` and `close` wait for its end."""
+        if not state_path(self.out, self.step).exists():
+            self._writer.save(self.step, self._tensors(), self._metadata())
+
+    def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
+            for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{key}.{name}"] = value
-        path = self.out / "state.safetensors"
-        temporary = path.with_suffix(".tmp")
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"step": str(self.step)})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        return tensors
 
-    def _resume(self, path: Path) -> None:
-        try:
-            with safe_open(path, "pt") as file:
-                tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                self.step = int(file.metadata()["step"])
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{path}: not a training state ({error})") from None
-        weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-        try:
-            self.model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(f"{path}: the state is of another model: {str(error).splitlines()[-1].strip()}") from None
-        for name, parameter in self.model.named_parameters():
-            prefix, suffix = "optimizer.", f".{name}"
-            moments = {
-                key.removeprefix(prefix).removesuffix(suffix): tensor
-                for key, tensor in tensors.items()
-                if key.startswith(prefix) and key.endswith(suffix)
-            }
-            if moments:
-                self.optimizer.state[parameter] = moments
-        self._batches = self._batch_stream(skip=self.step)
+    def _metadata(self) -> dict[str, str]:
+        return {
+            "step": str(self.step),
+            "tokens": str(self.tokens),
+            "skipped": str(self.skipped),
+            "optimizer": self.config.optimizer,
+            "model_config": json.dumps(self.model.config.to_dict()),
+            "data_fingerprint": json.dumps(self._fingerprint()),
+            "data_position": json.dumps(self._stream.position),
+            "rng": json.dumps({"seed": self.config.seed}),  # every draw is a function of seed, epoch and step
+        }
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What the order and contents of the batches depend on."""
+        config = self.config
+        return {
+            "records": len(self.corpus),
+            "tokens": int(self.corpus.offsets[-1]),
+            "sha256": self._checksum,
+            "seed": config.seed,
+            "batch_tokens": config.batch_tokens,
+            "accumulate": config.accumulate,
+        }
+
+    def _resume(self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        if metadata["optimizer"] != self.config.optimizer:
+            raise ValueError(f"{path}: was trained with {metadata['optimizer']}, not with {self.config.optimizer}")
+        for name, ours in self._fingerprint().items():
+            theirs = json.loads(metadata["data_fingerprint"]).get(name)
+            if theirs != ours:
+                what = "the training data" if name in ("records", "tokens", "sha256") else name
+                raise ValueError(
+                    f"{path}: {what} changed since (its {name} is {theirs}, now {ours}), so the run cannot go on "
+                    "where it stood; name another out, and this state as init_from to keep its weights"
+                )
+        self._restore(path, tensors)
+        self.step, self.tokens, self.skipped = (int(metadata[key]) for key in ("step", "tokens", "skipped"))
+        epoch, batch = json.loads(metadata["data_position"])
+        self._stream = BatchStream(self.corpus, self.config.batch_tokens, self.config.seed, (epoch, batch))
+
+    @torch.no_grad()
+    def _restore(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        ours = self._tensors()
+        wrong = sorted(set(ours) ^ set(tensors)) or sorted(n for n in ours if ours[n].shape != tensors[n].shape)
+        if wrong:
+            raise ValueError(
+                f"{path}: the state is of another model or optimizer: {wrong[0]} does not fit the run file"
+            )
+        for name, tensor in ours.items():
+            tensor.copy_(tensors[name])
+
+
+def make_optimizer(config: TrainConfig, model: HRM) -> optim.Sophia | optim.AdamAtan2 | optim.AdamW:
+    """The optimizer that the run file names, over all parameters."""
+    options: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": config.betas,
+        "weight_decay": config.weight_decay,
+        "ema": config.ema or None,
+    }
+    parameters = model.parameters()
+    if config.optimizer == "adamatan2":
+        return optim.AdamAtan2(parameters, **options)
+    options["eps"] = config.eps
+    if config.optimizer == "adamw":
+        return optim.AdamW(parameters, **options)
+    options["rho"] = config.rho
+    return optim.Sophia(parameters, variant=config.optimizer[-1].upper(), **options)
+
+
+@contextlib.contextmanager
+def _interruption() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set, once: after that they do what they usually do."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(*_: object) -> None:
+        asked.set()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    for number in previous:
+        signal.signal(number, ask)
+    try:
+        yield asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _shown(metrics: Mapping[str, float]) -> str:
+    parts = [f"loss={metrics['loss']:.4f}", f"tok/s={metrics['tokens_per_second']:.0f}", f"K={metrics['horizon']}"]
+    if (clipped := metrics.get("clipped_fraction")) is not None:
+        parts.append(f"clipped={clipped:.2f}")
+    if skipped := metrics.get("skipped"):
+        parts.append(f"skipped={skipped}")
+    return ", ".join(parts)
+
+
+def _visible_pairs(batch: PackedBatch) -> float:
+    """(query, key) pairs that attention sees in a batch: key j is visible to query i iff j < max(prefix, i + 1)."""
+    count = len(batch.records)
+    lengths = np.diff(batch.offsets[: count + 1].numpy()).astype(np.float64)
+    prefix = batch.prefix[:count].numpy().astype(np.float64)
+    response = lengths - prefix
+    return float((prefix**2 + response * prefix + response * (response + 1) / 2).sum())
+
+
+def _peak_memory() -> int:
+    """The most memory this process has held, in bytes."""
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held if sys.platform == "darwin" else 1024 * held
+
+
+def _available_memory() -> int:
+    """Bytes of memory that can still be taken."""
+    info = Path("/proc/meminfo")
+    for line in info.read_text(encoding="ascii").splitlines() if info.exists() else ():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -33,7 +33,7 @@ from hrmcore.planner import (
     plan,
     training_flops,
 )
-from hrmcore.train import TrainConfig, horizon
+from hrmcore.run_config import TrainConfig, horizon
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -22,9 +22,10 @@ from hrmcore import prepare as prepare_module
 from hrmcore.cli import main
 from hrmcore.data import Corpus, Rejected, pack, read_records, tokenize
 from hrmcore.prepare import parse_caps, prepare, stratified
+from hrmcore.run_config import read_config
 from hrmcore.store import open_store, verify
 from hrmcore.tokenizer import Tokenizer, train_tokenizer
-from hrmcore.train import Trainer, read_config
+from hrmcore.train import Trainer
 
 CONTEXT = 256
 BAD_LINES = [

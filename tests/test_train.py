@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from hrmcore.cli import main
+from hrmcore.data import PackedBatch, pack
 from hrmcore.model import HRM
+from hrmcore.run_config import OPTIMIZERS, TrainConfig, ema_decay, explain, horizon, learning_rate, read_config
 from hrmcore.tokenizer import train_tokenizer
-from hrmcore.train import TrainConfig, Trainer, explain, horizon, learning_rate, read_config
+from hrmcore.train import Trainer
+from hrmcore.training_state import find_states, load_state, state_path
 
 WORDS = ["alpha", "beta", "gamma", "delta", "omega", "sigma", "kappa", "theta"]
 
@@ -59,41 +66,143 @@ def metrics(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_run_learns_and_exports(run_file: Path, precision: str) -> None:
-    rewrite(run_file, "steps = 12", f'steps = 60\nprecision = "{precision}"')
-    config = read_config(run_file)
+@pytest.fixture
+def trainer(run_file: Path) -> Iterator[Trainer]:
+    """A trainer before its first step."""
+    trainer = Trainer(read_config(run_file))
+    yield trainer
+    trainer.close()
+
+
+def final_state(out: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_state(state_path(out, step))[0]
+
+
+RATES = {"adamatan2": 3e-3, "adamw": 3e-3, "sophia-g": 1e-3, "sophia-h": 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "precision"), [*((name, "float32") for name in OPTIMIZERS), ("sophia-g", "bfloat16")]
+)
+def test_a_run_learns_and_exports(run_file: Path, optimizer: str, precision: str) -> None:
+    rewrite(run_file, "learning_rate = 3e-3", f"learning_rate = {RATES[optimizer]}")
+    config = read_config(
+        rewrite(run_file, "steps = 12", f'steps = 60\noptimizer = "{optimizer}"\nprecision = "{precision}"')
+    )
     Trainer(config).run()
     rows = metrics(Path(config.out))
     assert [row["step"] for row in rows] == list(range(1, 61))
-    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
     assert rows[-1]["heldout_loss"] < rows[5]["heldout_loss"]
+    assert rows[-1]["tokens_seen"] == sum(row["tokens"] for row in rows)
+    assert all(0 < row["mfu"] < 1 and row["memory"] > 1e7 for row in rows)
+    assert ("clipped_fraction" in rows[0]) == optimizer.startswith("sophia")
     exported = HRM.from_pretrained(Path(config.out) / "checkpoint")
     assert exported.config.vocab_size == config.model.vocab_size
     assert (Path(config.out) / "checkpoint" / "tokenizer.model").is_file()
 
 
-def test_a_stopped_run_resumes_bit_for_bit(run_file: Path, tmp_path: Path) -> None:
-    config = read_config(run_file)
-    whole = Trainer(config)
-    whole.run()
+def test_sophia_clips_all_of_its_first_step_and_less_once_it_knows_the_curvature(run_file: Path) -> None:
+    config = read_config(rewrite(run_file, "steps = 12", 'steps = 40\noptimizer = "sophia-g"\ncurvature_every = 2'))
+    Trainer(config).run()
+    clipped = [row["clipped_fraction"] for row in metrics(Path(config.out))]
+    assert clipped[0] > 0.9
+    assert 0 < min(clipped[20:]) < 0.9
 
-    rewrite(run_file, f"{tmp_path}/out", f"{tmp_path}/stopped")
-    first = Trainer(read_config(run_file))
+
+def test_the_export_and_the_heldout_loss_are_the_averages(run_file: Path) -> None:
+    """Against an average of the weights kept beside, in float64."""
+    config = read_config(run_file)
+    trainer = Trainer(config)
+    weight = trainer.model.lm_head.weight
+    average = weight.detach().double()
+    decays = []
+    for step in range(12):
+        trainer._train_step()
+        decays.append(min(0.9999, (1 + step) / (10 + step)))
+        average = decays[-1] * average + (1 - decays[-1]) * weight.detach().double()
+    assert [ema_decay(config, step) for step in range(12)] == decays
+    plain = trainer.model.loss
+    seen: list[torch.Tensor] = []
+    trainer.model.loss = lambda *args, **options: (seen.append(weight.detach().clone()), plain(*args, **options))[1]
+    before = weight.detach().clone()
+    trainer.evaluate()
+    trainer.export()
+    trainer.close()
+    assert torch.equal(weight, before)
+    torch.testing.assert_close(seen[0].double(), average, rtol=1e-5, atol=1e-7)
+    exported = HRM.from_pretrained(Path(config.out) / "checkpoint").lm_head.weight
+    assert torch.equal(exported, seen[0].bfloat16().float())
+    assert not torch.equal(exported, before.bfloat16().float())
+
+
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+def test_a_stopped_run_resumes_bit_for_bit(run_file: Path, tmp_path: Path, optimizer: str) -> None:
+    rewrite(run_file, "steps = 12", f'steps = 12\noptimizer = "{optimizer}"\naccumulate = 2\nkeep = 1')
+    if optimizer.startswith("sophia"):
+        rewrite(run_file, "keep = 1", "keep = 1\ncurvature_every = 3")
+    whole = read_config(run_file)
+    Trainer(whole).run()
+
+    stopped = read_config(rewrite(run_file, f"{tmp_path}/out", f"{tmp_path}/stopped"))
+    first = Trainer(stopped)
     for _ in range(5):
-        first._train_step()
+        first._record(first._train_step())
     first.save()
-    second = Trainer(read_config(run_file))
+    first._record(first._train_step())  # lost: it comes after the state
+    first.close()
+    second = Trainer(stopped)
     assert second.step == 5
     second.run()
-    for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(tensor, second.model.state_dict()[name]), name
+    expected, found = final_state(Path(whole.out), 12), final_state(Path(stopped.out), 12)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+    assert [row["step"] for row in metrics(Path(stopped.out))] == list(range(1, 13))
+    losses = [[row["loss"] for row in metrics(Path(config.out))] for config in (whole, stopped)]
+    assert losses[0] == losses[1]
 
 
-def test_loss_is_the_mean_over_response_tokens(run_file: Path) -> None:
-    """Against logits of single, unpacked sequences and torch's cross-entropy."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_finishes_its_step_and_keeps_a_state(run_file: Path, number: int) -> None:
+    config = read_config(run_file)
+    trainer = Trainer(config)
+    handler = signal.getsignal(number)
+    backward = trainer._backward
+
+    def interrupted(batches: list[PackedBatch], k: int) -> tuple[float, float]:
+        if trainer.step == 5:
+            os.kill(os.getpid(), number)
+        return backward(batches, k)
+
+    trainer._backward = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert find_states(Path(config.out))[0][0] == metrics(Path(config.out))[-1]["step"] == 6
+    assert not (Path(config.out) / "checkpoint").exists()
+    assert signal.getsignal(number) == handler
+
+
+def test_accumulated_batches_have_the_gradient_of_one_batch(run_file: Path, tmp_path: Path) -> None:
     trainer = Trainer(read_config(run_file))
-    batch = next(trainer._batch_stream(skip=0))
+    batches = [next(trainer._stream) for _ in range(3)]
+    assert len({len(batch.targets) for batch in batches}) > 1  # a mean of means would differ
+    loss, _ = trainer._backward(batches, 5)
+    accumulated = [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
+    trainer.optimizer.zero_grad()
+    whole = pack(trainer.corpus, [record for batch in batches for record in batch.records])
+    expected, _ = trainer._backward([whole], 5)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+    assert len(gradients) == len(accumulated) > 5
+    for ours, theirs in zip(accumulated, gradients, strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
+    trainer.close()
+
+
+def test_loss_is_the_mean_over_response_tokens(trainer: Trainer) -> None:
+    """Against logits of single, unpacked sequences and torch's cross-entropy."""
+    batch = next(trainer._stream)
     expected = 0.0
     for s in range(len(batch.records)):
         start, stop = int(batch.offsets[s]), int(batch.offsets[s + 1])
@@ -106,8 +215,7 @@ def test_loss_is_the_mean_over_response_tokens(run_file: Path) -> None:
     assert trainer.model.loss(batch).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_short_horizon_leaves_the_embedding_alone(run_file: Path) -> None:
-    trainer = Trainer(read_config(run_file))
+def test_a_short_horizon_leaves_the_embedding_alone(trainer: Trainer) -> None:
     before = trainer.model.embed_tokens.weight.detach().clone()
     moved = trainer.model.lm_head.weight.detach().clone()
     assert horizon(trainer.config, 0) == 2
@@ -126,12 +234,41 @@ def test_schedules(run_file: Path) -> None:
     assert [horizon(config, step) for step in (0, 6, 7, 13, 14, 19, 20, 99)] == [2, 2, 3, 3, 4, 4, 5, 5]
 
 
-def test_a_gradient_that_is_not_finite_stops_with_the_records(run_file: Path) -> None:
-    trainer = Trainer(read_config(run_file))
+def poison(trainer: Trainer) -> list[int]:
+    """Let the embedding of the last word be NaN; returns the records in which it occurs."""
+    corpus = trainer.corpus
+    [token] = trainer.tokenizer.encode(" theta")[-1:]
     with torch.no_grad():
-        trainer.model.lm_head.weight[3, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"step 0: the gradient is not finite; the batch's records are \d+"):
+        trainer.model.embed_tokens.weight[token] = float("nan")
+    return [r for r in range(len(corpus)) if token in corpus.tokens[corpus.offsets[r] : corpus.offsets[r + 1] - 1]]
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_records_and_leaves_no_state(trainer: Trainer, tmp_path: Path) -> None:
+    guilty = poison(trainer)
+    assert 0 < len(guilty) < len(trainer.corpus) / 2
+    with pytest.raises(FloatingPointError, match=r"step 0: the loss is not finite; it comes from the records") as error:
         trainer._train_step()
+    named = [int(n) for n in re.findall(rf"(\d+) \({tmp_path}/train.jsonl:\d+\)", str(error.value))]
+    assert named
+    assert set(named) <= set(guilty)
+    lines = [int(n) for n in re.findall(r"train.jsonl:(\d+)", str(error.value))]
+    assert lines == [record + 1 for record in named]
+    trainer.save()
+    with pytest.raises(FloatingPointError, match=r"not written, because model\.embed_tokens\.weight is not finite"):
+        trainer._writer.finish()
+    assert not find_states(trainer.out)
+
+
+def test_a_step_that_is_not_finite_can_be_skipped(run_file: Path) -> None:
+    trainer = Trainer(read_config(rewrite(run_file, "steps = 12", 'steps = 12\non_nonfinite = "skip"')))
+    poison(trainer)
+    before = {name: tensor.clone() for name, tensor in trainer._tensors().items()}
+    found = trainer._train_step()
+    assert found["skipped"] == trainer.step == 1
+    assert all(
+        torch.equal(tensor.nan_to_num(), before[name].nan_to_num()) for name, tensor in trainer._tensors().items()
+    )
+    trainer.close()
 
 
 @pytest.mark.parametrize(
@@ -144,6 +281,12 @@ def test_a_gradient_that_is_not_finite_stops_with_the_records(run_file: Path) ->
         ("steps = 12", "steps = ", "not TOML"),
         ("learning_rate = 3e-3", "learning_rate = -1", "learning_rate must be above 0"),
         ("seed = 7", 'schedule = "triangle"', "schedule must be one of"),
+        ("seed = 7", 'optimizer = "sgd"', "optimizer must be one of"),
+        ("seed = 7", 'optimizer = "adamw"\nrho = 0.1', "rho means nothing to adamw; remove it"),
+        ("seed = 7", "betas = [0.9]", r"betas must be of type tuple\[float, float\]"),
+        ("seed = 7", "ema = 1.0", "ema must be at least 0 and below 1"),
+        ("seed = 7", "accumulate = 0", "accumulate must be at least 1"),
+        ("seed = 7", 'on_nonfinite = "hope"', "on_nonfinite must be one of"),
         ("seed = 7", "horizon_first = 1", "2 <= horizon_first"),
         ("hidden_size = 32", "hidden_sise = 32", "unknown key 'hidden_sise'"),
         ("head_dim = 16", "head_dim = 13", "head_dim must be a multiple of 8"),
@@ -154,20 +297,99 @@ def test_a_bad_run_file_names_file_and_key(run_file: Path, old: str, new: str, m
         read_config(rewrite(run_file, old, new))
 
 
-def test_a_state_of_another_model_is_refused(run_file: Path) -> None:
-    trainer = Trainer(read_config(run_file))
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("intermediate_size = 64", "intermediate_size = 128", "the state is of another model or optimizer: model"),
+        ("seed = 7", "seed = 8", r"seed changed since \(its seed is 7, now 8\)"),
+        ("batch_tokens = 256", "batch_tokens = 512", "batch_tokens changed since"),
+        ("seed = 7", 'seed = 7\noptimizer = "adamw"', "was trained with adamatan2, not with adamw"),
+        ("seed = 7", "seed = 7\nema = 0", r"optimizer\.ema\.[\w.]+ does not fit the run file"),
+        ("repeat alpha beta", "repeat beta alpha", r"the training data changed since \(its sha256 is"),
+    ],
+)
+def test_a_state_of_another_run_is_refused(trainer: Trainer, run_file: Path, old: str, new: str, message: str) -> None:
     trainer.save()
-    with pytest.raises(ValueError, match=r"state\.safetensors: the state is of another model"):
-        Trainer(read_config(rewrite(run_file, "intermediate_size = 64", "intermediate_size = 128")))
-    (trainer.out / "state.safetensors").write_bytes(b"garbage")
-    with pytest.raises(ValueError, match=r"state\.safetensors: not a training state"):
+    trainer.close()
+    changed = run_file if old in run_file.read_text() else run_file.with_name("train.jsonl")
+    rewrite(changed, old, new)
+    with pytest.raises(ValueError, match=rf"step-00000000\.safetensors: .*{message}"):
+        Trainer(read_config(run_file))
+
+
+def test_a_damaged_newest_state_is_said_aloud_and_the_one_before_is_taken(
+    run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = read_config(run_file)
+    Trainer(config).run()
+    out = Path(config.out)
+    states = find_states(out)
+    assert [step for step, _ in states] == [12, 8]
+    expected = final_state(out, 12)
+    data = bytearray(states[0][1].read_bytes())
+    data[-100] ^= 1
+    states[0][1].write_bytes(data)
+    capsys.readouterr()
+    Trainer(config).run()
+    said = capsys.readouterr().err
+    assert "step-00000012.safetensors: damaged" in said
+    assert "falling back from step 12 to the state before" in said
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in final_state(out, 12).items())
+    for _, path in find_states(out):
+        path.write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="no state is whole; remove the folder to train from the start"):
+        Trainer(config)
+
+
+def test_old_states_go_and_kept_ones_stay(run_file: Path) -> None:
+    config = read_config(rewrite(run_file, "save_every = 4", "save_every = 1\nkeep = 3\nkeep_every = 5"))
+    Trainer(config).run()
+    assert [step for step, _ in find_states(Path(config.out))] == [12, 11, 10, 5]
+
+
+def test_two_trainers_on_one_folder(trainer: Trainer) -> None:
+    with pytest.raises(BlockingIOError, match=f"process {os.getpid()} is training in this folder"):
         Trainer(trainer.config)
+    trainer.close()
+    Trainer(trainer.config).close()
+
+
+def test_fine_tuning_starts_from_a_checkpoint_or_a_state(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = read_config(run_file)
+    Trainer(config).run()
+    text = run_file.read_text()
+    checkpoint = Path(config.out) / "checkpoint"
+    weights = HRM.from_pretrained(checkpoint).state_dict()
+    for source in (checkpoint, state_path(Path(config.out), 12)):
+        tuned = text[: text.index("[model]")].replace('/out"', f'/tuned-{source.suffix[1:]}"')
+        tuned = tuned.replace("seed = 7", f'init_from = "{source}"')
+        if source == checkpoint:
+            tuned = re.sub("tokenizer = .*", "", tuned)
+        run_file.write_text(tuned)
+        tuned_config = read_config(run_file)
+        assert tuned_config.model.replace(eos_token_id=None) == config.model.replace(eos_token_id=None)
+        trainer = Trainer(tuned_config)
+        assert "M parameters; about " in capsys.readouterr().err
+        for name, tensor in trainer.model.state_dict().items():
+            assert torch.equal(tensor.bfloat16().float(), weights[name]), name
+        trainer.close()
+    run_file.write_text(run_file.read_text() + "[model]\nhidden_size = 32\n")
+    with pytest.raises(ValueError, match=r"brings the model's shape; remove \[model\]"):
+        read_config(run_file)
 
 
 def test_explain_lists_every_key() -> None:
     text = explain()
     for key in TrainConfig.__dataclass_fields__:
         assert key in text
+
+
+def test_the_command_fails_with_one_line_when_training_diverges(
+    run_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "_backward", lambda *_: (float("nan"), 1.0))
+    assert main(["train", str(run_file)]) == 1
+    assert re.search(r"^hrmcore train: step 0: the loss is not finite; .* intact$", capsys.readouterr().err, re.M)
 
 
 def test_the_command_trains_and_names_mistakes(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,62 @@
+"""Sophia's curvature samples (arXiv 2305.14342, section 2.3): what the trainer does every k steps.
+
+A sample is a function of weights, batches and seed alone, so a resumed run draws what the uninterrupted one drew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hrmcore.data import PackedBatch
+from hrmcore.model import HRM, Layout
+from hrmcore.ops.backend import reference_ops
+from hrmcore.optim import Sophia
+
+_ROWS = 1024  # supervised positions whose logits exist at once
+
+
+def gauss_newton_bartlett(model: HRM, batches: Sequence[PackedBatch], horizon: int, generator: torch.Generator) -> None:
+    """Add to the gradients those of the labels' summed loss over √B, B labels drawn from the model's distribution.
+
+    So a squared gradient is B·ĥ, whatever the batch's size: it goes into an optimizer that steps with batch_tokens=1.
+    """
+    labels = sum(len(batch.targets) for batch in batches)
+    for batch in batches:
+        sampled = dataclasses.replace(batch, targets=sample_targets(model, batch, generator))
+        (model.loss(sampled, horizon=horizon) / math.sqrt(labels)).backward()
+
+
+@torch.no_grad()
+def sample_targets(model: HRM, batch: PackedBatch, generator: torch.Generator) -> Tensor:
+    """(R) int64: for every supervised position, a token drawn from the distribution that the model gives there."""
+    prefix = batch.prefix if model.config.prefix_lm else torch.zeros_like(batch.prefix)
+    final = model.hidden(batch.ids, Layout(batch.offsets, prefix, batch.positions))
+    drawn = []
+    for rows in batch.supervised.split(_ROWS):
+        probabilities = model.lm_head(final[rows]).float().softmax(-1)
+        drawn.append(torch.multinomial(probabilities, 1, generator=generator).squeeze(1))
+    return torch.cat(drawn)
+
+
+def hutchinson(
+    optimizer: Sophia, model: HRM, batches: Sequence[PackedBatch], horizon: int, generator: torch.Generator
+) -> None:
+    """Give the optimizer a Hessian product of the batches' mean loss with a normal vector, in float32.
+
+    The fused backward ops are not twice differentiable, so this runs on the reference ops, whose attention holds a
+    T × T table for every sequence.
+    """
+    labels = sum(len(batch.targets) for batch in batches)
+    with reference_ops():
+        loss = torch.stack([model.loss(batch, horizon=horizon) for batch in batches]).sum() / labels
+        optimizer.update_hessian(loss, generator=generator)
+
+
+def generator_of(seed: int, step: int) -> torch.Generator:
+    """The random numbers of a step's curvature sample; no state is needed to have them again."""
+    return torch.Generator().manual_seed((seed << 32) ^ step)

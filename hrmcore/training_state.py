@@ -1,0 +1,247 @@
+"""Training states: everything a run needs to go on as if it had never stopped, safe against a kill at any moment.
+
+A run folder OUT holds OUT/states/step-XXXXXXXX.safetensors: tensors `model.<name>` and `optimizer.<key>.<parameter>`,
+and metadata, all strings: what the trainer gives, and `format`, `version`, `sha256` (of the tensors' bytes) and
+`header_sha256` (of names, shapes and the rest of the metadata). A state is written under a temporary name, flushed to
+the disk and renamed, so a name stands for a whole file; older ones go only after that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import threading
+from collections.abc import Mapping
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+FORMAT = "hrmcore-training-state"
+VERSION = "1"
+STATES = "states"
+
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+_BLOCK = 1 << 22  # bytes read at a time
+_TEMPORARY = ".writing.tmp"
+
+
+def save_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a state: whole, flushed to the disk and under its final name when this returns, else not at all.
+
+    Raises FloatingPointError, with nothing written, when a tensor is not finite; OSError, with what was there before
+    intact, when the file cannot be written. One process at a time writes to a folder: see `lock`.
+    """
+    path = Path(path)
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise FloatingPointError(f"{path}: not written, because {name} is not finite")
+    blocks = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    header = _header(blocks, metadata)
+    temporary = path.with_name(_TEMPORARY)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(len(header).to_bytes(8, "little"))
+            file.write(header)
+            for tensor in blocks.values():
+                file.write(_bytes_of(tensor))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        _remove(temporary)
+        raise OSError(
+            f"{path}: the training state cannot be written ({error.strerror or error}); the states before it are intact"
+        ) from None
+
+
+def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a state, checksums verified; returns its tensors and its metadata.
+
+    Raises FileNotFoundError without the file, ValueError when it is not what was written.
+    """
+    path = Path(path)
+    start, entries, metadata = _read_header(path)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(start)
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    if digest.hexdigest() != metadata["sha256"]:
+        raise ValueError(f"{path}: damaged, the tensors' checksum is not the one that was written")
+    try:
+        with safe_open(path, "pt") as tensors:
+            # Copies: the library's tensors are views of the file.
+            return {name: tensors.get_tensor(name).clone() for name in entries}, metadata
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged ({error})") from None
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """A state's metadata, its checksum verified; raises as `load_state` does."""
+    return _read_header(Path(path))[2]
+
+
+def state_path(folder: Path, step: int) -> Path:
+    """Where the state of a step lies in a run folder."""
+    return folder / STATES / f"step-{step:08d}.safetensors"
+
+
+def find_states(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of the states of a run folder, the newest first."""
+    found = []
+    for path in (folder / STATES).glob("step-*.safetensors"):
+        if match := re.fullmatch(r"step-(\d+)\.safetensors", path.name):
+            found.append((int(match[1]), path))
+    return sorted(found, reverse=True)
+
+
+def load_newest(folder: Path, warn: Any) -> tuple[Path, dict[str, Tensor], dict[str, str]] | None:
+    """The newest state of a run folder that is whole; None when the folder holds none.
+
+    One that is damaged is set aside under the name `….damaged`, and `warn` is called with a line that says so. Raises
+    ValueError when every one is: training again from the start is for a person to decide.
+    """
+    states = find_states(folder)
+    for step, path in states:
+        try:
+            return path, *load_state(path)
+        except ValueError as error:
+            aside = path.with_name(f"{path.name}.damaged")
+            path.rename(aside)
+            warn(f"{error}; set aside as {aside.name}, falling back from step {step} to the state before")
+    if states:
+        raise ValueError(f"{folder / STATES}: no state is whole; remove the folder to train from the start")
+    return None
+
+
+def remove_old(folder: Path, keep: int, keep_every: int) -> None:
+    """Remove all but the newest `keep` states; those at multiples of `keep_every` steps stay for good (0: none do)."""
+    for step, path in find_states(folder)[keep:]:
+        if not (keep_every and step % keep_every == 0):
+            path.unlink(missing_ok=True)
+
+
+def lock(folder: Path) -> TextIOWrapper:
+    """Take a run folder for this process until the returned file is closed or the process ends, however it ends.
+
+    Raises BlockingIOError when another process has it.
+    """
+    path = folder / "lock"
+    file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "of unknown number"
+        file.close()
+        message = f"process {holder} is training in this folder; wait for it, or name another folder as out"
+        raise BlockingIOError(f"{folder}: {message}") from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+class StateWriter:
+    """Writes states in a thread, so that a step waits only for the copy of the tensors; one at a time.
+
+    An error of the thread is raised, in the caller's thread, by the next `save`, `check` or `finish`.
+    """
+
+    def __init__(self, folder: Path, keep: int, keep_every: int) -> None:
+        self._folder, self._keep, self._keep_every = folder, keep, keep_every
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Copy the tensors as they are now, then write them while the caller goes on."""
+        self.finish()
+        copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        self._thread = threading.Thread(target=self._write, args=(step, copies, dict(metadata)), name="state writer")
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise what went wrong in the thread."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def finish(self) -> None:
+        """Wait until the state under way is written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def _write(self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        try:
+            save_state(state_path(self._folder, step), tensors, metadata)
+            remove_old(self._folder, self._keep, self._keep_every)
+        except BaseException as error:
+            self._error = error
+
+
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The safetensors header (github.com/huggingface/safetensors), filled up so that the data is aligned."""
+    entries: dict[str, Any] = {}
+    digest, end = hashlib.sha256(), 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        digest.update(_bytes_of(tensor))
+    known = {**metadata, "format": FORMAT, "version": VERSION, "sha256": digest.hexdigest()}
+    known["header_sha256"] = _header_digest(entries, known)
+    text = json.dumps({"__metadata__": known, **entries}).encode()
+    return text + b" " * (-len(text) % 64)
+
+
+def _header_digest(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
+    rest = {key: value for key, value in metadata.items() if key != "header_sha256"}
+    return hashlib.sha256(json.dumps([rest, entries], sort_keys=True).encode()).hexdigest()
+
+
+def _read_header(path: Path) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Where the data starts, the tensors' entries and the metadata, once they are what was written."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(length) if 8 + length <= size else b""
+    try:
+        entries: dict[str, Any] = json.loads(text)
+        metadata: dict[str, str] = entries.pop("__metadata__")
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise ValueError(f"{path}: not a training state, or cut short") from None
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a training state, its metadata does not say so")
+    if metadata.get("version") != VERSION:
+        raise ValueError(f"{path}: version {metadata.get('version')!r}, this hrmcore reads {VERSION}")
+    if _header_digest(entries, metadata) != metadata.get("header_sha256"):
+        raise ValueError(f"{path}: damaged, the header's checksum is not the one that was written")
+    return 8 + length, entries, metadata
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):  # the error that led here is the one to report
+        path.unlink(missing_ok=True)
