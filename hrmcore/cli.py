@@ -31,6 +31,7 @@ COMMANDS = {
     "bench": Command("check and time the ops", "hrmcore.bench"),
     "prepare": Command("tokenise records into a store to train from", "hrmcore.prepare"),
     "train": Command("train a model as a run file says", "hrmcore.train"),
+    "eval": Command("ask a model questions and score its answers", "hrmcore.evals.command"),
     "plan": Command("what a training run costs, before it starts", "hrmcore.plan"),
 }
 

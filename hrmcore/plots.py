@@ -70,3 +70,51 @@ def peers(report: dict[str, Any], path: Path) -> None:
         axes.invert_yaxis()
         axes.margins(x=0.15)  # room for the labels
     figure.savefig(path, dpi=150)
+
+
+def evals(report: dict[str, Any], path: Path) -> None:
+    """Draw what `hrmcore eval` found: right answers with 95% intervals and chance, and the curve over noise."""
+    tasks = report["tasks"]
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for task in tasks:
+        if task["noise"] is not None:
+            curves.setdefault(task["task"], []).append(task)
+    height = 1.5 + 0.32 * max(len(tasks), 8)
+    figure, panels = _figure(1, 2, (11, height)) if curves else _figure(1, 1, (7, height))
+    bars = panels[0] if curves else panels
+    names = [t["task"] if t["noise"] is None else f"{t['task']}, noise {t['noise']}" for t in tasks]
+    style: dict[str, Any] = {"color": COLOURS["float32"], "ecolor": "black", "capsize": 3, "height": 0.6}
+    bars.barh(range(len(tasks)), [t["accuracy"] for t in tasks], xerr=_intervals(tasks), **style)
+    chances = [(t["chance"], place) for place, t in enumerate(tasks) if t["chance"] is not None]
+    if chances:
+        bars.plot(*zip(*chances, strict=True), "|", color=COLOURS["bfloat16"], markersize=14, markeredgewidth=2)
+    bars.set_yticks(range(len(tasks)), names, fontsize=8)
+    bars.set_xlim(0, 1)
+    bars.set_xlabel("right answers, 95% interval; orange: chance")
+    bars.invert_yaxis()
+    bars.spines[["top", "right"]].set_visible(False)
+    if curves:
+        _noise_curves(panels[1], curves)
+    figure.suptitle(f"{report['model']}, seed {report['seed']}, n = {max(t['n'] for t in tasks)}", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def _noise_curves(axes: Any, curves: dict[str, list[dict[str, Any]]]) -> None:
+    """Right answers over the number of irrelevant facts, one line a task; the noise axis is logarithmic above 1."""
+    for name, points in curves.items():
+        noise, shares = [t["noise"] for t in points], [t["accuracy"] for t in points]
+        axes.errorbar(noise, shares, yerr=_intervals(points), marker="o", capsize=3, label=name)
+    levels = sorted({t["noise"] for points in curves.values() for t in points})
+    axes.set_xscale("symlog", base=2, linthresh=1)
+    axes.set_xticks(levels, [str(level) for level in levels])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("irrelevant facts in the question")
+    axes.set_ylim(0, 1)
+    axes.set_ylabel("right answers, 95% interval")
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _intervals(tasks: list[dict[str, Any]]) -> list[list[float]]:
+    """The two sides of each 95% interval, as error bars take them."""
+    return [[t["accuracy"] - t["low"] for t in tasks], [t["high"] - t["accuracy"] for t in tasks]]

@@ -31,10 +31,11 @@ LAYERS = [
 # Upward imports that run only when a function is called: a module's conveniences that need the layer above.
 LATE = {("model", "checkpoint")}
 # Too slow or too rare to come along with a module of ours.
-NEVER_EAGER = {"transformers", "reasoning_gym", "wandb", "matplotlib", "lm_eval", "gguf", "huggingface_hub"}
+NEVER_EAGER = {"transformers", "reasoning_gym", "wandb", "matplotlib", "lm_eval", "openai", "gguf", "huggingface_hub"}
 FREE_OF_TORCH = [
     *("config", "tokenizer", "sampling", "data", "store", "planner"),
     *("generate", "bench", "convert", "prepare", "plan", "repl", "cli"),
+    *("evals.harness", "evals.iq", "evals.reasoning_gym", "evals.runners", "evals.command"),
 ]
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -1,0 +1,1 @@
+"""Evaluation: generated reasoning tasks, external suites and record files, scored on any engine."""
