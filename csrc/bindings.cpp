@@ -16,6 +16,7 @@
 #include "core/threads.h"
 #include "engine/engine.h"
 #include "ops/attention.h"
+#include "ops/cross_entropy.h"
 #include "ops/optim.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
@@ -142,6 +143,23 @@ void bind_attention(py::module_& m) {
                b.view(out, "out"), b.view(lse, "lse"), b.view(grad_out, "grad_out"), b.view(grad_q, "grad_q"),
                b.view(grad_k, "grad_k"), b.view(grad_v, "grad_v"), b.view(grad_gate, "grad_gate")},
               hrmcore::attention_backward);
+        });
+}
+
+void bind_cross_entropy(py::module_& m) {
+  m.def("cross_entropy_forward", [](const py::object& logits, const py::object& targets,
+                                    const py::object& losses, const py::object& lse) {
+    Borrowed b("cross_entropy_forward");
+    run<hrmcore::CrossEntropyForward>(
+        {b.view(logits, "logits"), b.view(targets, "targets"), b.view(losses, "losses"), b.view(lse, "lse")},
+        hrmcore::cross_entropy_forward);
+  });
+  m.def("cross_entropy_backward",
+        [](const py::object& logits, const py::object& targets, const py::object& lse, double scale) {
+          Borrowed b("cross_entropy_backward");
+          run<hrmcore::CrossEntropyBackward>(
+              {b.view(logits, "logits"), b.view(targets, "targets"), b.view(lse, "lse"), scale},
+              hrmcore::cross_entropy_backward);
         });
 }
 
@@ -362,6 +380,7 @@ PYBIND11_MODULE(_C, m) {
   bind_runtime(m);
   bind_machine_limits(m);
   bind_attention(m);
+  bind_cross_entropy(m);
   bind_engine(m);
   bind_optim(m);
   bind_rms_norm(m);

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrmcore.config import HRMConfig
 from hrmcore.ops.attention import attention
+from hrmcore.ops.cross_entropy import cross_entropy, sample_targets
 from hrmcore.ops.rms_norm import rms_norm
 from hrmcore.ops.rope import rope, rope_table
 from hrmcore.ops.swiglu import swiglu
@@ -190,13 +190,18 @@ class HRM(nn.Module):
         layout = Layout.of([length] * batch, prefix)
         return self.lm_head(self.hidden(ids.reshape(-1), layout)).float().view(batch, length, -1)
 
-    def loss(self, batch: PackedBatch, horizon: int | None = None) -> Tensor:
-        """Summed cross-entropy (float32, nats) over the supervised tokens of a packed batch."""
+    def loss(self, batch: PackedBatch, horizon: int | None = None, sampler: torch.Generator | None = None) -> Tensor:
+        """Summed cross-entropy (float32, nats) over the supervised tokens of a packed batch.
+
+        With a `sampler`, of labels that it draws from the model's own distribution: the loss whose squared gradient is
+        Sophia-G's curvature.
+        """
         prefix = batch.prefix if self.config.prefix_lm else torch.zeros_like(batch.prefix)
         layout = Layout(batch.offsets, prefix, batch.positions)
-        final = self.hidden(batch.ids, layout, horizon=horizon)
-        logits = self.lm_head(final[batch.supervised]).float()
-        return F.cross_entropy(logits, batch.targets, reduction="sum")
+        final, head, targets = self.hidden(batch.ids, layout, horizon=horizon), self.lm_head.weight, batch.targets
+        if sampler is not None:
+            targets = sample_targets(final, head, batch.supervised, sampler)
+        return cross_entropy(final, head, batch.supervised, targets)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> HRM:

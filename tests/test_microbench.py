@@ -25,7 +25,7 @@ def report():
 
 
 def test_op_names():
-    assert microbench.op_names() == ["attention", "rms_norm", "rope", "swiglu"]
+    assert microbench.op_names() == ["attention", "cross_entropy", "rms_norm", "rope", "swiglu"]
 
 
 def test_report_has_a_line_for_every_op_direction_and_dtype(report):
@@ -73,7 +73,7 @@ def test_a_kernel_that_gives_nan_is_not_timed(monkeypatch, bad):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((["swiglu", "relu"], None, 1.0), "no op is called 'relu'; choose from attention, rms_norm, rope, swiglu"),
+        ((["swiglu", "relu"], None, 1.0), "no op is called 'relu'; choose from attention, cross_entropy, rms_norm"),
         ((["swiglu"], None, 0.0), "seconds must be positive, got 0.0"),
         ((["swiglu"], 0, 1.0), "threads must be between 1 and 1024, got 0"),
     ],

@@ -336,6 +336,43 @@ def test_evaluation_leaves_no_graph() -> None:
         assert not model.loss(packed(SEQUENCES, 61), horizon=5).requires_grad
 
 
+def test_sampled_labels_are_the_models_own() -> None:
+    """Their loss is the mean entropy of the model's distributions, within its sampling error; the seed decides."""
+    model, batch = random_model(config()), packed(SEQUENCES, 61)
+    with torch.no_grad():
+        final = model.hidden(batch.ids, Layout(batch.offsets, batch.prefix, batch.positions))
+        chances = model.lm_head(final[batch.supervised]).double().softmax(-1)
+        draws = [model.loss(batch, sampler=torch.Generator().manual_seed(seed)) for seed in (0, 0, *range(1, 30))]
+    surprise = -chances.log()
+    entropy = (chances * surprise).sum(-1)
+    variance = (chances * (surprise - entropy[:, None]) ** 2).sum()
+    assert draws[0] == draws[1] != draws[2]
+    assert abs(torch.stack(draws[1:]).mean() - entropy.sum()) <= 4 * (variance / 30).sqrt()
+
+
+def test_the_loss_is_twice_differentiable_in_the_references() -> None:
+    """What Sophia-H needs: a Hessian-vector product of the whole model, against a difference of gradients."""
+    model, batch = random_model(config()).double(), packed(SEQUENCES[:2], 61)
+    parameters = list(model.parameters())
+    generator = torch.Generator().manual_seed(6)
+    direction = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters]
+
+    def gradients() -> list[Tensor]:
+        return list(torch.autograd.grad(model.loss(batch), parameters, create_graph=True))
+
+    with reference_ops():
+        product = torch.autograd.grad(gradients(), parameters, direction)
+        shifted = []
+        for step in (1e-6, -1e-6):
+            with torch.no_grad():
+                torch._foreach_add_(parameters, direction, alpha=step)
+            shifted.append([g.detach() for g in gradients()])
+            with torch.no_grad():
+                torch._foreach_add_(parameters, direction, alpha=-step)
+    difference = torch.cat([((a - b) / 2e-6).flatten() for a, b in zip(*shifted, strict=True)])
+    assert relative(torch.cat([p.flatten() for p in product]), difference) <= 1e-5
+
+
 def test_the_loss_sums_over_sequences() -> None:
     """The rows of one packed batch, each in a batch of its own."""
     model, batch = random_model(config()), packed(SEQUENCES, 61)
