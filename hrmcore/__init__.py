@@ -9,17 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hrmcore import optim
+    from hrmcore import growth, optim
     from hrmcore.config import HRMConfig
     from hrmcore.engine import load
+    from hrmcore.growth import grow
     from hrmcore.model import HRM
 
 # Public name -> the module that holds it.
-_HOMES = {"load": "engine", "HRM": "model", "HRMConfig": "config"}
+_HOMES = {"load": "engine", "HRM": "model", "HRMConfig": "config", "grow": "growth"}
 # Public modules.
-_MODULES = ("optim",)
+_MODULES = ("growth", "optim")
 
-__all__ = ["HRM", "HRMConfig", "load", "optim"]
+__all__ = ["HRM", "HRMConfig", "grow", "growth", "load", "optim"]
 
 
 def __getattr__(name: str) -> Any:

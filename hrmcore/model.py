@@ -145,8 +145,8 @@ class HRM(nn.Module):
     def reset_parameters(self) -> None:
         """LeCun initialisation: normal truncated at 3 sigma, variance-corrected, std 1/sqrt(fan_in); z_L_init std 1."""
         for parameter in self.parameters():
-            _truncated_normal_(parameter, 1 / math.sqrt(parameter.shape[1]))
-        _truncated_normal_(self.z_L_init, 1.0)
+            truncated_normal_(parameter, 1 / math.sqrt(parameter.shape[1]))
+        truncated_normal_(self.z_L_init, 1.0)
 
     def states(
         self, ids: Tensor, layout: Layout, cache: Cache | None = None, horizon: int | None = None
@@ -242,9 +242,10 @@ class HRM(nn.Module):
         return prefix
 
 
-def _truncated_normal_(tensor: Tensor, std: float) -> None:
+def truncated_normal_(tensor: Tensor, std: float, generator: torch.Generator | None = None) -> Tensor:
+    """Fill with normal numbers truncated at 3 sigma, variance-corrected to the standard deviation `std`."""
     kept = math.erf(3 / math.sqrt(2))
     variance = 1 - 6 * math.exp(-4.5) / math.sqrt(2 * math.pi) / kept  # of a unit normal cut at 3 sigma
     scale = std / math.sqrt(variance)
     with torch.no_grad():
-        nn.init.trunc_normal_(tensor, std=scale, a=-3 * scale, b=3 * scale)
+        return nn.init.trunc_normal_(tensor, std=scale, a=-3 * scale, b=3 * scale, generator=generator)
