@@ -15,6 +15,7 @@
 #include "core/tensor.h"
 #include "core/threads.h"
 #include "engine/engine.h"
+#include "engine/sampler.h"
 #include "ops/attention.h"
 #include "ops/cross_entropy.h"
 #include "ops/optim.h"
@@ -49,6 +50,7 @@ hrmcore::DType dtype_of(const DlTensor& t) {
   if (t.type_code == bfloat && t.type_bits == 16) return DType::bf16;
   if (t.type_code == signed_integer && t.type_bits == 8) return DType::i8;
   if (t.type_code == unsigned_integer && t.type_bits == 8) return DType::u8;
+  if (t.type_code == unsigned_integer && t.type_bits == 16) return DType::u16;
   if (t.type_code == signed_integer && t.type_bits == 32) return DType::i32;
   if (t.type_code == signed_integer && t.type_bits == 64) return DType::i64;
   return DType::other;
@@ -309,7 +311,10 @@ void bind_engine(py::module_& m) {
       .def("set_weight",
            [](Engine& e, const std::string& name, const py::object& tensor) {
              Borrowed b("set_weight");
-             e.weights().set(name, b.view(tensor, "tensor"));
+             hrmcore::TensorView view = b.view(tensor, "tensor");
+             // numpy has no bfloat16 and brings its bits.
+             if (view.dtype == hrmcore::DType::u16) view.dtype = hrmcore::DType::bf16;
+             e.weights().set(name, view);
            })
       .def("get_weight",
            [](const Engine& e, const std::string& name, const py::object& out) {
@@ -354,6 +359,61 @@ void bind_engine(py::module_& m) {
       .def_property_readonly("cache_blocks_used", [](const Engine& e) { return e.cache().used(); });
 }
 
+void bind_sampler(py::module_& m) {
+  using hrmcore::Sampler;
+  m.def("philox4x64", &hrmcore::philox4x64);
+  py::class_<Sampler>(m, "Sampler")
+      .def(py::init([](double temperature, std::int64_t top_k, double top_p, double min_p,
+                       double repetition_penalty, std::uint64_t seed,
+                       const std::vector<std::int64_t>& prompt) {
+             return std::make_unique<Sampler>(
+                 hrmcore::SamplingOptions{temperature, top_k, top_p, min_p, repetition_penalty, seed},
+                 prompt);
+           }),
+           py::kw_only(), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"),
+           py::arg("repetition_penalty"), py::arg("seed"), py::arg("prompt"));
+  // The next token of each sampler from its row of logits (S, V); all are counted, or on an error none.
+  m.def("sample", [](const std::vector<Sampler*>& samplers, const py::object& logits) {
+    Borrowed b("sample");
+    const hrmcore::TensorView rows = b.view(logits, "logits");
+    const auto count = static_cast<std::int64_t>(samplers.size());
+    hrmcore::Check("sample", "logits", rows)
+        .cpu()
+        .dtype({hrmcore::DType::f32})
+        .rank(2)
+        .size(0, count, "samplers")
+        .contiguous();
+    const std::int64_t vocabulary = rows.shape[1];
+    if (vocabulary < 1) hrmcore::reject("sample", "logits", "of at least one column", "none");
+    bool all_greedy = true;
+    for (const Sampler* sampler : samplers) {
+      if (sampler == nullptr) hrmcore::reject("sample", "samplers", "samplers", "None");
+      all_greedy = all_greedy && sampler->greedy();
+    }
+    hrmcore::SamplingRoom room(all_greedy ? 0 : vocabulary);
+    std::vector<std::int64_t> tokens(samplers.size());
+    {
+      py::gil_scoped_release unlocked;
+      for (std::size_t row = 0; row < tokens.size(); ++row) {
+        tokens[row] = samplers[row]->pick(rows.as<float>() + static_cast<std::int64_t>(row) * vocabulary,
+                                          vocabulary, room);
+      }
+    }
+    for (std::size_t row = 0; row < tokens.size(); ++row) {
+      if (tokens[row] >= 0) continue;
+      const std::int64_t token = Sampler::not_finite - tokens[row];
+      const float value = rows.as<float>()[static_cast<std::int64_t>(row) * vocabulary + token];
+      const std::string message =
+          "the model's logits are not finite: " + (value != value ? "nan" : std::to_string(value)) +
+          " for token " + std::to_string(token);
+      PyErr_SetString(PyExc_ArithmeticError, message.c_str());
+      throw py::error_already_set();
+    }
+    for (std::size_t row = 0; row < tokens.size(); ++row) samplers[row]->accept(tokens[row]);
+    return tokens;
+  });
+}
+
 void bind_runtime(py::module_& m) {
   m.def("isa", [] { return hrmcore::name(hrmcore::current_isa()); });
   m.def("set_isa", &hrmcore::set_isa);
@@ -385,5 +445,6 @@ PYBIND11_MODULE(_C, m) {
   bind_optim(m);
   bind_rms_norm(m);
   bind_rope(m);
+  bind_sampler(m);
   bind_swiglu(m);
 }

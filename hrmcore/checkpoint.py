@@ -1,35 +1,46 @@
 """Checkpoints in the released hrm_text format: `config.json` beside safetensors, one file or sharded with an index.
 
-Weights are read through one key table, `key_table`, which also writes them. No pickle is ever loaded.
+Weights are read through one key table, `key_table`, which also writes them. No pickle is ever loaded. torch is imported
+only by what makes or takes its tensors, so that the CPU engine starts without it.
 Shapes: D width, A attention width (heads × head_dim), F ffn width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import mmap
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from hrmcore.config import HRMConfig
-from hrmcore.model import HRM
-from hrmcore.ops.rope import rope_table
 from hrmcore.tokenizer import TOKENIZER_FILES
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from hrmcore.model import HRM
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names: torch's
+# What holds them in numpy, which has no bfloat16: its bits.
+_HOLDERS: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(np.uint16),
+    "F16": np.dtype(np.float16),
+}
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
@@ -211,37 +222,55 @@ def _released_config(config: HRMConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Stored:
-    """One tensor as a safetensors header describes it."""
+    """One tensor as a safetensors header describes it, and where in the file it begins."""
 
     path: Path
     dtype: str
     shape: tuple[int, ...]
+    offset: int
 
 
-class Tensors(Mapping[str, Tensor]):
-    """The tensors of a checkpoint by their names in the module, read when asked for, in the dtype they are stored in.
+class Arrays(Mapping[str, NDArray[Any]]):
+    """The tensors of a checkpoint by their names in the module, read when asked for, as numpy arrays.
 
-    A tensor of the released form is a view of the memory-mapped file, one of the split form is put together.
-    Names, shapes, dtypes and offsets of all tensors have been checked before the first is read.
+    A tensor of the released form is a view of the memory-mapped file, one of the split form is put together. bfloat16
+    comes as its bits, uint16. Names, shapes, dtypes and offsets of all tensors have been checked before the first is
+    read.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.config = read_config(folder)
         stored = _stored_tensors(self.folder)
-        self._parts: dict[str, tuple[str, ...]] = {}
+        self._parts: dict[str, list[_Stored]] = {}
+        used: set[str] = set()
         for key in key_table(self.config):
-            self._parts[key.name] = _parts_on_disk(key, stored, self.folder)
-        used = {part for parts in self._parts.values() for part in parts}
+            parts = _parts_on_disk(key, stored, self.folder)
+            self._parts[key.name] = [stored[part] for part in parts]
+            used.update(parts)
         if extra := sorted(set(stored) - used):
             path = stored[extra[0]].path
             raise ValueError(f"{path}: extra tensor {extra[0]!r} has no place in this model ({len(extra)} such)")
-        self._stored = stored
-        self._files = {path: _open(path) for path in {tensor.path for tensor in stored.values()}}
+        self._files = {path: _map_file(path) for path in {tensor.path for tensor in stored.values()}}
 
-    def __getitem__(self, name: str) -> Tensor:
-        parts = [self._read(part) for part in self._parts[name]]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def release(self) -> None:
+        """Stop counting the pages that were read as resident memory of this process; they are read again if needed."""
+        for file in self._files.values():
+            if hasattr(mmap, "MADV_DONTNEED"):
+                file.madvise(mmap.MADV_DONTNEED)
+
+    def dtype(self, name: str) -> str:
+        """The dtype of a tensor as torch names it; float32 when it is put together from parts that differ."""
+        kinds = {part.dtype for part in self._parts[name]}
+        return DTYPES[kinds.pop()] if len(kinds) == 1 else "float32"
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        parts = [self._view(part) for part in self._parts[name]]
+        if len(parts) == 1:
+            return parts[0]
+        if len({part.dtype for part in parts}) > 1:
+            parts = [widened(part) for part in parts]
+        return np.concatenate(parts)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
@@ -249,14 +278,38 @@ class Tensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._parts)
 
-    def _read(self, part: str) -> Tensor:
-        path = self._stored[part].path
-        try:
-            tensor: Tensor = self._files[path].get_tensor(part)
-        except (safetensors.SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{path}: cannot read tensor {part!r} ({error})") from None
+    def _view(self, part: _Stored) -> NDArray[Any]:
+        dtype, count = _HOLDERS[part.dtype], math.prod(part.shape)
+        array = np.frombuffer(self._files[part.path], dtype, count, part.offset).reshape(part.shape)
         # A header of odd length shifts the data off the alignment that kernels rely on.
-        return tensor if tensor.data_ptr() % tensor.element_size() == 0 else tensor.clone()
+        return array if array.flags.aligned else array.copy()
+
+
+def widened(array: NDArray[Any]) -> NDArray[np.float32]:
+    """An array of `Arrays` as float32."""
+    if array.dtype == np.uint16:
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32)
+
+
+class Tensors(Mapping[str, "Tensor"]):
+    """`Arrays` as torch tensors, in the dtype they are stored in."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self._arrays = Arrays(folder)
+        self.config = self._arrays.config
+
+    def __getitem__(self, name: str) -> Tensor:
+        import torch
+
+        tensor = torch.from_numpy(self._arrays[name])
+        return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
 
 
 def read_tensors(folder: str | Path) -> Tensors:
@@ -272,6 +325,11 @@ def load_model(path: str | Path) -> HRM:
 
     Raises FileNotFoundError and ValueError as `resolve` and `read_tensors` do.
     """
+    import torch
+
+    from hrmcore.model import HRM
+    from hrmcore.ops.rope import rope_table
+
     tensors = read_tensors(resolve(path))
     config = tensors.config
     with torch.device("meta"):  # no time and no random numbers for weights that are replaced
@@ -283,15 +341,18 @@ def load_model(path: str | Path) -> HRM:
 
 
 def save_model(
-    model: HRM, folder: str | Path, dtype: torch.dtype = torch.float32, tokenizer_folder: str | Path | None = None
+    model: HRM, folder: str | Path, dtype: torch.dtype | None = None, tokenizer_folder: str | Path | None = None
 ) -> None:
     """Write `config.json` and `model.safetensors` (and copies of the tokenizer's files) in the released format.
 
-    `dtype` is float32, bfloat16 or float16. Every file appears whole or not at all. Raises ValueError on another
+    `dtype` is float32 (None), bfloat16 or float16. Every file appears whole or not at all. Raises ValueError on another
     dtype, a weight that overflows it, or a folder that holds a sharded checkpoint; FileNotFoundError when
     `tokenizer_folder` has no tokenizer.
     """
-    folder = Path(folder)
+    import torch
+    from safetensors.torch import save_file
+
+    folder, dtype = Path(folder), dtype or torch.float32
     weights = _released_weights(model, dtype)
     config = json.dumps(_released_config(model.config, dtype), indent=2) + "\n"
     copies = _tokenizer_files(tokenizer_folder)
@@ -313,7 +374,7 @@ def save_model(
 
 
 def _released_weights(model: HRM, dtype: torch.dtype) -> dict[str, Tensor]:
-    if dtype not in DTYPES.values():
+    if str(dtype) not in {f"torch.{name}" for name in DTYPES.values()}:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     state = model.state_dict()
     weights = {}
@@ -415,7 +476,7 @@ def _read_header(path: Path) -> dict[str, _Stored]:
     for key, entry in header.items():
         dtype, shape, start, end = _check_entry(path, key, entry)
         spans.append((start, end, key))
-        stored[key] = _Stored(path, dtype, shape)
+        stored[key] = _Stored(path, dtype, shape, 8 + length + start)
     _check_spans(path, sorted(spans), size - 8 - length)
     return stored
 
@@ -431,7 +492,7 @@ def _check_entry(path: Path, key: str, entry: object) -> tuple[str, tuple[int, .
     elements = 1
     for extent in shape:
         elements *= extent
-    needed = elements * DTYPES[dtype].itemsize
+    needed = elements * _HOLDERS[dtype].itemsize
     if offsets[1] - offsets[0] != needed:
         raise ValueError(f"{path}: tensor {key!r} needs {needed} bytes, its data_offsets {offsets} give another number")
     return dtype, tuple(shape), offsets[0], offsets[1]
@@ -471,11 +532,13 @@ def _parts_on_disk(key: Key, stored: Mapping[str, _Stored], folder: Path) -> tup
     return parts
 
 
-def _open(path: Path) -> Any:
+def _map_file(path: Path) -> mmap.mmap:
     try:
-        return safetensors.safe_open(path, framework="pt")
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a safetensors file ({error})") from None
+        with path.open("rb") as file:
+            # Copy on write: DLPack, through which the engine and torch take arrays, knows none that are read-only.
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """Load a model and generate: text or token ids, one prompt or many, whole or streamed.
 
-Shapes: T tokens, V vocabulary. What runs the recurrence is behind `hrmcore.runner.Runner`.
+Shapes: T tokens, V vocabulary. What runs the recurrence is behind `hrmcore.runner.Runner`. Generation needs no torch:
+`Engine.logits` alone imports it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,20 +15,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from hrmcore import _C
 from hrmcore.checkpoint import CONFIG_FILE, resolve
 from hrmcore.config import HRMConfig
 from hrmcore.packed import DTYPES, PACKED_FILE, PackedRunner
-from hrmcore.runner import Runner
-from hrmcore.sampling import Sampler, Sampling, is_integer, require
+from hrmcore.sampling import Sampler, Sampling, is_integer, require, sample
 from hrmcore.tokenizer import PieceDecoder, Tokenizer
 
 if TYPE_CHECKING:
     from typing import Unpack  # Python 3.11; only type checkers come here
+
+    from torch import Tensor
+
+    from hrmcore.runner import Runner
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "tiny"
 
@@ -64,15 +67,16 @@ def load(
 
     `dtype` is float32, bfloat16, int8 or int4; auto is what the checkpoint holds. `kv_dtype`, of the cached keys and
     values, is float32, bfloat16 or int8; None is float32 beside float32 weights, else bfloat16. `threads` sets the
-    threads of torch and of the kernels for the whole process; None leaves them. Raises ValueError on an argument out of
-    range or a broken checkpoint, FileNotFoundError when there is none.
+    threads of the kernels, and of torch where it is loaded, for the whole process; None leaves them. Raises ValueError
+    on an argument out of range or a broken checkpoint, FileNotFoundError when there is none.
     """
     require(dtype in ("auto", *DTYPES), "dtype", f"auto, {', '.join(DTYPES[:-1])} or {DTYPES[-1]}", dtype)
     require(kv_dtype in (None, "float32", "bfloat16", "int8"), "kv_dtype", "float32, bfloat16 or int8", kv_dtype)
     _check_device(device)
     if threads is not None:
         require(is_integer(threads) and 1 <= threads <= 1024, "threads", "a whole number from 1 to 1024", threads)
-        torch.set_num_threads(threads)
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(threads)
         _C.set_num_threads(threads)
     if path is None and not any((EMBEDDED_MODEL / name).is_file() for name in (CONFIG_FILE, PACKED_FILE)):
         raise FileNotFoundError("this installation has no embedded model: give the path of a checkpoint")
@@ -179,8 +183,10 @@ class Engine:
 
     def logits(self, ids: Sequence[int] | Tensor | NDArray[np.integer], prefix_length: int | None = None) -> Tensor:
         """The logits after every token of ids (T): float32 (T, V). `prefix_length` is as in `tokens`."""
+        import torch
+
         known = self._check_ids(ids)
-        return self._runner.logits(known, _check_prefix(prefix_length, len(known)))
+        return torch.from_numpy(self._runner.logits(known, _check_prefix(prefix_length, len(known))))
 
     def _request(
         self, ids: list[int], prefix_length: int, max_new_tokens: int, sampling: Sampling, ignore_eos: bool
@@ -202,7 +208,7 @@ class Engine:
         )
 
     def _check_ids(self, ids: Sequence[int] | Tensor | NDArray[np.integer]) -> list[int]:
-        known = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else ids
+        known = ids if isinstance(ids, Sequence) or not hasattr(ids, "tolist") else ids.tolist()
         whole = isinstance(known, Sequence) and not isinstance(known, str) and all(is_integer(i) for i in known)
         if not whole:
             raise ValueError("ids must be whole numbers: a list, or a one-dimensional tensor or array")
@@ -230,21 +236,22 @@ class Engine:
         active: list[tuple[int, Request]] = []
         try:
             while waiting or active:
-                rows: list[Tensor] = []
+                tokens: list[int] = []
                 joining = self._admit(waiting, active)
                 if active:
                     running = [request for _, request in active]
-                    rows += self._runner.step([r.handle for r in running], [r.last for r in running])
+                    rows = self._runner.step([r.handle for r in running], [r.last for r in running])
+                    tokens += sample([r.sampler for r in running], rows)
                 if joining:
                     fresh = [request for _, request in joining]
-                    handles, logits = self._runner.open([r.ids for r in fresh], [r.prefix_length for r in fresh])
+                    handles, rows = self._runner.open([r.ids for r in fresh], [r.prefix_length for r in fresh])
                     for request, handle in zip(fresh, handles, strict=True):
                         request.handle = handle
                     active += joining
-                    rows += logits
-                for (index, request), row in zip(active, rows, strict=True):
-                    if request.take(row.numpy()):
-                        yield index, request.last
+                    tokens += sample([r.sampler for r in fresh], rows)
+                for (index, request), token in zip(active, tokens, strict=True):
+                    if request.take(token):
+                        yield index, token
                 for entry in [entry for entry in active if entry[1].finish]:
                     active.remove(entry)
                     self._runner.close(entry[1].handle)
@@ -289,9 +296,9 @@ class Request:
         """How many tokens the sequence can come to hold."""
         return len(self.ids) + self.limit
 
-    def take(self, logits: NDArray[np.float32]) -> bool:
-        """Draw the next token into `last`; False when it is the one that ends the answer."""
-        self.last = self.sampler.pick(logits)
+    def take(self, token: int) -> bool:
+        """Append the next token; False when it is the one that ends the answer."""
+        self.last = token
         if self.last in self.ends:
             self.finish = "end"
             return False

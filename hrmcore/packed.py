@@ -2,7 +2,7 @@
 
 A packed file is `HRMPACK\\0`, a version and the header's length (uint32 each, little-endian), the SHA-256 of the
 header, the header (JSON: config, dtype, bytes, checksum), zeros up to a multiple of 4096, then the weights exactly as
-csrc/engine/weights.h lays them out.
+csrc/engine/weights.h lays them out. Imports no torch.
 Shapes: T tokens, S sequences, V vocabulary.
 """
 
@@ -19,13 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from hrmcore import _C
-from hrmcore.checkpoint import key_table, read_tensors, resolve
+from hrmcore.checkpoint import Arrays, key_table, resolve
 from hrmcore.config import HRMConfig
-from hrmcore.ops.rope import rope_table
 from hrmcore.tokenizer import TOKENIZER_FILES
 
 PACKED_FILE = "weights.hrmpack"
@@ -36,8 +35,9 @@ _VERSION = 1
 _PREFIX = struct.Struct("<8sII32s")
 _PAGE = 4096
 _MAX_HEADER_BYTES = 1 << 20
-_TENSORS_A_MAPPING = 4
 _MOST_TOGETHER = 64  # sequences, each of which may hold a block that is not full
+
+Rows = NDArray[np.float32]
 
 
 class PackedRunner:
@@ -70,7 +70,7 @@ class PackedRunner:
             L_cycles=config.L_cycles,
             eps=config.rms_norm_eps,
             embedding_scale=config.embedding_scale,
-            rope=rope_table(config.max_position_embeddings, config.head_dim, config.rope_theta),
+            rope=rotations(config),
             dtype=dtype,
             kv_dtype=kv_dtype,
             threads=threads or _C.num_threads(),
@@ -83,7 +83,7 @@ class PackedRunner:
     ) -> PackedRunner:
         """Pack a checkpoint, or map one that is packed; dtype auto is what it holds.
 
-        Raises FileNotFoundError and ValueError as `read_tensors` does, and ValueError when a packed one has another
+        Raises FileNotFoundError and ValueError as `Arrays` does, and ValueError when a packed one has another
         dtype or is damaged.
         """
         packed = folder / PACKED_FILE
@@ -94,20 +94,16 @@ class PackedRunner:
             runner = cls(header.config, header.dtype, kv_dtype, threads, cache_bytes)
             runner._map(packed, header)
             return runner
-        tensors = read_tensors(folder)
+        arrays = Arrays(folder)
         if dtype == "auto":
-            dtype = "bfloat16" if tensors["lm_head.weight"].dtype == torch.bfloat16 else "float32"
-        runner = cls(tensors.config, dtype, kv_dtype, threads, cache_bytes)
+            dtype = "bfloat16" if arrays.dtype("lm_head.weight") == "bfloat16" else "float32"
+        runner = cls(arrays.config, dtype, kv_dtype, threads, cache_bytes)
         runner.core.allocate_weights()
         # The largest first: what is mapped while the memory fills up is what counts at the peak.
-        names = [key.name for key in sorted(key_table(runner.config), key=lambda key: -math.prod(key.shape))]
-        for first in range(0, len(names), _TENSORS_A_MAPPING):
-            # A page of a mapped file counts as resident once read, until the file is unmapped.
-            tensors = read_tensors(folder)
-            for name in names[first : first + _TENSORS_A_MAPPING]:
-                tensor = tensors[name]
-                runner.core.set_weight(name, tensor.float() if tensor.dtype == torch.float16 else tensor)
-            del tensor
+        for key in sorted(key_table(runner.config), key=lambda key: -math.prod(key.shape)):
+            array = arrays[key.name]
+            runner.core.set_weight(key.name, array.astype(np.float32) if array.dtype == np.float16 else array)
+            arrays.release()
         return runner
 
     def _map(self, path: Path, header: Header) -> None:
@@ -124,7 +120,7 @@ class PackedRunner:
         count: int = self.core.open_requests
         return count
 
-    def open(self, prompts: Sequence[Sequence[int]], prefix_lengths: Sequence[int]) -> tuple[list[int], Tensor]:
+    def open(self, prompts: Sequence[Sequence[int]], prefix_lengths: Sequence[int]) -> tuple[list[int], Rows]:
         """Prefill new sequences; returns a handle for each, and the logits (S, V) float32 after their last tokens."""
         prefixes = [prefix if self.config.prefix_lm else 0 for prefix in prefix_lengths]
         handles = [self.core.open(prefix) for prefix in prefixes]
@@ -135,7 +131,7 @@ class PackedRunner:
                 self.close(handle)
             raise
 
-    def step(self, handles: Sequence[int], tokens: Sequence[int]) -> Tensor:
+    def step(self, handles: Sequence[int], tokens: Sequence[int]) -> Rows:
         """Append one token to each of these sequences; returns the logits (S, V) float32 that follow."""
         return self._advance(handles, [[token] for token in tokens])
 
@@ -143,20 +139,32 @@ class PackedRunner:
         """Release what a sequence holds."""
         self.core.close(handle)
 
-    def logits(self, ids: Sequence[int], prefix_length: int) -> Tensor:
+    def logits(self, ids: Sequence[int], prefix_length: int) -> Rows:
         """The logits (T, V) float32 of every position."""
         handle = self.core.open(prefix_length if self.config.prefix_lm else 0)
         try:
-            logits = torch.empty(len(ids), self.config.vocab_size)
+            logits = np.empty((len(ids), self.config.vocab_size), np.float32)
             self.core.step([handle], [ids], logits, True)
             return logits
         finally:
             self.close(handle)
 
-    def _advance(self, handles: Sequence[int], ids: Sequence[Sequence[int]]) -> Tensor:
-        logits = torch.empty(len(handles), self.config.vocab_size)
+    def _advance(self, handles: Sequence[int], ids: Sequence[Sequence[int]]) -> Rows:
+        logits = np.empty((len(handles), self.config.vocab_size), np.float32)
         self.core.step(handles, ids, logits, False)
         return logits
+
+
+def rotations(config: HRMConfig) -> NDArray[np.float32]:
+    """The table of `hrmcore.ops.rope.rope_table` without torch: (positions, head_dim).
+
+    Its cos and sin differ by one unit in the last place here and there. The powers go through float64, because numpy's
+    float32 ones are off in the last place, too.
+    """
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    powers = (np.float64(config.rope_theta) ** exponents.astype(np.float64)).astype(np.float32)
+    angles = np.arange(config.max_position_embeddings, dtype=np.float32)[:, None] * (np.float32(1) / powers)
+    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
 
 
 @dataclass(frozen=True)

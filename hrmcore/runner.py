@@ -10,13 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hrmcore.config import HRMConfig
 from hrmcore.model import HRM, Layout
 
 BLOCK = 64  # tokens in one block of the KV cache
+
+Rows = NDArray[np.float32]
 
 
 class Runner(Protocol):
@@ -31,11 +35,11 @@ class Runner(Protocol):
         """How many sequences are open."""
         ...
 
-    def open(self, prompts: Sequence[Sequence[int]], prefix_lengths: Sequence[int]) -> tuple[list[int], Tensor]:
+    def open(self, prompts: Sequence[Sequence[int]], prefix_lengths: Sequence[int]) -> tuple[list[int], Rows]:
         """Prefill new sequences; returns a handle for each, and the logits (S, V) float32 after their last tokens."""
         ...
 
-    def step(self, handles: Sequence[int], tokens: Sequence[int]) -> Tensor:
+    def step(self, handles: Sequence[int], tokens: Sequence[int]) -> Rows:
         """Append one token to each of these sequences; returns the logits (S, V) float32 that follow."""
         ...
 
@@ -43,7 +47,7 @@ class Runner(Protocol):
         """Release what a sequence holds."""
         ...
 
-    def logits(self, ids: Sequence[int], prefix_length: int) -> Tensor:
+    def logits(self, ids: Sequence[int], prefix_length: int) -> Rows:
         """The logits (T, V) float32 of every position, without a cache."""
         ...
 
@@ -132,7 +136,7 @@ class TorchRunner:
     def open_sequences(self) -> int:
         return len(self._sequences)
 
-    def open(self, prompts: Sequence[Sequence[int]], prefix_lengths: Sequence[int]) -> tuple[list[int], Tensor]:
+    def open(self, prompts: Sequence[Sequence[int]], prefix_lengths: Sequence[int]) -> tuple[list[int], Rows]:
         sequences = [_Sequence(prefix if self.config.prefix_lm else 0) for prefix in prefix_lengths]
         handles = [next(self._handles) for _ in sequences]
         self._sequences.update(zip(handles, sequences, strict=True))
@@ -143,18 +147,18 @@ class TorchRunner:
                 self.close(handle)
             raise
 
-    def step(self, handles: Sequence[int], tokens: Sequence[int]) -> Tensor:
+    def step(self, handles: Sequence[int], tokens: Sequence[int]) -> Rows:
         return self._advance([self._sequences[handle] for handle in handles], [[token] for token in tokens])
 
     def close(self, handle: int) -> None:
         self._pool.release(self._sequences.pop(handle))
 
     @torch.inference_mode()
-    def logits(self, ids: Sequence[int], prefix_length: int) -> Tensor:
-        return self._model(torch.tensor([list(ids)]), prefix_length)[0]
+    def logits(self, ids: Sequence[int], prefix_length: int) -> Rows:
+        return self._model(torch.tensor([list(ids)]), prefix_length)[0].numpy()
 
     @torch.inference_mode()
-    def _advance(self, sequences: Sequence[_Sequence], added: Sequence[Sequence[int]]) -> Tensor:
+    def _advance(self, sequences: Sequence[_Sequence], added: Sequence[Sequence[int]]) -> Rows:
         """Run the added tokens of each sequence; logits after the last of each. An interrupted call changes nothing."""
         counts = [len(tokens) for tokens in added]
         for sequence, count in zip(sequences, counts, strict=True):
@@ -166,4 +170,4 @@ class TorchRunner:
         logits = self._model.lm_head(final[layout.offsets[1:].long() - 1]).float()
         for sequence, count in zip(sequences, counts, strict=True):
             sequence.length += count
-        return logits
+        return logits.numpy()

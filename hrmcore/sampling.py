@@ -1,18 +1,21 @@
-"""Choosing the next token from one row of logits. Imports no torch.
+"""Choosing the next token from rows of logits: the options, the samplers (csrc/engine/sampler.h), their reference.
 
-Shapes: V vocabulary. Scores are float64 (V); a token that a filter removed has the score -inf.
+Imports no torch. Shapes: S sequences, V vocabulary. Scores are float64 (V); a token that a filter removed has the
+score -inf.
 """
 
 from __future__ import annotations
 
 import math
-import random
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hrmcore import _C
 
 Scores = NDArray[np.float64]
 
@@ -44,18 +47,44 @@ class Sampling:
         require(_is_number(penalty) and penalty > 0, "repetition_penalty", "above 0 (1 is none)", penalty)
         if self.seed is not None:
             require(is_integer(self.seed) and self.seed >= 0, "seed", "a whole number of at least 0", self.seed)
+            require(self.seed < 1 << 64, "seed", "a whole number below 2**64", self.seed)
 
 
 class Sampler:
-    """Draws the tokens of one request. It has its own random numbers, so its neighbours in a batch change nothing."""
+    """Draws the tokens of one request. Its n-th draw depends on seed and n alone, whatever runs beside it."""
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
+        self.core = _C.Sampler(
+            temperature=sampling.temperature,
+            top_k=min(sampling.top_k or 0, (1 << 63) - 1),
+            top_p=1.0 if sampling.top_p is None else sampling.top_p,
+            min_p=sampling.min_p or 0.0,
+            repetition_penalty=sampling.repetition_penalty,
+            seed=secrets.randbits(64) if sampling.seed is None else int(sampling.seed),
+            prompt=prompt if sampling.repetition_penalty != 1 else (),
+        )
+
+
+def sample(samplers: Sequence[Sampler], logits: NDArray[np.float32]) -> list[int]:
+    """The next token of each sampler from its row of logits (S, V); on equal scores the lowest id wins.
+
+    Raises ArithmeticError when the largest of a row is NaN or infinite; then no token counts as drawn.
+    """
+    tokens: list[int] = _C.sample([sampler.core for sampler in samplers], logits)
+    return tokens
+
+
+class SamplerRef:
+    """The specification of `Sampler` in numpy, random numbers included: the same seed draws the same tokens."""
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
         self._sampling = sampling
         self._seen = set(prompt)
-        self._random = random.Random(None if sampling.seed is None else int(sampling.seed))
+        self._seed = secrets.randbits(64) if sampling.seed is None else int(sampling.seed)
+        self._draws = 0
 
     def pick(self, logits: NDArray[np.float32]) -> int:
-        """The next token from logits (V); on equal scores the lowest id wins. Raises ArithmeticError on NaN or inf."""
+        """The next token from logits (V)."""
         sampling = self._sampling
         scores = logits.astype(np.float64)
         if sampling.repetition_penalty != 1:
@@ -66,6 +95,7 @@ class Sampler:
         if sampling.temperature > 0:
             token = self._draw(scores, scores[token])
         self._seen.add(token)
+        self._draws += 1
         return token
 
     def _draw(self, scores: Scores, best: float) -> int:
@@ -81,7 +111,9 @@ class Sampler:
         weights = np.exp(scores)
         kept = np.flatnonzero(weights)
         cumulative = weights[kept].cumsum()
-        index = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
+        # numpy's generator counts up before it draws: this is the number of counter draws + 1, key seed.
+        uniform = np.random.Generator(np.random.Philox(counter=self._draws, key=self._seed)).random()
+        index = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
         return int(kept[min(index, len(kept) - 1)])
 
 
@@ -107,10 +139,9 @@ def keep_top_p(scores: Scores, p: float) -> Scores:
         return scores
     order = np.argsort(-scores, kind="stable")
     weights = np.exp(scores[order] - scores[order[0]])
-    weights /= weights.sum()
-    mass_before = weights.cumsum() - weights
+    mass_before = np.concatenate([[0.0], weights.cumsum()[:-1]])
     scores = scores.copy()
-    scores[order[mass_before >= p]] = -np.inf
+    scores[order[mass_before >= p * weights.sum()]] = -np.inf
     return scores
 
 

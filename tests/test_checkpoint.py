@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from checkpoints import CONFIG, edit_config, edit_tensors, shard, split_form
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, HrmTextForCausalLM
 
-from hrmcore import _C, checkpoint
+from hrmcore import _C
 from hrmcore.checkpoint import key_table, load_model, read_config, read_tensors, resolve, save_model
 from hrmcore.model import HRM
 from hrmcore.tokenizer import Tokenizer, train_tokenizer
@@ -291,7 +292,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(model: HRM, folder: Path, monk
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
     with pytest.raises(OSError, match="No space left"):
         save_model(HRM(CONFIG), folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -164,7 +164,7 @@ def test_broken_model_files_are_a_mistake(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_failure_is_not_taken_for_a_mistake(quick: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hrmcore.sampling.Sampler.pick", lambda *_: (_ for _ in ()).throw(ArithmeticError("NaN")))
+    monkeypatch.setattr("hrmcore.engine.sample", lambda *_: (_ for _ in ()).throw(ArithmeticError("NaN")))
     with pytest.raises(ArithmeticError):  # Python prints it and exits 1
         hrmcore("generate", "x", *quick)
 
@@ -187,9 +187,7 @@ def test_a_process_answers_whatever_the_encoding(quick: list[str], engine: Engin
 
 def test_a_failure_is_exit_1(tmp_path: Path, checkpoint: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
-        "import hrmcore.sampling\n"
-        "def fail(*_): raise ArithmeticError('not finite')\n"
-        "hrmcore.sampling.Sampler.pick = fail\n"
+        "import hrmcore.sampling\ndef fail(*_): raise ArithmeticError('not finite')\nhrmcore.sampling.sample = fail\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     process = start("generate", "x", "--model", str(checkpoint), stdin=subprocess.DEVNULL, env=environment)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 
 import hrmcore.engine
@@ -21,7 +22,7 @@ from hrmcore import _C
 from hrmcore.config import HRMConfig
 from hrmcore.engine import Engine, StopFilter, load
 from hrmcore.model import HRM
-from hrmcore.runner import BLOCK, TorchRunner
+from hrmcore.runner import BLOCK, Rows, TorchRunner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,8 +49,8 @@ def random_ids(length: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, 61, length).tolist()
 
 
-def difference(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).norm() / theirs.norm())
+def difference(ours: Tensor | NDArray[np.float32], theirs: Tensor) -> float:
+    return float((torch.as_tensor(ours) - theirs).norm() / theirs.norm())
 
 
 # --- the cache ---------------------------------------------------------------------------------------------------
@@ -224,7 +225,7 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
 
-    def open(self, prompts: Sequence[Sequence[int]], prefix_lengths: Sequence[int]) -> tuple[list[int], Tensor]:
+    def open(self, prompts: Sequence[Sequence[int]], prefix_lengths: Sequence[int]) -> tuple[list[int], Rows]:
         opened = self._runner.open(prompts, prefix_lengths)
         self.held = max(self.held, self._runner.open_sequences)
         self.prefill = max(self.prefill, sum(map(len, prompts)))
@@ -363,7 +364,7 @@ def test_bfloat16_is_close_to_float32_and_not_it(checkpoint: Path, engine: Engin
     (handle,), first = half._runner.open([ids[:-1]], [5])
     assert difference(half._runner.step([handle], ids[-1:])[0], engine.logits(ids, 5)[-1]) < 3e-2
     assert half._runner.cache_bytes_per_token * 2 == engine._runner.cache_bytes_per_token
-    assert first.dtype == torch.float32
+    assert first.dtype == np.float32
 
 
 def test_a_checkpoint_without_a_tokenizer_refuses_only_text(tmp_path: Path) -> None:

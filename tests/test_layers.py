@@ -33,7 +33,7 @@ LATE = {("model", "checkpoint")}
 # Too slow or too rare to come along with a module of ours.
 NEVER_EAGER = {"transformers", "reasoning_gym", "wandb", "matplotlib", "lm_eval", "openai", "gguf", "huggingface_hub"}
 FREE_OF_TORCH = [
-    *("config", "tokenizer", "sampling", "data", "store", "planner"),
+    *("config", "tokenizer", "sampling", "data", "store", "planner", "checkpoint", "packed", "engine"),
     *("generate", "bench", "convert", "prepare", "plan", "repl", "cli"),
     *("evals.harness", "evals.iq", "evals.reasoning_gym", "evals.runners", "evals.command"),
 ]

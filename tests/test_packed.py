@@ -6,8 +6,11 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +18,8 @@ from torch import Tensor
 from hrmcore import cli
 from hrmcore.checkpoint import load_model
 from hrmcore.engine import Engine, load
-from hrmcore.packed import PACKED_FILE, PackedRunner, convert
+from hrmcore.ops.rope import rope_table
+from hrmcore.packed import PACKED_FILE, PackedRunner, convert, rotations
 from hrmcore.runner import TorchRunner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -116,7 +120,37 @@ def test_a_cache_that_is_full_is_a_clear_error_and_others_go_on(int8: Path) -> N
     row = runner.step([first], [7])
     for handle in held:
         runner.close(handle)
-    assert torch.equal(row[0], runner.logits([*ids, 7], 40)[-1])
+    assert np.array_equal(row[0], runner.logits([*ids, 7], 40)[-1])
+
+
+GENERATE = """
+import sys, hrmcore
+engine = hrmcore.load(sys.argv[1])
+prompt, options = "what is 3 plus 4?", {"max_new_tokens": 12, "temperature": 1.0, "seed": 3}
+answers = [engine.generate(prompt, **options), "".join(engine.stream(prompt, **options))]
+answers += engine.generate([prompt], **options)
+ids = engine.tokenizer.prompt(prompt)
+print(len(set(answers)), len(list(engine.tokens(ids, max_new_tokens=12))), "torch" in sys.modules)
+logits = engine.logits(ids)
+print(type(logits).__module__, "torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "int8"])
+def test_generation_imports_no_torch(kind: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(kind)
+    child = subprocess.run([sys.executable, "-c", GENERATE, folder], capture_output=True, text=True, check=True)
+    assert child.stdout == "1 12 False\ntorch True\n"
+
+
+@pytest.mark.parametrize(("head_dim", "theta"), [(8, 10000.0), (32, 10000.0), (128, 10000.0), (64, 1e6)])
+def test_rotations_are_those_of_the_model(checkpoint: Path, head_dim: int, theta: float) -> None:
+    config = load_model(checkpoint).config
+    table = rotations(config.replace(head_dim=head_dim, rope_theta=theta, max_position_embeddings=4096))
+    expected = rope_table(4096, head_dim, theta).numpy()
+    assert table.dtype == np.float32
+    np.testing.assert_allclose(table, expected, rtol=0, atol=1.2e-7)
+    assert np.array_equal(table == 0, expected == 0)
 
 
 def damage(path: Path, position: int, value: bytes) -> None:

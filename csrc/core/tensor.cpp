@@ -35,6 +35,8 @@ const char* name(DType dtype) {
       return "int8";
     case DType::u8:
       return "uint8";
+    case DType::u16:
+      return "uint16";
     case DType::i32:
       return "int32";
     case DType::i64:

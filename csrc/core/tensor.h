@@ -7,7 +7,7 @@
 
 namespace hrmcore {
 
-enum class DType : std::uint8_t { f32, f64, bf16, i8, u8, i32, i64, other };
+enum class DType : std::uint8_t { f32, f64, bf16, i8, u8, u16, i32, i64, other };
 enum class Device : std::uint8_t { cpu, cuda, other };
 
 const char* name(DType dtype);
