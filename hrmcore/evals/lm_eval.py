@@ -1,0 +1,152 @@
+"""Our engine as a model of lm-eval (EleutherAI's evaluation harness), under the name `hrmcore`.
+
+    python -m hrmcore.evals.lm_eval --model hrmcore --model_args path=checkpoint/,dtype=int8 --tasks arc_easy
+
+is lm-eval's own command line with our model registered; `import hrmcore.evals.lm_eval` registers it in a program.
+Needs the extra `evals`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+from tqdm import tqdm
+
+from hrmcore.engine import load
+
+MAX_GEN_TOKS = 256  # where a task does not say; lm-eval's own default
+
+
+@register_model("hrmcore")
+class HRMCoreLM(LM):
+    """A context is the instruction, read in both directions; a continuation is the response to it.
+
+    The white space with which lm-eval separates the two is left out: the framing tokens stand there, and responses in
+    training began without it. A context too long for the model loses its beginning.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        dtype: str = "auto",
+        condition: str = "direct",
+        threads: int | None = None,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        """Load a checkpoint, None being the embedded model.
+
+        Batch sizes and device are what lm-eval hands to every model (cuda:0 where its user said nothing): the engine
+        chooses its batches itself and runs on the CPU.
+        """
+        super().__init__()
+        self._engine = load(path, dtype=dtype, threads=threads)
+        if self._engine.tokenizer is None:
+            raise ValueError(f"{path} has no tokenizer, so it cannot be evaluated on text")
+        self._tokenizer = self._engine.tokenizer
+        self._condition = condition
+        self._opening = [self._tokenizer.boq, *self._tokenizer.conditions(condition)]
+        self._context = self._engine.config.max_position_embeddings
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the tokenised requests depend on."""
+        return str(self._tokenizer.source)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """For each (context, continuation): the continuation's log-probability (nats), and whether it is greedy's."""
+        found = []
+        for request in tqdm(requests, disable=disable_tqdm):
+            context, continuation = request.args
+            response = self._tokenizer.encode(continuation.lstrip() or continuation)
+            found.append(self._score(self._prompt(context, len(response)), response))
+            self.cache_hook.add_partial("loglikelihood", request.args, found[-1])
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """For each (text,): its log-probability (nats) as the response to an empty instruction, in windows if long."""
+        found = []
+        opening = self._prompt("", 0)
+        width = self._context - len(opening)
+        for request in tqdm(requests, disable=disable_tqdm):
+            ids = self._tokenizer.encode(request.args[0])
+            scores = []
+            for start in range(0, len(ids), width):
+                before = ids[max(0, start - 1) : start]  # a window but the first sees the token before it
+                scores.append(self._score([*opening, *before], ids[start : start + width], prefix=len(opening))[0])
+            found.append(math.fsum(scores))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, found[-1])
+        return found
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """For each (context, options): the answer, up to the first of the stop strings in options["until"]."""
+        answers = [""] * len(requests)
+        alike: dict[str, list[int]] = defaultdict(list)
+        for index, request in enumerate(requests):
+            alike[repr(request.args[1])].append(index)
+        with tqdm(total=len(requests), disable=disable_tqdm) as bar:
+            for group in alike.values():
+                options = _generation_options(requests[group[0]].args[1])
+                texts = [self._fitted(requests[index].args[0], options["max_new_tokens"]) for index in group]
+                given = self._engine.generate(texts, condition=self._condition, **options)
+                for index, answer in zip(group, given, strict=True):
+                    answers[index] = answer
+                    self.cache_hook.add_partial("generate_until", requests[index].args, answer)
+                bar.update(len(group))
+        return answers
+
+    def _prompt(self, context: str, response_length: int) -> list[int]:
+        """The framed context, cut at its beginning so that the response fits behind it."""
+        room = self._context - response_length + 1 - len(self._opening) - 1
+        if room < 0:
+            raise ValueError(f"a continuation of {response_length} tokens exceeds the context of {self._context}")
+        ids = self._tokenizer.encode(context)
+        return [*self._opening, *ids[max(0, len(ids) - room) :], self._tokenizer.eoq]
+
+    def _fitted(self, context: str, max_new_tokens: int) -> str:
+        """A context as text, cut at its beginning until the answer fits behind it."""
+        most = max(1, self._context - max_new_tokens - len(self._opening) - 1)
+        ids = self._tokenizer.encode(context)
+        kept = most
+        while len(ids) > most and kept:
+            context = self._tokenizer.decode(ids[-kept:])
+            ids = self._tokenizer.encode(context)
+            kept -= 1  # a cut text may take more tokens than the piece it was cut from
+        return context
+
+    def _score(self, known: list[int], predicted: Sequence[int], prefix: int | None = None) -> tuple[float, bool]:
+        """Log-probability of the predicted tokens behind the known ones, and whether each is the likeliest."""
+        ids = [*known, *predicted[:-1]]
+        rows = self._engine.logits(ids, prefix_length=len(known) if prefix is None else prefix)
+        rows = rows[len(known) - 1 :].double().log_softmax(-1)
+        picked = rows[range(len(predicted)), list(predicted)]
+        return float(picked.sum()), rows.argmax(-1).tolist() == list(predicted)
+
+
+def _generation_options(given: dict[str, Any]) -> dict[str, Any]:
+    """lm-eval's generation options as `Engine.generate` takes them. Raises ValueError on one that it does not have."""
+    options = dict(given)
+    until = options.pop("until", None) or []
+    stop = [text for text in ([until] if isinstance(until, str) else until) if text]
+    limits = [options.pop(name, None) for name in ("max_gen_toks", "max_new_tokens", "max_tokens")]
+    heat = options.pop("temperature", None)
+    sampled = options.pop("do_sample", bool(heat))
+    temperature = 0.0 if not sampled else 1.0 if heat is None else heat
+    names = ("top_k", "top_p", "min_p", "repetition_penalty")
+    known: dict[str, Any] = {name: options.pop(name) for name in names if name in options}
+    if options:
+        raise ValueError(f"the engine has no generation option {', '.join(map(repr, options))}")
+    most = next((limit for limit in limits if limit is not None), MAX_GEN_TOKS)
+    return {"stop": stop or None, "max_new_tokens": int(most), "temperature": float(temperature), **known}
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
