@@ -5,19 +5,15 @@ A sample is a function of weights, batches and seed alone, so a resumed run draw
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from hrmcore.data import PackedBatch
-from hrmcore.model import HRM, Layout
+from hrmcore.model import HRM
 from hrmcore.ops.backend import reference_ops
 from hrmcore.optim import Sophia
-
-_ROWS = 1024  # supervised positions whose logits exist at once
 
 
 def gauss_newton_bartlett(model: HRM, batches: Sequence[PackedBatch], horizon: int, generator: torch.Generator) -> None:
@@ -27,20 +23,7 @@ def gauss_newton_bartlett(model: HRM, batches: Sequence[PackedBatch], horizon: i
     """
     labels = sum(len(batch.targets) for batch in batches)
     for batch in batches:
-        sampled = dataclasses.replace(batch, targets=sample_targets(model, batch, generator))
-        (model.loss(sampled, horizon=horizon) / math.sqrt(labels)).backward()
-
-
-@torch.no_grad()
-def sample_targets(model: HRM, batch: PackedBatch, generator: torch.Generator) -> Tensor:
-    """(R) int64: for every supervised position, a token drawn from the distribution that the model gives there."""
-    prefix = batch.prefix if model.config.prefix_lm else torch.zeros_like(batch.prefix)
-    final = model.hidden(batch.ids, Layout(batch.offsets, prefix, batch.positions))
-    drawn = []
-    for rows in batch.supervised.split(_ROWS):
-        probabilities = model.lm_head(final[rows]).float().softmax(-1)
-        drawn.append(torch.multinomial(probabilities, 1, generator=generator).squeeze(1))
-    return torch.cat(drawn)
+        (model.loss(batch, horizon=horizon, sampler=generator) / math.sqrt(labels)).backward()
 
 
 def hutchinson(

@@ -62,7 +62,7 @@ class TrainConfig:
     learning_rate: float = _key("peak learning rate", None)
     betas: tuple[float, float] = _key("decay of the first and of the second moment, or of Sophia's curvature", None)
     eps: float | None = _key("what the divisor is held above (Sophia) or has added (AdamW)", None)
-    rho: float | None = _key("Sophia: a step is clipped where |m| > rho·B·h; aim at 0.1 to 0.5 clipped", None)
+    rho: float | None = _key("Sophia: a step is clipped where |m| > rho·B·h; aim at 0.5 to 0.9 clipped", None)
     curvature_every: int | None = _key("Sophia: steps between two samples of the curvature", None)
     weight_decay: float = _key("decoupled weight decay", 0.1)
     ema: float = _key("decay of the averaged weights that are evaluated and exported; 0 keeps none", 0.9999)

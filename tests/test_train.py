@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -400,3 +402,28 @@ def test_the_command_trains_and_names_mistakes(run_file: Path, capsys: pytest.Ca
     assert capsys.readouterr().err == f"hrmcore train: {run_file}: train config: steps must be at least 1, got 0\n"
     assert main(["train", str(run_file.with_name("missing.toml"))]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def killed(run_file: Path, kills: int, *mutation: str) -> dict[str, int]:
+    rewrite(run_file, "steps = 12", 'steps = 16\naccumulate = 2\noptimizer = "sophia-g"\ncurvature_every = 3')
+    rewrite(run_file, "save_every = 4", "save_every = 1")
+    rewrite(run_file, "head_dim = 16", "head_dim = 16\nH_cycles = 1\nL_cycles = 1")
+    command = [sys.executable, str(Path(__file__).with_name("killing.py")), str(run_file), str(kills), *mutation]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_run_killed_a_hundred_times_ends_with_the_bits_of_an_undisturbed_one(run_file: Path) -> None:
+    report = killed(run_file, 100)
+    assert report["kills"] >= 100
+    assert report["while_writing"] >= 10
+    assert report["runs"] >= 2
+    assert report["different"] == 0
+
+
+@pytest.mark.parametrize("mutation", ["forgets its data position", "forgets its averages"])
+def test_the_killing_notices_a_trainer_that_forgets(run_file: Path, mutation: str) -> None:
+    report = killed(run_file, 8, mutation)
+    assert report["different"] > 0
