@@ -123,29 +123,31 @@ void run(const Args& args, void (*kernel)(const Args&) noexcept) {
 }
 
 void bind_attention(py::module_& m) {
-  m.def("attention_forward", [](const py::object& q, const py::object& k, const py::object& v,
-                                const py::object& gate, const py::object& offsets,
-                                const py::object& key_offsets, const py::object& prefix,
-                                const py::object& out, const py::object& lse) {
-    Borrowed b("attention_forward");
-    run<hrmcore::AttentionForward>({b.view(q, "q"), b.view(k, "k"), b.view(v, "v"), b.view(gate, "gate"),
-                                    b.view(offsets, "offsets"), b.view(key_offsets, "key_offsets"),
-                                    b.view(prefix, "prefix"), b.view(out, "out"), b.view(lse, "lse")},
-                                   hrmcore::attention_forward);
-  });
-  m.def("attention_backward",
+  m.def("attention_forward",
         [](const py::object& q, const py::object& k, const py::object& v, const py::object& gate,
            const py::object& offsets, const py::object& key_offsets, const py::object& prefix,
-           const py::object& out, const py::object& lse, const py::object& grad_out, const py::object& grad_q,
-           const py::object& grad_k, const py::object& grad_v, const py::object& grad_gate) {
-          Borrowed b("attention_backward");
-          run<hrmcore::AttentionBackward>(
+           const py::object& out, const py::object& lse, const py::object& rates, std::int64_t window) {
+          Borrowed b("attention_forward");
+          run<hrmcore::AttentionForward>(
               {b.view(q, "q"), b.view(k, "k"), b.view(v, "v"), b.view(gate, "gate"),
                b.view(offsets, "offsets"), b.view(key_offsets, "key_offsets"), b.view(prefix, "prefix"),
-               b.view(out, "out"), b.view(lse, "lse"), b.view(grad_out, "grad_out"), b.view(grad_q, "grad_q"),
-               b.view(grad_k, "grad_k"), b.view(grad_v, "grad_v"), b.view(grad_gate, "grad_gate")},
-              hrmcore::attention_backward);
+               b.view(out, "out"), b.view(lse, "lse"), b.optional(rates, "rates"), window},
+              hrmcore::attention_forward);
         });
+  m.def("attention_backward", [](const py::object& q, const py::object& k, const py::object& v,
+                                 const py::object& gate, const py::object& offsets,
+                                 const py::object& key_offsets, const py::object& prefix,
+                                 const py::object& out, const py::object& lse, const py::object& grad_out,
+                                 const py::object& grad_q, const py::object& grad_k, const py::object& grad_v,
+                                 const py::object& grad_gate, const py::object& rates, std::int64_t window) {
+    Borrowed b("attention_backward");
+    run<hrmcore::AttentionBackward>(
+        {b.view(q, "q"), b.view(k, "k"), b.view(v, "v"), b.view(gate, "gate"), b.view(offsets, "offsets"),
+         b.view(key_offsets, "key_offsets"), b.view(prefix, "prefix"), b.view(out, "out"), b.view(lse, "lse"),
+         b.view(grad_out, "grad_out"), b.view(grad_q, "grad_q"), b.view(grad_k, "grad_k"),
+         b.view(grad_v, "grad_v"), b.view(grad_gate, "grad_gate"), b.optional(rates, "rates"), window},
+        hrmcore::attention_backward);
+  });
 }
 
 void bind_cross_entropy(py::module_& m) {

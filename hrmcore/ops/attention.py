@@ -1,4 +1,4 @@
-"""Gated prefix attention over packed sequences. Kernels: csrc/ops/attention.{h,cpp}.
+"""Gated prefix attention over packed sequences. Kernels: csrc/ops/attention.{h,cpp}, attention_backward.cpp.
 
 Shapes: T query rows, Tk key rows, H heads, d head_dim, S sequences.
 """
@@ -18,10 +18,24 @@ from hrmcore import _C
 from hrmcore.ops.backend import reference_active
 
 
-def _seen(query_count: int, key_count: int, visible: int) -> Tensor:
+def _seen(query_count: int, key_count: int, visible: int, window: int = 0) -> Tensor:
     """(query_count, key_count) booleans of one sequence: which keys each query sees."""
-    position = torch.arange(key_count - query_count, key_count)
-    return torch.arange(key_count) < (position + 1).clamp(min=visible)[:, None]
+    query, key = torch.arange(key_count - query_count, key_count)[:, None], torch.arange(key_count)
+    seen = key < (query + 1).clamp(min=visible)
+    return seen & ((query // window - key // window).abs() <= 1) if window else seen
+
+
+def _scores(q: Tensor, k: Tensor, rates: Tensor | None) -> Tensor:
+    """q k^T (H, queries, keys) of one sequence, its queries the last rows; faded where there are rates."""
+    if rates is None:
+        return torch.einsum("ihd,jhd->hij", q, k)
+    (queries, heads, _), keys = q.shape, k.shape[0]
+    distance = (torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)).abs().to(q.device)
+    scores = q.new_zeros(heads, queries, keys)
+    for pair, rate in enumerate(rates.to(q.dtype)):  # one at a time: all together would be a (H, T, Tk, d) tensor
+        channels = slice(pair, None, len(rates))
+        scores = scores + torch.einsum("ihd,jhd->hij", q[..., channels], k[..., channels]) * (rate * distance).exp()
+    return scores
 
 
 def attention_ref(
@@ -32,19 +46,22 @@ def attention_ref(
     offsets: Tensor,
     prefix: Tensor,
     key_offsets: Tensor | None = None,
+    rates: Tensor | None = None,
+    window: int = 0,
 ) -> Tensor:
     """The specification: out = sigmoid(gate) * softmax(q k^T / sqrt(d)) v, each sequence on its own; (T, H, d).
 
-    Query i of a sequence stands at p = (key length - query length) + i and sees key j iff j < max(prefix, p + 1).
-    Source: arXiv 2605.20613 (PrefixLM mask and sigmoid gate).
+    Query i of a sequence stands at p = (key length - query length) + i and sees key j iff j < max(prefix, p + 1), and
+    with a window W only if |p // W - j // W| <= 1. With rates (xPos), the channels c and c + d/2 of q k^T are multiplied
+    by exp(rates[c] |p - j|). Sources: arXiv 2605.20613 (PrefixLM mask and sigmoid gate), 2212.10554 (xPos, window).
     """
     query_bounds = offsets.tolist()
     key_bounds = query_bounds if key_offsets is None else key_offsets.tolist()
     outputs = [q.new_empty(0, *q.shape[1:])]
     for s, visible in enumerate(prefix.tolist()):
         rows, keys = slice(*query_bounds[s : s + 2]), slice(*key_bounds[s : s + 2])
-        scores = torch.einsum("ihd,jhd->hij", q[rows], k[keys]) / math.sqrt(q.shape[-1])
-        seen = _seen(scores.shape[1], scores.shape[2], visible).to(q.device)
+        scores = _scores(q[rows], k[keys], rates) / math.sqrt(q.shape[-1])
+        seen = _seen(scores.shape[1], scores.shape[2], visible, window).to(q.device)
         weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
         outputs.append(torch.sigmoid(gate[rows]) * torch.einsum("hij,jhd->ihd", weights, v[keys]))
     return torch.cat(outputs)
@@ -58,26 +75,40 @@ def attention(
     offsets: Tensor,
     prefix: Tensor,
     key_offsets: Tensor | None = None,
+    rates: Tensor | None = None,
+    window: int = 0,
 ) -> Tensor:
     """sigmoid(gate) * softmax(q k^T / sqrt(d)) v over packed sequences; returns (T, H, d), contiguous.
 
     q, gate: (T, H, d); k, v: (Tk, H, d); float32 or bfloat16, unit stride in d; d a multiple of 8, at most 256.
     offsets, key_offsets: (S + 1) int32, sequence s owns the rows offsets[s] to offsets[s + 1]; key_offsets None means
     that the keys are packed as the queries are. prefix: (S) int32, how many first keys every query of a sequence sees.
-    Raises ValueError on a wrong dtype, shape, device or stride, and on offsets or prefix that do not fit the rows.
+    rates: (d/2) float32 in [-0.5, 0], as `xpos_rates` makes them for q and k that `rope` has turned; no gradient flows
+    to them. window: a multiple of 64, or 0: each query sees its own block of so many tokens and the blocks beside it
+    (of a response, the one before). Raises ValueError on a wrong dtype, shape, device or stride, on rates or a window
+    out of range, and on offsets or prefix that do not fit the rows.
     """
     if reference_active():
-        return attention_ref(q, k, v, gate, offsets, prefix, key_offsets)
-    return _attention(q, k, v, gate, offsets, prefix, key_offsets)[0]
+        return attention_ref(q, k, v, gate, offsets, prefix, key_offsets, rates, window)
+    return _attention(q, k, v, gate, offsets, prefix, key_offsets, rates, window)[0]
 
 
 @torch.library.custom_op("hrmcore::attention", mutates_args=(), device_types="cpu")
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, offsets: Tensor, prefix: Tensor, key_offsets: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    offsets: Tensor,
+    prefix: Tensor,
+    key_offsets: Tensor | None,
+    rates: Tensor | None = None,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor]:
     key_offsets = offsets if key_offsets is None else key_offsets
     out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:2], dtype=torch.float32)
-    _C.attention_forward(*map(to_dlpack, (q, k, v, gate, offsets, key_offsets, prefix, out, lse)))
+    operands = map(to_dlpack, (q, k, v, gate, offsets, key_offsets, prefix, out, lse))
+    _C.attention_forward(*operands, None if rates is None else to_dlpack(rates), window)
     return out, lse
 
 
@@ -93,18 +124,29 @@ def _attention_backward(
     out: Tensor,
     lse: Tensor,
     grad_out: Tensor,
+    rates: Tensor | None = None,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     key_offsets = offsets if key_offsets is None else key_offsets
     grad_q, grad_gate = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape, dtype=q.dtype)
     grad_k, grad_v = torch.empty(k.shape, dtype=torch.float32), torch.empty(k.shape, dtype=torch.float32)
     inputs = (q, k, v, gate, offsets, key_offsets, prefix, out, lse, grad_out.contiguous())
-    _C.attention_backward(*map(to_dlpack, (*inputs, grad_q, grad_k, grad_v, grad_gate)))
+    operands = map(to_dlpack, (*inputs, grad_q, grad_k, grad_v, grad_gate))
+    _C.attention_backward(*operands, None if rates is None else to_dlpack(rates), window)
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_gate
 
 
 @_attention.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, offsets: Tensor, prefix: Tensor, key_offsets: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    offsets: Tensor,
+    prefix: Tensor,
+    key_offsets: Tensor | None,
+    rates: Tensor | None = None,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
@@ -121,18 +163,22 @@ def _(
     out: Tensor,
     lse: Tensor,
     grad_out: Tensor,
+    rates: Tensor | None = None,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), gate.new_empty(gate.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     out, lse = output
+    *operands, rates, ctx.window = inputs
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(*inputs, out, lse)
+    ctx.save_for_backward(*operands, out, lse, rates)
 
 
 def _backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    return *_attention_backward(*ctx.saved_tensors, grad_out), None, None, None
+    *saved, rates = ctx.saved_tensors
+    return *_attention_backward(*saved, grad_out, rates, ctx.window), None, None, None, None, None
 
 
 _attention.register_autograd(_backward, setup_context=_save)
@@ -193,6 +239,8 @@ def peer(
     offsets: Tensor,
     prefix: Tensor,
     key_offsets: Tensor | None = None,
+    rates: Tensor | None = None,
+    window: int = 0,
 ) -> Tensor:
     """The same through torch's own fused attention, for benchmarks."""
     query_bounds = offsets.tolist()

@@ -1,5 +1,8 @@
 """Rotary position embedding, half split. Kernel: csrc/ops/rope.{h,cpp}.
 
+xPos turns queries and keys by the same op; what it adds, the fading of a score with the distance, is done by the
+attention (`xpos_rates`).
+
 Shapes: T tokens, H heads, d head_dim, P positions in the table.
 """
 
@@ -16,11 +19,11 @@ from hrmcore import _C
 from hrmcore.ops.backend import reference_active
 
 
-def rope_table(length: int, head_dim: int, theta: float = 10000.0) -> Tensor:
+def rope_table(length: int, head_dim: int, theta: float = 10000.0, exact: bool = False) -> Tensor:
     """The angles of positions 0 … length - 1 as (P, d) float32: a row is cos (d/2), then sin (d/2).
 
     Every step is rounded to float32 as in the released models: inv_freq_i = theta^(-2i/d), angle = position inv_freq_i.
-    Raises ValueError on a length below 1, a head_dim that is odd or below 2, or a theta that is not positive.
+    With `exact` only the result is rounded: at position 65,536 the other angles are off by up to 0.004. Raises ValueError on a length below 1, a head_dim that is odd or below 2, or a theta that is not positive.
     """
     if length < 1:
         raise ValueError(f"rope_table: length must be at least 1, got {length}")
@@ -28,9 +31,24 @@ def rope_table(length: int, head_dim: int, theta: float = 10000.0) -> Tensor:
         raise ValueError(f"rope_table: head_dim must be even and at least 2, got {head_dim}")
     if not theta > 0:
         raise ValueError(f"rope_table: theta must be positive, got {theta}")
-    inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
-    angles = torch.arange(length).float()[:, None] * inv_freq
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+    dtype = torch.float64 if exact else torch.float32
+    inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2).to(dtype) / head_dim)
+    angles = torch.arange(length).to(dtype)[:, None] * inv_freq
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+
+
+def xpos_rates(head_dim: int, scale_base: int = 512) -> Tensor:
+    """How xPos fades a score with the distance between query and key: (d/2) float32, for `attention`.
+
+    Channel pair i is multiplied by zeta_i^(distance / scale_base) = exp(rate_i distance), zeta_i = (2i + 0.4 d) / (1.4 d).
+    Source: arXiv 2212.10554. Raises ValueError on a head_dim that is odd or below 2, or a scale_base below 1.
+    """
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"xpos_rates: head_dim must be even and at least 2, got {head_dim}")
+    if scale_base < 1:
+        raise ValueError(f"xpos_rates: scale_base must be at least 1, got {scale_base}")
+    zeta = (torch.arange(0, head_dim, 2, dtype=torch.float64) + 0.4 * head_dim) / (1.4 * head_dim)
+    return (zeta.log() / scale_base).float()
 
 
 def rope_ref(q: Tensor, k: Tensor, table: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

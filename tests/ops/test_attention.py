@@ -67,7 +67,7 @@ def random_case(lengths, prefix, cached=None, heads=2, head_dim=8, seed=0):
 def test_forward_kernel(isa, dtype, index):
     case = listed(cases, dtype)[index]
     out, lse = poisoned(*case["q"].shape, dtype=dtype), poisoned(*case["q"].shape[:2], dtype=torch.float32)
-    call(_C.attention_forward, *(framed(case[name]) for name in OPERANDS), *packing(case), out, lse)
+    call(_C.attention_forward, *(framed(case[name]) for name in OPERANDS), *packing(case), out, lse, None, 0)
     assert only_inside_written(out)
     assert only_inside_written(lse)
     assert relative_error(out, reference(dtype, index)[0]) <= bound(out, FLOAT32_BOUND)
@@ -83,7 +83,7 @@ def test_backward_kernel(isa, dtype, index):
     grad_q, grad_gate = poisoned(*q.shape, dtype=dtype), poisoned(*q.shape, dtype=dtype)
     grad_k, grad_v = poisoned(*k.shape, dtype=torch.float32), poisoned(*k.shape, dtype=torch.float32)
     grads = grad_q, grad_k, grad_v, grad_gate
-    call(_C.attention_backward, q, k, v, gate, *packing(case), out, lse, grad_out, *grads)
+    call(_C.attention_backward, q, k, v, gate, *packing(case), out, lse, grad_out, *grads, None, 0)
     for grad, expected in zip(grads, reference(dtype, index)[1], strict=True):
         assert only_inside_written(grad)
         assert gradient_error(grad, expected, grad_out) <= gradient_bound(grad, dtype)
@@ -293,4 +293,4 @@ def test_bad_backward_operand(position, wrong, message):
     operands = [Q, Q, Q, Q, INTS, INTS, ints(0, 0), Q, torch.ones(5, 2), Q, *torch.empty(4, 5, 2, 8)]
     operands[position] = wrong
     with pytest.raises(ValueError, match=re.escape(message)):
-        call(_C.attention_backward, *operands)
+        call(_C.attention_backward, *operands, None, 0)

@@ -1,0 +1,250 @@
+"""xPos and the attention window, against the definitions in float64."""
+
+import math
+import re
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import DTYPES, bound, call, framed, listed, only_inside_written, poisoned, relative_error, same_bits
+
+from hrmcore import _C
+from hrmcore.ops.attention import _attention, _attention_backward, attention, attention_ref, cases
+from hrmcore.ops.backend import reference_ops
+from hrmcore.ops.rope import rope, rope_table, xpos_rates
+
+OPERANDS = ("q", "k", "v", "gate")
+INDICES = range(len(list(cases())))
+FLOAT32_BOUND = 2e-6
+# (scale base, window): xPos, xPos that has faded out after some hundred tokens, a window alone, and both
+FORMS = [(512, 0), (8, 0), (None, 64), (512, 128)]
+
+
+def with_form(case, form):
+    base, window = form
+    rates = None if base is None else xpos_rates(case["q"].shape[-1], base)
+    return case | {"rates": rates, "window": window}
+
+
+def grad_out_of(q):
+    return torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(q.dtype)
+
+
+@cache
+def reference(dtype, index, form):
+    case = with_form(listed(cases, dtype)[index], form)
+    leaves = {name: case[name].double().requires_grad_() for name in OPERANDS}
+    out = attention_ref(**(case | leaves))
+    return out.detach(), torch.autograd.grad(out, list(leaves.values()), grad_out_of(case["q"]).double())
+
+
+def packing(case):
+    key_offsets = case["offsets"] if case["key_offsets"] is None else case["key_offsets"]
+    return case["offsets"], key_offsets, case["prefix"]
+
+
+def close(grad, expected, dtype):
+    """bfloat16: the output that the backward starts from is rounded already, and so is the gradient."""
+    if not expected.any():
+        return grad.double().norm() <= 1e-6 * math.sqrt(grad.numel()) or dtype == torch.bfloat16
+    allowed = FLOAT32_BOUND if dtype == torch.float32 else 2.0**-7 if len(grad) < 10 else 2.0**-8
+    return relative_error(grad, expected) <= allowed
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("index", INDICES)
+def test_kernels(isa, dtype, form, index):
+    case = with_form(listed(cases, dtype)[index], form)
+    tail = (case["rates"], case["window"])
+    out, lse = poisoned(*case["q"].shape, dtype=dtype), poisoned(*case["q"].shape[:2], dtype=torch.float32)
+    q, k, v, gate = (framed(case[name]) for name in OPERANDS)
+    call(_C.attention_forward, q, k, v, gate, *packing(case), out, lse, *tail)
+    assert only_inside_written(out)
+    assert only_inside_written(lse)
+    expected_out, expected_grads = reference(dtype, index, form)
+    assert relative_error(out, expected_out) <= bound(out, FLOAT32_BOUND)
+
+    grad_q, grad_gate = poisoned(*q.shape, dtype=dtype), poisoned(*q.shape, dtype=dtype)
+    grad_k, grad_v = poisoned(*k.shape, dtype=torch.float32), poisoned(*k.shape, dtype=torch.float32)
+    grads = grad_q, grad_k, grad_v, grad_gate
+    grad_out = framed(grad_out_of(q))
+    call(_C.attention_backward, q, k, v, gate, *packing(case), out, lse, grad_out, *grads, *tail)
+    for grad, expected in zip(grads, expected_grads, strict=True):
+        assert only_inside_written(grad)
+        assert close(grad, expected, dtype)
+
+
+def random_case(lengths, prefix, cached=None, heads=2, head_dim=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    key_offsets = offsets + torch.tensor([0, *(cached or [0] * len(lengths))]).cumsum(0)
+    rows = {"q": offsets, "k": key_offsets, "v": key_offsets, "gate": offsets}
+    operands = {name: torch.randn(int(o[-1]), heads, head_dim, generator=generator) for name, o in rows.items()}
+    prefix = torch.tensor(prefix, dtype=torch.int32)
+    return operands | {"offsets": offsets.int(), "prefix": prefix, "key_offsets": key_offsets.int()}
+
+
+@st.composite
+def packings(draw):
+    lengths = draw(st.lists(st.integers(0, 150), min_size=1, max_size=4))
+    cached = [draw(st.integers(0, 150)) for _ in lengths]
+    prefix = [draw(st.integers(0, length + more)) for length, more in zip(lengths, cached, strict=True)]
+    return lengths, prefix, cached
+
+
+@settings(max_examples=40, deadline=None)
+@given(packings(), st.sampled_from([*FORMS, (None, 128), (64, 64)]))
+def test_any_packing_at_any_alignment(drawn, form):
+    case = with_form(random_case(*drawn), form)
+    ours = {name: case[name].clone().requires_grad_() for name in OPERANDS}
+    theirs = {name: case[name].double().requires_grad_() for name in OPERANDS}
+    out, expected = attention(**(case | ours)), attention_ref(**(case | theirs))
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.autograd.backward([out, expected], [grad_out_of(out), grad_out_of(out).double()])
+    for name in OPERANDS:
+        torch.testing.assert_close(ours[name].grad.double(), theirs[name].grad, rtol=1e-5, atol=1e-5)
+
+
+def definition(q, k, v, first, prefix, base, window=0):
+    """Attention of the queries from position `first` on, from the definition alone: nothing rotated or tiled.
+
+    q (T, d), k and v (Tk, d), float64. Channel pair i of a score: the pairs as complex numbers, turned by the angle of
+    the distance, times zeta_i^(|n - m| / base).
+    """
+    half = q.shape[-1] // 2
+    distance = (torch.arange(first, first + len(q))[:, None] - torch.arange(len(k))).double()
+    scores = torch.zeros(len(q), len(k), dtype=torch.float64)
+    for i in range(half):
+        zeta = (2 * i + 0.4 * 2 * half) / (1.4 * 2 * half)
+        angle = distance * 10000.0 ** (-i / half)
+        fading = zeta ** (distance.abs() / base)
+        dot = q[:, i, None] * k[:, i] + q[:, i + half, None] * k[:, i + half]
+        cross = q[:, i + half, None] * k[:, i] - q[:, i, None] * k[:, i + half]
+        scores += fading * (dot * angle.cos() - cross * angle.sin())
+    query, key = torch.arange(first, first + len(q))[:, None], torch.arange(len(k))
+    seen = key < (query + 1).clamp(min=prefix)
+    if window:
+        seen &= (query // window - key // window).abs() <= 1
+    return (scores / math.sqrt(2 * half)).masked_fill(~seen, -math.inf).softmax(-1) @ v
+
+
+def turned(q, k, first):
+    """q of the positions from `first` on and k of all, each (T, d), through the op."""
+    table = rope_table(len(k), q.shape[-1], exact=True)
+    positions = torch.arange(len(k), dtype=torch.int32)
+    padded_q = torch.zeros_like(k)
+    padded_q[first:] = q
+    q, k = rope(padded_q[:, None], k[:, None], table, positions)
+    return q[first:], k
+
+
+@cache
+def far_case(keys, queries, prefix, base, window):
+    """Arguments of `attention`, and what the definition says."""
+    generator = torch.Generator().manual_seed(keys)
+    dim, first = 16, keys - queries
+    q, k, v = (torch.randn(n, dim, generator=generator) * s for n, s in ((queries, 3), (keys, 2), (keys, 1)))
+    case = {"v": v[:, None], "gate": torch.full((queries, 1, dim), 40.0)}  # wide open
+    case["q"], case["k"] = turned(q, k, first)
+    offsets = {"offsets": [0, queries], "prefix": [prefix], "key_offsets": [0, keys]}
+    case |= {name: torch.tensor(x, dtype=torch.int32) for name, x in offsets.items()}
+    expected = definition(q.double(), k.double(), v.double(), first, prefix, base, window)
+    return with_form(case, (base, window)), expected
+
+
+@pytest.mark.parametrize(
+    "far",
+    [  # keys, queries, prefix, scale base, window
+        (65536, 12, 0, 512, 0),
+        (65500, 9, 65500, 512, 0),  # all see each other, and no query starts a tile
+        (65001, 7, 100, 512, 128),
+        (1100, 1100, 1100, 8, 0),  # the exponents of 70,000 tokens, both ways
+        (777, 777, 700, 512, 0),
+        (777, 777, 700, 512, 64),
+    ],
+)
+def test_the_definition_at_any_distance(isa, far):
+    case, expected = far_case(*far)
+    assert relative_error(attention(**case)[:, 0], expected) <= 1e-5
+
+
+def test_nothing_overflows_or_becomes_denormal(isa):
+    """At the smallest scale base of a config the first channel has faded to 1e-36 after 4,200 tokens."""
+    case = with_form(random_case([4200], [4200], heads=1, head_dim=8), (64, 0))
+    case["v"] = torch.ones_like(case["v"])
+    leaves = {name: case[name].requires_grad_() for name in OPERANDS}
+    out = attention(**(case | leaves))
+    torch.testing.assert_close(out, torch.sigmoid(case["gate"]), rtol=1e-4, atol=0)  # the weights sum to one
+    for grad in torch.autograd.grad(out, list(leaves.values()), grad_out_of(out)):
+        assert grad.isfinite().all()
+
+
+def test_rates_are_those_of_the_paper():
+    rates = xpos_rates(128).double()
+    assert rates.exp()[0] ** 512 == pytest.approx(0.4 / 1.4, rel=1e-5)
+    assert rates.exp()[63] ** 512 == pytest.approx((126 + 51.2) / 179.2, rel=1e-5)
+    for arguments, message in (((7,), "head_dim must be even"), ((8, 0), "scale_base must be at least 1")):
+        with pytest.raises(ValueError, match=message):
+            xpos_rates(*arguments)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_same_bits_for_any_number_of_threads(isa, form):
+    case = with_form(listed(cases, torch.float32)[INDICES[-3]], form)
+
+    def compute():
+        out, lse = _attention(**case)
+        form_of = {name: case[name] for name in ("rates", "window")}
+        rest = {name: x for name, x in case.items() if name not in form_of}
+        return out, lse, *_attention_backward(**rest, out=out, lse=lse, grad_out=out, **form_of)
+
+    assert same_bits(compute)
+
+
+def test_no_fading_is_rope(isa):
+    case = with_form(random_case([70, 150], [0, 120], head_dim=40), (512, 0))
+    case["rates"] = torch.zeros(20)
+    torch.testing.assert_close(attention(**case), attention(**(case | {"rates": None})), rtol=1e-5, atol=1e-6)
+
+
+def test_what_the_window_hides_changes_nothing(isa):
+    case = with_form(random_case([400], [200]), (512, 64))
+    before = attention(**case)
+    for name in ("k", "v"):
+        case[name][:128] = torch.nan  # the first two blocks
+    after = attention(**case)
+    assert after[:192].isnan().all()
+    assert torch.equal(after[192:], before[192:])
+
+
+def test_opcheck():
+    case = with_form(listed(cases, torch.float32)[7], (512, 64))
+    leaves = {name: case[name].detach().requires_grad_() for name in OPERANDS}
+    torch.library.opcheck(_attention, tuple((case | leaves).values()))
+
+
+def test_reference_is_twice_differentiable():
+    case = with_form(random_case([2, 3], [2, 1], cached=[0, 1], heads=1, head_dim=2), (8, 0))
+    leaves = [case[name].double().requires_grad_() for name in OPERANDS]
+    rest = {name: case[name] for name in ("offsets", "prefix", "key_offsets", "rates")}
+    with reference_ops():
+        assert torch.autograd.gradgradcheck(lambda *operands: attention(*operands, **rest), leaves)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rates": torch.zeros(5)}, "rates must be of size 4 (d / 2) in axis 0, got shape (5)"),
+        ({"rates": torch.zeros(4).double()}, "rates must be float32, got float64"),
+        ({"rates": torch.full((4,), -0.6)}, "rates must be in [-0.5, 0], got -0.6"),
+        ({"rates": torch.full((4,), math.nan)}, "rates must be in [-0.5, 0], got nan"),
+        ({"window": 65}, "window must be a multiple of 64, or 0 for none, got 65"),
+        ({"window": -64}, "window must be a multiple of 64, or 0 for none, got -64"),
+    ],
+)
+def test_bad_input(change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        attention(**(random_case([3], [0]) | change))
