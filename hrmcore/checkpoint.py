@@ -157,8 +157,17 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False, None),
     "tie_word_embeddings": (False, None),
     "quantization_config": (None,),
-    "position_encoding": ("rope", None),
+    "position_encoding": ("rope", "xpos", None),
 }
+
+
+_OWN_DEFAULTS = {
+    # Our own keys; a config.json has them only where they say something else.
+    "position_encoding": "rope",
+    "xpos_scale_base": 512,
+    "attention_window": 0,
+}
+_OWN_ROPE = "hrmcore"  # the rope_type beside such keys: whoever does not know it, transformers too, stops there
 
 
 def _refuse_unsupported(values: dict[str, Any]) -> None:
@@ -171,6 +180,8 @@ def _refuse_unsupported(values: dict[str, Any]) -> None:
         if not (rope is None or isinstance(rope, dict)):
             raise ValueError(f"{key} must be an object, got {rope!r}")
         kind = (rope or {}).get("rope_type", (rope or {}).get("type", "default"))
+        if kind == _OWN_ROPE and any(name in values for name in _OWN_DEFAULTS):
+            continue
         if kind != "default":
             raise ValueError(f"{key} has rope_type {kind!r}; hrmcore supports only 'default'")
 
@@ -185,6 +196,8 @@ def _own_keys(values: dict[str, Any]) -> dict[str, Any]:
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):
         own[key] = _required(values, key)
     own |= {key: values.get(key, default) for key, default in _DEFAULTS.items()}
+    own |= {key: values.get(key, default) for key, default in _OWN_DEFAULTS.items()}
+    own["position_encoding"] = own["position_encoding"] or "rope"
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     own["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10000.0))
     own["embedding_scale"] = values.get("embedding_scale")
@@ -206,6 +219,11 @@ def _released_config(config: HRMConfig, dtype: torch.dtype) -> dict[str, Any]:
     """What `config.json` says about a model: the keys of the released checkpoints, depth as the per-stack count."""
     values = config.to_dict()
     depth = values.pop("num_layers_per_stack")
+    plain = [key for key, default in _OWN_DEFAULTS.items() if values[key] == default]
+    for key in plain:
+        del values[key]
+    if len(plain) < len(_OWN_DEFAULTS):
+        values["rope_parameters"] = {"rope_type": _OWN_ROPE, "rope_theta": config.rope_theta}
     return {
         "model_type": "hrm_text",
         "architectures": ["HrmTextForCausalLM"],
@@ -328,30 +346,38 @@ def load_model(path: str | Path) -> HRM:
     import torch
 
     from hrmcore.model import HRM
-    from hrmcore.ops.rope import rope_table
 
     tensors = read_tensors(resolve(path))
     config = tensors.config
     with torch.device("meta"):  # no time and no random numbers for weights that are replaced
         model = HRM(config)
-    model.rope_table = rope_table(config.max_position_embeddings, config.head_dim, config.rope_theta)
     weights = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
     model.load_state_dict(weights, assign=True)
+    model.reset_positions(config.max_position_embeddings)
     return model
 
 
 def save_model(
-    model: HRM, folder: str | Path, dtype: torch.dtype | None = None, tokenizer_folder: str | Path | None = None
+    model: HRM,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    tokenizer_folder: str | Path | None = None,
+    allow_xpos: bool = False,
 ) -> None:
     """Write `config.json` and `model.safetensors` (and copies of the tokenizer's files) in the released format.
 
     `dtype` is float32 (None), bfloat16 or float16. Every file appears whole or not at all. Raises ValueError on another
     dtype, a weight that overflows it, or a folder that holds a sharded checkpoint; FileNotFoundError when
     `tokenizer_folder` has no tokenizer.
+
+    A model with xPos or an attention window is not what readers of this format would compute: ValueError, unless
+    `allow_xpos`; then the config.json says so in a way that they stumble over, and hrmcore loads it.
     """
     import torch
     from safetensors.torch import save_file
 
+    if not allow_xpos:
+        _refuse_own_keys(model.config)
     folder, dtype = Path(folder), dtype or torch.float32
     weights = _released_weights(model, dtype)
     config = json.dumps(_released_config(model.config, dtype), indent=2) + "\n"
@@ -371,6 +397,16 @@ def save_model(
             CONFIG_FILE: lambda path: path.write_text(config, encoding="utf-8"),
         },
     )
+
+
+def _refuse_own_keys(config: HRMConfig) -> None:
+    for key in ("position_encoding", "attention_window"):
+        value = getattr(config, key)
+        if value != _OWN_DEFAULTS[key]:
+            raise ValueError(
+                f"{key} is {value!r}: readers of the hrm_text format would compute another model from these weights; "
+                f"allow_xpos=True writes a checkpoint that only hrmcore loads"
+            )
 
 
 def _released_weights(model: HRM, dtype: torch.dtype) -> dict[str, Tensor]:

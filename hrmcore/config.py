@@ -18,6 +18,8 @@ PRESETS: dict[str, dict[str, int]] = {
 
 
 MAX_POSITIONS = 1 << 20  # the table of rotations is held whole: 0.5 GB at this length and head_dim 128
+XPOS_POSITIONS = 65536  # what an xPos model takes, however long it was trained: so far its arithmetic is checked
+WINDOW_MULTIPLE = 64  # tokens: a tile of the attention kernels and a block of the KV cache
 
 
 def default_intermediate_size(hidden_size: int) -> int:
@@ -31,6 +33,10 @@ class HRMConfig:
 
     `embedding_scale` None means sqrt(hidden_size), the inverse of the initialisation's standard deviation.
     `eos_token_id` may be several; `eos_token_ids` has them as a tuple in every case.
+    `position_encoding` is "rope", or "xpos": RoPE's scores, fading with the distance over `xpos_scale_base` tokens.
+    `attention_window` (a multiple of 64; 0 is none): tokens lie in blocks of so many, and attention reaches the
+    token's own block and the neighbouring ones; of those, a response sees the one before. The prefix still sees both
+    ways.
     """
 
     vocab_size: int
@@ -48,6 +54,9 @@ class HRMConfig:
     prefix_lm: bool = True
     pad_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
+    position_encoding: str = "rope"
+    xpos_scale_base: int = 512
+    attention_window: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.eos_token_id, list):  # as JSON and TOML write it
@@ -76,6 +85,17 @@ class HRMConfig:
             object.__setattr__(self, "embedding_scale", math.sqrt(self.hidden_size))
         elif not (math.isfinite(self.embedding_scale) and self.embedding_scale > 0):
             raise ValueError(f"config: embedding_scale must be a finite number above 0, got {self.embedding_scale}")
+        if self.position_encoding not in ("rope", "xpos"):
+            raise ValueError(f"config: position_encoding must be 'rope' or 'xpos', got {self.position_encoding!r}")
+        if not 64 <= self.xpos_scale_base <= MAX_POSITIONS:
+            raise ValueError(f"config: xpos_scale_base must be from 64 to {MAX_POSITIONS}, got {self.xpos_scale_base}")
+        if self.position_encoding == "rope" and self.xpos_scale_base != 512:
+            raise ValueError("config: xpos_scale_base is for position_encoding 'xpos', not for 'rope'")
+        if self.attention_window < 0 or self.attention_window % WINDOW_MULTIPLE:
+            raise ValueError(
+                f"config: attention_window must be a multiple of {WINDOW_MULTIPLE}, or 0 for none, "
+                f"got {self.attention_window}"
+            )
         pads = () if self.pad_token_id is None else (self.pad_token_id,)
         for name, tokens in (("pad_token_id", pads), ("eos_token_id", self.eos_token_ids)):
             for token in tokens:
@@ -123,6 +143,19 @@ class HRMConfig:
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
     @property
+    def context(self) -> int:
+        """The most tokens that one sequence may have: max_position_embeddings, for xPos models at least 65,536."""
+        if self.position_encoding == "xpos":
+            return max(self.max_position_embeddings, XPOS_POSITIONS)
+        return self.max_position_embeddings
+
+    def check_length(self, tokens: int) -> None:
+        """Raises ValueError when one sequence may not have so many tokens."""
+        if tokens > self.context:
+            key = " (max_position_embeddings)" if self.context == self.max_position_embeddings else " of an xPos model"
+            raise ValueError(f"ids has {tokens} tokens, the context{key} is {self.context}")
+
+    @property
     def visits(self) -> int:
         """How often a stack runs for one token: H_cycles · (L_cycles + 1)."""
         return self.H_cycles * (self.L_cycles + 1)
@@ -148,6 +181,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
     "bool": (bool,),
+    "str": (str,),
     "int | None": (int, type(None)),
     "float | None": (int, float, type(None)),
     "int | tuple[int, ...] | None": (int, type(None)),

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from hrmcore.config import HRMConfig
 from hrmcore.ops.attention import attention
 from hrmcore.ops.cross_entropy import cross_entropy, sample_targets
 from hrmcore.ops.rms_norm import rms_norm
-from hrmcore.ops.rope import rope, rope_table
+from hrmcore.ops.rope import rope, rope_table, xpos_rates
 from hrmcore.ops.swiglu import swiglu
 
 if TYPE_CHECKING:
@@ -39,11 +39,27 @@ class Cache(Protocol):
         ...
 
 
+class Positions(NamedTuple):
+    """What the blocks need to know about positions."""
+
+    table: Tensor  # (P, d) float32, as rope_table makes it
+    rates: Tensor | None  # (d/2) float32, as xpos_rates makes them; None is RoPE
+
+    @classmethod
+    def of(cls, config: HRMConfig, length: int) -> Positions:
+        """Of a model, for sequences of up to `length` tokens."""
+        xpos = config.position_encoding == "xpos"
+        table = rope_table(length, config.head_dim, config.rope_theta, exact=xpos)
+        return cls(table, xpos_rates(config.head_dim, config.xpos_scale_base) if xpos else None)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where the sequences of one packed call lie, and what each of them may see.
 
-    Query i of sequence s sees key j iff j < max(prefix[s], i + 1), both counted from the sequence's first token.
+    Query i of sequence s sees key j iff j < max(prefix[s], i + 1), both counted from the sequence's first token; with
+    an attention window W only if also |i // W - j // W| <= 1. A prefix longer than the window so is seen both ways
+    within neighbouring blocks; what lies farther reaches a token through the layers and the recurrence.
     """
 
     offsets: Tensor  # (S+1) int32
@@ -73,19 +89,20 @@ class Block(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, width, bias=False)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, layout: Layout, table: Tensor, cache: Cache | None, slot: int
+        self, x: Tensor, residual: Tensor | None, layout: Layout, where: Positions, cache: Cache | None, slot: int
     ) -> tuple[Tensor, Tensor]:
         """The residual stream is x + residual, both (T, D); returns its two new halves."""
         config = self.config
         normed, residual = rms_norm(x, residual, config.rms_norm_eps)
         gqkv = self.gqkv_proj(normed).view(-1, 4, config.num_attention_heads, config.head_dim)
         gate, q, k, v = gqkv.unbind(1)
-        q, k = rope(q, k, table, layout.positions)
+        q, k = rope(q, k, where.table, layout.positions)
         key_offsets = None
         if cache is not None:
             k, v = cache.extend(slot, k, v)
             key_offsets = cache.key_offsets
-        attended = attention(q, k, v, gate, layout.offsets, layout.prefix, key_offsets)
+        window = config.attention_window
+        attended = attention(q, k, v, gate, layout.offsets, layout.prefix, key_offsets, where.rates, window)
         x = self.o_proj(attended.flatten(1))
         normed, residual = rms_norm(x, residual, config.rms_norm_eps)
         return self.down_proj(swiglu(self.gate_up_proj(normed))), residual
@@ -100,12 +117,12 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList([Block(config) for _ in range(config.num_layers_per_stack)])
 
     def forward(
-        self, state: Tensor, injection: Tensor, layout: Layout, table: Tensor, cache: Cache | None, visit: int
+        self, state: Tensor, injection: Tensor, layout: Layout, where: Positions, cache: Cache | None, visit: int
     ) -> Tensor:
         """One visit: (T, D) state + (T, D) injection -> (T, D), normalised."""
         x, residual = state, injection
         for index, block in enumerate(self.layers):
-            x, residual = block(x, residual, layout, table, cache, visit * len(self.layers) + index)
+            x, residual = block(x, residual, layout, where, cache, visit * len(self.layers) + index)
         return rms_norm(x, residual, self.eps)[0]
 
 
@@ -129,6 +146,8 @@ class HRM(nn.Module):
     """A hierarchical recurrent language model: two stacks, slow H and fast L, visited in nested cycles."""
 
     z_L_init: Tensor
+    rope_table: Tensor
+    xpos_rates: Tensor | None
 
     def __init__(self, config: HRMConfig) -> None:
         super().__init__()
@@ -138,8 +157,7 @@ class HRM(nn.Module):
         self.H_module = Stack(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("z_L_init", torch.empty(config.hidden_size))
-        table = rope_table(config.max_position_embeddings, config.head_dim, config.rope_theta)
-        self.register_buffer("rope_table", table, persistent=False)
+        self.reset_positions(config.max_position_embeddings)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -147,6 +165,13 @@ class HRM(nn.Module):
         for parameter in self.parameters():
             truncated_normal_(parameter, 1 / math.sqrt(parameter.shape[1]))
         truncated_normal_(self.z_L_init, 1.0)
+
+    def reset_positions(self, length: int) -> None:
+        """Make the tables for sequences of up to `length` tokens."""
+        table, rates = Positions.of(self.config, length)
+        device = self.z_L_init.device
+        self.register_buffer("rope_table", table.to(device), persistent=False)
+        self.register_buffer("xpos_rates", None if rates is None else rates.to(device), persistent=False)
 
     def states(
         self, ids: Tensor, layout: Layout, cache: Cache | None = None, horizon: int | None = None
@@ -157,8 +182,9 @@ class HRM(nn.Module):
         """
         config = self.config
         graded = graded_visits(config.H_cycles, config.L_cycles, horizon)
-        table = self.rope_table
-        assert isinstance(table, Tensor)
+        if self.xpos_rates is not None and (length := int(layout.positions.max()) + 1) > len(self.rope_table):
+            self.reset_positions(min(2 * length, config.context))
+        where = Positions(self.rope_table, self.xpos_rates)
         z_H = self.embed_tokens(ids) * config.embedding_scale
         if torch.is_autocast_enabled(z_H.device.type):
             z_H = z_H.to(torch.get_autocast_dtype(z_H.device.type))
@@ -168,9 +194,9 @@ class HRM(nn.Module):
                 visit = h * (config.L_cycles + 1) + l
                 with torch.set_grad_enabled(torch.is_grad_enabled() and (h, l) in graded):
                     if l < config.L_cycles:
-                        z_L = self.L_module(z_L, z_H, layout, table, cache, visit)
+                        z_L = self.L_module(z_L, z_H, layout, where, cache, visit)
                     else:
-                        z_H = self.H_module(z_H, z_L, layout, table, cache, visit)
+                        z_H = self.H_module(z_H, z_L, layout, where, cache, visit)
                 yield h, l, z_L if l < config.L_cycles else z_H
 
     def hidden(self, ids: Tensor, layout: Layout, cache: Cache | None = None, horizon: int | None = None) -> Tensor:
@@ -183,7 +209,7 @@ class HRM(nn.Module):
         """(B, T) int64 -> float32 logits (B, T, V).
 
         The first `prefix_length` tokens (one number, or one for each row) see each other both ways; None means the
-        whole of `ids`. Raises ValueError on ids out of range, a wrong shape, or more than max_position_embeddings.
+        whole of `ids`. Raises ValueError on ids out of range, a wrong shape, or more than `config.context`.
         """
         batch, length = self._check_ids(ids)
         prefix = self._check_prefix(prefix_length, batch, length)
@@ -210,19 +236,21 @@ class HRM(nn.Module):
 
         return load_model(path)
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write config.json and model.safetensors in the released hrm_text format."""
+    def save_pretrained(self, path: str | Path, allow_xpos: bool = False) -> None:
+        """Write config.json and model.safetensors in the released hrm_text format.
+
+        A model with xPos or an attention window is no such model: ValueError, unless `allow_xpos` asks for a checkpoint
+        that only hrmcore loads.
+        """
         from hrmcore.checkpoint import save_model
 
-        save_model(self, path)
+        save_model(self, path, allow_xpos=allow_xpos)
 
     def _check_ids(self, ids: Tensor) -> tuple[int, int]:
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.int64 or ids.numel() == 0:
             found = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
             raise ValueError(f"ids must be a non-empty (B, T) int64 tensor, got {found}")
-        if ids.shape[1] > self.config.max_position_embeddings:
-            limit = self.config.max_position_embeddings
-            raise ValueError(f"ids has {ids.shape[1]} tokens, the context (max_position_embeddings) is {limit}")
+        self.config.check_length(ids.shape[1])
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.config.vocab_size:
             wrong = low if low < 0 else high

@@ -51,6 +51,8 @@ class PackedRunner:
     def __init__(
         self, config: HRMConfig, dtype: str, kv_dtype: str | None, threads: int | None, cache_bytes: int
     ) -> None:
+        if config.position_encoding != "rope" or config.attention_window:
+            raise ValueError("the engine does not run xPos or an attention window yet; HRM.from_pretrained does")
         self.config = config
         self.dtype = dtype
         self.parameters = sum(math.prod(key.shape) for key in key_table(config))

@@ -136,7 +136,10 @@ class Trainer:
         """Write the averaged weights (bfloat16) and the tokenizer as an hrm_text checkpoint."""
         with self._averaged():
             folder = self.out / "checkpoint"
-            save_model(self.model, folder, dtype=torch.bfloat16, tokenizer_folder=self.config.tokenizer)
+            # The run file asked for xPos, if this is xPos; the checkpoint says so, and hrmcore loads it.
+            save_model(
+                self.model, folder, dtype=torch.bfloat16, tokenizer_folder=self.config.tokenizer, allow_xpos=True
+            )
 
     def evaluate(self) -> dict[str, float]:
         """Mean held-out loss a supervised token, in nats, of the averaged weights; empty without held-out files."""

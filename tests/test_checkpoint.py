@@ -235,7 +235,7 @@ def test_where_rope_theta_comes_from(folder: Path, changes: dict[str, Any], thet
         *[("rope_scaling", wrong) for wrong in ({"type": "linear", "factor": 2.0}, {"rope_type": "yarn"}, "linear", 2)],
         *[("rope_parameters", wrong) for wrong in ({"rope_type": "dynamic", "rope_theta": 1e4}, [1], True)],
         ("quantization_config", {"bits": 4}),
-        ("position_encoding", "xpos"),
+        ("position_encoding", "alibi"),
         *[("num_hidden_layers", wrong) for wrong in (None, 0, "2", 2.0)],
         *[("vocab_size", wrong) for wrong in (None, 0, -1, 1e9, [50])],
         *[("head_dim", wrong) for wrong in (None, 7)],

@@ -52,8 +52,8 @@ def attention_ref(
     """The specification: out = sigmoid(gate) * softmax(q k^T / sqrt(d)) v, each sequence on its own; (T, H, d).
 
     Query i of a sequence stands at p = (key length - query length) + i and sees key j iff j < max(prefix, p + 1), and
-    with a window W only if |p // W - j // W| <= 1. With rates (xPos), the channels c and c + d/2 of q k^T are multiplied
-    by exp(rates[c] |p - j|). Sources: arXiv 2605.20613 (PrefixLM mask and sigmoid gate), 2212.10554 (xPos, window).
+    with a window W only if |p // W - j // W| <= 1. With rates (xPos), channels c and c + d/2 of q k^T are multiplied by
+    exp(rates[c] |p - j|). Sources: arXiv 2605.20613 (PrefixLM mask and sigmoid gate), 2212.10554 (xPos, window).
     """
     query_bounds = offsets.tolist()
     key_bounds = query_bounds if key_offsets is None else key_offsets.tolist()

@@ -23,7 +23,8 @@ def rope_table(length: int, head_dim: int, theta: float = 10000.0, exact: bool =
     """The angles of positions 0 … length - 1 as (P, d) float32: a row is cos (d/2), then sin (d/2).
 
     Every step is rounded to float32 as in the released models: inv_freq_i = theta^(-2i/d), angle = position inv_freq_i.
-    With `exact` only the result is rounded: at position 65,536 the other angles are off by up to 0.004. Raises ValueError on a length below 1, a head_dim that is odd or below 2, or a theta that is not positive.
+    With `exact` only the result is rounded: at position 65,536 the other angles are off by up to 0.004.
+    Raises ValueError on a length below 1, a head_dim that is odd or below 2, or a theta that is not positive.
     """
     if length < 1:
         raise ValueError(f"rope_table: length must be at least 1, got {length}")
@@ -40,8 +41,9 @@ def rope_table(length: int, head_dim: int, theta: float = 10000.0, exact: bool =
 def xpos_rates(head_dim: int, scale_base: int = 512) -> Tensor:
     """How xPos fades a score with the distance between query and key: (d/2) float32, for `attention`.
 
-    Channel pair i is multiplied by zeta_i^(distance / scale_base) = exp(rate_i distance), zeta_i = (2i + 0.4 d) / (1.4 d).
-    Source: arXiv 2212.10554. Raises ValueError on a head_dim that is odd or below 2, or a scale_base below 1.
+    Channel pair i is multiplied by zeta_i^(distance / scale_base) = exp(rate_i distance), where
+    zeta_i = (2i + 0.4 d) / (1.4 d). Source: arXiv 2212.10554. Raises ValueError on a head_dim that is odd or below 2,
+    or a scale_base below 1.
     """
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"xpos_rates: head_dim must be even and at least 2, got {head_dim}")
