@@ -215,7 +215,7 @@ def _required(values: dict[str, Any], key: str) -> Any:
     return values[key]
 
 
-def _released_config(config: HRMConfig, dtype: torch.dtype) -> dict[str, Any]:
+def released_config(config: HRMConfig, dtype: torch.dtype) -> dict[str, Any]:
     """What `config.json` says about a model: the keys of the released checkpoints, depth as the per-stack count."""
     values = config.to_dict()
     depth = values.pop("num_layers_per_stack")
@@ -380,7 +380,7 @@ def save_model(
         _refuse_own_keys(model.config)
     folder, dtype = Path(folder), dtype or torch.float32
     weights = _released_weights(model, dtype)
-    config = json.dumps(_released_config(model.config, dtype), indent=2) + "\n"
+    config = json.dumps(released_config(model.config, dtype), indent=2) + "\n"
     copies = _tokenizer_files(tokenizer_folder)
     if (folder / INDEX_FILE).exists():
         raise ValueError(f"{folder}: holds a sharded checkpoint ({INDEX_FILE}), save into another folder")

@@ -32,6 +32,7 @@ COMMANDS = {
     "prepare": Command("tokenise records into a store to train from", "hrmcore.prepare"),
     "train": Command("train a model as a run file says", "hrmcore.train"),
     "eval": Command("ask a model questions and score its answers", "hrmcore.evals.command"),
+    "grow": Command("make a larger model that computes the same", "hrmcore.growth_command"),
     "plan": Command("what a training run costs, before it starts", "hrmcore.plan"),
 }
 

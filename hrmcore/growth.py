@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +73,10 @@ KINDS = {
     "lm_head": Kind(("vocab_size", "hidden_size"), power=-1),
 }
 
+_BLOCK = 1 << 18  # numbers drawn at a time
+
+GROWTH_KEY = "growth"  # of a training state's metadata
+
 # A weight scaled by a has gradients divided by a. Optimizer state -> the power of a that scales its old entries.
 STATES = {"ema": 1, "exp_avg": -1, "exp_avg_sq": -2, "hessian": -2}
 
@@ -81,7 +87,7 @@ class Growth:
 
     Old entries keep their place, new ones are drawn from `seed`, the tensor's name and both sizes: the same on every
     machine and in any order. New layers are blocks that add 0, on top of the stack, or after each old layer in turn
-    when `interleaved`. More cycles change the function, so they need `change_cycles`.
+    when `interleaved`. More cycles change the function, so they need `change_function`.
 
     In mode "masked" the new writing entries are to become random times a scalar that rises linearly from 0 to 1 over
     `mask_steps` steps: they begin at 0 as in mode "zero", and the training loop calls `advance` after each step.
@@ -93,7 +99,7 @@ class Growth:
     mode: str = "zero"
     mask_steps: int = 0
     interleaved: bool = False
-    change_cycles: bool = False
+    change_function: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -104,8 +110,10 @@ class Growth:
             _check_growth(field.name, getattr(self.before, field.name), getattr(self.after, field.name))
         if self.before == self.after:
             raise ValueError(f"grow: no size differs; give one of {', '.join(SIZES)}")
-        if any(getattr(self.before, key) != getattr(self.after, key) for key in _CYCLES) and not self.change_cycles:
-            raise ValueError("grow: other cycles change the model's function; if that is meant, ask for change_cycles")
+        if any(getattr(self.before, key) != getattr(self.after, key) for key in _CYCLES) and not self.change_function:
+            raise ValueError(
+                "grow: other cycles change the model's function; if that is meant, ask for change_function"
+            )
         if self.after.embedding_scale != _embedding_scale(self.before, self.after.hidden_size):
             expected = _embedding_scale(self.before, self.after.hidden_size)
             raise ValueError(f"grow: embedding_scale must become {expected}, got {self.after.embedding_scale}")
@@ -131,6 +139,10 @@ class Growth:
         places = [layer * new // old for layer in range(old)] if self.interleaved else list(range(old))
         layer = int(match[2])
         return f"{match[1]}{places.index(layer)}{match[3]}" if layer in places else None
+
+    def alike(self, name: str) -> str:
+        """The tensor of the smaller model that this one grows from or, in a new layer, takes after."""
+        return self.source(name) or re.sub(r"\.layers\.\d+\.", ".layers.0.", name)
 
     def factor(self, name: str, power: int = 1) -> float:
         """What the old entries of a weight are multiplied by (a in STATES), to some power."""
@@ -215,9 +227,8 @@ class Growth:
                 group_of[names[parameter]] = index
         groups: list[dict[str, Any]] = [{**group, "params": []} for group in optimizer.param_groups]
         for name, parameter in bigger.named_parameters():
-            alike = self.source(name) or re.sub(r"\.layers\.\d+\.", ".layers.0.", name)
-            if alike in group_of:
-                groups[group_of[alike]]["params"].append(parameter)
+            if self.alike(name) in group_of:
+                groups[group_of[self.alike(name)]]["params"].append(parameter)
         return groups
 
     @torch.no_grad()
@@ -263,7 +274,11 @@ class Growth:
         generator = torch.Generator().manual_seed(
             int.from_bytes(hashlib.sha256(described.encode()).digest()[:8], "big")
         )
-        return truncated_normal_(torch.empty(shape), 1 / math.sqrt(shape[1]) if len(shape) == 2 else 1.0, generator)
+        grown = torch.empty(shape)
+        std = 1 / math.sqrt(shape[1]) if len(shape) == 2 else 1.0
+        for block in grown.view(-1).split(_BLOCK):  # torch needs several times the memory of what it fills at once
+            truncated_normal_(block, std, generator)
+        return grown
 
     def _old_part(self, grown: Tensor, kind: Kind) -> Tensor:
         """The view of a grown tensor that the old entries fill, its projections apart."""
@@ -285,9 +300,9 @@ def grow(
 ) -> HRM:
     """A larger HRM with the same function: logits of old tokens are equal up to the order of floating-point sums.
 
-    Sizes that are None stay. `options` are the fields of Growth (seed, mode, mask_steps, interleaved, change_cycles);
+    Sizes that are None stay. `options` are the fields of Growth (seed, mode, mask_steps, interleaved, change_function);
     make a Growth yourself to grow an optimizer along, or to raise the scalar of mode "masked". Raises ValueError on a
-    size that shrinks, a head count that does not divide the width, and cycles without `change_cycles`.
+    size that shrinks, a head count that does not divide the width, and cycles without `change_function`.
 
     >>> bigger = hrmcore.grow(model, hidden_size=2 * model.config.hidden_size)
     """
@@ -302,6 +317,24 @@ def grow(
     }
     given = {key: size for key, size in sizes.items() if size is not None}
     return Growth.of(model.config, given, **options).model(model)
+
+
+def state_metadata(growth: Growth, step: int) -> dict[str, str]:
+    """What a training state's metadata says of a growth at a step: the model's config and, in mode masked, the rest."""
+    metadata = {"model_config": json.dumps(growth.after.to_dict())}
+    if growth.mask_steps:
+        metadata[GROWTH_KEY] = json.dumps({**dataclasses.asdict(growth), "step": step})
+    return metadata
+
+
+def growth_under_way(metadata: Mapping[str, str]) -> tuple[Growth, int] | None:
+    """The growth in mode masked that a training state was in the middle of, and the step at which it began."""
+    if GROWTH_KEY not in metadata:
+        return None
+    values = json.loads(metadata[GROWTH_KEY])
+    step = values.pop("step")
+    before, after = (HRMConfig.from_dict(values.pop(key)) for key in ("before", "after"))
+    return Growth(before, after, **values), step
 
 
 def kind_of(name: str) -> Kind:

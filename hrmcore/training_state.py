@@ -15,7 +15,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hrmcore.tensor_file import write_tensors
+
 FORMAT = "hrmcore-training-state"
 VERSION = "1"
 STATES = "states"
 
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 _BLOCK = 1 << 22  # bytes read at a time
 _TEMPORARY = ".writing.tmp"
 
@@ -43,18 +44,11 @@ def save_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappin
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise FloatingPointError(f"{path}: not written, because {name} is not finite")
-    blocks = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
-    header = _header(blocks, metadata)
+    shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in sorted(tensors.items())}
     temporary = path.with_name(_TEMPORARY)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(len(header).to_bytes(8, "little"))
-            file.write(header)
-            for tensor in blocks.values():
-                file.write(_bytes_of(tensor))
-            file.flush()
-            os.fsync(file.fileno())
+        write_tensors(temporary, shapes, tensors.__getitem__, completed(metadata))
         os.replace(temporary, path)
         _sync(path.parent)
     except OSError as error:
@@ -70,6 +64,17 @@ def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises FileNotFoundError without the file, ValueError when it is not what was written.
     """
     path = Path(path)
+    names, metadata = verify(path)
+    try:
+        with safe_open(path, "pt") as tensors:
+            # Copies: the library's tensors are views of the file.
+            return {name: tensors.get_tensor(name).clone() for name in names}, metadata
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged ({error})") from None
+
+
+def verify(path: Path) -> tuple[list[str], dict[str, str]]:
+    """Read a state once and compare its checksums; returns its tensors' names and its metadata. Raises ValueError."""
     start, entries, metadata = _read_header(path)
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -78,12 +83,7 @@ def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             digest.update(block)
     if digest.hexdigest() != metadata["sha256"]:
         raise ValueError(f"{path}: damaged, the tensors' checksum is not the one that was written")
-    try:
-        with safe_open(path, "pt") as tensors:
-            # Copies: the library's tensors are views of the file.
-            return {name: tensors.get_tensor(name).clone() for name in entries}, metadata
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged ({error})") from None
+    return list(entries), metadata
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -191,18 +191,14 @@ class StateWriter:
             self._error = error
 
 
-def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The safetensors header (github.com/huggingface/safetensors), filled up so that the data is aligned."""
-    entries: dict[str, Any] = {}
-    digest, end = hashlib.sha256(), 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-        digest.update(_bytes_of(tensor))
-    known = {**metadata, "format": FORMAT, "version": VERSION, "sha256": digest.hexdigest()}
-    known["header_sha256"] = _header_digest(entries, known)
-    text = json.dumps({"__metadata__": known, **entries}).encode()
-    return text + b" " * (-len(text) % 64)
+def completed(metadata: Mapping[str, str]) -> Callable[[Mapping[str, Any], str], dict[str, str]]:
+    """For `write_tensors`: a state's metadata from what the trainer gives, the header's entries and the checksum."""
+
+    def complete(entries: Mapping[str, Any], sha256: str) -> dict[str, str]:
+        known = {**metadata, "format": FORMAT, "version": VERSION, "sha256": sha256}
+        return {**known, "header_sha256": _header_digest(entries, known)}
+
+    return complete
 
 
 def _header_digest(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
@@ -228,10 +224,6 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any], dict[str, str]]:
     if _header_digest(entries, metadata) != metadata.get("header_sha256"):
         raise ValueError(f"{path}: damaged, the header's checksum is not the one that was written")
     return 8 + length, entries, metadata
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _sync(folder: Path) -> None:

@@ -425,8 +425,8 @@ def test_mode_masked_begins_at_the_old_function_and_ends_at_random_entries() -> 
         ({"hidden_size": 48, "num_layers_per_stack": 1}, "num_layers_per_stack would shrink from 2 to 1"),
         ({"hidden_size": 33}, "hidden_size 33 must be a multiple of num_attention_heads 2"),
         ({"num_attention_heads": 3}, "hidden_size 32 must be a multiple of num_attention_heads 3"),
-        ({"H_cycles": 3}, "cycles change the model's function; if that is meant, ask for change_cycles"),
-        ({"L_cycles": 1, "change_cycles": True}, "L_cycles would shrink from 2 to 1"),
+        ({"H_cycles": 3}, "cycles change the model's function; if that is meant, ask for change_function"),
+        ({"L_cycles": 1, "change_function": True}, "L_cycles would shrink from 2 to 1"),
         ({}, "no size differs"),
         ({"hidden_size": 32}, "no size differs"),
         ({"hidden_size": 0}, "hidden_size must be a whole number of at least 1, got 0"),
@@ -445,7 +445,7 @@ def test_what_is_not_growing_is_refused(sizes: dict[str, Any], message: str) -> 
 
 def test_cycles_change_only_when_asked_for() -> None:
     model = make_model()
-    bigger = grow(model, H_cycles=3, change_cycles=True)
+    bigger = grow(model, H_cycles=3, change_function=True)
     assert bigger.config.H_cycles == 3
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in bigger.state_dict().items())
 

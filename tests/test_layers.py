@@ -18,12 +18,12 @@ PACKAGE = Path(hrmcore.__file__).parent
 LAYERS = [
     {"_C"},
     {"config", "tokenizer", "sampling", "ops"},
-    {"model", "optim", "data", "planner"},
+    {"model", "optim", "data", "planner", "tensor_file"},
     {"checkpoint", "growth", "runner", "microbench", "store"},
     {"packed", "training_state", "curvature"},
-    {"run_config"},
+    {"run_config", "growth_files"},
     {"train", "engine", "lens", "plots"},
-    {"generate", "bench", "convert", "prepare", "plan"},
+    {"generate", "bench", "convert", "prepare", "plan", "growth_command"},
     {"repl", "evals"},
     {"cli"},
     {"__main__"},
@@ -34,7 +34,7 @@ LATE = {("model", "checkpoint")}
 NEVER_EAGER = {"transformers", "reasoning_gym", "wandb", "matplotlib", "lm_eval", "openai", "gguf", "huggingface_hub"}
 FREE_OF_TORCH = [
     *("config", "tokenizer", "sampling", "data", "store", "planner", "checkpoint", "packed", "engine"),
-    *("generate", "bench", "convert", "prepare", "plan", "repl", "cli"),
+    *("generate", "bench", "convert", "prepare", "plan", "growth_command", "repl", "cli"),
     *("evals.harness", "evals.iq", "evals.reasoning_gym", "evals.runners", "evals.command"),
 ]
 

@@ -1,0 +1,60 @@
+"""Writing a safetensors file one tensor at a time (the format: github.com/huggingface/safetensors)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+
+
+def write_tensors(
+    path: Path,
+    shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensor_of: Callable[[str], Tensor],
+    metadata: Callable[[Mapping[str, Any], str], Mapping[str, str]],
+) -> None:
+    """Write a file and flush it to the disk; no more than one tensor of it is held at any time.
+
+    `metadata` makes the header's metadata from its entries (dtype, shape, data_offsets by name) and the sha256 of the
+    tensors' bytes. It is called twice, first without knowing the checksum, and both answers must be of one length.
+    Raises ValueError when `tensor_of` gives a tensor of another dtype or shape than announced.
+    """
+    entries: dict[str, Any] = {}
+    end = 0
+    for name, (dtype, shape) in shapes.items():
+        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        entries[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    digest = hashlib.sha256()
+    blank = _header(entries, metadata(entries, "0" * 64))
+    with path.open("wb") as file:
+        file.write(blank)
+        for name, announced in shapes.items():
+            tensor = tensor_of(name).detach().cpu().contiguous()
+            if (tensor.dtype, tuple(tensor.shape)) != announced:
+                raise ValueError(f"{name}: is {tensor.dtype} {tuple(tensor.shape)}, {announced} was announced")
+            block = tensor.reshape(-1).view(torch.uint8).numpy().data
+            digest.update(block)
+            file.write(block)
+            del tensor, block
+        header = _header(entries, metadata(entries, digest.hexdigest()))
+        if len(header) != len(blank):
+            raise ValueError(f"{path}: the metadata's length depends on the checksum's value")
+        file.seek(0)
+        file.write(header)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _header(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+    """Length and JSON, filled up so that the data is aligned."""
+    text = json.dumps({"__metadata__": dict(metadata), **entries}).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    return len(text).to_bytes(8, "little") + text
