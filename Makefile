@@ -1,15 +1,16 @@
 # make run   builds, installs into .venv and opens the interactive prompt (needs Python >= 3.10, a C++17 compiler)
 # make test  builds, installs and runs every test
+# make cuda  compiles the CUDA kernels for every target and checks what ptxas says of them (needs nvcc, no GPU)
 # make sanitize  runs the op and core tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 BUILD_TOOLS := "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.24" ninja
-NATIVE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h cmake/*)
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+NATIVE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh cmake/*)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: run test lint format sanitize clean
+.PHONY: run test lint format cuda cuda-table sanitize clean
 
 run: $(VENV)/installed
 	$(BIN)/hrmcore repl
@@ -28,6 +29,21 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+CUDA_LOG := build/cuda/ptxas.log
+
+$(CUDA_LOG): $(VENV)/installed-dev $(NATIVE)
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/cuda -G Ninja -DHRMCORE_CUDA=ON -DHRMCORE_EMULATOR=OFF \
+	  -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
+	$(BIN)/cmake --build build/cuda --target clean
+	$(BIN)/cmake --build build/cuda --target _C_cuda > $@.part 2>&1 || { cat $@.part; exit 1; }
+	mv $@.part $@
+
+cuda: $(CUDA_LOG)
+	$(BIN)/python cmake/check_ptxas.py $(CUDA_LOG) csrc/ptxas.txt
+
+cuda-table: $(CUDA_LOG)
+	$(BIN)/python cmake/check_ptxas.py $(CUDA_LOG) csrc/ptxas.txt --update
+
 # The tests run from an environment and a folder of their own: the editable install, or the sources in the working
 # directory, would win over the instrumented module. Python's own leaks are not ours to report.
 SANITIZED := build/sanitize
@@ -44,7 +60,7 @@ sanitize: $(VENV)/installed-dev
 	  $(BIN)/cmake --install $(SANITIZED) --prefix "$$site" && $(BIN)/python $(SITE_PACKAGES) > "$$site/dev.pth"
 	cd $(SANITIZED) && LD_PRELOAD="$(SANITIZERS)" PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 	  venv/bin/python "$(CURDIR)/$(BIN)/pytest" -c "$(CURDIR)/pyproject.toml" -p no:cacheprovider --capture=sys \
-	  "$(CURDIR)/tests/ops" "$(CURDIR)/tests/test_core.py" "$(CURDIR)/tests/test_optim.py" -k "not opcheck and not twice and not memory"
+	  "$(CURDIR)/tests/ops" "$(CURDIR)/tests/test_core.py" "$(CURDIR)/tests/test_optim.py" -k "not opcheck and not twice and not memory and not emulated and not schedule and not on_cuda"
 	cd $(SANITIZED) && printf "leak:%s\n" bin/python libpython lib-dynload numpy openblas ld-linux > not_ours.txt && \
 	  LD_PRELOAD="$(SANITIZERS)" PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=1:malloc_context_size=3 \
 	  LSAN_OPTIONS=suppressions=not_ours.txt venv/bin/python "$(CURDIR)/tests/leaks.py" 20

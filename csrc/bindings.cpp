@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "core/device.h"
 #include "core/isa.h"
 #include "core/machine_limits.h"
 #include "core/tensor.h"
@@ -94,9 +95,13 @@ class Borrowed {
       v.strides[axis] = t->strides != nullptr ? t->strides[axis] : packed;
       packed *= t->shape[axis];
     }
+    if (v.device == hrmcore::Device::cuda) device_ = v.device;
     capsules_.push_back(std::move(capsule));
     return v;
   }
+
+  const char* op() const { return op_; }
+  hrmcore::Device device() const { return device_; }  // CUDA once any operand is there
 
   hrmcore::TensorView optional(const py::object& array, const char* argument) {
     return array.is_none() ? hrmcore::TensorView{} : view(array, argument);
@@ -112,6 +117,7 @@ class Borrowed {
   }
 
   const char* op_;
+  hrmcore::Device device_ = hrmcore::Device::cpu;
   std::vector<py::object> capsules_;
 };
 
@@ -120,6 +126,26 @@ void run(const Args& args, void (*kernel)(const Args&) noexcept) {
   check(args);
   py::gil_scoped_release unlocked;
   kernel(args);
+}
+
+// The same for an op that has CUDA kernels: runs where its operands are, on CUDA in the order of the stream.
+template <class Args>
+void run(const Borrowed& borrowed, std::uintptr_t stream, const Args& args,
+         void (*kernel)(const Args&) noexcept) {
+  check(args);
+  if (borrowed.device() == hrmcore::Device::cpu && !hrmcore::emulating_cuda()) {
+    py::gil_scoped_release unlocked;
+    kernel(args);
+    return;
+  }
+  using Launch = const char* (*)(const Args&, void*);
+  const auto launch = reinterpret_cast<Launch>(hrmcore::device_kernel(borrowed.op()));
+  const char* error = nullptr;
+  {
+    py::gil_scoped_release unlocked;
+    error = launch(args, reinterpret_cast<void*>(stream));
+  }
+  if (error != nullptr) throw std::runtime_error(std::string(borrowed.op()) + " on CUDA: " + error);
 }
 
 void bind_attention(py::module_& m) {
@@ -201,20 +227,27 @@ void bind_optim(py::module_& m) {
 }
 
 void bind_rms_norm(py::module_& m) {
-  m.def("rms_norm_forward", [](const py::object& x, const py::object& residual, const py::object& y,
-                               const py::object& sum, double eps) {
-    Borrowed b("rms_norm_forward");
-    run<hrmcore::RmsNormForward>(
-        {b.view(x, "x"), b.optional(residual, "residual"), b.view(y, "y"), b.optional(sum, "sum"), eps},
-        hrmcore::rms_norm_forward);
-  });
-  m.def("rms_norm_backward", [](const py::object& u, const py::object& grad_y, const py::object& grad_sum,
-                                const py::object& grad_u, double eps) {
-    Borrowed b("rms_norm_backward");
-    run<hrmcore::RmsNormBackward>({b.view(u, "u"), b.view(grad_y, "grad_y"), b.optional(grad_sum, "grad_sum"),
-                                   b.view(grad_u, "grad_u"), eps},
-                                  hrmcore::rms_norm_backward);
-  });
+  m.def(
+      "rms_norm_forward",
+      [](const py::object& x, const py::object& residual, const py::object& y, const py::object& sum,
+         double eps, std::uintptr_t stream) {
+        Borrowed b("rms_norm_forward");
+        const hrmcore::RmsNormForward args{b.view(x, "x"), b.optional(residual, "residual"), b.view(y, "y"),
+                                           b.optional(sum, "sum"), eps};
+        run(b, stream, args, hrmcore::rms_norm_forward);
+      },
+      py::arg("x"), py::arg("residual"), py::arg("y"), py::arg("sum"), py::arg("eps"), py::arg("stream") = 0);
+  m.def(
+      "rms_norm_backward",
+      [](const py::object& u, const py::object& grad_y, const py::object& grad_sum, const py::object& grad_u,
+         double eps, std::uintptr_t stream) {
+        Borrowed b("rms_norm_backward");
+        const hrmcore::RmsNormBackward args{b.view(u, "u"), b.view(grad_y, "grad_y"),
+                                            b.optional(grad_sum, "grad_sum"), b.view(grad_u, "grad_u"), eps};
+        run(b, stream, args, hrmcore::rms_norm_backward);
+      },
+      py::arg("u"), py::arg("grad_y"), py::arg("grad_sum"), py::arg("grad_u"), py::arg("eps"),
+      py::arg("stream") = 0);
 }
 
 void bind_rope(py::module_& m) {
@@ -424,6 +457,7 @@ void bind_runtime(py::module_& m) {
     for (hrmcore::Isa isa : hrmcore::supported_isas()) names.emplace_back(hrmcore::name(isa));
     return names;
   });
+  m.def("emulate_cuda", &hrmcore::emulate_cuda);
   m.def("num_threads", &hrmcore::num_threads);
   m.def("set_num_threads", &hrmcore::set_num_threads);
   if (const char* forced = std::getenv("HRMCORE_ISA"); forced != nullptr && *forced != '\0') {

@@ -5,6 +5,12 @@
 #include <initializer_list>
 #include <string>
 
+#if defined(__CUDACC__)
+#define HRMCORE_HOST_DEVICE __host__ __device__
+#else
+#define HRMCORE_HOST_DEVICE
+#endif
+
 namespace hrmcore {
 
 enum class DType : std::uint8_t { f32, f64, bf16, i8, u8, u16, i32, i64, other };
@@ -23,9 +29,9 @@ struct TensorView {
   std::int64_t shape[max_rank] = {};
   std::int64_t strides[max_rank] = {};
 
-  bool given() const { return rank >= 0; }
+  HRMCORE_HOST_DEVICE bool given() const { return rank >= 0; }
   template <class T>
-  T* as() const {
+  HRMCORE_HOST_DEVICE T* as() const {
     return static_cast<T*>(data);
   }
 };
@@ -36,6 +42,8 @@ class Check {
  public:
   Check(const char* op, const char* argument, const TensorView& tensor);
   const Check& cpu() const;
+  const Check& cpu_or_cuda() const;
+  const Check& beside(const TensorView& other, const char* other_name) const;  // on the same device
   const Check& dtype(std::initializer_list<DType> allowed) const;
   const Check& rank(int expected) const;
   const Check& size(int axis, std::int64_t expected,

@@ -9,7 +9,7 @@ namespace {
 
 void check_rows(const char* op, const char* argument, const TensorView& tensor, const TensorView& like) {
   Check(op, argument, tensor)
-      .cpu()
+      .beside(like, "the input")
       .rank(2)
       .dtype({like.dtype})
       .same_shape(like, "the input")
@@ -17,7 +17,7 @@ void check_rows(const char* op, const char* argument, const TensorView& tensor, 
 }
 
 void check_input(const char* op, const char* argument, const TensorView& tensor, double eps) {
-  Check(op, argument, tensor).cpu().rank(2).dtype({DType::f32, DType::bf16}).last_contiguous();
+  Check(op, argument, tensor).cpu_or_cuda().rank(2).dtype({DType::f32, DType::bf16}).last_contiguous();
   if (tensor.shape[1] < 1) reject(op, argument, "at least one column wide (D)", "0");
   if (!(eps >= 0) || eps > 1) reject(op, "eps", "between 0 and 1", std::to_string(eps));
 }

@@ -6,6 +6,11 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 
+import torch
+from torch import Tensor
+
+DEVICES = ("cpu", "cuda")
+
 _reference: ContextVar[bool] = ContextVar("hrmcore_reference_ops", default=False)
 
 
@@ -22,3 +27,8 @@ def reference_ops() -> Iterator[None]:
         yield
     finally:
         _reference.reset(token)
+
+
+def stream_of(x: Tensor) -> int:
+    """The CUDA stream, as a number, in whose order a kernel on `x` must run; 0 on the CPU."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0

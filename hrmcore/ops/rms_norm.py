@@ -1,4 +1,4 @@
-"""RMSNorm without gain, optionally after a residual add. Kernels: csrc/ops/rms_norm.{h,cpp}.
+"""RMSNorm without gain, optionally after a residual add. Kernels: csrc/ops/rms_norm.{h,cpp,cu}.
 
 Shapes: T tokens, D width.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
 from hrmcore import _C
-from hrmcore.ops.backend import reference_active
+from hrmcore.ops.backend import DEVICES, reference_active, stream_of
 
 
 def rms_norm_ref(x: Tensor, residual: Tensor | None = None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -37,25 +37,26 @@ def rms_norm(x: Tensor, residual: Tensor | None = None, eps: float = 1e-6) -> tu
     return _add_rms_norm(x, residual, eps)
 
 
-@torch.library.custom_op("hrmcore::rms_norm", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("hrmcore::rms_norm", mutates_args=(), device_types=DEVICES)
 def _rms_norm(x: Tensor, eps: float) -> Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype)
-    _C.rms_norm_forward(to_dlpack(x), None, to_dlpack(y), None, eps)
+    y = x.new_empty(x.shape)
+    _C.rms_norm_forward(to_dlpack(x), None, to_dlpack(y), None, eps, stream_of(x))
     return y
 
 
-@torch.library.custom_op("hrmcore::add_rms_norm", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("hrmcore::add_rms_norm", mutates_args=(), device_types=DEVICES)
 def _add_rms_norm(x: Tensor, residual: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    y, total = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
-    _C.rms_norm_forward(to_dlpack(x), to_dlpack(residual), to_dlpack(y), to_dlpack(total), eps)
+    y, total = x.new_empty(x.shape), x.new_empty(x.shape)
+    _C.rms_norm_forward(to_dlpack(x), to_dlpack(residual), to_dlpack(y), to_dlpack(total), eps, stream_of(x))
     return y, total
 
 
-@torch.library.custom_op("hrmcore::rms_norm_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("hrmcore::rms_norm_backward", mutates_args=(), device_types=DEVICES)
 def _rms_norm_backward(u: Tensor, grad_y: Tensor, grad_sum: Tensor | None, eps: float) -> Tensor:
-    grad_u = torch.empty(u.shape, dtype=u.dtype)
+    grad_u = u.new_empty(u.shape)
     grad_sum = None if grad_sum is None else to_dlpack(grad_sum.contiguous())
-    _C.rms_norm_backward(to_dlpack(u), to_dlpack(grad_y.contiguous()), grad_sum, to_dlpack(grad_u), eps)
+    operands = to_dlpack(u), to_dlpack(grad_y.contiguous()), grad_sum, to_dlpack(grad_u)
+    _C.rms_norm_backward(*operands, eps, stream_of(u))
     return grad_u
 
 

@@ -2,6 +2,7 @@ import re
 
 import pytest
 import torch
+from emulator import counters, emulated_cuda, same_bits_for_every_schedule
 from oracle import DTYPES, bound, call, framed, listed, only_inside_written, poisoned, relative_error, same_bits
 
 from hrmcore import _C
@@ -17,7 +18,7 @@ def doubled(case):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("index", range(len(list(cases()))))
-def test_forward_kernel(isa, dtype, index):
+def test_forward_kernel(backend, dtype, index):
     case = listed(cases, dtype)[index]
     x, residual, eps = case.values()
     y, total = poisoned(*x.shape, dtype=dtype), poisoned(*x.shape, dtype=dtype)
@@ -36,7 +37,7 @@ def test_forward_kernel(isa, dtype, index):
 @pytest.mark.parametrize("with_grad_sum", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("index", range(len(list(cases()))))
-def test_backward_kernel(isa, dtype, index, with_grad_sum):
+def test_backward_kernel(backend, dtype, index, with_grad_sum):
     case = listed(cases, dtype)[index]
     u, eps = case["x"], case["eps"]
     grad_y, grad_sum = torch.randn(2, *u.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -64,7 +65,7 @@ def test_autograd(with_residual, used):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_same_bits_for_any_number_of_threads(isa, dtype):
+def test_same_bits_for_any_number_of_threads(backend, dtype):
     x, residual, _ = listed(cases, dtype)[-1].values()
 
     def compute():
@@ -72,6 +73,33 @@ def test_same_bits_for_any_number_of_threads(isa, dtype):
         return y, total, _rms_norm_backward(total, y, x, 1e-6)
 
     assert same_bits(compute)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("index", [3, 4])
+def test_same_bits_for_every_schedule(dtype, index):
+    x, residual, _ = listed(cases, dtype)[index].values()
+
+    def compute():
+        y, total = rms_norm(x, residual)
+        return y, total, _rms_norm_backward(total, y, x, 1e-6)
+
+    assert same_bits_for_every_schedule(compute)
+
+
+def test_traffic_on_cuda():
+    """What csrc/ops/rms_norm.cu says: inputs read twice, the second time from the cache, outputs written once."""
+    x = torch.ones(16, 64)
+    with emulated_cuda():
+        counters()
+        rms_norm(x)
+        assert (counters() | {"block_barriers": 0}) == {
+            "launches": 1,
+            "bytes_read": 2 * x.nbytes,
+            "bytes_written": x.nbytes,
+            "block_barriers": 0,
+            "grid_barriers": 0,
+        }
 
 
 def test_opcheck():

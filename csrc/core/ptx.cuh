@@ -1,0 +1,213 @@
+// Every asm statement of the kernels, each with its host meaning beside it: what it computes when the
+// emulator of csrc/testing runs the kernel. Fragment layouts are those of the PTX ISA 8.x, section "Matrix
+// multiply-accumulate operation using mma instruction", stated here independently of any kernel or weight
+// packer.
+//
+// Not in the host meaning: the tensor core's own rounding and order of summation (here: float32, k
+// ascending), the memory model's weakness, time.
+#pragma once
+
+#include <cstdint>
+
+// The caller's place in the source, a last parameter of everything that the emulator may find fault with.
+#if defined(__CUDACC__)
+#define HRMCORE_SITE
+#define HRMCORE_PASS_SITE
+#else
+#define HRMCORE_SITE , ::hrmcore::emulator::Site site = ::hrmcore::emulator::here()
+#define HRMCORE_PASS_SITE , site
+#endif
+
+namespace hrmcore::cuda {
+
+struct bf16 {
+  std::uint16_t bits;
+};
+
+// Two bf16 in one register, the first in the low half.
+using bf16x2 = std::uint32_t;
+
+// Round to nearest even; a NaN becomes the canonical NaN.
+__device__ __forceinline__ bf16 to_bf16(float x) {
+#if defined(__CUDACC__)
+  bf16 result;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+  return result;
+#else
+  const std::uint32_t bits = __float_as_uint(x);
+  if (x != x) return {0x7fff};
+  return {static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+#endif
+}
+
+__device__ __forceinline__ bf16x2 to_bf16x2(float low, float high) {
+#if defined(__CUDACC__)
+  bf16x2 result;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+#else
+  return to_bf16(low).bits | static_cast<std::uint32_t>(to_bf16(high).bits) << 16;
+#endif
+}
+
+#if !defined(__CUDACC__)
+namespace host {
+
+inline float half_of(bf16x2 pair, int which) {
+  return __uint_as_float((which == 0 ? pair << 16 : pair) & 0xffff0000u);
+}
+
+struct MmaInputs {
+  const float* c;
+  const bf16x2 *a, *b;
+};
+
+// Lane t holds, with g = t / 4 and h = t % 4: A rows g and g + 8, columns 2h, 2h + 1 and 8 more; B rows 2h,
+// 2h + 1 and 8 more, column g; C rows g and g + 8, columns 2h and 2h + 1.
+inline void mma_bf16(const void* const (&in)[32], void* const (&out)[32]) {
+  float a[16][16], b[16][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& fragments = *static_cast<const MmaInputs*>(in[lane]);
+    const int g = lane / 4, h = lane % 4;
+    for (int i = 0; i < 2; ++i) {
+      a[g][2 * h + i] = half_of(fragments.a[0], i);
+      a[g + 8][2 * h + i] = half_of(fragments.a[1], i);
+      a[g][2 * h + 8 + i] = half_of(fragments.a[2], i);
+      a[g + 8][2 * h + 8 + i] = half_of(fragments.a[3], i);
+      b[2 * h + i][g] = half_of(fragments.b[0], i);
+      b[2 * h + 8 + i][g] = half_of(fragments.b[1], i);
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    const float* c = static_cast<const MmaInputs*>(in[lane])->c;
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+      float sum = c[i];
+      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+      static_cast<float*>(out[lane])[i] = sum;
+    }
+  }
+}
+
+// Lane t's address is that of row t % 8 of matrix t / 8; register m of lane t gets from matrix m elements 2(t
+// % 4) and the next of row t / 4, or, transposed, of column t / 4.
+template <bool transposed>
+void ldmatrix(const void* const (&in)[32], void* const (&out)[32]) {
+  std::uint16_t elements[4][8][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    __builtin_memcpy(elements[lane / 8][lane % 8], *static_cast<const void* const*>(in[lane]), 16);
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    const int across = lane / 4, along = lane % 4 * 2;
+    for (int m = 0; m < 4; ++m) {
+      const auto& e = elements[m];
+      const std::uint32_t low = transposed ? e[along][across] : e[across][along];
+      const std::uint32_t high = transposed ? e[along + 1][across] : e[across][along + 1];
+      static_cast<std::uint32_t*>(out[lane])[m] = low | high << 16;
+    }
+  }
+}
+
+}  // namespace host
+#endif
+
+// C (16 x 8, float32) += A (16 x 16, bf16, by rows) B (16 x 8, bf16, by columns).
+__device__ __forceinline__ void mma_bf16(float (&c)[4], const bf16x2 (&a)[4],
+                                         const bf16x2 (&b)[2] HRMCORE_SITE) {
+#if defined(__CUDACC__)
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  const host::MmaInputs inputs{c, a, b};
+  float sums[4];
+  emulator::warp_operation("mma.sync", 0xffffffffu, &inputs, sums, host::mma_bf16, site);
+  for (int i = 0; i < 4; ++i) c[i] = sums[i];
+#endif
+}
+
+// Four 8 x 8 matrices of 16-bit elements from shared memory; `row` is this lane's row, 16-byte aligned.
+template <bool transposed>
+__device__ __forceinline__ void ldmatrix(std::uint32_t (&fragments)[4], const bf16* row HRMCORE_SITE) {
+#if defined(__CUDACC__)
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (transposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(fragments[0]), "=r"(fragments[1]), "=r"(fragments[2]), "=r"(fragments[3])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(fragments[0]), "=r"(fragments[1]), "=r"(fragments[2]), "=r"(fragments[3])
+                 : "r"(address)
+                 : "memory");
+  }
+#else
+  emulator::shared_access(row, 16, false, site);
+  emulator::warp_operation(transposed ? "ldmatrix.trans" : "ldmatrix", 0xffffffffu, &row, fragments,
+                           host::ldmatrix<transposed>, site);
+#endif
+}
+
+// Starts copying 16 bytes from global to shared memory; of those, the first `filled` are read and the rest
+// are zeros.
+__device__ __forceinline__ void copy_async(void* shared, const void* global, int filled HRMCORE_SITE) {
+#if defined(__CUDACC__)
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(filled)
+               : "memory");
+#else
+  emulator::copy_async(shared, global, 16, static_cast<std::size_t>(filled), site);
+#endif
+}
+
+// Closes a group of copies.
+__device__ __forceinline__ void commit_copies() {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+  emulator::commit_copies();
+#endif
+}
+
+// Waits until all but the newest `groups_left` groups of this thread's copies have landed, for this thread to
+// see.
+template <int groups_left>
+__device__ __forceinline__ void wait_for_copies(
+#if !defined(__CUDACC__)
+    emulator::Site site = emulator::here()
+#endif
+) {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.wait_group %0;" ::"n"(groups_left) : "memory");
+#else
+  emulator::wait_for_copies(groups_left, site);
+#endif
+}
+
+// Every thread of a cooperative launch, its grid of one dimension, waits for every other; what they wrote
+// before is seen by all after. `state` is one number in global memory, 0 before the first launch that uses
+// it; its top bit flips at every barrier.
+__device__ __forceinline__ void grid_barrier(std::uint32_t* state HRMCORE_SITE) {
+#if defined(__CUDACC__)
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const std::uint32_t more = blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1;
+    std::uint32_t before, now;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(state), "r"(more)
+                 : "memory");
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(state) : "memory");
+    } while (((before ^ now) & 0x80000000u) == 0);
+  }
+  __syncthreads();
+#else
+  static_cast<void>(state);
+  emulator::grid_barrier(site);
+#endif
+}
+
+}  // namespace hrmcore::cuda
