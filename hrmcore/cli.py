@@ -33,6 +33,7 @@ COMMANDS = {
     "train": Command("train a model as a run file says", "hrmcore.train"),
     "eval": Command("ask a model questions and score its answers", "hrmcore.evals.command"),
     "grow": Command("make a larger model that computes the same", "hrmcore.growth_command"),
+    "plot": Command("draw the curves of a training run", "hrmcore.plot"),
     "plan": Command("what a training run costs, before it starts", "hrmcore.plan"),
 }
 

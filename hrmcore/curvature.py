@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from hrmcore.data import PackedBatch
@@ -42,4 +43,5 @@ def hutchinson(
 
 def generator_of(seed: int, step: int) -> torch.Generator:
     """The random numbers of a step's curvature sample; no state is needed to have them again."""
-    return torch.Generator().manual_seed((seed << 32) ^ step)
+    mixed = np.random.SeedSequence([seed, step]).generate_state(1)  # torch takes the lower 32 bits of a seed only
+    return torch.Generator().manual_seed(int(mixed[0]))

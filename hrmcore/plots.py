@@ -118,3 +118,32 @@ def _noise_curves(axes: Any, curves: dict[str, list[dict[str, Any]]]) -> None:
 def _intervals(tasks: list[dict[str, Any]]) -> list[list[float]]:
     """The two sides of each 95% interval, as error bars take them."""
     return [[t["accuracy"] - t["low"] for t in tasks], [t["high"] - t["accuracy"] for t in tasks]]
+
+
+def training(rows: list[dict[str, float]], path: Path) -> None:
+    """Draw the steps that `hrmcore train` recorded: loss, held-out loss and answers, gradients, speed."""
+    panels = [
+        ("loss, nats a token", ("loss", "heldout_loss"), "log"),
+        ("held-out answers that are right", ("heldout_exact",), "linear"),
+        ("gradient norm", ("grad_norm",), "log"),
+        ("clipped fraction", ("clipped_fraction",), "linear"),
+        ("learning rate", ("learning_rate",), "linear"),
+        ("tokens/s", ("tokens_per_second",), "linear"),
+    ]
+    known = {key for row in rows for key in row}
+    panels = [panel for panel in panels if panel[1][0] in known]
+    figure, grid = _figure(-(-len(panels) // 2), 2, (11, 1 + 2.6 * -(-len(panels) // 2)))
+    for axes, (label, keys, scale) in zip(grid.flat, panels, strict=False):
+        for key in keys:
+            found = [(row["step"], row[key]) for row in rows if key in row]
+            if found:
+                marker = "o" if key.startswith("heldout") else None
+                axes.plot(*zip(*found, strict=True), label=key, linewidth=1, marker=marker, markersize=3)
+        axes.set_yscale(scale)
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        if len(keys) > 1:
+            axes.legend(frameon=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    figure.savefig(path, dpi=150)

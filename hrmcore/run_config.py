@@ -73,9 +73,11 @@ class TrainConfig:
     horizon_last: int = _key("gradient horizon K after its warm-up", 5)
     horizon_fraction: float = _key("share of the steps over which K rises", 0.2)
     precision: str = _key("arithmetic of the matrix products and activations: 'float32' or 'bfloat16'", "float32")
-    on_nonfinite: str = _key("what a NaN in loss or gradient does: 'stop', or 'skip' the step and count it", "stop")
+    on_nonfinite: str = _key("what a NaN or a spike does: 'stop', or 'skip' the step and count it", "stop")
+    spike_factor: float = _key("a loss above so many times its running mean is a spike; 0: none is", 0.0)
     seed: int = _key("seed of the initial weights, of the data order and of the curvature samples", 0)
     eval_every: int = _key("steps between held-out losses", 500)
+    check_records: int = _key("held-out records whose answers are checked as well; 0: none", 64)
     save_every: int = _key("steps between training states", 500)
     keep: int = _key("how many of the newest training states stay", 2)
     keep_every: int = _key("training states at multiples of so many steps stay for good; 0: none", 0)
@@ -85,12 +87,13 @@ class TrainConfig:
         self._follow_optimizer()
         for name in ("steps", "batch_tokens", "accumulate", "eval_every", "save_every", "keep"):
             self._hold(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup_steps", "keep_every"):
+        for name in ("warmup_steps", "keep_every", "check_records"):
             self._hold(name, getattr(self, name) >= 0, "at least 0")
         if self.curvature_every is not None:
             self._hold("curvature_every", self.curvature_every >= 1, "at least 1")
         for name in ("learning_rate", "grad_clip"):
             self._hold(name, 0 < getattr(self, name) < math.inf, "above 0")
+        self._hold("spike_factor", self.spike_factor == 0 or 1 < self.spike_factor < math.inf, "0 or above 1")
         self._hold("ema", 0 <= self.ema < 1, "at least 0 and below 1")
         self._choose("schedule", ("constant", "cosine"))
         self._choose("precision", ("float32", "bfloat16"))

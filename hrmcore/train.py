@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hrmcore import curvature, microbench, optim, planner
+from hrmcore import curvature, microbench, optim, planner, validation
 from hrmcore.checkpoint import load_model, resolve, save_model
-from hrmcore.data import BatchStream, Corpus, PackedBatch, Rejected, epoch_batches, pack, read_records, tokenize
+from hrmcore.data import BatchStream, Corpus, PackedBatch, Rejected, pack, read_records, tokenize
 from hrmcore.model import HRM
 from hrmcore.run_config import TrainConfig, ema_decay, explain, horizon, learning_rate, read_config
 from hrmcore.store import open_store, sha256_of
@@ -89,6 +89,7 @@ class Trainer:
         self.step = 0
         self.tokens = 0
         self.skipped = 0
+        self.typical_loss: float | None = None  # a running mean
         self._stream = BatchStream(self.corpus, config.batch_tokens, config.seed)
         self._writer = StateWriter(self.out, config.keep, config.keep_every)
         if newest := load_newest(self.out, functools.partial(tqdm.write, file=sys.stderr)):
@@ -142,16 +143,16 @@ class Trainer:
             )
 
     def evaluate(self) -> dict[str, float]:
-        """Mean held-out loss a supervised token, in nats, of the averaged weights; empty without held-out files."""
+        """Held-out loss and share of right answers, of the averaged weights; empty without held-out records."""
         if self.heldout is None:
             return {}
-        total, count = 0.0, 0
-        with torch.no_grad(), self._precision(), self._averaged():
-            for records in epoch_batches(self.heldout.lengths, self.config.batch_tokens, seed=0, epoch=0):
-                batch = pack(self.heldout, records, BatchStream.MULTIPLE)
-                total += float(self.model.loss(batch))
-                count += len(batch.targets)
-        return {"heldout_loss": total / count}
+        checked, batch_tokens = self.config.check_records, self.config.batch_tokens
+        with self._precision(), self._averaged():
+            found = {"heldout_loss": validation.mean_loss(self.model, self.heldout, batch_tokens)}
+            if checked:
+                right = validation.exact_matches(self.model, self.heldout, checked, batch_tokens)
+                found["heldout_exact"] = right
+        return found
 
     # One step
 
@@ -163,12 +164,13 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"], group["ema"] = rate, ema_decay(config, self.step)
         loss, norm = self._backward(batches, k)
-        if math.isfinite(loss) and math.isfinite(norm):
+        if (fault := self._fault(loss, norm)) is None:
             self._update(batches, k)
+            self.typical_loss = loss if self.typical_loss is None else 0.98 * self.typical_loss + 0.02 * loss
         elif config.on_nonfinite == "skip":
             self.skipped += 1
         else:
-            self._stop_at(batches, "gradient" if math.isfinite(loss) else "loss")
+            self._stop_at(batches, fault)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         tokens = sum(int(batch.offsets[len(batch.records)]) for batch in batches)
@@ -219,12 +221,23 @@ class Trainer:
             curvature.gauss_newton_bartlett(self.model, batches, k, generator)
         sophia.update_hessian()
 
-    def _stop_at(self, batches: Sequence[PackedBatch], what: str) -> NoReturn:
+    def _fault(self, loss: float, norm: float) -> str | None:
+        """What is wrong with a step's figures; None when nothing is."""
+        if not math.isfinite(loss):
+            return "the loss is not finite"
+        if not math.isfinite(norm):
+            return "the gradient is not finite"
+        limit, typical = self.config.spike_factor, self.typical_loss
+        if limit and typical is not None and loss > limit * typical:
+            return f"the loss {loss:.4g} is more than {limit:g} times the usual {typical:.4g}"
+        return None
+
+    def _stop_at(self, batches: Sequence[PackedBatch], fault: str) -> NoReturn:
         records = [record for batch in batches for record in batch.records]
         guilty = [record for record in records if not math.isfinite(self._loss_of(record))] or records
         shown = ", ".join(self.corpus.describe(record) for record in guilty[:20]) + ("…" if len(guilty) > 20 else "")
         raise FloatingPointError(
-            f"step {self.step}: the {what} is not finite; it comes from the records {shown}; "
+            f"step {self.step}: {fault}; it comes from the records {shown}; "
             "mend or remove them, or set on_nonfinite = 'skip'; the states before are intact"
         )
 
@@ -359,6 +372,7 @@ class Trainer:
             "step": str(self.step),
             "tokens": str(self.tokens),
             "skipped": str(self.skipped),
+            "typical_loss": json.dumps(self.typical_loss),
             "optimizer": self.config.optimizer,
             "model_config": json.dumps(self.model.config.to_dict()),
             "data_fingerprint": json.dumps(self._fingerprint()),
@@ -391,6 +405,7 @@ class Trainer:
                 )
         self._restore(path, tensors)
         self.step, self.tokens, self.skipped = (int(metadata[key]) for key in ("step", "tokens", "skipped"))
+        self.typical_loss = json.loads(metadata["typical_loss"])
         epoch, batch = json.loads(metadata["data_position"])
         self._stream = BatchStream(self.corpus, self.config.batch_tokens, self.config.seed, (epoch, batch))
 

@@ -20,10 +20,10 @@ LAYERS = [
     {"config", "tokenizer", "sampling", "ops"},
     {"model", "optim", "data", "planner", "tensor_file"},
     {"checkpoint", "growth", "runner", "microbench", "store"},
-    {"packed", "training_state", "curvature"},
+    {"packed", "training_state", "curvature", "validation"},
     {"run_config", "growth_files"},
     {"train", "engine", "lens", "plots"},
-    {"generate", "bench", "convert", "prepare", "plan", "growth_command"},
+    {"generate", "bench", "convert", "prepare", "plan", "plot", "growth_command"},
     {"repl", "evals"},
     {"cli"},
     {"__main__"},
@@ -34,7 +34,7 @@ LATE = {("model", "checkpoint")}
 NEVER_EAGER = {"transformers", "reasoning_gym", "wandb", "matplotlib", "lm_eval", "openai", "gguf", "huggingface_hub"}
 FREE_OF_TORCH = [
     *("config", "tokenizer", "sampling", "data", "store", "planner", "checkpoint", "packed", "engine"),
-    *("generate", "bench", "convert", "prepare", "plan", "growth_command", "repl", "cli"),
+    *("generate", "bench", "convert", "prepare", "plan", "plot", "growth_command", "repl", "cli"),
     *("evals.harness", "evals.iq", "evals.reasoning_gym", "evals.runners", "evals.command"),
 ]
 

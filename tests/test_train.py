@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -14,12 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from hrmcore import curvature
+from hrmcore.checkpoint import save_model
 from hrmcore.cli import main
 from hrmcore.data import PackedBatch, pack
+from hrmcore.engine import load
 from hrmcore.model import HRM
+from hrmcore.optim import Sophia
+from hrmcore.plot import read_metrics
 from hrmcore.run_config import OPTIMIZERS, TrainConfig, ema_decay, explain, horizon, learning_rate, read_config
 from hrmcore.tokenizer import train_tokenizer
-from hrmcore.train import Trainer
+from hrmcore.train import Trainer, _visible_pairs
 from hrmcore.training_state import find_states, load_state, state_path
 
 WORDS = ["alpha", "beta", "gamma", "delta", "omega", "sigma", "kappa", "theta"]
@@ -427,3 +433,85 @@ def test_a_run_killed_a_hundred_times_ends_with_the_bits_of_an_undisturbed_one(r
 def test_the_killing_notices_a_trainer_that_forgets(run_file: Path, mutation: str) -> None:
     report = killed(run_file, 8, mutation)
     assert report["different"] > 0
+
+
+def test_a_spike_is_skipped_or_stops(run_file: Path) -> None:
+    trainer = Trainer(read_config(rewrite(run_file, "seed = 7", 'seed = 7\nspike_factor = 2.0\non_nonfinite = "skip"')))
+    assert trainer._train_step()["skipped"] == 0
+    usual = trainer.typical_loss
+    assert usual is not None
+    with torch.no_grad():
+        trainer.model.lm_head.weight *= 10  # confidently wrong
+    before = trainer.model.lm_head.weight.detach().clone()
+    assert trainer._train_step()["skipped"] == 1
+    assert torch.equal(trainer.model.lm_head.weight, before)
+    assert trainer.typical_loss == usual
+    trainer.config = dataclasses.replace(trainer.config, on_nonfinite="stop")
+    with pytest.raises(FloatingPointError, match=r"the loss [\d.]+ is more than 2 times the usual [\d.]+; "):
+        trainer._train_step()
+    trainer.close()
+
+
+def test_checked_answers_are_those_that_greedy_decoding_gets_right(run_file: Path, one_thread: None) -> None:
+    """Against the engine, which decodes token by token; half-trained, so that some answers are right and some not."""
+    config = read_config(rewrite(run_file, "steps = 12", "steps = 150\ncheck_records = 64\nema = 0"))
+    trainer = Trainer(dataclasses.replace(config, eval_every=1000, save_every=1000))
+    for _ in range(150):
+        trainer._train_step()
+        if trainer.step % 10 == 0 and 0.1 < trainer.evaluate()["heldout_exact"] < 0.9:
+            break
+    found = trainer.evaluate()["heldout_exact"]
+    save_model(trainer.model, trainer.out / "now", tokenizer_folder=config.tokenizer)
+    engine = load(trainer.out / "now")
+    records = [json.loads(line) for line in Path(config.heldout_files[0]).read_text().splitlines()]
+    answers = engine.generate([record["instruction"] for record in records], max_new_tokens=20)
+    right = [answer == record["response"] for answer, record in zip(answers, records, strict=True)]
+    assert 0 < sum(right) < len(right)
+    assert found == sum(right) / len(right)
+    trainer.close()
+
+
+def test_the_curves_are_drawn(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = read_config(rewrite(run_file, "seed = 7", 'seed = 7\noptimizer = "sophia-g"'))
+    Trainer(config).run()
+    capsys.readouterr()
+    assert main(["plot", config.out]) == 0
+    picture = Path(config.out) / "curves.png"
+    assert capsys.readouterr().out == f"{picture}\n"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    file = Path(config.out) / "metrics.jsonl"
+    file.write_text(file.read_text() + '{"step": 13, "lo')  # being written
+    assert len(read_metrics(file)) == 12
+    file.write_text("[1]\n")
+    assert main(["plot", config.out]) == 2
+    assert capsys.readouterr().err == f"hrmcore plot: {file}:1: not a step's metrics\n"
+    assert main(["plot", config.out + "/nothing"]) == 2
+
+
+def test_the_pairs_that_attention_sees_are_counted(trainer: Trainer) -> None:
+    batch = next(trainer._stream)
+    seen = 0
+    for start, stop, prefix in zip(batch.offsets, batch.offsets[1:], batch.prefix, strict=False):
+        for query in range(int(stop - start)):
+            seen += sum(key < max(int(prefix), query + 1) for key in range(int(stop - start)))
+    fill = int(batch.offsets[-1] - batch.offsets[len(batch.records)])
+    assert _visible_pairs(batch) == seen - fill * (fill + 1) // 2
+
+
+def test_sophia_g_takes_b_times_the_squared_mean_gradient_whatever_the_batches(trainer: Trainer) -> None:
+    """h after one sample is (1 − b2)·B·ĝ², ĝ the gradient of the mean loss, for one batch and for three."""
+    batches = [next(trainer._stream) for _ in range(3)]
+    labels = sum(len(batch.targets) for batch in batches)
+    sophia = Sophia(trainer.model.parameters())
+    curvature.gauss_newton_bartlett(trainer.model, batches, 5, curvature.generator_of(7, 3))
+    sophia.update_hessian()
+    weight = trainer.model.lm_head.weight
+    found = sophia.state[weight]["hessian"].clone()
+    sophia.zero_grad()
+    generator = curvature.generator_of(7, 3)
+    (sum(trainer.model.loss(batch, 5, generator) for batch in batches) / labels).backward()
+    assert weight.grad is not None
+    expected = 0.01 * labels * weight.grad**2
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
+    other = [trainer.model.loss(batches[0], 5, curvature.generator_of(*key)).item() for key in ((7, 3), (7, 4), (8, 3))]
+    assert len(set(other)) == 3
