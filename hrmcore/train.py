@@ -80,6 +80,14 @@ class Trainer:
         self.out = Path(config.out)
         self.out.mkdir(parents=True, exist_ok=True)
         self._lock = lock(self.out)
+        try:
+            self._prepare()
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _prepare(self) -> None:
+        config = self.config
         self.tokenizer = Tokenizer.load(config.tokenizer)
         self.corpus, self._checksum = self._load(config.train_files)
         self.heldout = self._load(config.heldout_files)[0] if config.heldout_files else None
@@ -274,8 +282,12 @@ class Trainer:
         return microbench.peak_flops(self.config.precision)
 
     def _record(self, metrics: Mapping[str, float]) -> None:
-        with self._metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+        try:
+            with self._metrics_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise OSError(f"{self._metrics_file}: cannot be written ({reason}); the states are intact") from None
 
     @property
     def _metrics_file(self) -> Path:

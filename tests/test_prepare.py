@@ -228,7 +228,9 @@ max_position_embeddings = {context}
 
     names = json.dumps([str(file) for file in files])
     trainers = []
-    for path in (run_file(names, names, "a"), run_file(f'["{store}"]', f'["{store}/"]', "b")):
+    from_store = run_file(f'["{store}"]', f'["{store}/"]', "b")
+    from_store.write_text(from_store.read_text().replace(f'tokenizer = "{tokenizer}"\n', ""))  # the store's own
+    for path in (run_file(names, names, "a"), from_store):
         trainers.append(Trainer(read_config(path)))
         trainers[-1].run()
     assert all(map(torch.equal, trainers[0].model.parameters(), trainers[1].model.parameters()))

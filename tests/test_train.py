@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -360,6 +361,36 @@ def test_two_trainers_on_one_folder(trainer: Trainer) -> None:
         Trainer(trainer.config)
     trainer.close()
     Trainer(trainer.config).close()
+
+
+def test_a_run_folder_that_takes_no_files_is_one_line(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rewrite(run_file, f"{run_file.parent}/out", "/proc/self/run")
+    assert main(["train", str(run_file)]) == 2
+    assert re.fullmatch(r"hrmcore train: /proc/self/run: .*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("limit", [300, 20_000])
+def test_a_disk_that_fills_up_ends_the_run_and_keeps_what_was_written(
+    run_file: Path, capsys: pytest.CaptureFixture[str], limit: int
+) -> None:
+    """A limit on the size of files stands for the disk: at 300 bytes metrics.jsonl fails, at 20,000 the state does."""
+    rewrite(run_file, "save_every = 4", "save_every = 1")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    trainer = Trainer(read_config(run_file))
+    trainer._record(trainer._train_step())
+    trainer.save()
+    trainer.close()
+    expected = find_states(trainer.out)
+    capsys.readouterr()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        assert main(["train", str(run_file)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "cannot be written (File too large); the states" in capsys.readouterr().err
+    assert find_states(trainer.out) == expected
+    Trainer(trainer.config).run()
+    assert [row["step"] for row in metrics(trainer.out)] == list(range(1, 13))
 
 
 def test_fine_tuning_starts_from_a_checkpoint_or_a_state(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
