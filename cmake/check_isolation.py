@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 
-ISA_NAMESPACE = re.compile(r"hrmcore::(avx2|avx512|vnni)::")
+ISA_NAMESPACE = re.compile(r"hrmcore::(avx2|avx512|vnni|amx)::")
 
 
 def main() -> int:

@@ -3,8 +3,43 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(HRMCORE_X86)
+#include <cpuid.h>
+#endif
+#if defined(HRMCORE_X86) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace hrmcore {
 namespace {
+
+#if defined(HRMCORE_X86)
+// Bit `bit` of a register (0 eax, 1 ebx, 2 ecx, 3 edx) of cpuid leaf 7. The compilers' own names for these
+// came late.
+bool has_feature(unsigned subleaf, int reg, int bit) {
+  unsigned registers[4] = {};
+  return __get_cpuid_count(7, subleaf, &registers[0], &registers[1], &registers[2], &registers[3]) != 0 &&
+         ((registers[reg] >> bit) & 1) != 0;
+}
+
+// Linux gives a process the tile registers only on request, for they make every saved context 8 KiB larger.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+
+bool has_matrix_unit() {
+  const bool amx_bf16 = has_feature(0, 3, 22), amx_tile = has_feature(0, 3, 24);
+  const bool avx512_vbmi = has_feature(0, 2, 1), avx512_bf16 = has_feature(1, 0, 5);
+  return amx_bf16 && amx_tile && avx512_vbmi && avx512_bf16 && may_use_tiles();
+}
+#endif
 
 bool runs_here(Isa isa) {
 #if defined(HRMCORE_X86)
@@ -22,6 +57,8 @@ bool runs_here(Isa isa) {
       return v4;
     case Isa::vnni:
       return v4 && __builtin_cpu_supports("avx512vnni");
+    case Isa::amx:
+      return runs_here(Isa::vnni) && has_matrix_unit();
   }
   return false;
 #else
@@ -46,13 +83,15 @@ const char* name(Isa isa) {
       return "avx512";
     case Isa::vnni:
       return "vnni";
+    case Isa::amx:
+      return "amx";
   }
   return "unknown";
 }
 
 std::vector<Isa> supported_isas() {
   std::vector<Isa> found;
-  for (Isa isa : {Isa::generic, Isa::avx2, Isa::avx512, Isa::vnni}) {
+  for (Isa isa : {Isa::generic, Isa::avx2, Isa::avx512, Isa::vnni, Isa::amx}) {
     if (runs_here(isa)) found.push_back(isa);
   }
   return found;

@@ -14,7 +14,7 @@
 
 namespace hrmcore::HRMCORE_ISA {
 
-#if defined(HRMCORE_ISA_avx512) || defined(HRMCORE_ISA_vnni)
+#if defined(HRMCORE_ISA_avx512) || defined(HRMCORE_ISA_vnni) || defined(HRMCORE_ISA_amx)
 constexpr int lanes = 16;
 #elif defined(HRMCORE_ISA_avx2)
 constexpr int lanes = 8;

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "engine/matrix_product.h"
 #include "engine/product.h"
 #include "engine/rows.h"
 
@@ -14,14 +15,22 @@ constexpr std::int64_t product_tokens = 256;  // of a block of outputs that stay
 constexpr std::int64_t streaming_tokens =
     16;  // up to here the weights' stream decides, beyond it the arithmetic
 constexpr std::int64_t most_panels = 4;
-constexpr std::int64_t scratch_floats =
-    product_tokens * most_panels * panel_rows + product_scratch_bytes / std::int64_t{sizeof(float)};
+constexpr std::int64_t scratch_bytes =
+    product_scratch_bytes > matrix_scratch_bytes ? product_scratch_bytes : matrix_scratch_bytes;
+constexpr std::int64_t outputs_floats = product_tokens * most_panels * panel_rows;
+constexpr std::int64_t scratch_floats = outputs_floats + scratch_bytes / std::int64_t{sizeof(float)};
 
 std::int64_t round_up(std::int64_t value, std::int64_t step) { return (value + step - 1) / step * step; }
 
 std::int64_t panels_a_task(std::int64_t rows) { return rows <= streaming_tokens ? 1 : most_panels; }
 
 std::int64_t rows_a_task(std::int64_t rows) { return rows <= 64 ? 1 : 8; }
+
+// How many tokens of a chunk belong to the prefix.
+std::int64_t prefix_tokens(const Chunk& chunk) {
+  const std::int64_t left = chunk.prefix > chunk.start ? chunk.prefix - chunk.start : 0;
+  return left < chunk.tokens ? left : chunk.tokens;
+}
 
 }  // namespace
 
@@ -39,32 +48,70 @@ Recurrence::Recurrence(const ModelShape& shape, const Weights& weights, const Ca
 }
 
 void Recurrence::prepare(const std::vector<Chunk>& chunks, bool every_row, int threads) {
-  chunks_ = chunks;
+  place_rows(chunks, every_row);
   tasks_.clear();
-  places_.clear();
-  ids_.clear();
-  rows_.clear();
-  firsts_.clear();
-  for (const Chunk& chunk : chunks) {
-    firsts_.push_back(static_cast<std::int64_t>(ids_.size()));
-    for (std::int64_t i = 0; i < chunk.tokens; ++i) {
-      const std::int64_t position = chunk.start + i;
-      if (every_row || i + 1 == chunk.tokens) rows_.push_back(static_cast<std::int64_t>(ids_.size()));
-      ids_.push_back(chunk.ids[i]);
-      places_.push_back({const_cast<std::byte*>(chunk.blocks[position / block_tokens]), position});
-    }
-  }
-  for (std::int64_t chunk = 0; chunk < static_cast<std::int64_t>(chunks.size()); ++chunk) {
-    const std::int64_t tokens = chunks[static_cast<std::size_t>(chunk)].tokens;
+  for (std::int64_t chunk = 0; chunk < static_cast<std::int64_t>(chunks_.size()); ++chunk) {
+    const std::int64_t tokens = chunks_[static_cast<std::size_t>(chunk)].tokens;
     for (std::int64_t head = 0; head < shape_.heads; ++head) {
       for (std::int64_t query = 0; query < tokens; query += query_tile) {
         tasks_.push_back({chunk, head, query, query + query_tile < tokens ? query + query_tile : tokens});
       }
     }
   }
-  tokens_ = static_cast<std::int64_t>(ids_.size());
+  make_room(threads);
+}
+
+void Recurrence::place_rows(const std::vector<Chunk>& chunks, bool every_row) {
+  const bool tiles = current_isa() == Isa::amx && weights_.packing() != Packing::f32;
+  chunks_.clear();
+  places_.clear();
+  ids_.clear();
+  rows_.clear();
+  firsts_.clear();
+  std::int64_t tokens = 0;
+  for (const Chunk& chunk : chunks) tokens += chunk.tokens;
+  row_of_token_.assign(static_cast<std::size_t>(tokens), 0);
+  for (const bool prefixes : {false, true}) {
+    if (prefixes) plain_rows_ = static_cast<std::int64_t>(ids_.size());
+    std::int64_t first = 0;
+    for (const Chunk& chunk : chunks) {
+      const std::int64_t border = tiles ? prefix_tokens(chunk) : 0;
+      const std::int64_t begin = prefixes ? 0 : border, end = prefixes ? border : chunk.tokens;
+      for (std::int64_t i = begin; i < end; ++i) {
+        row_of_token_[static_cast<std::size_t>(first + i)] =
+            static_cast<std::int64_t>(ids_.size()) + i - begin;
+      }
+      if (begin < end) place_part(chunk, begin, end);
+      first += chunk.tokens;
+    }
+  }
+  tokens_ = tokens;
+  std::int64_t end = 0;
+  for (const Chunk& chunk : chunks) {
+    end += chunk.tokens;
+    for (std::int64_t token = every_row ? end - chunk.tokens : end - 1; token < end; ++token) {
+      rows_.push_back(row_of_token_[static_cast<std::size_t>(token)]);
+    }
+  }
+}
+
+// Tokens [begin, end) of a chunk become the next rows.
+void Recurrence::place_part(const Chunk& chunk, std::int64_t begin, std::int64_t end) {
+  firsts_.push_back(static_cast<std::int64_t>(ids_.size()));
+  chunks_.push_back({chunk.ids + begin, end - begin, chunk.start + begin, chunk.prefix, chunk.blocks});
+  for (std::int64_t i = begin; i < end; ++i) {
+    const std::int64_t position = chunk.start + i;
+    ids_.push_back(chunk.ids[i]);
+    places_.push_back({const_cast<std::byte*>(chunk.blocks[position / block_tokens]), position});
+  }
+}
+
+void Recurrence::make_room(int threads) {
   const auto rows = static_cast<std::int64_t>(rows_.size());
-  if (tokens_ <= room_tokens_ && rows <= room_rows_ && threads <= room_threads_) return;
+  const std::int64_t tile_rows = tokens_ - plain_rows_;
+  if (tokens_ <= room_tokens_ && tile_rows <= room_tile_rows_ && rows <= room_rows_ &&
+      threads <= room_threads_)
+    return;
 
   // Everything is zeroed: the kernels rely on zeros beyond a row's width.
   std::int64_t offset = 0;
@@ -82,6 +129,10 @@ void Recurrence::prepare(const std::vector<Chunk>& chunks, bool every_row, int t
   const std::int64_t attended = place(tokens_ * attended_stride_ * float_bytes);
   const std::int64_t hidden = place(tokens_ * hidden_stride_ * float_bytes);
   const std::int64_t x = place((tokens_ > rows ? tokens_ : rows) * x_row_bytes_);
+  const std::int64_t narrow = stride_ > attended_stride_ ? stride_ : attended_stride_;
+  const std::int64_t tiles = place(TileRows{nullptr, bands_of(tile_rows), groups_of(narrow)}.bytes());
+  const std::int64_t hidden_tiles =
+      place(TileRows{nullptr, bands_of(tile_rows), groups_of(shape_.ffn)}.bytes());
   const std::int64_t scratch = place(threads * scratch_floats * float_bytes);
   room_tokens_ = 0;
   memory_ = Memory();  // the old room goes before the new one comes
@@ -95,8 +146,11 @@ void Recurrence::prepare(const std::vector<Chunk>& chunks, bool every_row, int t
   attended_ = floats(attended);
   hidden_ = floats(hidden);
   x_ = memory_.data() + x;
+  tiles_ = memory_.data() + tiles;
+  hidden_tiles_ = memory_.data() + hidden_tiles;
   scratch_ = floats(scratch);
   room_tokens_ = tokens_;
+  room_tile_rows_ = tile_rows;
   room_rows_ = rows;
   room_threads_ = threads;
 }
@@ -128,43 +182,26 @@ void Recurrence::embed(Worker& worker) {
 
 void Recurrence::visit(Worker& worker, bool slow, std::int64_t visit, const PackedMatrix& next) {
   const std::vector<LayerWeights>& layers = weights_.stack(slow);
-  const Packing packing = weights_.packing();
-  const std::int64_t normed_bytes = groups_of(shape_.width) * activation_bytes(packing);
   float* state = slow ? slow_ : fast_;
-  const auto add_to_u = [this](const float* block, std::int64_t stride, std::int64_t panel,
-                               std::int64_t panels, std::int64_t token, std::int64_t tokens) {
-    float* u = u_ + token * stride_ + panel * panel_rows;
-    add_rows(AddRows{u, block, tokens, panels * panel_rows, stride_, stride});
-  };
   for (std::int64_t layer = 0; layer < shape_.layers; ++layer) {
     const LayerWeights& w = layers[static_cast<std::size_t>(layer)];
-    if (layer == 0) {
-      normalise(worker, state, slow ? fast_ : slow_, u_, x_, normed_bytes, packing);
-    } else {
-      normalise(worker, u_, nullptr, nullptr, x_, normed_bytes, packing);
-    }
+    const Operand input = layer == 0 ? normalise(worker, state, slow ? fast_ : slow_, u_)
+                                     : normalise(worker, u_, nullptr, nullptr);
     worker.expect(upcoming(w.o));
-    multiply(worker, w.gqkv, {x_, normed_bytes}, tokens_, nullptr);
+    gqkv_product(worker, w.gqkv, input);
     attention(worker, visit * shape_.layers + layer);
-    const Operand attended =
-        operand(worker, attended_, attended_stride_, shape_.attention_width(), tokens_, packing);
+    const Operand attended = attended_operand(worker);
     worker.expect(upcoming(w.gate_up));
-    multiply(worker, w.o, attended, tokens_, add_to_u);
-    normalise(worker, u_, nullptr, nullptr, x_, normed_bytes, packing);
+    add_product(worker, w.o, attended);
+    const Operand middle = normalise(worker, u_, nullptr, nullptr);
     worker.expect(upcoming(w.down));
-    multiply(worker, w.gate_up, {x_, normed_bytes}, tokens_,
-             [this](const float* block, std::int64_t stride, std::int64_t panel, std::int64_t panels,
-                    std::int64_t token, std::int64_t tokens) {
-               float* out = hidden_ + token * hidden_stride_ + panel * panel_rows / 2;
-               swiglu_rows(SwigluRows{block, out, tokens, panels, stride, hidden_stride_});
-             });
-    const Operand hidden = operand(worker, hidden_, hidden_stride_, shape_.ffn, tokens_, packing);
+    swiglu_product(worker, w.gate_up, middle);
+    const Operand hidden = hidden_operand(worker);
     worker.expect(
         upcoming(layer + 1 < shape_.layers ? layers[static_cast<std::size_t>(layer) + 1].gqkv : next));
-    multiply(worker, w.down, hidden, tokens_, add_to_u);
+    add_product(worker, w.down, hidden);
   }
-  normalise(worker, u_, nullptr, nullptr, reinterpret_cast<std::byte*>(state),
-            stride_ * std::int64_t{sizeof(float)}, Packing::f32);
+  normalise_state(worker, state);
 }
 
 void Recurrence::attention(Worker& worker, std::int64_t slot) {
@@ -183,26 +220,129 @@ void Recurrence::attention(Worker& worker, std::int64_t slot) {
   });
 }
 
-void Recurrence::normalise(Worker& worker, const float* x, const float* add, float* sum, std::byte* y,
-                           std::int64_t y_row_bytes, Packing packing) {
-  const std::int64_t step = rows_a_task(tokens_);
-  worker.share((tokens_ + step - 1) / step, [&](std::int64_t task) {
-    const std::int64_t begin = task * step, end = begin + step < tokens_ ? begin + step : tokens_;
-    normalise_rows(
-        NormaliseRows{x, add, sum, y, packing, shape_.width, stride_, y_row_bytes, begin, end, shape_.eps});
+// plain(begin, end) over pieces of the plain rows, tiles(begin, end) over pieces of those for the matrix
+// unit, counted from the first of them.
+template <class Plain, class Tiles>
+void Recurrence::share_rows(Worker& worker, const Plain& plain, const Tiles& tiles) {
+  const std::int64_t step = rows_a_task(tokens_), tile_rows = tokens_ - plain_rows_;
+  const std::int64_t plain_tasks = (plain_rows_ + step - 1) / step;
+  worker.share(plain_tasks + (tile_rows + step - 1) / step, [&](std::int64_t task) {
+    const bool is_plain = task < plain_tasks;
+    const std::int64_t rows = is_plain ? plain_rows_ : tile_rows;
+    const std::int64_t begin = (is_plain ? task : task - plain_tasks) * step;
+    const std::int64_t end = begin + step < rows ? begin + step : rows;
+    is_plain ? plain(begin, end) : tiles(begin, end);
   });
 }
 
-Recurrence::Operand Recurrence::operand(Worker& worker, const float* x, std::int64_t stride,
-                                        std::int64_t columns, std::int64_t rows, Packing packing) {
-  if (!is_quantised(packing))
-    return {reinterpret_cast<const std::byte*>(x), stride * std::int64_t{sizeof(float)}};
-  const std::int64_t groups = groups_of(columns), step = rows_a_task(rows);
-  worker.share((rows + step - 1) / step, [&](std::int64_t task) {
-    const std::int64_t begin = task * step, end = begin + step < rows ? begin + step : rows;
-    quantise_rows(QuantiseRows{x, x_, groups, stride, begin, end});
+Recurrence::Operand Recurrence::normalise(Worker& worker, const float* x, const float* add, float* sum) {
+  const Packing packing = weights_.packing();
+  Operand y{x_, groups_of(shape_.width) * activation_bytes(packing), plain_rows_, {}, 0};
+  add_tiles(y, tiles_, shape_.width);
+  share_rows(
+      worker,
+      [&](std::int64_t begin, std::int64_t end) {
+        normalise_rows(NormaliseRows{x, add, sum, x_, packing, shape_.width, stride_, y.row_bytes, begin, end,
+                                     shape_.eps});
+      },
+      [&](std::int64_t begin, std::int64_t end) {
+        const std::int64_t skipped = plain_rows_ * stride_;
+        normalise_tiles(NormaliseTiles{x + skipped, add == nullptr ? nullptr : add + skipped,
+                                       sum == nullptr ? nullptr : sum + skipped, shape_.width, stride_,
+                                       y.tiles, begin, end, shape_.eps});
+      });
+  return y;
+}
+
+// A stack's result: its last norm, in float32.
+void Recurrence::normalise_state(Worker& worker, float* state) {
+  const std::int64_t step = rows_a_task(tokens_);
+  worker.share((tokens_ + step - 1) / step, [&](std::int64_t task) {
+    const std::int64_t begin = task * step, end = begin + step < tokens_ ? begin + step : tokens_;
+    normalise_rows(NormaliseRows{u_, nullptr, nullptr, reinterpret_cast<std::byte*>(state), Packing::f32,
+                                 shape_.width, stride_, stride_ * std::int64_t{sizeof(float)}, begin, end,
+                                 shape_.eps});
   });
-  return {x_, groups * activation_bytes(packing)};
+}
+
+// Float32 rows as a product wants them; the matrix unit's rows are not among them.
+Recurrence::Operand Recurrence::plain_operand(Worker& worker, const float* x, std::int64_t stride,
+                                              std::int64_t columns, std::int64_t rows, Packing packing) {
+  if (!is_quantised(packing))
+    return {reinterpret_cast<const std::byte*>(x), stride * std::int64_t{sizeof(float)}, rows, {}, 0};
+  const std::int64_t groups = groups_of(columns), step = rows_a_task(rows);
+  if (rows > 0) {
+    worker.share((rows + step - 1) / step, [&](std::int64_t task) {
+      const std::int64_t begin = task * step, end = begin + step < rows ? begin + step : rows;
+      quantise_rows(QuantiseRows{x, x_, groups, stride, begin, end});
+    });
+  }
+  return {x_, groups * activation_bytes(packing), rows, {}, 0};
+}
+
+Recurrence::Operand Recurrence::attended_operand(Worker& worker) {
+  const std::int64_t columns = shape_.attention_width();
+  Operand y = plain_operand(worker, attended_, attended_stride_, columns, plain_rows_, weights_.packing());
+  add_tiles(y, tiles_, columns);
+  if (y.tile_rows > 0) {
+    const std::int64_t step = rows_a_task(y.tile_rows);
+    worker.share((y.tile_rows + step - 1) / step, [&](std::int64_t task) {
+      const std::int64_t begin = task * step, end = begin + step < y.tile_rows ? begin + step : y.tile_rows;
+      round_tiles(
+          RoundTiles{attended_ + plain_rows_ * attended_stride_, attended_stride_, y.tiles, begin, end});
+    });
+  }
+  return y;
+}
+
+Recurrence::Operand Recurrence::hidden_operand(Worker& worker) {
+  Operand y = plain_operand(worker, hidden_, hidden_stride_, shape_.ffn, plain_rows_, weights_.packing());
+  add_tiles(y, hidden_tiles_, shape_.ffn);
+  return y;
+}
+
+void Recurrence::add_tiles(Operand& y, std::byte* data, std::int64_t columns) const {
+  y.tile_rows = tokens_ - plain_rows_;
+  y.tiles = TileRows{data, bands_of(y.tile_rows), groups_of(columns)};
+}
+
+void Recurrence::gqkv_product(Worker& worker, const PackedMatrix& weights, const Operand& x) {
+  multiply(worker, weights, x, nullptr, [this](UnloadTiles sums, std::int64_t panel, std::int64_t row) {
+    sums.out = gqkv_ + (plain_rows_ + row) * gqkv_stride_ + panel * panel_rows;
+    sums.out_stride = gqkv_stride_;
+    unload_tiles(sums);
+  });
+}
+
+// u += weights x
+void Recurrence::add_product(Worker& worker, const PackedMatrix& weights, const Operand& x) {
+  multiply(
+      worker, weights, x,
+      [this](const float* block, std::int64_t stride, std::int64_t panel, std::int64_t panels,
+             std::int64_t token, std::int64_t tokens) {
+        float* u = u_ + token * stride_ + panel * panel_rows;
+        add_rows(AddRows{u, block, tokens, panels * panel_rows, stride_, stride});
+      },
+      [this](UnloadTiles sums, std::int64_t panel, std::int64_t row) {
+        sums.out = u_ + (plain_rows_ + row) * stride_ + panel * panel_rows;
+        sums.out_stride = stride_;
+        sums.add = true;
+        unload_tiles(sums);
+      });
+}
+
+void Recurrence::swiglu_product(Worker& worker, const PackedMatrix& weights, const Operand& x) {
+  multiply(
+      worker, weights, x,
+      [this](const float* block, std::int64_t stride, std::int64_t panel, std::int64_t panels,
+             std::int64_t token, std::int64_t tokens) {
+        float* out = hidden_ + token * hidden_stride_ + panel * panel_rows / 2;
+        swiglu_rows(SwigluRows{block, out, tokens, panels, stride, hidden_stride_});
+      },
+      [&](const UnloadTiles& sums, std::int64_t panel, std::int64_t row) {
+        const TileRows hidden{hidden_tiles_, x.tiles.bands, groups_of(shape_.ffn)};
+        swiglu_tiles(SwigluTiles{sums.sums, sums.panels, sums.rows, hidden, row, panel});
+      });
 }
 
 void Recurrence::head(Worker& worker) {
@@ -211,31 +351,34 @@ void Recurrence::head(Worker& worker) {
     const float* from = slow_ + rows_[static_cast<std::size_t>(row)] * stride_;
     std::memcpy(picked_ + row * stride_, from, static_cast<std::size_t>(stride_) * sizeof(float));
   });
-  const Operand x = operand(worker, picked_, stride_, shape_.width, rows, weights_.head().packing);
-  multiply(worker, weights_.head(), x, rows,
-           [this](const float* block, std::int64_t stride, std::int64_t panel, std::int64_t panels,
-                  std::int64_t row, std::int64_t count) {
-             const std::int64_t column = panel * panel_rows, left = shape_.vocabulary - column;
-             const std::int64_t columns = left < panels * panel_rows ? left : panels * panel_rows;
-             for (std::int64_t r = 0; r < count; ++r) {
-               std::memcpy(logits_ + (row + r) * shape_.vocabulary + column, block + r * stride,
-                           static_cast<std::size_t>(columns) * sizeof(float));
-             }
-           });
+  const Operand x = plain_operand(worker, picked_, stride_, shape_.width, rows, weights_.head().packing);
+  multiply(
+      worker, weights_.head(), x,
+      [this](const float* block, std::int64_t stride, std::int64_t panel, std::int64_t panels,
+             std::int64_t row, std::int64_t count) {
+        const std::int64_t column = panel * panel_rows, left = shape_.vocabulary - column;
+        const std::int64_t columns = left < panels * panel_rows ? left : panels * panel_rows;
+        for (std::int64_t r = 0; r < count; ++r) {
+          std::memcpy(logits_ + (row + r) * shape_.vocabulary + column, block + r * stride,
+                      static_cast<std::size_t>(columns) * sizeof(float));
+        }
+      },
+      nullptr);
 }
 
-// `finish(block, stride, first panel, panels, first row, rows)` gets each block of outputs; without one
-// (nullptr) they go to gqkv_.
-template <class Finish>
-void Recurrence::multiply(Worker& worker, const PackedMatrix& weights, const Operand& x, std::int64_t rows,
-                          const Finish& finish) {
-  const std::int64_t step = panels_a_task(rows), panels = weights.panels();
+// `finish(block, stride, first panel, panels, first row, rows)` gets each block of outputs of the plain rows;
+// without one (nullptr) they go to gqkv_. `finish_tiles(sums, first panel, first row)` gets those of the
+// matrix unit.
+template <class Finish, class FinishTiles>
+void Recurrence::multiply(Worker& worker, const PackedMatrix& weights, const Operand& x, const Finish& finish,
+                          const FinishTiles& finish_tiles) {
+  const std::int64_t step = panels_a_task(x.rows + x.tile_rows), panels = weights.panels();
   worker.share((panels + step - 1) / step, [&](std::int64_t task) {
     const std::int64_t begin = task * step, end = begin + step < panels ? begin + step : panels;
     float* room = scratch(worker);
-    auto* expanded = reinterpret_cast<std::byte*>(room + product_tokens * most_panels * panel_rows);
-    for (std::int64_t row = 0; row < rows; row += product_tokens) {
-      const std::int64_t count = rows - row < product_tokens ? rows - row : product_tokens;
+    auto* expanded = reinterpret_cast<std::byte*>(room + outputs_floats);
+    for (std::int64_t row = 0; row < x.rows; row += product_tokens) {
+      const std::int64_t count = x.rows - row < product_tokens ? x.rows - row : product_tokens;
       PackedProduct product{weights,     begin, end,  x.data + row * x.row_bytes,
                             x.row_bytes, count, room, (end - begin) * panel_rows,
                             expanded};
@@ -246,6 +389,14 @@ void Recurrence::multiply(Worker& worker, const PackedMatrix& weights, const Ope
       } else {
         packed_product(product);
         finish(room, product.out_stride, begin, end - begin, row, count);
+      }
+    }
+    if constexpr (!std::is_same_v<FinishTiles, std::nullptr_t>) {
+      for (std::int64_t row = 0; row < x.tile_rows; row += product_tokens) {
+        const std::int64_t count = x.tile_rows - row < product_tokens ? x.tile_rows - row : product_tokens;
+        matrix_product(MatrixProduct{weights, begin, end, x.tiles, row / band_rows, bands_of(row + count),
+                                     room, expanded});
+        finish_tiles(UnloadTiles{room, end - begin, count, nullptr, 0, false}, begin, row);
       }
     }
   });

@@ -7,6 +7,10 @@
 //            [a|b] = Wgate_up rms(u),  u += Wdown (silu(a) b)
 //
 // Reads every layer's weights once a visit. Source: arXiv 2605.20613.
+//
+// On a processor with a matrix unit the tokens of a prefix meet bfloat16, int8 and int4 weights there
+// (tiles.h), all others in packed_product: which of the two depends on a token's position alone, and so do
+// its bits.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +19,7 @@
 #include "engine/memory.h"
 #include "engine/paged_attention.h"
 #include "engine/team.h"
+#include "engine/tiles.h"
 #include "engine/weights.h"
 
 namespace hrmcore {
@@ -42,23 +47,37 @@ class Recurrence {
   struct Task {
     std::int64_t chunk, head, query_begin, query_end;
   };
-  struct Operand {  // the activations of a product
+  struct Operand {  // the activations of a product: of the plain rows, then of those for the matrix unit
     const std::byte* data;
-    std::int64_t row_bytes;
+    std::int64_t row_bytes, rows;
+    TileRows tiles;
+    std::int64_t tile_rows;
   };
+
+  void place_rows(const std::vector<Chunk>& chunks, bool every_row);
+  void place_part(const Chunk& chunk, std::int64_t begin, std::int64_t end);
+  void make_room(int threads);
 
   void work(Worker& worker);
   void embed(Worker& worker);
   void visit(Worker& worker, bool slow, std::int64_t visit, const PackedMatrix& next);
   void attention(Worker& worker, std::int64_t slot);
-  void normalise(Worker& worker, const float* x, const float* add, float* sum, std::byte* y,
-                 std::int64_t y_row_bytes, Packing packing);
-  Operand operand(Worker& worker, const float* x, std::int64_t stride, std::int64_t columns,
-                  std::int64_t rows, Packing packing);
+  Operand normalise(Worker& worker, const float* x, const float* add, float* sum);
+  void normalise_state(Worker& worker, float* state);
+  Operand plain_operand(Worker& worker, const float* x, std::int64_t stride, std::int64_t columns,
+                        std::int64_t rows, Packing packing);
+  Operand attended_operand(Worker& worker);
+  Operand hidden_operand(Worker& worker);
+  void add_tiles(Operand& y, std::byte* data, std::int64_t columns) const;
+  void gqkv_product(Worker& worker, const PackedMatrix& weights, const Operand& x);
+  void add_product(Worker& worker, const PackedMatrix& weights, const Operand& x);
+  void swiglu_product(Worker& worker, const PackedMatrix& weights, const Operand& x);
   void head(Worker& worker);
-  template <class Finish>
-  void multiply(Worker& worker, const PackedMatrix& weights, const Operand& x, std::int64_t rows,
-                const Finish& finish);
+  template <class Plain, class Tiles>
+  void share_rows(Worker& worker, const Plain& plain, const Tiles& tiles);
+  template <class Finish, class FinishTiles>
+  void multiply(Worker& worker, const PackedMatrix& weights, const Operand& x, const Finish& finish,
+                const FinishTiles& finish_tiles);
   Upcoming upcoming(const PackedMatrix& weights) const;
   float* scratch(const Worker& worker) const;
 
@@ -68,18 +87,19 @@ class Recurrence {
   const float* rope_;
   std::int64_t stride_, gqkv_stride_, attended_stride_, hidden_stride_, x_row_bytes_;
 
-  std::vector<Chunk> chunks_;
+  std::vector<Chunk>
+      chunks_;  // or parts of them: the rows of prefixes come last when the matrix unit takes them
   std::vector<Task> tasks_;
   std::vector<TokenPlace> places_;
-  std::vector<std::int64_t> ids_, rows_, firsts_;
+  std::vector<std::int64_t> ids_, rows_, firsts_, row_of_token_;
   float* logits_ = nullptr;
 
   Memory memory_;
-  std::int64_t tokens_ = 0, room_tokens_ = 0, room_rows_ = 0;
+  std::int64_t tokens_ = 0, plain_rows_ = 0, room_tokens_ = 0, room_tile_rows_ = 0, room_rows_ = 0;
   int room_threads_ = 0;
   float *u_ = nullptr, *fast_ = nullptr, *slow_ = nullptr, *gqkv_ = nullptr, *attended_ = nullptr,
         *hidden_ = nullptr, *picked_ = nullptr, *scratch_ = nullptr;
-  std::byte* x_ = nullptr;
+  std::byte *x_ = nullptr, *tiles_ = nullptr, *hidden_tiles_ = nullptr;
 };
 
 }  // namespace hrmcore

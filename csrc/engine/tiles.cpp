@@ -1,0 +1,82 @@
+#include "engine/tiles.h"
+
+#include "engine/lanes.h"
+
+namespace hrmcore::HRMCORE_ISA {
+namespace {
+
+constexpr int panel_tiles = panel_rows / lanes;
+constexpr std::int64_t tile_floats = band_rows * lanes;
+
+HRMCORE_INLINE void put_line(std::byte* line, vfloat low, vfloat high) {
+  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  __builtin_memcpy(line, &both, sizeof(both));
+}
+
+// The sums of a row in a panel: column 16 i at 256 i floats.
+HRMCORE_INLINE const float* sums_of(const float* sums, std::int64_t panel, std::int64_t rows,
+                                    std::int64_t row) {
+  return sums + (panel * bands_of(rows) + row / band_rows) * panel_tiles * tile_floats +
+         row % band_rows * lanes;
+}
+
+}  // namespace
+
+void normalise_tiles(const NormaliseTiles& args) noexcept {
+  for (std::int64_t row = args.row_begin; row < args.row_end; ++row) {
+    const float* x = args.x + row * args.stride;
+    vfloat squares[4] = {};  // four chains: one would wait for its own additions
+    for (std::int64_t c = 0; c < args.stride; c += 4 * lanes) {
+      for (int i = 0; i < 4; ++i) {
+        vfloat v = load(x + c + i * lanes);
+        if (args.add != nullptr) {
+          v += load(args.add + row * args.stride + c + i * lanes);
+          store(args.sum + row * args.stride + c + i * lanes, v);
+        }
+        squares[i] = fma(v, v, squares[i]);
+      }
+    }
+    if (args.add != nullptr) x = args.sum + row * args.stride;
+    const float total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    const vfloat scale = splat(1.0f / __builtin_sqrtf(total / static_cast<float>(args.width) + args.eps));
+    for (std::int64_t group = 0; group < args.y.groups; ++group) {
+      const float* from = x + group * group_columns;
+      put_line(args.y.line(row, group), load(from) * scale, load(from + lanes) * scale);
+    }
+  }
+}
+
+void round_tiles(const RoundTiles& args) noexcept {
+  for (std::int64_t row = args.row_begin; row < args.row_end; ++row) {
+    for (std::int64_t group = 0; group < args.y.groups; ++group) {
+      const float* from = args.x + row * args.stride + group * group_columns;
+      put_line(args.y.line(row, group), load(from), load(from + lanes));
+    }
+  }
+}
+
+void unload_tiles(const UnloadTiles& args) noexcept {
+  for (std::int64_t row = 0; row < args.rows; ++row) {
+    for (std::int64_t panel = 0; panel < args.panels; ++panel) {
+      const float* sums = sums_of(args.sums, panel, args.rows, row);
+      float* out = args.out + row * args.out_stride + panel * panel_rows;
+      for (int i = 0; i < panel_tiles; ++i, sums += tile_floats, out += lanes) {
+        store(out, args.add ? load(out) + load(sums) : load(sums));
+      }
+    }
+  }
+}
+
+void swiglu_tiles(const SwigluTiles& args) noexcept {
+  for (std::int64_t row = 0; row < args.rows; ++row) {
+    for (std::int64_t panel = 0; panel < args.panels; ++panel) {
+      const float* sums = sums_of(args.sums, panel, args.rows, row);
+      const vfloat gate[2] = {load(sums), load(sums + tile_floats)};
+      const vfloat up[2] = {load(sums + 2 * tile_floats), load(sums + 3 * tile_floats)};
+      put_line(args.y.line(args.first_row + row, args.first_group + panel),
+               gate[0] * sigmoid(gate[0]) * up[0], gate[1] * sigmoid(gate[1]) * up[1]);
+    }
+  }
+}
+
+}  // namespace hrmcore::HRMCORE_ISA
