@@ -34,6 +34,7 @@ COMMANDS = {
     "eval": Command("ask a model questions and score its answers", "hrmcore.evals.command"),
     "grow": Command("make a larger model that computes the same", "hrmcore.growth_command"),
     "plot": Command("draw the curves of a training run", "hrmcore.plot"),
+    "inspect": Command("which token each cycle and layer would have answered", "hrmcore.inspect"),
     "plan": Command("what a training run costs, before it starts", "hrmcore.plan"),
 }
 

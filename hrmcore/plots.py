@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 COLOURS = {"float32": "#3b6ea5", "bfloat16": "#d98032"}
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> Any:
-    """A figure and its axes, drawn without a display."""
+def _figure(rows: int, columns: int, size: tuple[float, float], heights: list[float] | None = None) -> Any:
+    """A figure and its axes, drawn without a display; `heights` are those of the rows, in proportion."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -17,7 +18,7 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> Any:
         raise ModuleNotFoundError("matplotlib is not installed; `pip install hrmcore[bench]` brings it") from error
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns)
+    return figure, figure.subplots(rows, columns, height_ratios=heights)
 
 
 def ops(report: dict[str, Any], path: Path) -> None:
@@ -147,3 +148,49 @@ def training(rows: list[dict[str, float]], path: Path) -> None:
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     figure.savefig(path, dpi=150)
+
+
+def lens(report: dict[str, Any], path: Path) -> None:
+    """Draw what `hrmcore inspect` saw: a cell for each layer of each visit, and below them the three curves.
+
+    A cell names the token that the step would have answered; the darker it is, the likelier the token. Its size is
+    fixed, so the picture grows with the number of visits and layers, and the text stays readable.
+    """
+    steps, layers = report["steps"], report["layers"]
+    columns = len(steps) // layers
+    names = [steps[column * layers]["visit"] for column in range(columns)]
+    figure, panels = _figure(
+        4, 1, (max(7.0, 1.6 + 1.35 * columns), 1.6 + 0.36 * layers + 4.2), [0.36 * layers, 1.4, 1.4, 1.4]
+    )
+    grid, *curves = panels
+    shares = [[steps[column * layers + layer]["probability"] for column in range(columns)] for layer in range(layers)]
+    grid.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto", extent=(0, columns, layers, 0))
+    for index, step in enumerate(steps):
+        column, layer = divmod(index, layers)
+        share, text = step["probability"], step["text"]
+        shown = f"{text if len(text) <= 9 else text[:8] + '…'}  {share:.0%}"
+        style: dict[str, Any] = {"color": "white" if share > 0.55 else "black", "fontsize": 9}
+        weight = "bold" if step["token"] == steps[-1]["token"] else "normal"
+        grid.text(column + 0.5, layer + 0.5, shown, ha="center", va="center", parse_math=False, weight=weight, **style)
+    grid.set_xticks([column + 0.5 for column in range(columns)], names)
+    grid.xaxis.tick_top()
+    grid.set_yticks([layer + 0.5 for layer in range(layers)], [str(layer + 1) for layer in range(layers)])
+    grid.tick_params(length=0)
+    grid.set_ylabel("layer")
+    for axes, key, label in zip(curves, ("kl", "norm", "change"), ("KL to the answer", "norm", "change"), strict=True):
+        axes.plot([(i + 0.5) / layers for i in range(len(steps))], [step[key] for step in steps], ".-", markersize=4)
+        axes.set_xlim(0, columns)
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel(label)
+        axes.set_xticks([])
+    for axes in panels:
+        for column in range(1, columns):
+            heavy = names[column - 1].startswith("H")
+            axes.axvline(column, color="black" if heavy else "0.75", linewidth=1.6 if heavy else 0.6)
+    curves[-1].set_xlabel("visits from first to last, each through all its layers; bold: the token finally answered")
+    question = " ".join(report["prompt"].split())
+    title = f"{question if len(question) <= 90 else question[:89] + '…'}\n{report['answered']} → {report['answer']}"
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a script that the font lacks is drawn as boxes
+        figure.savefig(path, dpi=110)

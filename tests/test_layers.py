@@ -24,6 +24,7 @@ LAYERS = [
     {"run_config", "growth_files"},
     {"train", "engine", "lens", "plots"},
     {"generate", "bench", "convert", "prepare", "plan", "plot", "growth_command"},
+    {"inspect"},
     {"repl", "evals"},
     {"cli"},
     {"__main__"},
@@ -35,6 +36,7 @@ NEVER_EAGER = {"transformers", "reasoning_gym", "wandb", "matplotlib", "lm_eval"
 FREE_OF_TORCH = [
     *("config", "tokenizer", "sampling", "data", "store", "planner", "checkpoint", "packed", "engine"),
     *("generate", "bench", "convert", "prepare", "plan", "plot", "growth_command", "repl", "cli"),
+    "inspect",
     *("evals.harness", "evals.iq", "evals.reasoning_gym", "evals.runners", "evals.command"),
 ]
 

@@ -1,0 +1,132 @@
+"""The recurrence made visible: the logit lens over every cycle and layer.
+
+Shapes: T tokens, D width, V vocabulary, S steps. A step is one layer of one visit of a stack; there are
+H_cycles · (L_cycles + 1) visits. What a step would answer is what the head reads from its residual stream through the
+final norm, as if the recurrence ended there (nostalgebraist 2020, "interpreting GPT: the logit lens").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hrmcore.model import HRM, Layout
+from hrmcore.ops.rms_norm import rms_norm
+
+
+@dataclass(frozen=True)
+class Step:
+    """One layer of one visit. `l` is the L cycle within the H cycle `h`, L_cycles for H; both count from 0.
+
+    `token` is the likeliest one and `probability` its own; `answer_probability` is that of the final answer. `kl` is
+    the divergence (nats) of the final distribution from this step's. `norm` is the residual stream's; `change` is how
+    far what the head would read has moved since the step of the same stack before, as a share of that.
+    """
+
+    h: int
+    l: int  # noqa: E741
+    stack: str
+    layer: int
+    token: int
+    probability: float
+    answer_probability: float
+    kl: float
+    norm: float
+    change: float
+
+
+@dataclass(frozen=True)
+class Lens:
+    """All steps of one position, in order, and the logits (S, V) float32 of each; the last row is the model's."""
+
+    steps: tuple[Step, ...]
+    logits: Tensor
+
+    @property
+    def answer(self) -> int:
+        """The token that the model answers."""
+        return self.steps[-1].token
+
+
+@torch.inference_mode()
+def look(model: HRM, ids: Sequence[int], prefix_length: int | None = None) -> Lens:
+    """What every step would answer after the last of ids (T); the first `prefix_length` see each other, None means all.
+
+    The last step's logits are those of `model(ids, prefix_length)`, to the bit.
+    """
+    known, layout = _layout(model, ids, prefix_length)
+    streams: list[Tensor] = []
+    reads: list[Tensor] = []
+
+    def record(_: nn.Module, __: Any, halves: tuple[Tensor, Tensor]) -> None:
+        x, residual = (half[-1:] for half in halves)
+        streams.append((x + residual).float())
+        reads.append(rms_norm(x, residual, model.config.rms_norm_eps)[0])
+
+    blocks = [*model.L_module.layers, *model.H_module.layers]
+    hooks = [block.register_forward_hook(record) for block in blocks]
+    try:
+        final = model.hidden(known, layout)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    logits = model.lm_head(torch.cat(reads)).float()
+    logits[-1] = model.lm_head(final).float()[-1]  # a product of all rows: one of a single row may round otherwise
+    return Lens(_steps(model, known, streams, reads, logits), logits)
+
+
+def _layout(model: HRM, ids: Sequence[int], prefix_length: int | None) -> tuple[Tensor, Layout]:
+    prefix = len(ids) if prefix_length is None else prefix_length
+    if not ids or not 0 <= prefix <= len(ids):
+        raise ValueError(f"prefix_length must be from 0 to the {len(ids)} ids given (at least one), got {prefix}")
+    return torch.tensor(list(ids)), Layout.of([len(ids)], [prefix if model.config.prefix_lm else 0])
+
+
+def _steps(model: HRM, ids: Tensor, streams: list[Tensor], reads: list[Tensor], logits: Tensor) -> tuple[Step, ...]:
+    config = model.config
+    logs = logits.log_softmax(-1)
+    final = logs[-1].exp()
+    kl = (final * (logs[-1] - logs)).nan_to_num(0.0).sum(-1)  # a token of probability 0 adds nothing
+    tokens = logits.argmax(-1)
+    before = {
+        "L": rms_norm(model.z_L_init[None], None, config.rms_norm_eps)[0],
+        "H": rms_norm(model.embed_tokens(ids[-1:]) * config.embedding_scale, None, config.rms_norm_eps)[0],
+    }
+    steps = []
+    for index in range(len(reads)):
+        visit, layer = divmod(index, config.num_layers_per_stack)
+        h, l = divmod(visit, config.L_cycles + 1)  # noqa: E741
+        stack = "L" if l < config.L_cycles else "H"
+        read = reads[index].float()
+        step = Step(
+            h=h,
+            l=l,
+            stack=stack,
+            layer=layer,
+            token=int(tokens[index]),
+            probability=float(logs[index, tokens[index]].exp()),
+            answer_probability=float(logs[index, tokens[-1]].exp()),
+            kl=max(0.0, float(kl[index])),
+            norm=float(streams[index].norm()),
+            change=float((read - before[stack]).norm() / before[stack].norm()),
+        )
+        before[stack] = read
+        steps.append(step)
+    return tuple(steps)
+
+
+@torch.inference_mode()
+def visits(model: HRM, ids: Sequence[int], prefix_length: int | None = None) -> Iterator[tuple[int, int, int, float]]:
+    """(h, l, token, probability) after each visit, as it is computed: what the model would answer if it stopped there.
+
+    `l` and `prefix_length` are as in `look`.
+    """
+    known, layout = _layout(model, ids, prefix_length)
+    for h, l, state in model.states(known, layout):  # noqa: E741
+        probabilities = model.lm_head(state).float()[-1].softmax(-1)
+        token = int(probabilities.argmax())
+        yield h, l, token, float(probabilities[token])
