@@ -194,7 +194,7 @@ def lens(report: dict[str, Any], path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # a script that the font lacks is drawn as boxes
         figure.draw_without_rendering()
-        cell = 0.97 * grid.get_window_extent().width / columns
+        cell = 0.92 * grid.get_window_extent().width / columns
         for text in grid.texts:  # a few wide letters take a smaller size
             text.set_fontsize(text.get_fontsize() * min(1.0, cell / text.get_window_extent().width))
         figure.savefig(path, dpi=110)
