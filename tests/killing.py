@@ -68,6 +68,7 @@ def train(config: TrainConfig, last: tuple[str, int] | None = None) -> Callable[
 def kill_until_done(config: TrainConfig, longest: float, chance: random.Random) -> Iterator[bool]:
     """Start the run again and again, killing it; yields, for each kill, whether a state was being written."""
     while True:
+        started, temporary = time.time(), Path(config.out) / "states" / ".writing.tmp"
         at_a_point = chance.random() < 0.2
         pid = fork(train(config, chance.choice(POINTS) if at_a_point else None))
         if not at_a_point:
@@ -78,7 +79,7 @@ def kill_until_done(config: TrainConfig, longest: float, chance: random.Random) 
             if os.WEXITSTATUS(status) != 0:
                 raise RuntimeError("a trainer failed: see above")
             return
-        yield (Path(config.out) / "states" / ".writing.tmp").exists()
+        yield temporary.exists() and temporary.stat().st_mtime > started  # not one that an earlier kill left
 
 
 def mutate(name: str) -> None:

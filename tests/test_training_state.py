@@ -51,7 +51,7 @@ def test_a_state_comes_back_and_the_safetensors_library_reads_it(tmp_path: Path)
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
-def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path: Path) -> None:
+def test_a_flipped_bit_in_any_byte_and_every_cut_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     save_state(path, {"model.a": torch.randn(4)}, {"step": "3"})
     whole = path.read_bytes()
