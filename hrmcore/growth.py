@@ -184,9 +184,7 @@ class Growth:
             for name in bigger.state_dict()
         }
         bigger.load_state_dict(weights, assign=True)
-        for name, buffer in model.named_buffers():
-            if name not in old:  # tables that depend on nothing that grows
-                setattr(bigger, name, buffer.clone())
+        bigger.reset_positions(len(model.rope_table))
         trainable = {name: p.requires_grad for name, p in model.named_parameters()}
         for name, parameter in bigger.named_parameters():
             parameter.requires_grad_(trainable.get(self.source(name) or "", True))

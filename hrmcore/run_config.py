@@ -14,6 +14,7 @@ from typing import Any
 from hrmcore.checkpoint import read_config as read_checkpoint_config
 from hrmcore.checkpoint import resolve
 from hrmcore.config import HRMConfig
+from hrmcore.growth_stages import GrowStage, growths_of, read_stages
 from hrmcore.store import MANIFEST, TOKENIZER
 from hrmcore.tokenizer import TOKENIZER_FILES, Tokenizer
 from hrmcore.training_state import read_metadata
@@ -81,6 +82,7 @@ class TrainConfig:
     save_every: int = _key("steps between training states", 500)
     keep: int = _key("how many of the newest training states stay", 2)
     keep_every: int = _key("training states at multiples of so many steps stay for good; 0: none", 0)
+    grow: tuple[GrowStage, ...] = _key("stages, each a table under [[grow]]: see below", ())
 
     def __post_init__(self) -> None:
         self._choose("optimizer", tuple(OPTIMIZERS))
@@ -106,6 +108,7 @@ class TrainConfig:
         self._hold("horizon_fraction", 0 <= self.horizon_fraction <= 1, "in [0, 1]")
         if not self.train_files:
             raise ValueError("train config: train_files is empty")
+        growths_of(self.grow, self.model, self.seed)  # each of them must be possible
 
     def _follow_optimizer(self) -> None:
         defaults = OPTIMIZERS[self.optimizer]
@@ -170,7 +173,12 @@ def _config_from(values: Mapping[str, Any]) -> TrainConfig:
     fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
     if unknown := sorted(set(values) - set(fields)):
         raise ValueError(f"unknown key {unknown[0]!r}; the keys are {', '.join(sorted(fields))}")
-    checked = {name: _typed(name, str(fields[name].type), value) for name, value in values.items() if name != "model"}
+    checked = {
+        name: _typed(name, str(fields[name].type), value)
+        for name, value in values.items()
+        if name not in ("model", "grow")
+    }
+    checked["grow"] = read_stages(values.get("grow", []))
     if found := _found_tokenizer(checked):
         checked.setdefault("tokenizer", found)
     required = {name for name, f in fields.items() if f.default is dataclasses.MISSING} - {"model"}
@@ -250,6 +258,8 @@ def explain() -> str:
         if f.name not in ("vocab_size", "eos_token_id"):
             default = "(required)" if f.default is dataclasses.MISSING else f"default {f.default!r}"
             lines.append(f"{f.name:<24} {default}")
+    lines.append("\n[[grow]]  a larger model from at_tokens on; sizes that are left out stay")
+    lines += [f"{f.name:<24} {_default(f)}" for f in dataclasses.fields(GrowStage)]
     return "\n".join(lines)
 
 

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from hrmcore import curvature, microbench, optim, planner, validation
 from hrmcore.checkpoint import load_model, resolve, save_model
-from hrmcore.data import BatchStream, Corpus, PackedBatch, Rejected, pack, read_records, tokenize
+from hrmcore.data import BatchStream, Corpus, PackedBatch, Rejected, epoch_batches, pack, read_records, tokenize
+from hrmcore.growth_stages import GrowthSchedule
 from hrmcore.model import HRM
 from hrmcore.run_config import TrainConfig, ema_decay, explain, horizon, learning_rate, read_config
 from hrmcore.store import open_store, sha256_of
@@ -91,6 +92,8 @@ class Trainer:
         self.tokenizer = Tokenizer.load(config.tokenizer)
         self.corpus, self._checksum = self._load(config.train_files)
         self.heldout = self._load(config.heldout_files)[0] if config.heldout_files else None
+        self.growing = GrowthSchedule(config.grow, config.model, config.seed)
+        self._growth_flops = self._cost_of_growing()
         tqdm.write(self._needs(), file=sys.stderr)
         self.model = self._first_model()
         self.optimizer = make_optimizer(config, self.model)
@@ -165,10 +168,11 @@ class Trainer:
     # One step
 
     def _train_step(self) -> dict[str, float]:
+        grown = self._grow() if self.growing.due(self.tokens) else {}
         started = time.perf_counter()
         config = self.config
         batches = [next(self._stream) for _ in range(config.accumulate)]
-        rate, k = learning_rate(config, self.step), horizon(config, self.step)
+        rate, k = learning_rate(config, self.step) * self.growing.rate(self.step), horizon(config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"], group["ema"] = rate, ema_decay(config, self.step)
         loss, norm = self._backward(batches, k)
@@ -181,6 +185,7 @@ class Trainer:
             self._stop_at(batches, fault)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self.growing.advance(self.model, self.step)
         tokens = sum(int(batch.offsets[len(batch.records)]) for batch in batches)
         self.tokens += tokens
         metrics = {
@@ -197,7 +202,22 @@ class Trainer:
             metrics["skipped"] = self.skipped
         if isinstance(self.optimizer, optim.Sophia):
             metrics["clipped_fraction"] = self.optimizer.clipped_fraction
-        return metrics | self._speed(batches, k, time.perf_counter() - started)
+        return metrics | self._speed(batches, k, time.perf_counter() - started) | grown
+
+    def _grow(self) -> dict[str, float]:
+        """Make the model and the optimizer larger, once the state before it is on the disk."""
+        self.save()
+        self._writer.finish()
+        self.model, self.optimizer, report = self.growing.grow(self.model, self.optimizer, self._fixed_loss, self.step)
+        schedule, from_scratch = self._growth_flops
+        return report | {"growth_flops": schedule, "from_scratch_flops": from_scratch}
+
+    def _fixed_loss(self, model: HRM) -> float:
+        """The mean loss on the first batch of an order of its own, in float32."""
+        records = next(iter(epoch_batches(self.corpus.lengths, self.config.batch_tokens, seed=0, epoch=0)))
+        batch = pack(self.corpus, records)
+        with torch.no_grad():
+            return float(model.loss(batch)) / len(batch.targets)
 
     def _backward(self, batches: Sequence[PackedBatch], k: int) -> tuple[float, float]:
         """Gradients of the mean loss over all supervised tokens of the batches; returns it and the gradients' norm."""
@@ -269,7 +289,7 @@ class Trainer:
         tokens = sum(int(batch.offsets[len(batch.records)]) for batch in batches)
         supervised = sum(len(batch.targets) for batch in batches)
         flops = planner.training_flops(
-            self.config.model, k, tokens, supervised, sum(_visible_pairs(batch) for batch in batches)
+            self.model.config, k, tokens, supervised, sum(_visible_pairs(batch) for batch in batches)
         )
         return {
             "tokens_per_second": tokens / seconds,
@@ -356,16 +376,30 @@ class Trainer:
 
     def _needs(self) -> str:
         """One line that states the memory of a step before anything large is allocated."""
-        config, lengths = self.config, self.corpus.lengths
+        config, lengths, model = self.config, self.corpus.lengths, self.growing.largest
         supervised = float((lengths - self.corpus.prefix + 1).sum() / lengths.sum())
-        need = planner.memory(config.model, config.horizon_last, config.batch_tokens, supervised, 1, config.precision)
+        need = planner.memory(model, config.horizon_last, config.batch_tokens, supervised, 1, config.precision)
         average = need.weights if config.ema else 0.0
         state = need.weights + need.optimizer + average
         return (
-            f"{planner.parameters(config.model) / 1e6:.2f} M parameters; about {(need.peak + average) / 1e9:.2f} GB at "
+            f"{planner.parameters(model) / 1e6:.2f} M parameters; about {(need.peak + average) / 1e9:.2f} GB at "
             f"a step's peak and {state / 1e9:.2f} GB more while a state is written; "
             f"{_available_memory() / 1e9:.2f} GB are free"
         )
+
+    def _cost_of_growing(self) -> tuple[float, float]:
+        """FLOPs of the run with its growths, and of its last model from scratch; said before the run starts."""
+        config = self.config
+        if not config.grow:
+            return 0.0, 0.0
+        prompt = float(self.corpus.prefix.mean())
+        record = planner.Record(prompt, float(self.corpus.lengths.mean()) - prompt)
+        course = planner.Horizon(config.horizon_first, config.horizon_last, config.horizon_fraction)
+        tokens = config.steps * config.accumulate * config.batch_tokens
+        schedule, from_scratch = self.growing.flops(tokens, record, course)
+        share = f"{schedule / from_scratch:.0%} of its last model from scratch"
+        tqdm.write(f"the schedule of {len(config.grow)} growths takes {schedule:.3g} FLOPs, {share}", file=sys.stderr)
+        return schedule, from_scratch
 
     def save(self) -> None:
         """Begin to write the training state of this step; `run` and `close` wait for its end."""
@@ -386,7 +420,7 @@ class Trainer:
             "skipped": str(self.skipped),
             "typical_loss": json.dumps(self.typical_loss),
             "optimizer": self.config.optimizer,
-            "model_config": json.dumps(self.model.config.to_dict()),
+            **self.growing.metadata(),
             "data_fingerprint": json.dumps(self._fingerprint()),
             "data_position": json.dumps(self._stream.position),
             "rng": json.dumps({"seed": self.config.seed}),  # every draw is a function of seed, epoch and step
@@ -415,11 +449,22 @@ class Trainer:
                     f"{path}: {what} changed since (its {name} is {theirs}, now {ours}), so the run cannot go on "
                     "where it stood; name another out, and this state as init_from to keep its weights"
                 )
+        self._catch_up(path, metadata)
         self._restore(path, tensors)
         self.step, self.tokens, self.skipped = (int(metadata[key]) for key in ("step", "tokens", "skipped"))
         self.typical_loss = json.loads(metadata["typical_loss"])
         epoch, batch = json.loads(metadata["data_position"])
         self._stream = BatchStream(self.corpus, self.config.batch_tokens, self.config.seed, (epoch, batch))
+
+    def _catch_up(self, path: Path, metadata: Mapping[str, str]) -> None:
+        """Give model and optimizer the shape that they had grown to."""
+        try:
+            self.growing.resume(metadata)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        if self.growing.config != self.model.config:
+            self.model = HRM(self.growing.config)
+            self.optimizer = make_optimizer(self.config, self.model)
 
     @torch.no_grad()
     def _restore(self, path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -118,7 +118,8 @@ def test_any_order_of_four_growths_keeps_the_logits() -> None:
 
 def test_other_constants_are_kept() -> None:
     """A scale of the embedding that is not sqrt(D), causal text, another eps: all of them in the way of a wrong sum."""
-    config = CONFIG.replace(embedding_scale=3.7, prefix_lm=False, rms_norm_eps=0.1, rope_theta=500.0)
+    constants = {"embedding_scale": 3.7, "prefix_lm": False, "rms_norm_eps": 0.1, "rope_theta": 500.0}
+    config = CONFIG.replace(position_encoding="xpos", xpos_scale_base=64, attention_window=64, **constants)
     model = make_model(config)
     bigger = grow(model, **EVERYTHING)
     assert difference(logits(bigger), logits(model)) <= 2e-5

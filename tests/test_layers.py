@@ -20,7 +20,7 @@ LAYERS = [
     {"config", "tokenizer", "sampling", "ops"},
     {"model", "optim", "data", "planner", "tensor_file"},
     {"checkpoint", "growth", "runner", "microbench", "store"},
-    {"packed", "training_state", "curvature", "validation"},
+    {"packed", "training_state", "curvature", "validation", "growth_stages"},
     {"run_config", "growth_files"},
     {"train", "engine", "lens", "plots"},
     {"generate", "bench", "convert", "prepare", "plan", "plot", "growth_command"},
