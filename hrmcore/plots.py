@@ -198,3 +198,19 @@ def lens(report: dict[str, Any], path: Path) -> None:
         for text in grid.texts:  # a few wide letters take a smaller size
             text.set_fontsize(text.get_fontsize() * min(1.0, cell / text.get_window_extent().width))
         figure.savefig(path, dpi=110)
+
+
+def growth(report: dict[str, Any], path: Path) -> None:
+    """Draw what bench/growth.py measured: held-out loss against FLOPs and against wall-clock, one line a seed."""
+    figure, panels = _figure(1, 2, (11, 4.5))
+    for axes, key, label in zip(panels, ("flops", "seconds"), ("training FLOPs", "seconds of steps"), strict=True):
+        for number, arm in enumerate(report["arms"]):
+            for seed, curve in enumerate(arm["curves"]):
+                name = f"{arm['name']}, rate {arm['rate']:g}" if seed == 0 else None
+                axes.plot(curve[key], curve["losses"], color=f"C{number}", linewidth=1, label=name)
+        axes.set_yscale("log")
+        axes.set_xlabel(label)
+        axes.set_ylabel("held-out loss, nats a token")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False)
+    figure.savefig(path, dpi=150)

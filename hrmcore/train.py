@@ -293,6 +293,7 @@ class Trainer:
         )
         return {
             "tokens_per_second": tokens / seconds,
+            "flops": flops.total,
             "mfu": flops.total / seconds / self._peak,
             "memory": _peak_memory(),
         }
