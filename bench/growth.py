@@ -1,6 +1,6 @@
 """Does growing pay? A run that begins small and grows twice, against the last size from scratch on the same tokens.
 
-    python bench/growth.py DATA OUT --tokens 4000000
+    python bench/growth.py DATA OUT --tokens 1000000
 
 DATA holds train.jsonl, heldout.jsonl and tokenizer/, as bench/mix.py or runs/tiny_data.py write them. Both arms get
 the same learning rates to choose from, tried with the first seed; the best one, by the last held-out loss, is then run
@@ -68,12 +68,13 @@ FACTOR = Arm("grown, lr factor", True, FactorTrainer)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="DATA OUT", help="with --toy OUT alone")
-    parser.add_argument("--tokens", type=int, default=4_000_000, help="of every run, about (4000000)")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="of every run, about (1000000)")
     parser.add_argument("--sizes", default=SIZES, help=f"width:ffn:layers:heads of each stage ({SIZES})")
     parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--fractions", default="0.25,0.5", help="of the tokens, where it grows (0.25,0.5)")
+    parser.add_argument("--fractions", default="0.3,0.6", help="of the tokens, where it grows (0.3,0.6)")
     parser.add_argument("--rates", default="1e-3,2e-3,4e-3", help="learning rates to choose from (1e-3,2e-3,4e-3)")
     parser.add_argument("--optimizer", default="adamatan2")
+    parser.add_argument("--precision", default="float32", help="float32 or bfloat16 (float32)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--evaluations", type=int, default=40, help="held-out losses of a run (40)")
@@ -111,7 +112,7 @@ def measure(args: argparse.Namespace, data: Path, out: Path) -> dict[str, Any]:
         arm["flops_share"] = [mine["flops"][-1] / theirs["flops"][-1] for mine, theirs in pairs]
         arm["flops_to_scratch_loss"] = [reached(mine, theirs, "flops") for mine, theirs in pairs]
         arm["seconds_to_scratch_loss"] = [reached(mine, theirs, "seconds") for mine, theirs in pairs]
-    keys = ("tokens", "sizes", "fractions", "rates", "optimizer", "seeds", "batch_tokens", "warmup")
+    keys = ("tokens", "sizes", "fractions", "rates", "optimizer", "precision", "seeds", "batch_tokens", "warmup")
     return {"settings": {key: getattr(args, key) for key in keys}, "arms": arms}
 
 
@@ -160,7 +161,8 @@ def run_file(arm: Arm, args: argparse.Namespace, data: Path, folder: Path, rate:
         f"tokenizer = {json.dumps(str(data / 'tokenizer'))}",
         f"out = {json.dumps(str(folder))}",
         f"steps = {steps}\nbatch_tokens = {args.batch_tokens}\nlearning_rate = {rate}\nwarmup_steps = {args.warmup}",
-        f"optimizer = {json.dumps(args.optimizer)}\nseed = {seed}\ncheck_records = 0",
+        f"optimizer = {json.dumps(args.optimizer)}\nprecision = {json.dumps(args.precision)}",
+        f"seed = {seed}\ncheck_records = 0",
         f"eval_every = {max(1, steps // args.evaluations)}\nsave_every = {max(1, steps // 10)}",
         f"[model]\nhead_dim = {args.head_dim}",
         *(f"{key} = {size}" for key, size in shapes[0 if arm.grows else -1].items()),
@@ -204,7 +206,7 @@ def make_toy(args: argparse.Namespace, data: Path) -> None:
         (data / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     if not (data / "tokenizer").exists():
         train_tokenizer((record["instruction"] for record in records), data / "tokenizer", vocab_size=330)
-    args.sizes, args.head_dim, args.tokens, args.batch_tokens = "16:16:1:1,32:32:1:2,48:48:2:2", 16, 3072, 256
+    args.sizes, args.head_dim, args.tokens, args.batch_tokens = "16:16:1:1,32:32:1:2,48:48:2:2", 16, 2048, 256
     args.rates, args.seeds, args.evaluations, args.warmup, args.factor = "1e-3,3e-3", 2, 6, 2, True
 
 
