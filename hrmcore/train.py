@@ -384,7 +384,7 @@ class Trainer:
         state = need.weights + need.optimizer + average
         return (
             f"{planner.parameters(model) / 1e6:.2f} M parameters; about {(need.peak + average) / 1e9:.2f} GB at "
-            f"a step's peak and {state / 1e9:.2f} GB more while a state is written; "
+            f"a step's peak, torch and the data aside, and {state / 1e9:.2f} GB more while a state is written; "
             f"{_available_memory() / 1e9:.2f} GB are free"
         )
 
@@ -453,7 +453,7 @@ class Trainer:
         self._catch_up(path, metadata)
         self._restore(path, tensors)
         self.step, self.tokens, self.skipped = (int(metadata[key]) for key in ("step", "tokens", "skipped"))
-        self.typical_loss = json.loads(metadata["typical_loss"])
+        self.typical_loss = json.loads(metadata.get("typical_loss", "null"))
         epoch, batch = json.loads(metadata["data_position"])
         self._stream = BatchStream(self.corpus, self.config.batch_tokens, self.config.seed, (epoch, batch))
 

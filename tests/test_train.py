@@ -27,7 +27,7 @@ from hrmcore.plot import read_metrics
 from hrmcore.run_config import OPTIMIZERS, TrainConfig, ema_decay, explain, horizon, learning_rate, read_config
 from hrmcore.tokenizer import train_tokenizer
 from hrmcore.train import Trainer, _visible_pairs
-from hrmcore.training_state import find_states, load_state, state_path
+from hrmcore.training_state import find_states, load_state, save_state, state_path
 
 WORDS = ["alpha", "beta", "gamma", "delta", "omega", "sigma", "kappa", "theta"]
 
@@ -145,9 +145,12 @@ def test_the_export_and_the_heldout_loss_are_the_averages(run_file: Path) -> Non
     assert not torch.equal(exported, before.bfloat16().float())
 
 
-@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
-def test_a_stopped_run_resumes_bit_for_bit(run_file: Path, tmp_path: Path, optimizer: str) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "precision"), [*((name, "float32") for name in OPTIMIZERS), ("sophia-g", "bfloat16")]
+)
+def test_a_stopped_run_resumes_bit_for_bit(run_file: Path, tmp_path: Path, optimizer: str, precision: str) -> None:
     rewrite(run_file, "steps = 12", f'steps = 12\noptimizer = "{optimizer}"\naccumulate = 2\nkeep = 1')
+    rewrite(run_file, "seed = 7", f'seed = 7\nprecision = "{precision}"')
     if optimizer.startswith("sophia"):
         rewrite(run_file, "keep = 1", "keep = 1\ncurvature_every = 3")
     whole = read_config(run_file)
@@ -348,6 +351,19 @@ def test_a_damaged_newest_state_is_said_aloud_and_the_one_before_is_taken(
         path.write_bytes(b"garbage")
     with pytest.raises(ValueError, match="no state is whole; remove the folder to train from the start"):
         Trainer(config)
+
+
+def test_a_state_without_the_usual_loss_resumes(trainer: Trainer) -> None:
+    trainer._train_step()
+    trainer.save()
+    trainer.close()
+    path = state_path(trainer.out, 1)
+    tensors, metadata = load_state(path)
+    assert json.loads(metadata.pop("typical_loss")) == trainer.typical_loss
+    save_state(path, tensors, metadata)
+    resumed = Trainer(trainer.config)
+    assert (resumed.step, resumed.typical_loss) == (1, None)
+    resumed.close()
 
 
 def test_old_states_go_and_kept_ones_stay(run_file: Path) -> None:
