@@ -219,6 +219,7 @@ def released_config(config: HRMConfig, dtype: torch.dtype) -> dict[str, Any]:
     """What `config.json` says about a model: the keys of the released checkpoints, depth as the per-stack count."""
     values = config.to_dict()
     depth = values.pop("num_layers_per_stack")
+    del values["shared_stacks"]  # what is written has two stacks, with the same weights
     plain = [key for key, default in _OWN_DEFAULTS.items() if values[key] == default]
     for key in plain:
         del values[key]
@@ -413,6 +414,8 @@ def _released_weights(model: HRM, dtype: torch.dtype) -> dict[str, Tensor]:
     if str(dtype) not in {f"torch.{name}" for name in DTYPES.values()}:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     state = model.state_dict()
+    if model.config.shared_stacks:  # the format has two stacks: the same weights again, in memory of their own
+        state |= {name.replace("L_module", "H_module"): w.clone() for name, w in state.items() if "L_module" in name}
     weights = {}
     for key in key_table(model.config):
         weight = state[key.name]

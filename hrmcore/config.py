@@ -37,6 +37,8 @@ class HRMConfig:
     `attention_window` (a multiple of 64; 0 is none): tokens lie in blocks of so many, and attention reaches the
     token's own block and the neighbouring ones; of those, a response sees the one before. The prefix still sees both
     ways.
+    `shared_stacks` makes L and H one stack, as in TRM (arXiv 2510.04871). With H_cycles and L_cycles 1 the recurrence
+    is a Transformer that passes each layer once, with L_cycles 1 and more H_cycles a looped one.
     """
 
     vocab_size: int
@@ -57,6 +59,7 @@ class HRMConfig:
     position_encoding: str = "rope"
     xpos_scale_base: int = 512
     attention_window: int = 0
+    shared_stacks: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.eos_token_id, list):  # as JSON and TOML write it

@@ -67,7 +67,7 @@ def look(model: HRM, ids: Sequence[int], prefix_length: int | None = None) -> Le
         streams.append((x + residual).float())
         reads.append(rms_norm(x, residual, model.config.rms_norm_eps)[0])
 
-    blocks = [*model.L_module.layers, *model.H_module.layers]
+    blocks = dict.fromkeys([*model.L_module.layers, *model.H_module.layers])  # each once, where the stacks are one
     hooks = [block.register_forward_hook(record) for block in blocks]
     try:
         final = model.hidden(known, layout)

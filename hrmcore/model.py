@@ -154,7 +154,10 @@ class HRM(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.L_module = Stack(config)
-        self.H_module = Stack(config)
+        if config.shared_stacks:
+            self.__dict__["H_module"] = self.L_module  # a second name, not a second module: one set of parameters
+        else:
+            self.H_module = Stack(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("z_L_init", torch.empty(config.hidden_size))
         self.reset_positions(config.max_position_embeddings)

@@ -28,15 +28,15 @@ class Device:
 GPUS = {
     device.name: device
     for device in (
-        # Peaks are tensor core rates without sparsity, accumulated in float32.
+        # Peaks are bfloat16 tensor core rates without sparsity, accumulated in float32. A rate stated with sparsity is
+        # halved, one in FP8 halved again, in FP4 once more; so does float32 accumulation on GeForce.
         Device("A100", 312e12, 80e9),  # NVIDIA A100 Tensor Core GPU data sheet, A100 80GB SXM
         Device("H100", 989.4e12, 80e9),  # NVIDIA H100 Tensor Core GPU architecture white paper, SXM5: half of 1,978.9
         Device("H200", 989.4e12, 141e9),  # NVIDIA H200 Tensor Core GPU data sheet, SXM: half of 1,979
-        Device(
-            "B200", 2250e12, 180e9
-        ),  # NVIDIA DGX B200 data sheet, an eighth: half of 36 PFLOPS with sparsity, 1,440 GB
+        # NVIDIA DGX B200 data sheet, an eighth: 72 PFLOPS in FP8 with sparsity, 1,440 GB
+        Device("B200", 2250e12, 180e9),
         Device("RTX4090", 165.2e12, 24e9),  # NVIDIA Ada GPU architecture white paper
-        Device("RTX5090", 209.5e12, 32e9),  # NVIDIA RTX Blackwell GPU architecture white paper
+        Device("RTX5090", 209.5e12, 32e9),  # NVIDIA RTX Blackwell white paper: 3,352 TFLOPS in FP4 with sparsity
     )
 }
 
@@ -125,8 +125,8 @@ def stack_weights(config: HRMConfig) -> int:
 
 
 def parameters(config: HRMConfig) -> int:
-    """Trained parameters: two stacks, the embedding and the head, which are not tied."""
-    return 2 * stack_weights(config) + 2 * config.vocab_size * config.hidden_size
+    """Trained parameters: two stacks, or one that is shared, the embedding and the head, which are not tied."""
+    return (2 - config.shared_stacks) * stack_weights(config) + 2 * config.vocab_size * config.hidden_size
 
 
 def backward_visits(config: HRMConfig, horizon: int | None) -> int:
@@ -196,7 +196,8 @@ def memory(
     """
     width = PRECISIONS[precision]
     count, stack = parameters(config), stack_weights(config)
-    head = (count - 2 * stack) / 2
+    head = config.vocab_size * config.hidden_size
+    both = (2 - config.shared_stacks) * stack
     visits = backward_visits(config, horizon)
     sums = 4 * config.num_layers_per_stack * config.num_attention_heads
     activations = batch_tokens * visits * (width * activation_elements(config) + sums)
@@ -210,7 +211,7 @@ def memory(
         kept + logits,
         kept + gradient * head,
         kept * (1 - 1 / visits) + gradient * (head + stack),
-        kept * (1 - 2 / visits) + gradient * (head + 2 * stack),
+        kept * (1 - 2 / visits) + gradient * (head + both),
         gradient * count,
     )
     return Memory(
