@@ -18,7 +18,7 @@
 namespace hrmcore {
 
 struct MatrixProduct {
-  PackedMatrix weights;  // bf16, int8 or int4
+  PackedMatrix weights;  // bf16, int8 or int4; not f32, which it leaves alone
   std::int64_t panel_begin, panel_end;
   TileRows x;  // weights.groups() wide
   std::int64_t band_begin, band_end;
@@ -26,7 +26,8 @@ struct MatrixProduct {
   std::byte* scratch;  // matrix_scratch_bytes, private to the thread, 64-byte aligned
 };
 
-constexpr std::int64_t matrix_scratch_bytes = tile_chunk_groups * group_columns * panel_rows * 2;
+// Two chunks of a panel in bfloat16: one is widened while the other is multiplied.
+constexpr std::int64_t matrix_scratch_bytes = 2 * tile_chunk_groups * group_columns * panel_rows * 2;
 
 HRMCORE_DECLARE_MATRIX_KERNEL(matrix_product, MatrixProduct)
 
