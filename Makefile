@@ -2,6 +2,7 @@
 # make test  builds, installs and runs every test
 # make cuda  compiles the CUDA kernels for every target and checks what ptxas says of them (needs nvcc, no GPU)
 # make sanitize  runs the op and core tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
+# make tsan      runs the engine under ThreadSanitizer (GCC): batches of requests that are cancelled at random
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,7 @@ BUILD_TOOLS := "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.24" ninja
 NATIVE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh cmake/*)
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: run test lint format cuda cuda-table sanitize clean
+.PHONY: run test lint format cuda cuda-table sanitize tsan clean
 
 run: $(VENV)/installed
 	$(BIN)/hrmcore repl
@@ -64,6 +65,22 @@ sanitize: $(VENV)/installed-dev
 	cd $(SANITIZED) && printf "leak:%s\n" bin/python libpython lib-dynload numpy openblas ld-linux > not_ours.txt && \
 	  LD_PRELOAD="$(SANITIZERS)" PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=1:malloc_context_size=3 \
 	  LSAN_OPTIONS=suppressions=not_ours.txt venv/bin/python "$(CURDIR)/tests/leaks.py" 20
+
+# Without address space randomisation, because ThreadSanitizer knows only some layouts. Nothing is suppressed.
+RACED := build/tsan
+RACE_DETECTORS = $(foreach name,libtsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(name)))
+TSAN_BATCHES ?= 200
+
+tsan: $(VENV)/installed-dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(RACED) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DCMAKE_CXX_COMPILER=$(CXX) -DHRMCORE_SANITIZE=thread \
+	  -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
+	$(BIN)/cmake --build $(RACED)
+	$(BIN)/python -m venv --without-pip --clear $(RACED)/venv
+	site="$$($(RACED)/venv/bin/python $(SITE_PACKAGES))" && cp -r hrmcore "$$site" && \
+	  $(BIN)/cmake --install $(RACED) --prefix "$$site" && $(BIN)/python $(SITE_PACKAGES) > "$$site/dev.pth"
+	cd $(RACED) && LD_PRELOAD="$(RACE_DETECTORS)" TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1 \
+	  setarch -R venv/bin/python "$(CURDIR)/tests/stress.py" $(TSAN_BATCHES) 2
 
 clean:
 	rm -rf build $(VENV)
