@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -306,6 +307,34 @@ std::unique_lock<std::mutex> lock_engine(hrmcore::Engine& engine) {
   return std::unique_lock<std::mutex>(engine.mutex());
 }
 
+// What may end a long step: a signal's handler that raises, or `stop`, a callable that says true.
+class Watch {
+ public:
+  explicit Watch(const py::object& stop) : stop_(stop) {}
+
+  hrmcore::Interrupt interrupt() {
+    return {[](void* self) noexcept { return static_cast<Watch*>(self)->wanted(); }, this};
+  }
+  void rethrow() const {
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  bool wanted() noexcept {
+    py::gil_scoped_acquire locked;
+    try {
+      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+      return !stop_.is_none() && py::cast<bool>(stop_());
+    } catch (...) {
+      error_ = std::current_exception();
+      return true;
+    }
+  }
+
+  const py::object& stop_;
+  std::exception_ptr error_;
+};
+
 void bind_engine(py::module_& m) {
   using hrmcore::Engine;
   m.attr("cache_block_tokens") = hrmcore::block_tokens;
@@ -372,19 +401,27 @@ void bind_engine(py::module_& m) {
              const auto lock = lock_engine(e);
              e.close(request);
            })
-      .def("step",
-           [](Engine& e, const std::vector<std::int64_t>& requests,
-              const std::vector<std::vector<std::int64_t>>& ids, const py::object& logits, bool every_row) {
-             Borrowed b("step");
-             const hrmcore::TensorView out = b.view(logits, "logits");
-             const auto lock = lock_engine(e);
-             e.begin(requests, ids, every_row, out);
-             {
-               py::gil_scoped_release unlocked;
-               e.run();
-             }
-             e.commit();
-           })
+      .def(
+          "step",
+          [](Engine& e, const std::vector<std::int64_t>& requests,
+             const std::vector<std::vector<std::int64_t>>& ids, const py::object& logits, bool every_row,
+             const py::object& stop) {
+            Borrowed b("step");
+            const hrmcore::TensorView out = b.view(logits, "logits");
+            Watch watch(stop);
+            const auto lock = lock_engine(e);
+            e.begin(requests, ids, every_row, out);
+            bool done = false;
+            {
+              py::gil_scoped_release unlocked;
+              done = e.run(watch.interrupt());
+            }
+            watch.rethrow();
+            if (done) e.commit();
+            return done;  // or else nothing has happened, because `stop` said so
+          },
+          py::arg("requests"), py::arg("ids"), py::arg("logits"), py::arg("every_row"),
+          py::arg("stop") = py::none())
       .def_property_readonly("vocab_size", [](const Engine& e) { return e.shape().vocabulary; })
       .def_property_readonly("weight_bytes", [](const Engine& e) { return e.weights().bytes(); })
       .def_property_readonly("workspace_bytes", &Engine::workspace_bytes)

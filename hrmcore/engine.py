@@ -7,6 +7,7 @@ Shapes: T tokens, V vocabulary. What runs the recurrence is behind `hrmcore.runn
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from hrmcore import _C
 from hrmcore.checkpoint import CONFIG_FILE, resolve
 from hrmcore.config import HRMConfig
-from hrmcore.packed import DTYPES, PACKED_FILE, PackedRunner
+from hrmcore.packed import DTYPES, PACKED_FILE, Interrupted, PackedRunner
 from hrmcore.sampling import Sampler, Sampling, is_integer, require, sample
 from hrmcore.tokenizer import PieceDecoder, Tokenizer
 
@@ -155,7 +156,7 @@ class Engine:
         stops = _check_stop(stop)
         ids = self.tokenizer.prompt(_check_text(prompt), condition)
         request = self._request(ids, len(ids), max_new_tokens, sampling, ignore_eos=False)
-        return Answer(request, self._follow(request), PieceDecoder(self.tokenizer), StopFilter(stops))
+        return Answer(Tokens(request, self._follow(request)), PieceDecoder(self.tokenizer), StopFilter(stops))
 
     def tokens(
         self,
@@ -170,7 +171,7 @@ class Engine:
         min_p: float | None = None,
         repetition_penalty: float = 1.0,
         seed: int | None = None,
-    ) -> Generator[int, None, None]:
+    ) -> Tokens:
         """Continue token ids (T), yielding token ids. Needs no tokenizer; `.close()` cancels.
 
         The first `prefix_length` ids see each other both ways, None means all. The token that ends an answer is not
@@ -179,7 +180,8 @@ class Engine:
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         known = self._check_ids(ids)
         prefix = _check_prefix(prefix_length, len(known))
-        return self._follow(self._request(known, prefix, max_new_tokens, sampling, ignore_eos))
+        request = self._request(known, prefix, max_new_tokens, sampling, ignore_eos)
+        return Tokens(request, self._follow(request))
 
     def logits(self, ids: Sequence[int] | Tensor | NDArray[np.integer], prefix_length: int | None = None) -> Tensor:
         """The logits after every token of ids (T): float32 (T, V). `prefix_length` is as in `tokens`."""
@@ -230,7 +232,8 @@ class Engine:
     def _decode(self, requests: Sequence[Request]) -> Generator[tuple[int, int], None, None]:
         """Decode requests together, yielding (index, token) as tokens come. Requests join as others leave.
 
-        A request whose `finish` the consumer sets leaves before the next step; closing the generator ends them all.
+        A request whose `finish` the consumer sets, from whatever thread, leaves before the next step, or soon when it
+        is in a long prefill; closing the generator ends them all.
         """
         waiting = deque(enumerate(requests))
         active: list[tuple[int, Request]] = []
@@ -244,13 +247,14 @@ class Engine:
                     tokens += sample([r.sampler for r in running], rows)
                 if joining:
                     fresh = [request for _, request in joining]
-                    handles, rows = self._runner.open([r.ids for r in fresh], [r.prefix_length for r in fresh])
-                    for request, handle in zip(fresh, handles, strict=True):
-                        request.handle = handle
-                    active += joining
-                    tokens += sample([r.sampler for r in fresh], rows)
+                    try:
+                        rows = self._open(fresh)
+                        active += joining
+                        tokens += sample([r.sampler for r in fresh], rows)
+                    except Interrupted:
+                        waiting.extendleft(reversed(joining))
                 for (index, request), token in zip(active, tokens, strict=True):
-                    if request.take(token):
+                    if not request.finish and request.take(token):
                         yield index, token
                 for entry in [entry for entry in active if entry[1].finish]:
                     active.remove(entry)
@@ -258,6 +262,18 @@ class Engine:
         finally:
             for _, request in active:
                 self._runner.close(request.handle)
+
+    def _open(self, requests: Sequence[Request]) -> NDArray[np.float32]:
+        """Prefill requests; raises Interrupted when one of them is over before it began."""
+
+        def stop() -> bool:
+            return any(request.finish for request in requests)
+
+        prompts, prefixes = [r.ids for r in requests], [r.prefix_length for r in requests]
+        handles, rows = self._runner.open(prompts, prefixes, stop)
+        for request, handle in zip(requests, handles, strict=True):
+            request.handle = handle
+        return rows
 
     def _admit(
         self, waiting: deque[tuple[int, Request]], active: Sequence[tuple[int, Request]]
@@ -268,6 +284,9 @@ class Engine:
         admitted: list[tuple[int, Request]] = []
         while waiting and len(active) + len(admitted) < MAX_BATCH:
             request = waiting[0][1]
+            if request.finish:
+                waiting.popleft()
+                continue
             budget -= request.most_tokens
             prefill -= len(request.ids)
             if (budget < 0 and (active or admitted)) or (prefill < 0 and admitted):
@@ -308,13 +327,36 @@ class Request:
         return True
 
 
+class Tokens(Iterator[int]):
+    """The token ids of one answer, as they come."""
+
+    def __init__(self, request: Request, run: Generator[int, None, None]) -> None:
+        self.request = request
+        self._run = run
+
+    def __next__(self) -> int:
+        return next(self._run)
+
+    def close(self) -> None:
+        """Cancel: release what the request holds. Nothing more comes.
+
+        May be called from another thread than the one that waits for a token, which then ends, in the middle of a long
+        prefill, too.
+        """
+        self.request.finish = self.request.finish or "closed"
+        try:
+            self._run.close()
+        except ValueError:
+            if inspect.getgeneratorstate(self._run) != inspect.GEN_RUNNING:
+                raise
+            # Another thread is inside, and sees `finish`.
+
+
 class Answer(Iterator[str]):
     """The pieces of one answer, as they come. `finish` tells why it is over (None while it is not)."""
 
-    def __init__(
-        self, request: Request, tokens: Generator[int, None, None], decoder: PieceDecoder, stops: StopFilter
-    ) -> None:
-        self.request = request
+    def __init__(self, tokens: Tokens, decoder: PieceDecoder, stops: StopFilter) -> None:
+        self.request = tokens.request
         self._tokens = tokens
         self._decoder = decoder
         self._stops = stops
@@ -339,10 +381,9 @@ class Answer(Iterator[str]):
         raise StopIteration
 
     def close(self) -> None:
-        """Cancel: release what the request holds. Nothing more comes."""
-        self._tokens.close()
+        """Cancel, as `Tokens.close` does."""
         self._flushed = True
-        self.request.finish = self.request.finish or "closed"
+        self._tokens.close()
 
     def push(self, token: int) -> str:
         """The text that may be shown after this token; sets `finish` when a stop string is complete."""

@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,10 @@ _MAX_HEADER_BYTES = 1 << 20
 _MOST_TOGETHER = 64  # sequences, each of which may hold a block that is not full
 
 Rows = NDArray[np.float32]
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: someone asked for it
+    """A step that `stop` ended before its time; nothing has happened."""
 
 
 class PackedRunner:
@@ -122,12 +126,21 @@ class PackedRunner:
         count: int = self.core.open_requests
         return count
 
-    def open(self, prompts: Sequence[Sequence[int]], prefix_lengths: Sequence[int]) -> tuple[list[int], Rows]:
-        """Prefill new sequences; returns a handle for each, and the logits (S, V) float32 after their last tokens."""
+    def open(
+        self,
+        prompts: Sequence[Sequence[int]],
+        prefix_lengths: Sequence[int],
+        stop: Callable[[], bool] | None = None,
+    ) -> tuple[list[int], Rows]:
+        """Prefill new sequences; returns a handle for each, and the logits (S, V) float32 after their last tokens.
+
+        A long prefill asks `stop` several times a second and raises Interrupted when it says True, as it raises
+        KeyboardInterrupt on Ctrl-C. Either way nothing is left of it.
+        """
         prefixes = [prefix if self.config.prefix_lm else 0 for prefix in prefix_lengths]
         handles = [self.core.open(prefix) for prefix in prefixes]
         try:
-            return handles, self._advance(handles, prompts)
+            return handles, self._advance(handles, prompts, stop)
         except BaseException:
             for handle in handles:
                 self.close(handle)
@@ -151,9 +164,12 @@ class PackedRunner:
         finally:
             self.close(handle)
 
-    def _advance(self, handles: Sequence[int], ids: Sequence[Sequence[int]]) -> Rows:
+    def _advance(
+        self, handles: Sequence[int], ids: Sequence[Sequence[int]], stop: Callable[[], bool] | None = None
+    ) -> Rows:
         logits = np.empty((len(handles), self.config.vocab_size), np.float32)
-        self.core.step(handles, ids, logits, False)
+        if not self.core.step(handles, ids, logits, False, stop):
+            raise Interrupted
         return logits
 
 

@@ -6,7 +6,7 @@ Shapes: T tokens, S sequences, H heads, d head_dim, V vocabulary.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -35,8 +35,16 @@ class Runner(Protocol):
         """How many sequences are open."""
         ...
 
-    def open(self, prompts: Sequence[Sequence[int]], prefix_lengths: Sequence[int]) -> tuple[list[int], Rows]:
-        """Prefill new sequences; returns a handle for each, and the logits (S, V) float32 after their last tokens."""
+    def open(
+        self,
+        prompts: Sequence[Sequence[int]],
+        prefix_lengths: Sequence[int],
+        stop: Callable[[], bool] | None = None,
+    ) -> tuple[list[int], Rows]:
+        """Prefill new sequences; returns a handle for each, and the logits (S, V) float32 after their last tokens.
+
+        May ask `stop` meanwhile, and raise `hrmcore.packed.Interrupted`, nothing being left, when it says True.
+        """
         ...
 
     def step(self, handles: Sequence[int], tokens: Sequence[int]) -> Rows:
@@ -136,7 +144,12 @@ class TorchRunner:
     def open_sequences(self) -> int:
         return len(self._sequences)
 
-    def open(self, prompts: Sequence[Sequence[int]], prefix_lengths: Sequence[int]) -> tuple[list[int], Rows]:
+    def open(
+        self,
+        prompts: Sequence[Sequence[int]],
+        prefix_lengths: Sequence[int],
+        stop: Callable[[], bool] | None = None,
+    ) -> tuple[list[int], Rows]:
         sequences = [_Sequence(prefix if self.config.prefix_lm else 0) for prefix in prefix_lengths]
         handles = [next(self._handles) for _ in sequences]
         self._sequences.update(zip(handles, sequences, strict=True))

@@ -225,8 +225,8 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
 
-    def open(self, prompts: Sequence[Sequence[int]], prefix_lengths: Sequence[int]) -> tuple[list[int], Rows]:
-        opened = self._runner.open(prompts, prefix_lengths)
+    def open(self, prompts: Sequence[Sequence[int]], *rest: Any) -> tuple[list[int], Rows]:
+        opened = self._runner.open(prompts, *rest)
         self.held = max(self.held, self._runner.open_sequences)
         self.prefill = max(self.prefill, sum(map(len, prompts)))
         return opened

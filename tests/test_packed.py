@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -151,6 +152,34 @@ def test_rotations_are_those_of_the_model(checkpoint: Path, head_dim: int, theta
     assert table.dtype == np.float32
     np.testing.assert_allclose(table, expected, rtol=0, atol=1.2e-7)
     assert np.array_equal(table == 0, expected == 0)
+
+
+OUT_OF_MEMORY = """
+import resource, sys, numpy as np
+from pathlib import Path
+from hrmcore.packed import PackedRunner
+runner = PackedRunner.from_checkpoint(Path(sys.argv[1]), "auto", None, 1, cache_bytes=1 << 40)
+(handle,), rows = runner.open([list(range(40))], [40])
+expected = runner.logits([*range(40), 7, 8], 40)
+in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (in_use + (1 << 20), -1))
+held = []
+try:
+    for _ in range(2000):  # caches, or the room for a prefill, whichever comes first
+        held += runner.open([[1] * 2000], [2000])[0]
+except MemoryError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+print([bool(np.array_equal(runner.step([handle], [token])[0], row)) for token, row in zip((7, 8), expected[-2:])])
+"""
+
+
+def test_a_system_without_memory_is_a_clear_error_and_others_go_on(int8: Path) -> None:
+    child = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY, int8], capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    error, unharmed = child.stdout.splitlines()
+    assert re.fullmatch(r"out of memory: the system has no \d+ MB to give", error)
+    assert unharmed == "[True, True]"
 
 
 def damage(path: Path, position: int, value: bytes) -> None:

@@ -145,12 +145,15 @@ void Engine::reserve(const std::vector<std::int64_t>& requests,
       Request& request = requests_.at(requests[i]);
       cache_.reserve(request.blocks, request.length + static_cast<std::int64_t>(ids[i].size()));
     }
-  } catch (const std::bad_alloc&) {
+  } catch (const CacheFull&) {
     give_back();
     const std::int64_t all = cache_.capacity(), free = all - cache_.used();
-    throw CacheFull("the KV cache has no room for this step: " + std::to_string(free) + " of its " +
-                    std::to_string(all) + " blocks of " + std::to_string(block_tokens) +
-                    " tokens are free; close requests or load with more");
+    throw OutOfMemory("the KV cache has no room for this step: " + std::to_string(free) + " of its " +
+                      std::to_string(all) + " blocks of " + std::to_string(block_tokens) +
+                      " tokens are free; close requests or load with more");
+  } catch (const std::bad_alloc&) {
+    give_back();
+    throw;
   }
 }
 
@@ -173,9 +176,10 @@ void Engine::begin(const std::vector<std::int64_t>& requests,
   logits_ = logits.as<float>();
 }
 
-void Engine::run() noexcept { recurrence_.run(team_, logits_); }
+bool Engine::run(const Interrupt& interrupt) noexcept { return recurrence_.run(team_, logits_, interrupt); }
 
 void Engine::commit() {
+  weights_.check_unchanged();
   for (std::size_t i = 0; i < stepping_.size(); ++i) stepping_[i]->length += chunks_[i].tokens;
 }
 

@@ -7,7 +7,6 @@
 
 #include <cstdint>
 #include <mutex>
-#include <new>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -19,15 +18,6 @@
 #include "engine/weights.h"
 
 namespace hrmcore {
-
-class CacheFull : public std::bad_alloc {
- public:
-  explicit CacheFull(std::string message) : message_(std::move(message)) {}
-  const char* what() const noexcept override { return message_.c_str(); }
-
- private:
-  std::string message_;
-};
 
 class Engine {
  public:
@@ -54,12 +44,14 @@ class Engine {
   void close(std::int64_t request);
 
   // A step in three parts, so that only the middle one, which cannot fail, runs without the GIL. begin throws
-  // std::invalid_argument on a bad argument, CacheFull or std::bad_alloc when there is no room,
+  // std::invalid_argument on a bad argument, OutOfMemory when the cache or the system has no room,
   // std::runtime_error when the weights are incomplete or their file changed; then nothing has happened.
-  // logits: (rows, V) float32, the last row of each request, or with every_row all rows in order.
+  // run returns false, and nothing has happened, when `interrupt` wanted it to stop. commit throws
+  // std::runtime_error when the weights' file changed meanwhile. logits: (rows, V) float32, the last row of
+  // each request, or with every_row all rows in order.
   void begin(const std::vector<std::int64_t>& requests, const std::vector<std::vector<std::int64_t>>& ids,
              bool every_row, const TensorView& logits);
-  void run() noexcept;
+  bool run(const Interrupt& interrupt = {}) noexcept;
   void commit();
 
  private:

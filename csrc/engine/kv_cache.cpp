@@ -1,7 +1,6 @@
 #include "engine/kv_cache.h"
 
 #include <algorithm>
-#include <new>
 
 namespace hrmcore {
 
@@ -9,7 +8,7 @@ void KvCache::reserve(std::vector<std::byte*>& blocks, std::int64_t tokens) {
   const std::int64_t wanted = (tokens + block_tokens - 1) / block_tokens;
   const std::int64_t missing = wanted - static_cast<std::int64_t>(blocks.size());
   if (missing <= 0) return;
-  if (used() + missing > capacity_) throw std::bad_alloc();
+  if (used() + missing > capacity_) throw CacheFull();
   blocks.reserve(static_cast<std::size_t>(wanted));
   while (static_cast<std::int64_t>(free_.size()) < missing) {
     free_.reserve(owned_.size() + 1);  // so that neither this nor release can fail halfway

@@ -10,13 +10,18 @@
 
 namespace hrmcore {
 
+class CacheFull : public OutOfMemory {
+ public:
+  CacheFull() : OutOfMemory("the KV cache is full") {}
+};
+
 class KvCache {
  public:
   KvCache(const CacheShape& shape, std::int64_t capacity_blocks)
       : shape_(shape), capacity_(capacity_blocks) {}
 
-  // Appends blocks until `blocks` has room for `tokens`. Throws std::bad_alloc, leaving everything as it was,
-  // when the cache is full or the system has no memory left.
+  // Appends blocks until `blocks` has room for `tokens`. Throws CacheFull, or OutOfMemory when the system has
+  // none left; then everything is as it was.
   void reserve(std::vector<std::byte*>& blocks, std::int64_t tokens);
   void release(std::vector<std::byte*>& blocks) noexcept;
 

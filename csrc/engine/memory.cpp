@@ -22,7 +22,10 @@ Memory::Memory(std::int64_t bytes) : size_(bytes) {
   if (bytes <= 0) return;
   void* pages = mmap(nullptr, static_cast<std::size_t>(bytes), PROT_READ | PROT_WRITE,
                      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (pages == MAP_FAILED) throw std::bad_alloc();
+  if (pages == MAP_FAILED) {
+    const auto megabytes = std::to_string((bytes + 999999) / 1000000);
+    throw OutOfMemory("out of memory: the system has no " + megabytes + " MB to give");
+  }
 #if defined(MADV_HUGEPAGE)
   if (bytes >= huge_page) madvise(pages, static_cast<std::size_t>(bytes), MADV_HUGEPAGE);
 #endif

@@ -4,14 +4,25 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <new>
 #include <string>
+#include <utility>
 
 namespace hrmcore {
+
+class OutOfMemory : public std::bad_alloc {
+ public:
+  explicit OutOfMemory(std::string message) : message_(std::move(message)) {}
+  const char* what() const noexcept override { return message_.c_str(); }
+
+ private:
+  std::string message_;
+};
 
 class Memory {
  public:
   Memory() = default;
-  explicit Memory(std::int64_t bytes);  // zeroed; throws std::bad_alloc
+  explicit Memory(std::int64_t bytes);  // zeroed; throws OutOfMemory
   ~Memory();
   Memory(Memory&& other) noexcept { swap(other); }
   Memory& operator=(Memory&& other) noexcept {

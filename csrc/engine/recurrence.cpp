@@ -15,6 +15,7 @@ constexpr std::int64_t product_tokens = 256;  // of a block of outputs that stay
 constexpr std::int64_t streaming_tokens =
     16;  // up to here the weights' stream decides, beyond it the arithmetic
 constexpr std::int64_t most_panels = 4;
+constexpr auto patience = std::chrono::milliseconds(100);  // asking may cost a wait for Python's lock
 constexpr std::int64_t scratch_bytes =
     product_scratch_bytes > matrix_scratch_bytes ? product_scratch_bytes : matrix_scratch_bytes;
 constexpr std::int64_t outputs_floats = product_tokens * most_panels * panel_rows;
@@ -155,9 +156,13 @@ void Recurrence::make_room(int threads) {
   room_threads_ = threads;
 }
 
-void Recurrence::run(Team& team, float* logits) noexcept {
+bool Recurrence::run(Team& team, float* logits, const Interrupt& interrupt) noexcept {
   logits_ = logits;
+  interrupt_ = interrupt;
+  asked_ = std::chrono::steady_clock::now();
+  stopped_.store(false, std::memory_order_relaxed);
   team.run([](void* self, Worker& worker) { static_cast<Recurrence*>(self)->work(worker); }, this);
+  return !stopped_.load(std::memory_order_relaxed);
 }
 
 void Recurrence::work(Worker& worker) {
@@ -166,8 +171,10 @@ void Recurrence::work(Worker& worker) {
   const auto is_slow = [&](std::int64_t index) { return index % round == shape_.l_cycles; };
   for (std::int64_t index = 0; index < visits; ++index) {
     const bool last = index + 1 == visits;
-    visit(worker, is_slow(index), index,
-          last ? weights_.head() : weights_.stack(is_slow(index + 1)).front().gqkv);
+    if (!visit(worker, is_slow(index), index,
+               last ? weights_.head() : weights_.stack(is_slow(index + 1)).front().gqkv)) {
+      return;
+    }
   }
   head(worker);
 }
@@ -180,20 +187,26 @@ void Recurrence::embed(Worker& worker) {
   });
 }
 
-void Recurrence::visit(Worker& worker, bool slow, std::int64_t visit, const PackedMatrix& next) {
+// False when the step is to stop, which all threads see alike: one of them asks before a phase, all look
+// after it, and whoever looks has done so before the next question, which is several phases away.
+bool Recurrence::visit(Worker& worker, bool slow, std::int64_t visit, const PackedMatrix& next) {
   const std::vector<LayerWeights>& layers = weights_.stack(slow);
   float* state = slow ? slow_ : fast_;
   for (std::int64_t layer = 0; layer < shape_.layers; ++layer) {
     const LayerWeights& w = layers[static_cast<std::size_t>(layer)];
+    ask(worker);
     const Operand input = layer == 0 ? normalise(worker, state, slow ? fast_ : slow_, u_)
                                      : normalise(worker, u_, nullptr, nullptr);
+    if (stopped_.load(std::memory_order_relaxed)) return false;
     worker.expect(upcoming(w.o));
     gqkv_product(worker, w.gqkv, input);
     attention(worker, visit * shape_.layers + layer);
     const Operand attended = attended_operand(worker);
     worker.expect(upcoming(w.gate_up));
     add_product(worker, w.o, attended);
+    ask(worker);
     const Operand middle = normalise(worker, u_, nullptr, nullptr);
+    if (stopped_.load(std::memory_order_relaxed)) return false;
     worker.expect(upcoming(w.down));
     swiglu_product(worker, w.gate_up, middle);
     const Operand hidden = hidden_operand(worker);
@@ -202,6 +215,15 @@ void Recurrence::visit(Worker& worker, bool slow, std::int64_t visit, const Pack
     add_product(worker, w.down, hidden);
   }
   normalise_state(worker, state);
+  return true;
+}
+
+void Recurrence::ask(const Worker& worker) {
+  if (worker.rank() != 0 || interrupt_.wanted == nullptr || tokens_ <= streaming_tokens) return;
+  const auto now = std::chrono::steady_clock::now();
+  if (now - asked_ < patience) return;
+  asked_ = now;
+  if (interrupt_.wanted(interrupt_.context)) stopped_.store(true, std::memory_order_relaxed);
 }
 
 void Recurrence::attention(Worker& worker, std::int64_t slot) {

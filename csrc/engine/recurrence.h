@@ -13,6 +13,8 @@
 // its bits.
 #pragma once
 
+#include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <vector>
 
@@ -32,14 +34,22 @@ struct Chunk {
   const std::byte* const* blocks;  // with room for start + tokens
 };
 
+// Asked now and then by the thread that runs a long step, whether it shall stop.
+struct Interrupt {
+  bool (*wanted)(void* context) noexcept = nullptr;
+  void* context = nullptr;
+};
+
 class Recurrence {
  public:
   Recurrence(const ModelShape& shape, const Weights& weights, const CacheShape& cache, const float* rope);
 
   // Makes room for a step; the only part that can throw (std::bad_alloc).
   void prepare(const std::vector<Chunk>& chunks, bool every_row, int threads);
-  // Runs it. logits: the last row of each chunk, or every row, [rows][V].
-  void run(Team& team, float* logits) noexcept;
+  // Runs it. logits: the last row of each chunk, or every row, [rows][V]. A step of more than a few tokens
+  // asks `interrupt` twice a layer and visit, though not more often than every tenth of a second; false when
+  // it stopped.
+  bool run(Team& team, float* logits, const Interrupt& interrupt) noexcept;
 
   std::int64_t workspace_bytes() const { return memory_.size(); }
 
@@ -60,7 +70,8 @@ class Recurrence {
 
   void work(Worker& worker);
   void embed(Worker& worker);
-  void visit(Worker& worker, bool slow, std::int64_t visit, const PackedMatrix& next);
+  bool visit(Worker& worker, bool slow, std::int64_t visit, const PackedMatrix& next);
+  void ask(const Worker& worker);
   void attention(Worker& worker, std::int64_t slot);
   Operand normalise(Worker& worker, const float* x, const float* add, float* sum);
   void normalise_state(Worker& worker, float* state);
@@ -93,6 +104,10 @@ class Recurrence {
   std::vector<TokenPlace> places_;
   std::vector<std::int64_t> ids_, rows_, firsts_, row_of_token_;
   float* logits_ = nullptr;
+
+  Interrupt interrupt_;
+  std::chrono::steady_clock::time_point asked_;
+  std::atomic<bool> stopped_{false};
 
   Memory memory_;
   std::int64_t tokens_ = 0, plain_rows_ = 0, room_tokens_ = 0, room_tile_rows_ = 0, room_rows_ = 0;
