@@ -1,6 +1,6 @@
 """How fast the fused optimizers are: a step of each beside torch's fused AdamW and beside the published SophiaG in
-plain torch operations, in turns, on tensors with the shapes of a model; the copy bandwidth is measured in the same turns.
-Checks before it times: one step of ours and of the plain operations must agree.
+plain torch operations, in turns, on tensors with the shapes of a model; the copy bandwidth is measured in the same
+turns. Checks before it times: one step of ours and of the plain operations must agree.
 
     python bench/optimizers.py --rounds 20
 
