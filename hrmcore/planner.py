@@ -40,6 +40,7 @@ GPUS = {
     )
 }
 
+LOGITS_AT_ONCE = 1 << 23  # hrmcore.ops.cross_entropy works in chunks of so many
 PRECISIONS = {"bfloat16": 2, "float32": 4}  # bytes of an activation
 MAX_TOKENS = 1e18
 
@@ -178,11 +179,11 @@ class Memory:
 def activation_elements(config: HRMConfig) -> int:
     """Numbers that one visit of a stack with gradient keeps a token, log-sum-exps aside.
 
-    Every block keeps both norms' inputs and outputs (4·D), the gqkv product, the rotated q and k and the attention's
-    result (7·A), the gate_up product and what SwiGLU makes of it (3·F); the stack's last norm keeps its input (D).
+    Every block keeps both norms' inputs (2·D), the gqkv product, rotated in place, and the attention's result (5·A)
+    and the gate_up product (2·F); the stack's last norm keeps its input (D). The rest is computed again.
     """
     width, attention, ffn = config.hidden_size, config.attention_width, config.intermediate_size
-    return config.num_layers_per_stack * (4 * width + 7 * attention + 3 * ffn) + width
+    return config.num_layers_per_stack * (2 * width + 5 * attention + 2 * ffn) + width
 
 
 def memory(
@@ -191,8 +192,9 @@ def memory(
     """What a training step of `batch_tokens` tokens a rank holds, in bytes; `supervised` is the share with loss.
 
     Weights, gradients and the optimizer's two moments are float32. Each visit with gradient keeps its activations in
-    the precision of the arithmetic and, per head, a float32 log-sum-exp. One rank in bfloat16 casts the weights anew
-    for every such visit; several ranks gather them once. The head holds log-probabilities and two gradients, float32.
+    the precision of the arithmetic and, per head, a float32 log-sum-exp. One rank in bfloat16 casts one weight at a
+    time, the head's being the largest; several ranks gather them all. The head holds one chunk of logits, the gradient
+    of the states and, in float32, that of its weight.
     """
     width = PRECISIONS[precision]
     count, stack = parameters(config), stack_weights(config)
@@ -201,15 +203,14 @@ def memory(
     visits = backward_visits(config, horizon)
     sums = 4 * config.num_layers_per_stack * config.num_attention_heads
     activations = batch_tokens * visits * (width * activation_elements(config) + sums)
-    logits = 12 * batch_tokens * supervised * config.vocab_size
-    casts = width * (visits * stack + head) if ranks == 1 and precision == "bfloat16" else 0
+    logits = width * min(batch_tokens * supervised * config.vocab_size, LOGITS_AT_ONCE)
+    casts = width * head if ranks == 1 and precision == "bfloat16" else 0
     gathered = width * count if ranks > 1 else 0
-    kept, gradient = activations + casts, 4 / ranks
+    kept, gradient = activations, 4 / ranks
     # Backward goes through the visits one by one, an H first and then an L: what a visit kept goes as its stack's
     # gradient comes, which later visits of that stack add to.
     most = max(
-        kept + logits,
-        kept + gradient * head,
+        kept + logits + casts + gradient * head,
         kept * (1 - 1 / visits) + gradient * (head + stack),
         kept * (1 - 2 / visits) + gradient * (head + both),
         gradient * count,

@@ -1,0 +1,285 @@
+"""The two halves of a block as one op each, so that training keeps little and copies nothing.
+
+What they compute is written out in hrmcore/model.py, `Block.forward`, op by op: that is the reference. Here the matrix
+products (torch's) and the kernels run in one call. Backward finds the residual stream, the rotated projection, the
+attention's output and the input of SwiGLU; it computes the norms and the SwiGLU product again. Queries and keys are
+rotated in the projection's own buffer, and their gradients are written into one.
+
+Shapes: T tokens, D width, H heads, d head_dim, A = H d, F ffn, P positions, S sequences.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import to_dlpack
+
+from hrmcore import _C
+
+
+def attention_sublayer(
+    x: Tensor,
+    residual: Tensor,
+    gqkv_weight: Tensor,
+    o_weight: Tensor,
+    heads: int,
+    eps: float,
+    table: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    prefix: Tensor,
+    rates: Tensor | None,
+    window: int,
+) -> tuple[Tensor, Tensor]:
+    """(o(gated attention(rotated gqkv(rms(u)))), u) with u = x + residual; both (T, D), float32 or bfloat16.
+
+    gqkv_weight: (4 A, D), rows gate | q | k | v; o_weight: (D, A); both rounded to x's dtype for the products. The
+    rest as in `rope` and `attention`, which also check it. Raises ValueError on a wrong dtype, shape or stride.
+    """
+    positional = (table, positions, offsets, prefix, rates, window)
+    return _attention_sublayer(x, residual, gqkv_weight, o_weight, heads, eps, *positional)[:2]
+
+
+def mlp_sublayer(
+    x: Tensor, residual: Tensor, gate_up_weight: Tensor, down_weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(down(swiglu(gate_up(rms(u)))), u) with u = x + residual; both (T, D), float32 or bfloat16.
+
+    gate_up_weight: (2 F, D), rows gate | up; down_weight: (D, F); both rounded to x's dtype for the products. Raises
+    ValueError on a wrong dtype, shape or stride.
+    """
+    return _mlp_sublayer(x, residual, gate_up_weight, down_weight, eps)[:2]
+
+
+def _add_norm(x: Tensor, residual: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    normed, total = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
+    _C.rms_norm_forward(*map(to_dlpack, (x, residual, normed, total)), eps)
+    return normed, total
+
+
+def _norm(u: Tensor, eps: float) -> Tensor:
+    normed = torch.empty_like(u)
+    _C.rms_norm_forward(to_dlpack(u), None, to_dlpack(normed), None, eps)
+    return normed
+
+
+def _norm_backward_(grad_normed: Tensor, u: Tensor, grad_u: Tensor | None, eps: float) -> Tensor:
+    """The gradient of what was added up to u, in place of grad_normed."""
+    passed_on = None if grad_u is None else to_dlpack(grad_u.contiguous())
+    _C.rms_norm_backward(to_dlpack(u), to_dlpack(grad_normed), passed_on, to_dlpack(grad_normed), eps)
+    return grad_normed
+
+
+def _product(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows (T, N) weight (M, N)^T -> (T, M), in the dtype of the rows."""
+    return torch.mm(rows, weight.to(rows.dtype).T)
+
+
+def _product_backward(grad: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `_product` to its rows and to its weight."""
+    return torch.mm(grad, weight.to(grad.dtype)), torch.mm(grad.T, rows).to(weight.dtype)
+
+
+# Attention
+
+
+def _split(gqkv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """gate, q, k, v (T, H, d) of (T, 4, H, d): views."""
+    gate, q, k, v = gqkv.unbind(1)
+    return gate, q, k, v
+
+
+@torch.library.custom_op("hrmcore::attention_sublayer", mutates_args=(), device_types="cpu")
+def _attention_sublayer(
+    x: Tensor,
+    residual: Tensor,
+    gqkv_weight: Tensor,
+    o_weight: Tensor,
+    heads: int,
+    eps: float,
+    table: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    prefix: Tensor,
+    rates: Tensor | None,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    normed, u = _add_norm(x, residual, eps)
+    gqkv = _product(normed, gqkv_weight).view(len(x), 4, heads, -1)
+    gate, q, k, v = _split(gqkv)
+    _C.rope(*map(to_dlpack, (q, k, table, positions, q, k)), False)
+    attended, lse = torch.empty(q.shape, dtype=x.dtype), torch.empty(q.shape[:2], dtype=torch.float32)
+    operands = map(to_dlpack, (q, k, v, gate, offsets, offsets, prefix, attended, lse))
+    _C.attention_forward(*operands, None if rates is None else to_dlpack(rates), window)
+    return _product(attended.flatten(1), o_weight), u, gqkv, attended, lse
+
+
+@torch.library.custom_op("hrmcore::attention_sublayer_backward", mutates_args=(), device_types="cpu")
+def _attention_sublayer_backward(
+    u: Tensor,
+    gqkv: Tensor,
+    attended: Tensor,
+    lse: Tensor,
+    gqkv_weight: Tensor,
+    o_weight: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    prefix: Tensor,
+    rates: Tensor | None,
+    window: int,
+    eps: float,
+    grad_y: Tensor,
+    grad_u: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_attended, grad_o_weight = _product_backward(grad_y, attended.flatten(1), o_weight)
+    gate, q, k, v = _split(gqkv)
+    grad_gqkv = torch.empty_like(gqkv)
+    grad_gate, grad_q, grad_k, grad_v = _split(grad_gqkv)
+    sums = (grad_k, grad_v)  # the kernel sums these two in place, so in float32
+    if gqkv.dtype != torch.float32:
+        sums = torch.empty(k.shape, dtype=torch.float32), torch.empty(k.shape, dtype=torch.float32)
+    inputs = (q, k, v, gate, offsets, offsets, prefix, attended, lse, grad_attended.view(q.shape))
+    operands = map(to_dlpack, (*inputs, grad_q, *sums, grad_gate))
+    _C.attention_backward(*operands, None if rates is None else to_dlpack(rates), window)
+    if gqkv.dtype != torch.float32:
+        grad_k.copy_(sums[0])
+        grad_v.copy_(sums[1])
+    _C.rope(*map(to_dlpack, (grad_q, grad_k, table, positions, grad_q, grad_k)), True)
+    grad_normed, grad_gqkv_weight = _product_backward(grad_gqkv.flatten(1), _norm(u, eps), gqkv_weight)
+    return _norm_backward_(grad_normed, u, grad_u, eps), grad_gqkv_weight, grad_o_weight
+
+
+@_attention_sublayer.register_fake
+def _(
+    x: Tensor,
+    residual: Tensor,
+    gqkv_weight: Tensor,
+    o_weight: Tensor,
+    heads: int,
+    eps: float,
+    table: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    prefix: Tensor,
+    rates: Tensor | None,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tokens, head_dim = x.shape[0], o_weight.shape[1] // heads
+    gqkv, attended = x.new_empty(tokens, 4, heads, head_dim), x.new_empty(tokens, heads, head_dim)
+    lse = x.new_empty(tokens, heads, dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(x.shape), gqkv, attended, lse
+
+
+@_attention_sublayer_backward.register_fake
+def _(
+    u: Tensor,
+    gqkv: Tensor,
+    attended: Tensor,
+    lse: Tensor,
+    gqkv_weight: Tensor,
+    o_weight: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    prefix: Tensor,
+    rates: Tensor | None,
+    window: int,
+    eps: float,
+    grad_y: Tensor,
+    grad_u: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return u.new_empty(u.shape), gqkv_weight.new_empty(gqkv_weight.shape), o_weight.new_empty(o_weight.shape)
+
+
+def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, _, gqkv_weight, o_weight, _, ctx.eps, *positional, ctx.window = inputs
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)  # or autograd would make zeros of the size of these outputs
+    ctx.save_for_backward(*output[1:], gqkv_weight, o_weight, *positional)
+
+
+def _attention_backward(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    grad_y = torch.zeros_like(ctx.saved_tensors[0]) if grad_y is None else grad_y
+    grads = _attention_sublayer_backward(*ctx.saved_tensors, ctx.window, ctx.eps, grad_y, grad_u)
+    return grads[0], *grads, *8 * [None]
+
+
+_attention_sublayer.register_autograd(_attention_backward, setup_context=_save_attention)
+
+# SwiGLU
+
+
+@torch.library.custom_op("hrmcore::mlp_sublayer", mutates_args=(), device_types="cpu")
+def _mlp_sublayer(
+    x: Tensor, residual: Tensor, gate_up_weight: Tensor, down_weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    normed, u = _add_norm(x, residual, eps)
+    ab = _product(normed, gate_up_weight)
+    return _product(_swiglu(ab), down_weight), u, ab
+
+
+def _swiglu(ab: Tensor) -> Tensor:
+    product = torch.empty(ab.shape[0], ab.shape[1] // 2, dtype=ab.dtype)
+    _C.swiglu_forward(to_dlpack(ab), to_dlpack(product))
+    return product
+
+
+@torch.library.custom_op("hrmcore::mlp_sublayer_backward", mutates_args=(), device_types="cpu")
+def _mlp_sublayer_backward(
+    u: Tensor,
+    ab: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    eps: float,
+    grad_y: Tensor,
+    grad_u: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_product, grad_down_weight = _product_backward(grad_y, _swiglu(ab), down_weight)
+    grad_ab = torch.empty_like(ab)
+    _C.swiglu_backward(*map(to_dlpack, (ab, grad_product, grad_ab)))
+    del grad_product
+    grad_normed, grad_gate_up_weight = _product_backward(grad_ab, _norm(u, eps), gate_up_weight)
+    return _norm_backward_(grad_normed, u, grad_u, eps), grad_gate_up_weight, grad_down_weight
+
+
+@_mlp_sublayer.register_fake
+def _(
+    x: Tensor, residual: Tensor, gate_up_weight: Tensor, down_weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape[0], gate_up_weight.shape[0])
+
+
+@_mlp_sublayer_backward.register_fake
+def _(
+    u: Tensor,
+    ab: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    eps: float,
+    grad_y: Tensor,
+    grad_u: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        u.new_empty(u.shape),
+        gate_up_weight.new_empty(gate_up_weight.shape),
+        down_weight.new_empty(down_weight.shape),
+    )
+
+
+def _save_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, _, gate_up_weight, down_weight, ctx.eps = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:], gate_up_weight, down_weight)
+
+
+def _mlp_backward(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    grad_y = torch.zeros_like(ctx.saved_tensors[0]) if grad_y is None else grad_y
+    grads = _mlp_sublayer_backward(*ctx.saved_tensors, ctx.eps, grad_y, grad_u)
+    return grads[0], *grads, None
+
+
+_mlp_sublayer.register_autograd(_mlp_backward, setup_context=_save_mlp)

@@ -1,0 +1,102 @@
+"""The two halves of a block against the ops that they are made of, which have their own tests."""
+
+import pytest
+import torch
+from oracle import relative_error, same_bits
+
+from hrmcore.config import HRMConfig
+from hrmcore.model import Block, Layout, Positions
+from hrmcore.ops.backend import reference_ops
+from hrmcore.ops.sublayers import (
+    _attention_sublayer,
+    _attention_sublayer_backward,
+    _mlp_sublayer,
+    _mlp_sublayer_backward,
+    attention_sublayer,
+    mlp_sublayer,
+)
+
+LAYOUT = Layout.of([9, 1, 14], [4, 1, 0])
+
+
+def block_and_streams(dtype=torch.float32, position_encoding="rope"):
+    config = HRMConfig(
+        vocab_size=5,
+        hidden_size=24,
+        intermediate_size=40,
+        num_layers_per_stack=1,
+        num_attention_heads=2,
+        head_dim=16,
+        max_position_embeddings=64,
+        position_encoding=position_encoding,
+    )
+    torch.manual_seed(0)
+    x, residual = torch.randn(2, 24, 24).to(dtype)
+    return Block(config), x, residual, Positions.of(config, 64)
+
+
+def outputs_and_gradients(block, x, residual, where, used):
+    inputs = [x.clone().requires_grad_(), residual.clone().requires_grad_(), *block.parameters()]
+    y, u = block(*inputs[:2], LAYOUT, where, None, 0)
+    value = {"y": y.square(), "u": u**3, "both": y * u}[used].sum()
+    return [y, u, *torch.autograd.grad(value, inputs, allow_unused=True)]
+
+
+@pytest.mark.parametrize("used", ["y", "u", "both"])
+@pytest.mark.parametrize("position_encoding", ["rope", "xpos"])
+def test_outputs_and_gradients(position_encoding, used):
+    block, x, residual, where = block_and_streams(position_encoding=position_encoding)
+    ours = outputs_and_gradients(block, x, residual, where, used)
+    with reference_ops():
+        exact = Positions(*(t if t is None else t.double() for t in where))
+        theirs = outputs_and_gradients(block.double(), x.double(), residual.double(), exact, used)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None or not a.any()) if b is None else relative_error(a.detach(), b.detach()) <= 2e-6
+
+
+def test_float32_weights_under_bfloat16_streams():
+    """Autocast's case: the products are in bfloat16, the weights' gradients come back in float32."""
+    block, x, residual, where = block_and_streams(torch.bfloat16)
+    ours = outputs_and_gradients(block, x, residual, where, "both")
+    with reference_ops():
+        exact = Positions(where.table.double(), None)
+        theirs = outputs_and_gradients(block.double(), x.double(), residual.double(), exact, "both")
+    assert [t.dtype for t in ours] == 4 * [torch.bfloat16] + 4 * [torch.float32]
+    for a, b in zip(ours, theirs, strict=True):
+        assert relative_error(a.detach(), b.detach()) <= 2e-2
+
+
+def test_same_bits_for_any_number_of_threads():
+    block, x, residual, where = block_and_streams()
+    assert same_bits(lambda: [t.detach() for t in outputs_and_gradients(block, x, residual, where, "both")])
+
+
+def test_a_second_backward_finds_what_the_first_found():
+    block, x, residual, where = block_and_streams()
+    x.requires_grad_()
+    y, u = block(x, residual, LAYOUT, where, None, 0)
+    first, second = (torch.autograd.grad((y * u).sum(), x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_opcheck():
+    block, x, residual, where = block_and_streams()
+    gqkv, o, gate_up, down = (p.detach().clone() for p in block.parameters())
+    positional = (where.table, LAYOUT.positions, LAYOUT.offsets, LAYOUT.prefix, None, 0)
+    streams = x.clone().requires_grad_(), residual.clone().requires_grad_()
+    torch.library.opcheck(_attention_sublayer, (*streams, gqkv.clone().requires_grad_(), o, 2, 1e-6, *positional))
+    torch.library.opcheck(_mlp_sublayer, (*streams, gate_up, down.clone().requires_grad_(), 1e-6))
+    _, *kept = _attention_sublayer(x, residual, gqkv, o, 2, 1e-6, *positional)
+    torch.library.opcheck(_attention_sublayer_backward, (*kept, gqkv, o, *positional, 1e-6, x, residual))
+    _, *kept = _mlp_sublayer(x, residual, gate_up, down, 1e-6)
+    torch.library.opcheck(_mlp_sublayer_backward, (*kept, gate_up, down, 1e-6, x, None))
+
+
+def test_bad_input_is_named_by_the_kernels():
+    block, x, residual, where = block_and_streams()
+    gqkv, o, gate_up, down = block.parameters()
+    positional = (where.table, LAYOUT.positions, LAYOUT.offsets, LAYOUT.prefix, None, 0)
+    with pytest.raises(ValueError, match="residual must be of the shape of the input"):
+        attention_sublayer(x, residual[:3], gqkv, o, 2, 1e-6, *positional)
+    with pytest.raises(ValueError, match="residual must be float32, got bfloat16"):
+        mlp_sublayer(x, residual.bfloat16(), gate_up, down, 1e-6)
