@@ -150,6 +150,21 @@ def training(rows: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def convergence(report: dict[str, Any], path: Path) -> None:
+    """Draw what bench/convergence.py found: every seed's held-out loss by step and by seconds of training."""
+    figure, panels = _figure(1, 2, (11, 4))
+    for axes, key in zip(panels, ("step", "seconds"), strict=True):
+        for index, line in enumerate(report["lines"]):
+            for seed, curve in enumerate(line["curves"]):
+                label = None if seed else f"{line['optimizer']}, rate {line['learning_rate']:g}"
+                axes.plot(curve[key], curve["heldout_loss"], color=f"C{index}", linewidth=1, label=label)
+        axes.set_xlabel(key)
+        axes.set_ylabel("held-out loss, nats a token")
+        axes.set_yscale("log")
+    panels[0].legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
 def lens(report: dict[str, Any], path: Path) -> None:
     """Draw what `hrmcore inspect` saw: a cell for each layer of each visit, and below them the three curves.
 
