@@ -94,7 +94,7 @@ def main() -> None:
     os.nice(arguments.nice)
     data = arguments.out / "data"
     if not (data / "tokenizer").is_dir():
-        print(mix.write(data, arguments.records, heldout=500), flush=True)
+        print(mix.write(data, arguments.records, heldout=200), flush=True)
     report = study(arguments)
     print(table(report))
     (arguments.out / "convergence.json").write_text(json.dumps(report, indent=1) + "\n")
