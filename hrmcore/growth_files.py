@@ -23,7 +23,7 @@ from hrmcore.growth import GROWTH_KEY, Growth, state_metadata
 from hrmcore.store import new_folder
 from hrmcore.tensor_file import write_tensors
 from hrmcore.tokenizer import TOKENIZER_FILES
-from hrmcore.training_state import STATES, completed, find_states, verify
+from hrmcore.training_state import completed, find_states, state_path, verify
 
 OPTIMIZERS = ("adamw", "adamatan2", "sophia-g", "sophia-h")
 
@@ -95,7 +95,7 @@ def _grow_state(path: Path, out: Path, sizes: Mapping[str, int], options: Mappin
             return growth.tensor(entry.weight, old, entry.state)
 
         shapes = {name: (torch.float32, entries[name].shape) for name in sorted(entries)}
-        target = temporary / STATES / path.name
+        target = state_path(temporary, int(metadata["step"]))
         target.parent.mkdir()
         write_tensors(target, shapes, grown, completed(metadata))
     return growth
@@ -117,6 +117,8 @@ def _entries(growth: Growth, names: Set[str], path: Path) -> Iterator[_Entry]:
         if match := re.match(r"optimizer\.(\w+)\.", name):
             prefixes[match[1]] = f"optimizer.{match[1]}"
     for key in key_table(growth.after):
+        if growth.after.shared_stacks and key.name.startswith("H_module."):
+            continue  # a second name of L_module in such a model
         alike = growth.alike(key.name)
         if f"model.{alike}" not in names:
             raise ValueError(f"{path}: the tensor 'model.{alike}' of its model_config is missing")

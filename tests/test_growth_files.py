@@ -113,7 +113,7 @@ KINDS: dict[str, Callable[..., Any]] = {
 }
 
 
-def trained(name: str) -> tuple[HRM, Any]:
+def trained(name: str, **constants: Any) -> tuple[HRM, Any]:
     """A small model and its optimizer after two steps of random gradients, the head frozen."""
     torch.manual_seed(1)
     model = HRM(
@@ -124,6 +124,7 @@ def trained(name: str) -> tuple[HRM, Any]:
             num_layers_per_stack=1,
             num_attention_heads=2,
             head_dim=16,
+            **constants,
         )
     )
     model.lm_head.requires_grad_(False)
@@ -172,6 +173,19 @@ def test_a_state_grows_as_model_and_optimizer_do(tmp_path: Path, name: str, inte
     assert HRMConfig.from_dict(json.loads(metadata["model_config"])) == growth.after
     assert (metadata["step"], metadata["tokens"], metadata["optimizer"]) == ("7", "900", name)
     assert growth_under_way(metadata) is None
+
+
+def test_a_state_of_one_stack_under_two_names_grows(tmp_path: Path) -> None:
+    model, optimizer = trained("adamw", shared_stacks=True)
+    metadata = {"step": "7", "optimizer": "adamw", "model_config": json.dumps(model.config.to_dict())}
+    save_state(tmp_path / "shared.safetensors", tensors_of(model, optimizer), metadata)
+    growth = grow_files(tmp_path / "shared.safetensors", tmp_path / "out", SIZES)
+    tensors, _ = load_state(state_path(tmp_path / "out", 7))
+    bigger = growth.model(model)
+    expected = tensors_of(bigger, growth.optimizer(optimizer, model, bigger))
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+    assert difference(bigger, model) <= 2e-5
 
 
 def test_a_state_carries_mode_masked(tmp_path: Path) -> None:
