@@ -118,12 +118,19 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_importing_the_package_is_light() -> None:
-    done = run_python("-X", "importtime", "-c", "import hrmcore, sys; print(*sys.modules)")
+    done = run_python("-c", "import hrmcore, sys; print(*sys.modules)")
     loaded = set(done.stdout.split())
     assert not loaded & {"torch", "numpy", "argparse", "importlib.metadata"}
     assert {name for name in loaded if name.startswith("hrmcore")} == {"hrmcore"}
-    (line,) = [line for line in done.stderr.splitlines() if line.endswith("| hrmcore")]
-    assert int(line.split("|")[1]) < 150_000  # microseconds, everything it imports included; it takes about 1,000
+
+
+def test_importing_the_package_takes_a_fraction_of_the_limit() -> None:
+    def microseconds() -> int:
+        report = run_python("-X", "importtime", "-c", "import hrmcore").stderr
+        (line,) = [line for line in report.splitlines() if line.endswith("| hrmcore")]
+        return int(line.split("|")[1])
+
+    assert min(microseconds() for _ in range(5)) < 150_000  # it takes about 1,000; the best of five on a busy machine
 
 
 def test_modules_that_need_no_torch_import_none() -> None:
