@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from hrmcore import _C
 from hrmcore.checkpoint import CONFIG_FILE, resolve
-from hrmcore.config import HRMConfig
+from hrmcore.config import WINDOW_MULTIPLE, HRMConfig
 from hrmcore.packed import DTYPES, PACKED_FILE, Interrupted, PackedRunner
 from hrmcore.sampling import Sampler, Sampling, is_integer, require, sample
 from hrmcore.tokenizer import PieceDecoder, Tokenizer
@@ -63,16 +63,23 @@ def load(
     device: str = "cpu",
     threads: int | None = None,
     kv_dtype: str | None = None,
+    attention_window: int | None = None,
 ) -> Engine:
     """Load a checkpoint folder, or a hub id from the local cache; None is the embedded tiny model.
 
     `dtype` is float32, bfloat16, int8 or int4; auto is what the checkpoint holds. `kv_dtype`, of the cached keys and
     values, is float32, bfloat16 or int8; None is float32 beside float32 weights, else bfloat16. `threads` sets the
-    threads of the kernels, and of torch where it is loaded, for the whole process; None leaves them. Raises ValueError
-    on an argument out of range or a broken checkpoint, FileNotFoundError when there is none.
+    threads of the kernels, and of torch where it is loaded, for the whole process; None leaves them.
+    `attention_window` (a multiple of 64, or 0) overrides the model's: for inputs longer than it was trained on, each
+    token sees its own block of so many tokens and the one before, those of the prefix also the one after, and the
+    cache keeps no more of the response than that. Raises ValueError on an argument out of range or a broken checkpoint,
+    FileNotFoundError when there is none.
     """
     require(dtype in ("auto", *DTYPES), "dtype", f"auto, {', '.join(DTYPES[:-1])} or {DTYPES[-1]}", dtype)
     require(kv_dtype in (None, "float32", "bfloat16", "int8"), "kv_dtype", "float32, bfloat16 or int8", kv_dtype)
+    window = attention_window
+    fits = window is None or (is_integer(window) and window >= 0 and window % WINDOW_MULTIPLE == 0)
+    require(fits, "attention_window", f"a multiple of {WINDOW_MULTIPLE}, 0 or None", window)
     _check_device(device)
     if threads is not None:
         require(is_integer(threads) and 1 <= threads <= 1024, "threads", "a whole number from 1 to 1024", threads)
@@ -82,7 +89,7 @@ def load(
     if path is None and not any((EMBEDDED_MODEL / name).is_file() for name in (CONFIG_FILE, PACKED_FILE)):
         raise FileNotFoundError("this installation has no embedded model: give the path of a checkpoint")
     folder = EMBEDDED_MODEL if path is None else resolve(path)
-    runner = PackedRunner.from_checkpoint(folder, dtype, kv_dtype, threads, CACHE_BUDGET)
+    runner = PackedRunner.from_checkpoint(folder, dtype, kv_dtype, threads, CACHE_BUDGET, window)
     return Engine(runner, _find_tokenizer(folder, runner.config), folder)
 
 
@@ -195,7 +202,7 @@ class Engine:
     ) -> Request:
         expected = "a whole number of at least 1"
         require(is_integer(max_new_tokens) and max_new_tokens >= 1, "max_new_tokens", expected, max_new_tokens)
-        context = self.config.max_position_embeddings
+        context = self.config.context
         if len(ids) >= context:
             raise ValueError(f"the prompt has {len(ids)} tokens; it must leave room in the context of {context} tokens")
         limit = min(max_new_tokens, context - len(ids))
@@ -216,12 +223,11 @@ class Engine:
             raise ValueError("ids must be whole numbers: a list, or a one-dimensional tensor or array")
         if not known:
             raise ValueError("ids must hold at least one token, got none")
-        vocabulary, context = self.config.vocab_size, self.config.max_position_embeddings
+        vocabulary = self.config.vocab_size
         for position, token in enumerate(known):
             if not 0 <= token < vocabulary:
                 raise ValueError(f"ids must be in [0, vocab_size={vocabulary}), got {token} at position {position}")
-        if len(known) > context:
-            raise ValueError(f"ids has {len(known)} tokens, the context (max_position_embeddings) is {context}")
+        self.config.check_length(len(known))
         return [int(token) for token in known]
 
     def _follow(self, request: Request) -> Generator[int, None, None]:

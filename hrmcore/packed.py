@@ -55,15 +55,13 @@ class PackedRunner:
     def __init__(
         self, config: HRMConfig, dtype: str, kv_dtype: str | None, threads: int | None, cache_bytes: int
     ) -> None:
-        if config.position_encoding != "rope" or config.attention_window:
-            raise ValueError("the engine does not run xPos or an attention window yet; HRM.from_pretrained does")
         self.config = config
         self.dtype = dtype
         self.parameters = sum(math.prod(key.shape) for key in key_table(config))
         kv_dtype = kv_dtype or ("float32" if dtype == "float32" else "bfloat16")
         block_bytes = _C.cache_block_bytes(kv_dtype, config.cache_slots, config.num_attention_heads, config.head_dim)
         block = _C.cache_block_tokens
-        blocks = max(cache_bytes // block_bytes, -(-config.max_position_embeddings // block)) + _MOST_TOGETHER
+        blocks = max(cache_bytes // block_bytes, -(-config.context // block)) + _MOST_TOGETHER
         self.cache_bytes_per_token = block_bytes // block
         self.core = _C.Engine(
             vocab_size=config.vocab_size,
@@ -81,13 +79,21 @@ class PackedRunner:
             kv_dtype=kv_dtype,
             threads=threads or _C.num_threads(),
             cache_tokens=blocks * block,
+            rates=fading(config),
+            window=config.attention_window,
         )
 
     @classmethod
     def from_checkpoint(
-        cls, folder: Path, dtype: str, kv_dtype: str | None, threads: int | None, cache_bytes: int
+        cls,
+        folder: Path,
+        dtype: str,
+        kv_dtype: str | None,
+        threads: int | None,
+        cache_bytes: int,
+        attention_window: int | None = None,
     ) -> PackedRunner:
-        """Pack a checkpoint, or map one that is packed; dtype auto is what it holds.
+        """Pack a checkpoint, or map one that is packed; dtype auto is what it holds, attention_window None, too.
 
         Raises FileNotFoundError and ValueError as `Arrays` does, and ValueError when a packed one has another
         dtype or is damaged.
@@ -97,13 +103,14 @@ class PackedRunner:
             header = read_header(packed)
             if dtype not in ("auto", header.dtype):
                 raise ValueError(f"{packed}: holds {header.dtype} weights; dtype must be auto or {header.dtype}")
-            runner = cls(header.config, header.dtype, kv_dtype, threads, cache_bytes)
+            config = _windowed(header.config, attention_window)
+            runner = cls(config, header.dtype, kv_dtype, threads, cache_bytes)
             runner._map(packed, header)
             return runner
         arrays = Arrays(folder)
         if dtype == "auto":
             dtype = "bfloat16" if arrays.dtype("lm_head.weight") == "bfloat16" else "float32"
-        runner = cls(arrays.config, dtype, kv_dtype, threads, cache_bytes)
+        runner = cls(_windowed(arrays.config, attention_window), dtype, kv_dtype, threads, cache_bytes)
         runner.core.allocate_weights()
         # The largest first: what is mapped while the memory fills up is what counts at the peak.
         for key in sorted(key_table(runner.config), key=lambda key: -math.prod(key.shape)):
@@ -173,16 +180,37 @@ class PackedRunner:
         return logits
 
 
+def _windowed(config: HRMConfig, attention_window: int | None) -> HRMConfig:
+    return config if attention_window is None else config.replace(attention_window=attention_window)
+
+
 def rotations(config: HRMConfig) -> NDArray[np.float32]:
     """The table of `hrmcore.ops.rope.rope_table` without torch: (positions, head_dim).
 
     Its cos and sin differ by one unit in the last place here and there. The powers go through float64, because numpy's
     float32 ones are off in the last place, too.
     """
+    if config.position_encoding == "xpos":
+        inv_freq = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+        table = np.empty((config.context, config.head_dim), np.float32)
+        half = config.head_dim // 2
+        for start in range(0, config.context, 4096):  # the float64 angles of all at once would be another 4 tables
+            angles = np.arange(start, min(start + 4096, config.context))[:, None] * inv_freq
+            np.cos(angles, out=table[start : start + 4096, :half], casting="same_kind")
+            np.sin(angles, out=table[start : start + 4096, half:], casting="same_kind")
+        return table
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     powers = (np.float64(config.rope_theta) ** exponents.astype(np.float64)).astype(np.float32)
     angles = np.arange(config.max_position_embeddings, dtype=np.float32)[:, None] * (np.float32(1) / powers)
     return np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+
+
+def fading(config: HRMConfig) -> NDArray[np.float32] | None:
+    """What `hrmcore.ops.rope.xpos_rates` gives, without torch: (head_dim / 2); None for a RoPE model."""
+    if config.position_encoding == "rope":
+        return None
+    zeta = (np.arange(0, config.head_dim, 2) + 0.4 * config.head_dim) / (1.4 * config.head_dim)
+    return (np.log(zeta) / config.xpos_scale_base).astype(np.float32)
 
 
 @dataclass(frozen=True)

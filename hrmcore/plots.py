@@ -47,6 +47,27 @@ def ops(report: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def extrapolation(report: dict[str, Any], path: Path) -> None:
+    """Draw what bench/extrapolation.py measured: loss by length and answers by distance; a thin line a seed."""
+    figure, panels = _figure(1, 2, (11, 4))
+    labels = (("loss", "tokens of context", "nats a token"), ("answered", "distance of the fact, tokens", "answered"))
+    for axes, (key, across, up) in zip(panels, labels, strict=True):
+        forms = list(dict.fromkeys(run["form"] for run in report["runs"]))
+        for number, form in enumerate(forms):
+            runs = [run[key] for run in report["runs"] if run["form"] == form]
+            places = [int(place) for place in runs[0]]
+            for values in runs:
+                axes.plot(places, list(values.values()), color=f"C{number}", linewidth=0.7, alpha=0.5)
+            means = [sum(values[str(place)] for values in runs) / len(runs) for place in places]
+            axes.plot(places, means, color=f"C{number}", marker="o", label=form)
+        axes.axvline(report["trained_at"], color="black", linewidth=0.8, linestyle="--")
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel(across)
+        axes.set_ylabel(up)
+    panels[0].legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
 def decode(report: dict[str, Any], path: Path) -> None:
     """Draw what bench/decode.py measured: decode speed by batch and by context, one line for each dtype."""
     figure, (batches, contexts) = _figure(1, 2, (10, 4))

@@ -163,7 +163,7 @@ class Session:
 
     def introduce(self) -> None:
         """The model, what it can answer, and what to try."""
-        size, context = _count(self.engine.parameters), self.engine.config.max_position_embeddings
+        size, context = _count(self.engine.parameters), self.engine.config.context
         self.say(f"{self.name}: {size} parameters, a context of {context} tokens")
         first_of_task: dict[str, int] = {}
         for index, sample in enumerate(self.samples):

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, HrmTextForCausalLM
 
+import hrmcore
+from hrmcore import _C
 from hrmcore.checkpoint import read_config, save_model
 from hrmcore.config import HRMConfig
 from hrmcore.data import PackedBatch
 from hrmcore.model import HRM
 from hrmcore.ops.backend import reference_ops
+from hrmcore.ops.rope import rope_table, xpos_rates
+from hrmcore.packed import PackedRunner, convert, fading, rotations
 from hrmcore.runner import TorchRunner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(params=_C.supported_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
 
 
 def config(**changes: Any) -> HRMConfig:
@@ -164,3 +179,105 @@ def test_the_reference_runner_continues_as_the_model(own: HRMConfig) -> None:
     (handle,), first = runner.open([ids[:140]], [130])
     rows = [first, *(runner.step([handle], [token]) for token in ids[140:])]
     assert relative(torch.cat([torch.as_tensor(row) for row in rows]), model(torch.tensor([ids]), 130)[0, 139:]) <= 1e-5
+
+
+LONG = config(max_position_embeddings=512, vocab_size=67, head_dim=40, H_cycles=1, L_cycles=2)
+LONG_FORMS = [LONG, LONG.replace(attention_window=64), LONG.replace(position_encoding="rope", attention_window=128)]
+PROMPT, LENGTH = 150, 270  # the prefix is longer than two windows of 64, and so is the response
+
+
+@functools.cache
+def long_case(form: int) -> tuple[HRM, list[int], Tensor]:
+    model = random_model(LONG_FORMS[form])
+    ids = torch.randint(67, (LENGTH,), generator=torch.Generator().manual_seed(3)).tolist()
+    with torch.no_grad():
+        return model, ids, model(torch.tensor([ids]), PROMPT)[0]
+
+
+def runner_of(model: HRM, folder: Path, dtype: str = "float32", kv_dtype: str | None = None) -> PackedRunner:
+    if not folder.exists():
+        save_model(model, folder, allow_xpos=True)
+    return PackedRunner.from_checkpoint(folder, dtype, kv_dtype, 1, 1 << 20)
+
+
+@pytest.mark.parametrize("form", range(len(LONG_FORMS)))
+def test_the_engine_computes_what_the_model_does(isa: str, form: int, tmp_path: Path) -> None:
+    model, ids, expected = long_case(form)
+    runner = runner_of(model, tmp_path / "m")
+    assert relative(torch.as_tensor(runner.logits(ids, PROMPT)), expected) <= 1e-5
+    (handle,), first = runner.open([ids[:PROMPT]], [PROMPT])
+    rows = [first, *(runner.step([handle], [token]) for token in ids[PROMPT:])]
+    assert relative(torch.cat([torch.as_tensor(row) for row in rows]), expected[PROMPT - 1 :]) <= 1e-5
+
+
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("form", range(len(LONG_FORMS)))
+def test_a_rounded_cache_stays_close(isa: str, form: int, kv_dtype: str, tmp_path: Path) -> None:
+    model, ids, expected = long_case(form)
+    logits = torch.as_tensor(runner_of(model, tmp_path / "m", "float32", kv_dtype).logits(ids, PROMPT))
+    assert 1e-4 < relative(logits, expected) < {"bfloat16": 2e-2, "int8": 8e-2}[kv_dtype]
+
+
+@pytest.mark.parametrize(("dtype", "kv_dtype"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("int8", "int8")])
+@pytest.mark.parametrize("form", range(len(LONG_FORMS)))
+def test_bits_do_not_depend_on_chunks_or_company(
+    isa: str, form: int, dtype: str, kv_dtype: str, tmp_path: Path
+) -> None:
+    model, ids, _ = long_case(form)
+    runner = runner_of(model, tmp_path / "m", dtype, kv_dtype)
+    whole = runner.logits(ids, PROMPT)
+    (handle, other), first = runner.open([ids[:PROMPT], ids[:70]], [PROMPT, 3])
+    assert np.array_equal(first[0], whole[PROMPT - 1])
+    position = PROMPT
+    for size in (1, 13, 1, 40, 2, 63):
+        logits = np.empty((2, 67), np.float32)
+        runner.core.step([other, handle], [[5], ids[position : position + size]], logits, False)
+        position += size
+        assert np.array_equal(logits[1], whole[position - 1])
+
+
+def test_blocks_behind_the_window_are_given_back(tmp_path: Path) -> None:
+    model, ids, _ = long_case(1)
+    runner = runner_of(model, tmp_path / "m")
+    (handle,), _ = runner.open([ids[:PROMPT]], [PROMPT])
+    used = []
+    for token in ids[PROMPT:]:
+        runner.step([handle], [token])
+        used.append(runner.core.cache_blocks_used)
+    assert max(used) == 2
+    runner.close(handle)
+    assert runner.core.cache_blocks_used == 0
+
+
+def test_load_takes_a_window_and_long_inputs(tmp_path: Path) -> None:
+    model = random_model(config())
+    model.save_pretrained(tmp_path / "m", allow_xpos=True)
+    ids = some_ids(300)
+    with torch.no_grad():
+        windowed = HRM(config(attention_window=64))
+        windowed.load_state_dict(model.state_dict())
+        for window, same in ((None, model), (64, windowed)):
+            engine = hrmcore.load(tmp_path / "m", attention_window=window)
+            assert engine.config.attention_window == (window or 0)
+            assert relative(torch.as_tensor(engine.logits(ids, 100)), same(torch.tensor([ids]), 100)[0]) <= 1e-5
+    assert len(list(engine.tokens(ids, max_new_tokens=5, ignore_eos=True))) == 5
+    with pytest.raises(ValueError, match="attention_window must be a multiple of 64, 0 or None, got 65"):
+        hrmcore.load(tmp_path / "m", attention_window=65)
+
+
+def test_a_packed_file_keeps_the_encoding(tmp_path: Path) -> None:
+    model, ids, expected = long_case(1)
+    save_model(model, tmp_path / "m", allow_xpos=True)
+    convert(tmp_path / "m", tmp_path / "packed", "float32")
+    engine = hrmcore.load(tmp_path / "packed")
+    assert engine.config == LONG_FORMS[1]
+    assert relative(torch.as_tensor(engine.logits(ids, PROMPT)), expected) <= 1e-5
+
+
+def test_the_engine_has_the_tables_of_the_ops() -> None:
+    own = config(head_dim=64, xpos_scale_base=300)
+    rates = fading(own)
+    assert rates is not None
+    assert np.allclose(rates, xpos_rates(64, 300).numpy(), rtol=1e-7, atol=0)
+    assert np.abs(rotations(own)[::97] - rope_table(65536, 64, exact=True).numpy()[::97]).max() <= 1e-7
+    assert fading(config(position_encoding="rope")) is None

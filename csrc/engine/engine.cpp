@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <set>
 #include <stdexcept>
+#include <utility>
 
 namespace hrmcore {
 namespace {
@@ -44,6 +45,29 @@ std::vector<float> copied_table(const TensorView& rope, const ModelShape& shape)
   return {rope.as<float>(), rope.as<float>() + shape.positions * shape.head_dim};
 }
 
+std::unique_ptr<const PagedFading> copied_rates(const TensorView& rates, const ModelShape& shape) {
+  if (rates.data == nullptr) return nullptr;
+  Check("Engine", "rates", rates)
+      .cpu()
+      .dtype({DType::f32})
+      .rank(1)
+      .size(0, shape.head_dim / 2, "head_dim / 2")
+      .contiguous();
+  for (std::int64_t c = 0; c < shape.head_dim / 2; ++c) {
+    const float rate = rates.as<float>()[c];
+    if (!(rate >= -0.1f && rate <= 0)) reject("Engine", "rates", "in [-0.1, 0]", std::to_string(rate));
+  }
+  return std::make_unique<const PagedFading>(rates.as<float>(), shape.head_dim);
+}
+
+std::int64_t checked_window(std::int64_t window) {
+  if (window < 0 || window % block_tokens != 0) {
+    reject("Engine", "window", "a multiple of " + std::to_string(block_tokens) + ", or 0 for none",
+           std::to_string(window));
+  }
+  return window;
+}
+
 int checked_threads(int threads) {
   if (threads < 1 || threads > 1024)
     reject("Engine", "threads", "between 1 and 1024", std::to_string(threads));
@@ -55,14 +79,17 @@ std::string named(std::int64_t request) { return "request " + std::to_string(req
 }  // namespace
 
 Engine::Engine(const ModelShape& shape, Packing weights, Packing cache, int threads,
-               std::int64_t cache_tokens, const TensorView& rope)
+               std::int64_t cache_tokens, const TensorView& rope, const TensorView& rates,
+               std::int64_t window)
     : shape_(checked(shape)),
       weights_(shape_, weights),
       cache_(CacheShape{checked_cache(cache), shape_.slots(), shape_.heads, shape_.head_dim},
              cache_tokens / block_tokens),
       rope_(copied_table(rope, shape_)),
+      fading_(copied_rates(rates, shape_)),
+      window_(checked_window(window)),
       team_(checked_threads(threads)),
-      recurrence_(shape_, weights_, cache_.shape(), rope_.data()) {
+      recurrence_(shape_, weights_, cache_.shape(), rope_.data(), fading_.get(), window_) {
   if (cache_tokens < block_tokens) {
     reject("Engine", "cache_tokens", "at least " + std::to_string(block_tokens),
            std::to_string(cache_tokens));
@@ -81,7 +108,9 @@ std::int64_t Engine::open(std::int64_t prefix) {
 void Engine::close(std::int64_t request) {
   const auto found = requests_.find(request);
   if (found == requests_.end()) reject("close", "request", "open", named(request) + ", which is not");
-  cache_.release(found->second.blocks);
+  std::vector<std::byte*>& blocks = found->second.blocks;
+  blocks.erase(blocks.begin(), blocks.begin() + found->second.given_back);
+  cache_.release(blocks);
   requests_.erase(found);
 }
 
@@ -180,7 +209,20 @@ bool Engine::run(const Interrupt& interrupt) noexcept { return recurrence_.run(t
 
 void Engine::commit() {
   weights_.check_unchanged();
-  for (std::size_t i = 0; i < stepping_.size(); ++i) stepping_[i]->length += chunks_[i].tokens;
+  for (std::size_t i = 0; i < stepping_.size(); ++i) {
+    stepping_[i]->length += chunks_[i].tokens;
+    release_behind(*stepping_[i]);
+  }
+}
+
+// Gives back the blocks that no later token sees.
+void Engine::release_behind(Request& request) {
+  if (window_ == 0 || request.length < 2 * window_) return;
+  const std::int64_t seen = (request.length / window_ - 1) * window_ / block_tokens;
+  std::vector<std::byte*> behind;
+  while (request.given_back < seen)
+    behind.push_back(std::exchange(request.blocks[request.given_back++], nullptr));
+  cache_.release(behind);
 }
 
 }  // namespace hrmcore

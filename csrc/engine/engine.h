@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <unordered_map>
@@ -21,10 +22,12 @@ namespace hrmcore {
 
 class Engine {
  public:
-  // rope: (positions, head_dim) float32. cache_tokens: what all open requests may hold together, in whole
-  // blocks each. Throws std::invalid_argument on a shape that no model has.
+  // rope: (positions, head_dim) float32. rates: (head_dim / 2) float32 for xPos, or none. window: of the
+  // attention, a multiple of block_tokens, or 0; blocks that it has left behind are given back. cache_tokens:
+  // what all open requests may hold together, in whole blocks each. Throws std::invalid_argument on a shape
+  // that no model has.
   Engine(const ModelShape& shape, Packing weights, Packing cache, int threads, std::int64_t cache_tokens,
-         const TensorView& rope);
+         const TensorView& rope, const TensorView& rates, std::int64_t window);
 
   const ModelShape& shape() const { return shape_; }
   Weights& weights() { return weights_; }
@@ -58,18 +61,22 @@ class Engine {
   struct Request {
     std::int64_t prefix = 0;
     std::int64_t length = 0;
-    std::vector<std::byte*> blocks;
+    std::int64_t given_back = 0;     // of its first blocks
+    std::vector<std::byte*> blocks;  // null where given back
   };
 
   void check_step(const std::vector<std::int64_t>& requests,
                   const std::vector<std::vector<std::int64_t>>& ids, bool every_row,
                   const TensorView& logits) const;
+  void release_behind(Request& request);
   void reserve(const std::vector<std::int64_t>& requests, const std::vector<std::vector<std::int64_t>>& ids);
 
   ModelShape shape_;
   Weights weights_;
   KvCache cache_;
   std::vector<float> rope_;
+  std::unique_ptr<const PagedFading> fading_;  // null: RoPE
+  std::int64_t window_;
   Team team_;
   Recurrence recurrence_;
   std::mutex mutex_;

@@ -1,9 +1,27 @@
 #include "engine/paged_attention.h"
 
+#include "engine/lanes.h"
 #include "engine/quantise.h"
 #include "engine/tile.h"
 
-namespace hrmcore::HRMCORE_ISA {
+namespace hrmcore {
+
+#if defined(HRMCORE_ISA_generic)
+PagedFading::PagedFading(const float* rates, std::int64_t head_dim) {
+  for (std::int64_t c = 0; c < most_head_channels; ++c)
+    rate[c] = c < head_dim ? rates[c % (head_dim / 2)] : 0.0f;
+  for (std::int64_t c = 0; c < most_head_channels; ++c) {
+    for (std::int64_t distance = 0; distance < block_tokens; ++distance) {
+      const double exponent = static_cast<double>(rate[c]);
+      over[distance][c] = static_cast<float>(__builtin_exp(exponent * static_cast<double>(distance)));
+      to_start[c][distance] =
+          static_cast<float>(__builtin_exp(exponent * static_cast<double>(2 * distance - block_tokens + 1)));
+    }
+  }
+}
+#endif
+
+namespace HRMCORE_ISA {
 namespace {
 
 // x turned by a position's angles into `out`, channels() wide, times `scale`.
@@ -99,6 +117,9 @@ HRMCORE_INLINE vfloat load_value(const T* p) {
 
 struct QueryTile {
   alignas(64) float query[query_tile][most_head_channels];
+  alignas(
+      64) float faded[query_tile][most_head_channels];  // the queries for the block being visited, under xPos
+  alignas(64) float panel[most_head_channels * block_tokens];  // its keys as float32, faded to its start
   alignas(64) QuantGroup quantised[query_tile][most_head_channels / group_columns];
   alignas(64) float weight[query_tile][block_tokens];  // scores, then their exponentials
   alignas(64) float out[query_tile][most_head_channels];
@@ -181,6 +202,135 @@ void mix_values(const CacheShape& shape, QueryTile& tile, int queries, const std
   }
 }
 
+HRMCORE_INLINE ChunkProduct product_of(const CacheShape& shape, const std::byte* keys, int queries,
+                                       float* out) {
+  ChunkProduct scores{};
+  scores.weights = keys;
+  scores.groups = groups_of(shape.head_dim);
+  scores.tokens = queries;
+  scores.out = out;
+  scores.out_stride = block_tokens;
+  return scores;
+}
+
+// Scores of float queries [queries][most_head_channels] against keys of one packing.
+void score_floats(const CacheShape& shape, Packing packing, const std::byte* keys, const float* query,
+                  int queries, float* out) {
+  ChunkProduct scores = product_of(shape, keys, queries, out);
+  scores.x = reinterpret_cast<const std::byte*>(query);
+  scores.x_row_bytes = most_head_channels * sizeof(float);
+  multiply_chunk(packing, scores);
+}
+
+void quantise_queries(const CacheShape& shape, const float (*query)[most_head_channels], int queries,
+                      QueryTile& tile) {
+  for (int q = 0; q < queries; ++q) {
+    for (std::int64_t g = 0; g < groups_of(shape.head_dim); ++g)
+      tile.quantised[q][g] = quantised(query[q] + g * group_columns);
+  }
+}
+
+void score_cached(const CacheShape& shape, const std::byte* keys, int queries,
+                  const float (*query)[most_head_channels], QueryTile& tile) {
+  if (shape.packing != Packing::int8) {
+    score_floats(shape, shape.packing, keys, query[0], queries, tile.weight[0]);
+    return;
+  }
+  ChunkProduct scores = product_of(shape, keys, queries, tile.weight[0]);
+  scores.x = reinterpret_cast<const std::byte*>(tile.quantised);
+  scores.x_row_bytes = sizeof(tile.quantised[0]);
+  multiply_chunk(shape.packing, scores);
+}
+
+// The tile's queries into `faded`, each over inner[q] + outer[q] tokens, where 0 <= inner[q] < block_tokens.
+// What is too small to count is zero, so that no product with it is denormal. A query's bits depend on its
+// own position alone.
+void fade_queries(const PagedFading& fading, std::int64_t channels, int queries, const std::int64_t* inner,
+                  const std::int64_t* outer, QueryTile& tile) {
+  alignas(64) float factor[most_head_channels];
+  for (int q = 0; q < queries; ++q) {
+    if (q == 0 || outer[q] != outer[q - 1]) {
+      for (std::int64_t c = 0; c < channels; c += lanes) {
+        const vfloat exponent = load(fading.rate + c) * static_cast<float>(outer[q]);
+        store(factor + c, exponent < -64.0f ? vfloat{} : exp(exponent));
+      }
+    }
+    for (std::int64_t c = 0; c < channels; c += lanes) {
+      const vfloat within = load(fading.over[inner[q]] + c) * load(factor + c);
+      store(tile.faded[q] + c, load(tile.query[q] + c) * within);
+    }
+  }
+}
+
+// A block's keys as float32, faded to its start: [channel][row].
+void expand_keys(const CacheShape& shape, const std::byte* keys, const PagedFading& fading, float* panel) {
+  const auto put = [&](std::int64_t channel, std::int64_t row, vfloat key) __attribute__((always_inline)) {
+    store(panel + channel * block_tokens + row, key * load(fading.to_start[channel] + row));
+  };
+  const std::int64_t channels = shape.channels();
+  for (std::int64_t row = 0; row < block_tokens; row += lanes) {
+    if (shape.packing == Packing::f32) {
+      for (std::int64_t c = 0; c < channels; ++c)
+        put(c, row, load(reinterpret_cast<const float*>(keys) + c * block_tokens + row));
+    } else if (shape.packing == Packing::bf16) {
+      for (std::int64_t c = 0; c < channels; c += 2) {
+        const vint cells = load_bits(keys + (c / 2 * block_tokens + row) * 4);
+        put(c, row, low_half(cells));
+        put(c + 1, row, high_half(cells));
+      }
+    } else {
+      for (std::int64_t c = 0; c < channels; c += 4) {
+        const std::byte* group = keys + c / group_columns * group_bytes(Packing::int8);
+        const vfloat scale = load(reinterpret_cast<const bf16*>(group + 8 * slab_bytes) + row);
+        const vint cells = load_bits(group + c % group_columns / 4 * slab_bytes + row * 4);
+        for (int byte = 0; byte < 4; ++byte)
+          put(c + byte, row, to_float(((cells >> (8 * byte)) & 255) - 128) * scale);
+      }
+    }
+  }
+}
+
+// Puts the scores of the keys that stand after their query over those that `weight` has for them.
+void score_after(const Attend& args, const std::byte* keys, std::int64_t block, std::int64_t position,
+                 int queries, QueryTile& tile) {
+  const CacheShape& shape = args.shape;
+  std::int64_t inner[query_tile], outer[query_tile];
+  for (int q = 0; q < queries; ++q) {
+    inner[q] = block_tokens - 1 - (position + q) % block_tokens;
+    outer[q] = (block - (position + q) / block_tokens) * block_tokens - block_tokens + 1;
+  }
+  fade_queries(*args.fading, shape.channels(), queries, inner, outer, tile);
+  expand_keys(shape, keys, *args.fading, tile.panel);
+  alignas(64) float scores[query_tile][block_tokens];
+  score_floats(shape, Packing::f32, reinterpret_cast<const std::byte*>(tile.panel), tile.faded[0], queries,
+               scores[0]);
+  for (int q = 0; q < queries; ++q) {
+    const std::int64_t first = position + q + 1 - block * block_tokens;
+    for (std::int64_t row = first > 0 ? first : 0; row < block_tokens; ++row)
+      tile.weight[q][row] = scores[q][row];
+  }
+}
+
+// Scores of a block under xPos, of the queries from `position` on. `most`: keys that any of them sees.
+void score_faded(const Attend& args, const std::byte* keys, std::int64_t block, std::int64_t position,
+                 int queries, std::int64_t most, QueryTile& tile) {
+  const std::int64_t first_key = block * block_tokens, last = position + queries - 1;
+  if (first_key <= last) {
+    std::int64_t inner[query_tile], outer[query_tile];
+    for (int q = 0; q < queries; ++q) {
+      inner[q] = (position + q) % block_tokens;
+      outer[q] = ((position + q) / block_tokens - block) * block_tokens - block_tokens + 1;
+    }
+    fade_queries(*args.fading, args.shape.channels(), queries, inner, outer, tile);
+    if (args.shape.packing == Packing::int8) quantise_queries(args.shape, tile.faded, queries, tile);
+    score_cached(args.shape, keys, queries, tile.faded, tile);
+  }
+  const std::int64_t end = first_key + block_tokens < most ? first_key + block_tokens : most;
+  if (args.prefix > position + 1 && end > position + 1)
+    score_after(args, keys, block, position, queries, tile);
+}
+
+// Queries that one window serves, if there is one.
 void attend_tile(const Attend& args, std::int64_t first, int queries, QueryTile& tile) {
   const CacheShape& shape = args.shape;
   const std::int64_t dim = shape.head_dim, channels = shape.channels(), width = shape.heads * dim;
@@ -189,32 +339,31 @@ void attend_tile(const Attend& args, std::int64_t first, int queries, QueryTile&
     __builtin_memset(tile.query[q], 0, sizeof(tile.query[q]));
     __builtin_memset(tile.out[q], 0, sizeof(tile.out[q]));
     __builtin_memcpy(tile.query[q], args.gqkv + (first + q) * args.stride + width + args.head * dim, bytes);
-    if (shape.packing == Packing::int8) {
-      for (std::int64_t g = 0; g < groups_of(dim); ++g)
-        tile.quantised[q][g] = quantised(tile.query[q] + g * group_columns);
-    }
     tile.top[q] = -__builtin_inff();
     tile.total[q] = 0;
   }
-  const bool int8 = shape.packing == Packing::int8;
-  const auto last = args.start + first + queries;  // the tile's last query sees at least this many keys
-  const std::int64_t most = last > args.prefix ? last : args.prefix;
-  for (std::int64_t block = 0; block * block_tokens < most; ++block) {
+  if (shape.packing == Packing::int8 && args.fading == nullptr)
+    quantise_queries(shape, tile.query, queries, tile);
+  const std::int64_t position = args.start + first, window = args.window;
+  const std::int64_t last = position + queries;  // the tile's last query sees at least this many keys
+  std::int64_t most = last > args.prefix ? last : args.prefix, block = 0;
+  if (window > 0) {
+    const std::int64_t own = position / window;
+    most = most < (own + 2) * window ? most : (own + 2) * window;
+    block = own > 0 ? (own - 1) * window / block_tokens : 0;
+  }
+  for (; block * block_tokens < most; ++block) {
     const std::byte* keys =
         args.blocks[block] + args.slot * shape.slot_bytes() + args.head * shape.head_bytes();
-    ChunkProduct scores{};
-    scores.weights = keys;
-    scores.groups = groups_of(dim);
-    scores.x = int8 ? reinterpret_cast<const std::byte*>(tile.quantised)
-                    : reinterpret_cast<const std::byte*>(tile.query);
-    scores.x_row_bytes = int8 ? sizeof(tile.quantised[0]) : sizeof(tile.query[0]);
-    scores.tokens = queries;
-    scores.out = tile.weight[0];
-    scores.out_stride = block_tokens;
-    multiply_chunk(shape.packing, scores);
+    if (args.fading == nullptr) {
+      score_cached(shape, keys, queries, tile.query, tile);
+    } else {
+      score_faded(args, keys, block, position, queries, most, tile);
+    }
     for (int q = 0; q < queries; ++q) {
-      const std::int64_t causal = args.start + first + q + 1;
-      soften(tile, q, (causal > args.prefix ? causal : args.prefix) - block * block_tokens);
+      const std::int64_t causal = position + q + 1;
+      const std::int64_t seen = causal > args.prefix ? causal : args.prefix;
+      soften(tile, q, (seen < most ? seen : most) - block * block_tokens);
     }
     const std::int64_t left = most - block * block_tokens;
     mix_values(shape, tile, queries, keys + shape.key_bytes(), left < block_tokens ? left : block_tokens);
@@ -246,6 +395,10 @@ void append_tokens(const AppendTokens& args) noexcept {
       rotate(q, angles, dim, scale, row);
       __builtin_memcpy(q, row, static_cast<std::size_t>(dim) * sizeof(float));
       rotate(q + width, angles, dim, 1.0f, row);
+      if (args.fading != nullptr) {
+        const float* fading = args.fading->over[block_tokens - 1 - index];
+        for (std::int64_t c = 0; c < dim; ++c) row[c] *= fading[c];
+      }
       store_key(shape, keys, index, row);
       __builtin_memcpy(row, q + 2 * width, static_cast<std::size_t>(dim) * sizeof(float));
       store_value(shape, keys + shape.key_bytes(), index, row);
@@ -255,10 +408,16 @@ void append_tokens(const AppendTokens& args) noexcept {
 
 void attend(const Attend& args) noexcept {
   QueryTile tile;
-  for (std::int64_t query = args.query_begin; query < args.query_end; query += query_tile) {
-    const std::int64_t left = args.query_end - query;
-    attend_tile(args, query, static_cast<int>(left < query_tile ? left : query_tile), tile);
+  for (std::int64_t query = args.query_begin; query < args.query_end;) {
+    std::int64_t count = args.query_end - query < query_tile ? args.query_end - query : query_tile;
+    if (args.window > 0) {
+      const std::int64_t left = args.window - (args.start + query) % args.window;
+      count = left < count ? left : count;
+    }
+    attend_tile(args, query, static_cast<int>(count), tile);
+    query += count;
   }
 }
 
-}  // namespace hrmcore::HRMCORE_ISA
+}  // namespace HRMCORE_ISA
+}  // namespace hrmcore

@@ -5,6 +5,11 @@
 //   int8) values  [64][d'] in f32 or bf16; or int8, then a float32 scale for each token;  d' is d rounded up
 //   to 32
 //
+// Under xPos (PagedFading) a key is stored faded by its distance to the end of its block; a query is faded by
+// the rest when it visits the block, and by exp(-rate * what is too much) where the block does not end before
+// it. Keys after the query are faded to the start of their block instead, from what is stored: that happens
+// to prefixes only. A window W hides from query i the keys j with |floor(i / W) - floor(j / W)| > 1.
+//
 // append_tokens turns q and k by their position (RoPE, half split), multiplies q by 1/sqrt(d) and stores k
 // and v. attend computes  out = sigmoid(gate) * softmax(q k^T) v,  key j visible to query i iff j <
 // max(prefix, i + 1), in blocks of 64 keys in order with a running maximum, so a query's bits do not depend
@@ -42,8 +47,22 @@ struct TokenPlace {
   std::int64_t position;  // in its request
 };
 
+// xPos: a score fades by exp(rate_c * distance) in channel c.
+struct PagedFading {
+  // rates: (head_dim / 2). Zero beyond head_dim, where queries are zero, too.
+  PagedFading(const float* rates, std::int64_t head_dim);
+
+  float rate[most_head_channels];
+  // exp(rate * distance), distances 0 to 63: [distance][channel]
+  float over[block_tokens][most_head_channels];
+  // What makes keys that are faded to the end of their block those faded to its start: [channel][row], as a
+  // panel
+  float to_start[most_head_channels][block_tokens];
+};
+
 struct AppendTokens {
   CacheShape shape;
+  const PagedFading* fading;  // null: RoPE
   std::int64_t slot;
   const TokenPlace* places;
   float* gqkv;  // [tokens][gate | q | k | v], q rewritten
@@ -53,6 +72,8 @@ struct AppendTokens {
 
 struct Attend {
   CacheShape shape;
+  const PagedFading* fading;  // null: RoPE
+  std::int64_t window;        // a multiple of block_tokens; 0: none
   std::int64_t slot, head;
   const std::byte* const* blocks;  // of the request
   std::int64_t start, prefix;      // tokens cached before this step; tokens that see each other both ways

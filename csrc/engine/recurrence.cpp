@@ -36,8 +36,8 @@ std::int64_t prefix_tokens(const Chunk& chunk) {
 }  // namespace
 
 Recurrence::Recurrence(const ModelShape& shape, const Weights& weights, const CacheShape& cache,
-                       const float* rope)
-    : shape_(shape), weights_(weights), cache_(cache), rope_(rope) {
+                       const float* rope, const PagedFading* fading, std::int64_t window)
+    : shape_(shape), weights_(weights), cache_(cache), rope_(rope), fading_(fading), window_(window) {
   stride_ = round_up(shape.width, panel_rows);
   gqkv_stride_ = round_up(4 * shape.attention_width(), panel_rows);
   attended_stride_ = round_up(shape.attention_width(), panel_rows);
@@ -230,14 +230,15 @@ void Recurrence::attention(Worker& worker, std::int64_t slot) {
   const std::int64_t step = rows_a_task(tokens_);
   worker.share((tokens_ + step - 1) / step, [&](std::int64_t task) {
     const std::int64_t begin = task * step, end = begin + step < tokens_ ? begin + step : tokens_;
-    append_tokens(AppendTokens{cache_, slot, places_.data(), gqkv_, gqkv_stride_, begin, end, rope_});
+    append_tokens(
+        AppendTokens{cache_, fading_, slot, places_.data(), gqkv_, gqkv_stride_, begin, end, rope_});
   });
   worker.share(static_cast<std::int64_t>(tasks_.size()), [&](std::int64_t index) {
     const Task& task = tasks_[static_cast<std::size_t>(index)];
     const Chunk& chunk = chunks_[static_cast<std::size_t>(task.chunk)];
     const std::int64_t first = firsts_[static_cast<std::size_t>(task.chunk)];
-    attend(Attend{cache_, slot, task.head, chunk.blocks, chunk.start, chunk.prefix, task.query_begin,
-                  task.query_end, gqkv_ + first * gqkv_stride_, gqkv_stride_,
+    attend(Attend{cache_, fading_, window_, slot, task.head, chunk.blocks, chunk.start, chunk.prefix,
+                  task.query_begin, task.query_end, gqkv_ + first * gqkv_stride_, gqkv_stride_,
                   attended_ + first * attended_stride_, attended_stride_});
   });
 }

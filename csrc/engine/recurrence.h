@@ -42,7 +42,9 @@ struct Interrupt {
 
 class Recurrence {
  public:
-  Recurrence(const ModelShape& shape, const Weights& weights, const CacheShape& cache, const float* rope);
+  // fading: null for RoPE. window: 0 for none.
+  Recurrence(const ModelShape& shape, const Weights& weights, const CacheShape& cache, const float* rope,
+             const PagedFading* fading, std::int64_t window);
 
   // Makes room for a step; the only part that can throw (std::bad_alloc).
   void prepare(const std::vector<Chunk>& chunks, bool every_row, int threads);
@@ -96,6 +98,8 @@ class Recurrence {
   const Weights& weights_;
   const CacheShape cache_;
   const float* rope_;
+  const PagedFading* fading_;
+  const std::int64_t window_;
   std::int64_t stride_, gqkv_stride_, attended_stride_, hidden_stride_, x_row_bytes_;
 
   std::vector<Chunk>

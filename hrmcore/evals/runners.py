@@ -30,7 +30,7 @@ class EngineRunner:
         engine = self._engine
         assert engine.tokenizer is not None
         answers: list[str | None] = [None] * len(prompts)
-        context = engine.config.max_position_embeddings
+        context = engine.config.context
         lengths = [len(engine.tokenizer.prompt(prompt, condition)) for prompt in prompts]
         fitting = [index for index, length in enumerate(lengths) if length < context]
         for chosen in _batches(fitting):

@@ -1,0 +1,289 @@
+"""Beyond the training length: RoPE, xPos, xPos with an attention window, trained on 128 tokens, evaluated to 16 times.
+
+python bench/extrapolation.py --out runs/out/extrapolation          # some 15 minutes; what is there is not repeated
+python bench/extrapolation.py --toy --out /tmp/toy                  # a smoke test, seconds
+python bench/extrapolation.py --cost                                # only what xPos costs beside RoPE, alternating
+
+The text is an endless stream of words from a fixed Markov chain, with facts ("K name value") that are asked for within
+100 tokens ("Q name", then the value). Measured: the loss of the same last tokens with more and more context before
+them, and how often a fact at a distance is answered, alone among words (chance: 1 in 16). xPos + window is the xPos
+model, evaluated with the window: the paper (arXiv 2212.10554) trains without it, too.
+The last line printed is the whole result as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+import hrmcore
+from hrmcore import HRM, HRMConfig, plots
+from hrmcore.data import PackedBatch
+
+WORDS, NAMES = 32, 16  # words of the chain; names, and as many values
+FACT, ASK = WORDS, WORDS + 1
+FIRST_NAME, FIRST_VALUE = WORDS + 2, WORDS + 2 + NAMES
+VOCABULARY = FIRST_VALUE + NAMES
+TRAINED, WINDOW = 128, 64  # tokens; a query then sees 64 to 127 tokens back, as in training
+RECENT = 100  # tokens within which a fact is asked for
+FORMS = ("rope", "xpos", "xpos+window")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is trained and evaluated."""
+
+    steps: int = 1500
+    sequences: int = 16  # a step
+    width: int = 96
+    seeds: int = 3
+    lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
+    distances: tuple[int, ...] = (16, 32, 64, 96, 128, 192, 256, 512, 1024, 2040)
+    streams: int = 64  # evaluated for the loss, and for each distance
+    scored: int = 64  # last tokens of each
+
+
+TOY = Scale(steps=3, sequences=2, width=48, seeds=1, lengths=(128, 256), distances=(16, 192), streams=2, scored=8)
+
+
+class Text:
+    """The stream of words, facts and questions. One chain for all, drawn from a seed of its own."""
+
+    def __init__(self, seed: int) -> None:
+        chain = np.random.default_rng(1)
+        self._successors = chain.integers(0, WORDS, (WORDS, WORDS, 4))
+        self._cumulative = np.cumsum([0.55, 0.25, 0.15, 0.05])
+        self._random = np.random.default_rng(seed)
+
+    def words(self, count: int) -> list[int]:
+        """Words alone."""
+        pair, words = self._random.integers(0, WORDS, 2).tolist(), []
+        for draw in self._random.random(count):
+            word = int(self._successors[pair[0], pair[1], min(int(np.searchsorted(self._cumulative, draw)), 3)])
+            words.append(word)
+            pair = [pair[1], word]
+        return words
+
+    def stream(self, count: int) -> list[int]:
+        """Words with facts and questions."""
+        words, tokens = iter(self.words(count)), []
+        facts: dict[int, tuple[int, int]] = {}  # name: (value, where)
+        while len(tokens) < count:
+            draw, at = float(self._random.random()), len(tokens)
+            known = [name for name, (_, where) in facts.items() if at - where < RECENT]
+            if draw < 0.05:
+                name, value = self._random.integers(0, NAMES, 2).tolist()
+                facts[name] = (value, at)
+                tokens += [FACT, FIRST_NAME + name, FIRST_VALUE + value]
+            elif draw < 0.11 and known:
+                name = int(self._random.choice(known))
+                tokens += [ASK, FIRST_NAME + name, FIRST_VALUE + facts[name][0]]
+            else:
+                tokens.append(next(words))
+        return tokens[:count]
+
+    def question(self, distance: int) -> tuple[list[int], int]:
+        """Tokens that end in a question for a fact so many tokens before, and the answer."""
+        name, value = self._random.integers(0, NAMES, 2).tolist()
+        fact = [*self.words(5), FACT, FIRST_NAME + name, FIRST_VALUE + value]
+        return [*fact, *self.words(distance - 2), ASK, FIRST_NAME + name], FIRST_VALUE + value
+
+
+def config(form: str, scale: Scale) -> HRMConfig:
+    return HRMConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=scale.width,
+        intermediate_size=256,
+        num_layers_per_stack=1,
+        num_attention_heads=3,
+        head_dim=32,
+        H_cycles=2,
+        L_cycles=2,
+        max_position_embeddings=4096,  # of RoPE's table: all are trained on 128 tokens only
+        prefix_lm=False,
+        position_encoding="rope" if form == "rope" else "xpos",
+        attention_window=WINDOW if form == "xpos+window" else 0,
+    )
+
+
+def batch_of(text: Text, scale: Scale, length: int = TRAINED) -> PackedBatch:
+    tokens = torch.tensor([text.stream(length + 1) for _ in range(scale.sequences)])
+    count = scale.sequences * length
+    return PackedBatch(
+        ids=tokens[:, :-1].reshape(-1).contiguous(),
+        offsets=torch.arange(0, count + 1, length, dtype=torch.int32),
+        prefix=torch.zeros(scale.sequences, dtype=torch.int32),
+        positions=torch.arange(length, dtype=torch.int32).repeat(scale.sequences),
+        supervised=torch.arange(count),
+        targets=tokens[:, 1:].reshape(-1).contiguous(),
+        records=tuple(range(scale.sequences)),
+    )
+
+
+def train(form: str, seed: int, scale: Scale) -> HRM:
+    """One model; the tokens and the first weights depend on the seed alone."""
+    torch.manual_seed(seed)
+    model, text = HRM(config(form, scale)), Text(1000 + seed)
+    optimizer = hrmcore.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
+    for step in tqdm(range(scale.steps), desc=f"{form} {seed}", disable=None):
+        for group in optimizer.param_groups:
+            warm = min(1.0, (step + 1) / 50)
+            group["lr"] = 2e-3 * warm * 0.5 * (1 + math.cos(math.pi * step / scale.steps))
+        loss = model.loss(batch_of(text, scale), horizon=5) / (scale.sequences * TRAINED)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return model.eval()
+
+
+@torch.no_grad()
+def evaluate(model: HRM, scale: Scale) -> dict[str, dict[str, float]]:
+    """Loss (nats a token) by context length, and the share of questions answered by distance."""
+    text, longest = Text(7), max(scale.lengths)
+    streams = torch.tensor([text.stream(longest + 1) for _ in range(scale.streams)])
+    losses, answered = {}, {}
+    for length in scale.lengths:
+        total = 0.0
+        for stream in streams:
+            logits = model(stream[None, -length - 1 : -1])[0, -scale.scored :]
+            total += float(torch.nn.functional.cross_entropy(logits, stream[-scale.scored :]))
+        losses[str(length)] = total / len(streams)
+    for distance in scale.distances:
+        right = 0
+        for _ in range(scale.streams):
+            ids, answer = text.question(distance)
+            right += int(model(torch.tensor([ids]))[0, -1].argmax()) == answer
+        answered[str(distance)] = right / scale.streams
+    return {"loss": losses, "answered": answered}
+
+
+def run(out: Path, scale: Scale) -> list[dict[str, Any]]:
+    """Train and evaluate what `out` does not hold yet."""
+    results = []
+    for seed in range(scale.seeds):
+        for trained in ("rope", "xpos"):
+            folder = out / f"{trained}-{seed}"
+            path = folder / "result.json"
+            if path.exists():
+                kept = json.loads(path.read_text())
+                if kept["scale"] != json.loads(json.dumps(asdict(scale))):
+                    raise SystemExit(f"{path}: comes from another scale; give another --out")
+            else:
+                model = train(trained, seed, scale)
+                forms = FORMS[:1] if trained == "rope" else FORMS[1:]
+                kept = {"scale": asdict(scale), "forms": {}}
+                for form in forms:
+                    same = HRM(config(form, scale)).eval()
+                    same.load_state_dict(model.state_dict())
+                    kept["forms"][form] = evaluate(same, scale)
+                model.save_pretrained(folder, allow_xpos=True)
+                path.write_text(json.dumps(kept) + "\n")
+            results += [{"form": form, "seed": seed, **found} for form, found in kept["forms"].items()]
+    return results
+
+
+def alternate(first: Callable[[], object], second: Callable[[], object], rounds: int) -> tuple[float, float]:
+    """The least seconds of each, taken in turns."""
+    least = [math.inf, math.inf]
+    for _ in range(rounds + 1):  # the first round warms up, and a least time does not mind
+        for which, call in enumerate((first, second)):
+            started = time.perf_counter()
+            call()
+            least[which] = min(least[which], time.perf_counter() - started)
+    return least[0], least[1]
+
+
+def cost(rounds: int) -> dict[str, dict[str, float]]:
+    """xPos beside RoPE: a training step, and a decoded token at two contexts with an int8 cache; seconds and ratio."""
+    torch.manual_seed(0)
+    shape = HRMConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=768,
+        num_layers_per_stack=2,
+        num_attention_heads=4,
+        head_dim=64,
+        prefix_lm=True,
+    )
+    forms = (shape, shape.replace(position_encoding="xpos"))
+    scale = Scale(sequences=8)
+    batch = batch_of(Text(3), scale, length=256)
+    batch.prefix.fill_(100)
+    models = [HRM(form) for form in forms]
+    steps = [lambda model=model: model.loss(batch, horizon=5).backward() for model in models]  # type: ignore[misc]
+    found = {"training step, 8 x 256 tokens": alternate(steps[0], steps[1], rounds)}
+    with tempfile.TemporaryDirectory() as folder:
+        for index, model in enumerate(models):
+            model.save_pretrained(Path(folder) / str(index), allow_xpos=True)
+        engines = [hrmcore.load(Path(folder) / str(i), dtype="int8", kv_dtype="int8") for i in range(2)]
+    for context in (256, 2048):
+        calls = []
+        for engine in engines:
+            ids: NDArray[np.int64] = np.arange(context) % VOCABULARY
+            tokens = engine.tokens(ids, prefix_length=100, max_new_tokens=100 * rounds, ignore_eos=True)
+            next(tokens)
+            calls.append(lambda tokens=tokens: next(tokens))  # type: ignore[misc]
+        found[f"decoded token, {context} tokens in the cache"] = alternate(calls[0], calls[1], 30 * rounds)
+    return {
+        name: {"rope_seconds": rope, "xpos_seconds": xpos, "ratio": xpos / rope} for name, (rope, xpos) in found.items()
+    }
+
+
+def table(results: list[dict[str, Any]], scale: Scale) -> str:
+    lines = []
+    for key, columns in (("loss", scale.lengths), ("answered", scale.distances)):
+        lines.append(f"\n{key:<14}" + "".join(f"{column:>9}" for column in columns))
+        for form in FORMS:
+            rows = [[found[key][str(column)] for column in columns] for found in results if found["form"] == form]
+            means = [statistics.mean(column) for column in zip(*rows, strict=True)]
+            lines.append(f"{form:<14}" + "".join(f"{mean:>9.3f}" for mean in means))
+            if key == "loss":
+                lines.append(f"{'  rise':<14}" + "".join(f"{mean / means[0] - 1:>9.1%}" for mean in means))
+            if len(rows) > 1:
+                spread = [statistics.stdev(column) for column in zip(*rows, strict=True)]
+                lines.append(f"{'  +-':<14}" + "".join(f"{deviation:>9.3f}" for deviation in spread))
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/out/extrapolation"), help="default: %(default)s")
+    parser.add_argument("--toy", action="store_true", help="a smoke test")
+    parser.add_argument("--cost", action="store_true", help="only the cost beside RoPE")
+    parser.add_argument("--steps", type=int, default=Scale.steps, help="of training (default: %(default)s)")
+    arguments = parser.parse_args()
+    scale = TOY if arguments.toy else Scale(steps=arguments.steps)
+    report: dict[str, Any] = {"cost": cost(1 if arguments.toy else 20)}
+    for name, line in report["cost"].items():
+        print(f"{name:<42} rope {1e3 * line['rope_seconds']:.3f} ms, xpos {line['ratio'] - 1:+.1%}")
+    if not arguments.cost:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        results = run(arguments.out, scale)
+        print(table(results, scale))
+        report |= {"trained_at": TRAINED, "window": WINDOW, "scale": asdict(scale), "runs": results}
+        (arguments.out / "extrapolation.json").write_text(json.dumps(report, indent=1) + "\n")
+        try:
+            plots.extrapolation(report, arguments.out / "extrapolation.png")
+        except ModuleNotFoundError as error:
+            print(f"no picture: {error}")
+    print(json.dumps(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
