@@ -96,13 +96,16 @@ class Borrowed {
       v.strides[axis] = t->strides != nullptr ? t->strides[axis] : packed;
       packed *= t->shape[axis];
     }
-    if (v.device == hrmcore::Device::cuda) device_ = v.device;
+    if (!capsules_.empty() && v.device != device_) {
+      hrmcore::reject(op_, argument, "on the device of the operands before it", "a tensor on another device");
+    }
+    device_ = v.device;
     capsules_.push_back(std::move(capsule));
     return v;
   }
 
   const char* op() const { return op_; }
-  hrmcore::Device device() const { return device_; }  // CUDA once any operand is there
+  hrmcore::Device device() const { return device_; }  // of all operands
 
   hrmcore::TensorView optional(const py::object& array, const char* argument) {
     return array.is_none() ? hrmcore::TensorView{} : view(array, argument);
@@ -150,78 +153,145 @@ void run(const Borrowed& borrowed, std::uintptr_t stream, const Args& args,
 }
 
 void bind_attention(py::module_& m) {
-  m.def("attention_forward",
-        [](const py::object& q, const py::object& k, const py::object& v, const py::object& gate,
-           const py::object& offsets, const py::object& key_offsets, const py::object& prefix,
-           const py::object& out, const py::object& lse, const py::object& rates, std::int64_t window) {
-          Borrowed b("attention_forward");
-          run<hrmcore::AttentionForward>(
-              {b.view(q, "q"), b.view(k, "k"), b.view(v, "v"), b.view(gate, "gate"),
-               b.view(offsets, "offsets"), b.view(key_offsets, "key_offsets"), b.view(prefix, "prefix"),
-               b.view(out, "out"), b.view(lse, "lse"), b.optional(rates, "rates"), window},
-              hrmcore::attention_forward);
-        });
-  m.def("attention_backward", [](const py::object& q, const py::object& k, const py::object& v,
-                                 const py::object& gate, const py::object& offsets,
-                                 const py::object& key_offsets, const py::object& prefix,
-                                 const py::object& out, const py::object& lse, const py::object& grad_out,
-                                 const py::object& grad_q, const py::object& grad_k, const py::object& grad_v,
-                                 const py::object& grad_gate, const py::object& rates, std::int64_t window) {
-    Borrowed b("attention_backward");
-    run<hrmcore::AttentionBackward>(
-        {b.view(q, "q"), b.view(k, "k"), b.view(v, "v"), b.view(gate, "gate"), b.view(offsets, "offsets"),
-         b.view(key_offsets, "key_offsets"), b.view(prefix, "prefix"), b.view(out, "out"), b.view(lse, "lse"),
-         b.view(grad_out, "grad_out"), b.view(grad_q, "grad_q"), b.view(grad_k, "grad_k"),
-         b.view(grad_v, "grad_v"), b.view(grad_gate, "grad_gate"), b.optional(rates, "rates"), window},
-        hrmcore::attention_backward);
-  });
+  m.def(
+      "attention_forward",
+      [](const py::object& q, const py::object& k, const py::object& v, const py::object& gate,
+         const py::object& offsets, const py::object& key_offsets, const py::object& prefix,
+         const py::object& out, const py::object& lse, const py::object& rates, std::int64_t window,
+         std::uintptr_t stream) {
+        Borrowed b("attention_forward");
+        const hrmcore::AttentionForward args{b.view(q, "q"),
+                                             b.view(k, "k"),
+                                             b.view(v, "v"),
+                                             b.view(gate, "gate"),
+                                             b.view(offsets, "offsets"),
+                                             b.view(key_offsets, "key_offsets"),
+                                             b.view(prefix, "prefix"),
+                                             b.view(out, "out"),
+                                             b.view(lse, "lse"),
+                                             b.optional(rates, "rates"),
+                                             window};
+        run(b, stream, args, hrmcore::attention_forward);
+      },
+      py::arg("q"), py::arg("k"), py::arg("v"), py::arg("gate"), py::arg("offsets"), py::arg("key_offsets"),
+      py::arg("prefix"), py::arg("out"), py::arg("lse"), py::arg("rates"), py::arg("window"),
+      py::arg("stream") = 0);
+  m.def(
+      "attention_backward",
+      [](const py::object& q, const py::object& k, const py::object& v, const py::object& gate,
+         const py::object& offsets, const py::object& key_offsets, const py::object& prefix,
+         const py::object& out, const py::object& lse, const py::object& grad_out, const py::object& grad_q,
+         const py::object& grad_k, const py::object& grad_v, const py::object& grad_gate,
+         const py::object& rates, std::int64_t window, std::uintptr_t stream) {
+        Borrowed b("attention_backward");
+        const hrmcore::AttentionBackward args{b.view(q, "q"),
+                                              b.view(k, "k"),
+                                              b.view(v, "v"),
+                                              b.view(gate, "gate"),
+                                              b.view(offsets, "offsets"),
+                                              b.view(key_offsets, "key_offsets"),
+                                              b.view(prefix, "prefix"),
+                                              b.view(out, "out"),
+                                              b.view(lse, "lse"),
+                                              b.view(grad_out, "grad_out"),
+                                              b.view(grad_q, "grad_q"),
+                                              b.view(grad_k, "grad_k"),
+                                              b.view(grad_v, "grad_v"),
+                                              b.view(grad_gate, "grad_gate"),
+                                              b.optional(rates, "rates"),
+                                              window};
+        run(b, stream, args, hrmcore::attention_backward);
+      },
+      py::arg("q"), py::arg("k"), py::arg("v"), py::arg("gate"), py::arg("offsets"), py::arg("key_offsets"),
+      py::arg("prefix"), py::arg("out"), py::arg("lse"), py::arg("grad_out"), py::arg("grad_q"),
+      py::arg("grad_k"), py::arg("grad_v"), py::arg("grad_gate"), py::arg("rates"), py::arg("window"),
+      py::arg("stream") = 0);
 }
 
 void bind_cross_entropy(py::module_& m) {
-  m.def("cross_entropy_forward", [](const py::object& logits, const py::object& targets,
-                                    const py::object& losses, const py::object& lse) {
-    Borrowed b("cross_entropy_forward");
-    run<hrmcore::CrossEntropyForward>(
-        {b.view(logits, "logits"), b.view(targets, "targets"), b.view(losses, "losses"), b.view(lse, "lse")},
-        hrmcore::cross_entropy_forward);
-  });
-  m.def("cross_entropy_backward",
-        [](const py::object& logits, const py::object& targets, const py::object& lse, double scale) {
-          Borrowed b("cross_entropy_backward");
-          run<hrmcore::CrossEntropyBackward>(
-              {b.view(logits, "logits"), b.view(targets, "targets"), b.view(lse, "lse"), scale},
-              hrmcore::cross_entropy_backward);
-        });
+  m.def(
+      "cross_entropy_forward",
+      [](const py::object& logits, const py::object& targets, const py::object& losses, const py::object& lse,
+         std::uintptr_t stream) {
+        Borrowed b("cross_entropy_forward");
+        const hrmcore::CrossEntropyForward args{b.view(logits, "logits"), b.view(targets, "targets"),
+                                                b.view(losses, "losses"), b.view(lse, "lse")};
+        run(b, stream, args, hrmcore::cross_entropy_forward);
+      },
+      py::arg("logits"), py::arg("targets"), py::arg("losses"), py::arg("lse"), py::arg("stream") = 0);
+  m.def(
+      "cross_entropy_backward",
+      [](const py::object& logits, const py::object& targets, const py::object& lse, double scale,
+         std::uintptr_t stream) {
+        Borrowed b("cross_entropy_backward");
+        const hrmcore::CrossEntropyBackward args{b.view(logits, "logits"), b.view(targets, "targets"),
+                                                 b.view(lse, "lse"), scale};
+        run(b, stream, args, hrmcore::cross_entropy_backward);
+      },
+      py::arg("logits"), py::arg("targets"), py::arg("lse"), py::arg("scale"), py::arg("stream") = 0);
 }
 
 void bind_optim(py::module_& m) {
-  m.def("sophia_step", [](const py::object& param, const py::object& grad, const py::object& exp_avg,
-                          const py::object& hessian, const py::object& ema, const py::object& clipped,
-                          double lr, double beta1, double weight_decay, double rho, double batch_tokens,
-                          double eps, double ema_decay) {
-    Borrowed b("sophia_step");
-    run<hrmcore::SophiaStep>({b.view(param, "param"), b.view(grad, "grad"), b.view(exp_avg, "exp_avg"),
-                              b.view(hessian, "hessian"), b.optional(ema, "ema"), b.view(clipped, "clipped"),
-                              lr, beta1, weight_decay, rho, batch_tokens, eps, ema_decay},
-                             hrmcore::sophia_step);
-  });
-  m.def("sophia_curvature",
-        [](const py::object& hessian, const py::object& u, const py::object& w, double beta2) {
-          Borrowed b("sophia_curvature");
-          run<hrmcore::SophiaCurvature>({b.view(hessian, "hessian"), b.view(u, "u"), b.view(w, "w"), beta2},
-                                        hrmcore::sophia_curvature);
-        });
+  m.def(
+      "sophia_step",
+      [](const py::object& param, const py::object& grad, const py::object& exp_avg,
+         const py::object& hessian, const py::object& ema, const py::object& clipped, double lr, double beta1,
+         double weight_decay, double rho, double batch_tokens, double eps, double ema_decay,
+         std::uintptr_t stream) {
+        Borrowed b("sophia_step");
+        const hrmcore::SophiaStep args{b.view(param, "param"),
+                                       b.view(grad, "grad"),
+                                       b.view(exp_avg, "exp_avg"),
+                                       b.view(hessian, "hessian"),
+                                       b.optional(ema, "ema"),
+                                       b.view(clipped, "clipped"),
+                                       lr,
+                                       beta1,
+                                       weight_decay,
+                                       rho,
+                                       batch_tokens,
+                                       eps,
+                                       ema_decay};
+        run(b, stream, args, hrmcore::sophia_step);
+      },
+      py::arg("param"), py::arg("grad"), py::arg("exp_avg"), py::arg("hessian"), py::arg("ema"),
+      py::arg("clipped"), py::arg("lr"), py::arg("beta1"), py::arg("weight_decay"), py::arg("rho"),
+      py::arg("batch_tokens"), py::arg("eps"), py::arg("ema_decay"), py::arg("stream") = 0);
+  m.def(
+      "sophia_curvature",
+      [](const py::object& hessian, const py::object& u, const py::object& w, double beta2,
+         std::uintptr_t stream) {
+        Borrowed b("sophia_curvature");
+        const hrmcore::SophiaCurvature args{b.view(hessian, "hessian"), b.view(u, "u"), b.view(w, "w"),
+                                            beta2};
+        run(b, stream, args, hrmcore::sophia_curvature);
+      },
+      py::arg("hessian"), py::arg("u"), py::arg("w"), py::arg("beta2"), py::arg("stream") = 0);
   const auto bind_adam = [&m](const char* op, void (*kernel)(const hrmcore::AdamStep&) noexcept) {
-    m.def(op,
-          [op, kernel](const py::object& param, const py::object& grad, const py::object& exp_avg,
-                       const py::object& exp_avg_sq, const py::object& ema, double lr, double beta1,
-                       double beta2, double weight_decay, double eps, double ema_decay, std::int64_t step) {
-            Borrowed b(op);
-            run<hrmcore::AdamStep>({b.view(param, "param"), b.view(grad, "grad"), b.view(exp_avg, "exp_avg"),
-                                    b.view(exp_avg_sq, "exp_avg_sq"), b.optional(ema, "ema"), lr, beta1,
-                                    beta2, weight_decay, eps, ema_decay, step},
-                                   kernel);
-          });
+    m.def(
+        op,
+        [op, kernel](const py::object& param, const py::object& grad, const py::object& exp_avg,
+                     const py::object& exp_avg_sq, const py::object& ema, double lr, double beta1,
+                     double beta2, double weight_decay, double eps, double ema_decay, std::int64_t step,
+                     std::uintptr_t stream) {
+          Borrowed b(op);
+          const hrmcore::AdamStep args{b.view(param, "param"),
+                                       b.view(grad, "grad"),
+                                       b.view(exp_avg, "exp_avg"),
+                                       b.view(exp_avg_sq, "exp_avg_sq"),
+                                       b.optional(ema, "ema"),
+                                       lr,
+                                       beta1,
+                                       beta2,
+                                       weight_decay,
+                                       eps,
+                                       ema_decay,
+                                       step};
+          run(b, stream, args, kernel);
+        },
+        py::arg("param"), py::arg("grad"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("ema"),
+        py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("weight_decay"), py::arg("eps"),
+        py::arg("ema_decay"), py::arg("step"), py::arg("stream") = 0);
   };
   bind_adam("adamw_step", hrmcore::adamw_step);
   bind_adam("adam_atan2_step", hrmcore::adam_atan2_step);
@@ -252,27 +322,42 @@ void bind_rms_norm(py::module_& m) {
 }
 
 void bind_rope(py::module_& m) {
-  m.def("rope",
-        [](const py::object& q, const py::object& k, const py::object& table, const py::object& positions,
-           const py::object& q_out, const py::object& k_out, bool inverse) {
-          Borrowed b("rope");
-          run<hrmcore::Rope>(
-              {b.view(q, "q"), b.view(k, "k"), b.view(table, "table"), b.view(positions, "positions"),
-               b.view(q_out, "q_out"), b.view(k_out, "k_out"), inverse},
-              hrmcore::rope);
-        });
+  m.def(
+      "rope",
+      [](const py::object& q, const py::object& k, const py::object& table, const py::object& positions,
+         const py::object& q_out, const py::object& k_out, bool inverse, std::uintptr_t stream) {
+        Borrowed b("rope");
+        const hrmcore::Rope args{b.view(q, "q"),
+                                 b.view(k, "k"),
+                                 b.view(table, "table"),
+                                 b.view(positions, "positions"),
+                                 b.view(q_out, "q_out"),
+                                 b.view(k_out, "k_out"),
+                                 inverse};
+        run(b, stream, args, hrmcore::rope);
+      },
+      py::arg("q"), py::arg("k"), py::arg("table"), py::arg("positions"), py::arg("q_out"), py::arg("k_out"),
+      py::arg("inverse"), py::arg("stream") = 0);
 }
 
 void bind_swiglu(py::module_& m) {
-  m.def("swiglu_forward", [](const py::object& ab, const py::object& y) {
-    Borrowed b("swiglu_forward");
-    run<hrmcore::SwigluForward>({b.view(ab, "ab"), b.view(y, "y")}, hrmcore::swiglu_forward);
-  });
-  m.def("swiglu_backward", [](const py::object& ab, const py::object& grad_y, const py::object& grad_ab) {
-    Borrowed b("swiglu_backward");
-    run<hrmcore::SwigluBackward>({b.view(ab, "ab"), b.view(grad_y, "grad_y"), b.view(grad_ab, "grad_ab")},
-                                 hrmcore::swiglu_backward);
-  });
+  m.def(
+      "swiglu_forward",
+      [](const py::object& ab, const py::object& y, std::uintptr_t stream) {
+        Borrowed b("swiglu_forward");
+        const hrmcore::SwigluForward args{b.view(ab, "ab"), b.view(y, "y")};
+        run(b, stream, args, hrmcore::swiglu_forward);
+      },
+      py::arg("ab"), py::arg("y"), py::arg("stream") = 0);
+  m.def(
+      "swiglu_backward",
+      [](const py::object& ab, const py::object& grad_y, const py::object& grad_ab, std::uintptr_t stream) {
+        Borrowed b("swiglu_backward");
+        const hrmcore::SwigluBackward args{b.view(ab, "ab"), b.view(grad_y, "grad_y"),
+                                           b.view(grad_ab, "grad_ab")};
+        run(b, stream, args, hrmcore::swiglu_backward);
+      },
+      py::arg("ab"), py::arg("grad_y"), py::arg("grad_ab"), py::arg("stream") = 0);
 }
 
 void bind_machine_limits(py::module_& m) {

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from emulator import emulated_cuda, same_bits_for_every_schedule
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -35,8 +36,12 @@ KINDS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(params=_C.supported_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+@pytest.fixture(params=[*_C.supported_isas(), "cuda-emulated"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "cuda-emulated":
+        with emulated_cuda():
+            yield request.param
+        return
     before = _C.isa()
     _C.set_isa(request.param)
     yield request.param
@@ -124,7 +129,7 @@ def tensors(optimizer: Any, params: list[torch.nn.Parameter]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_twenty_steps_of_the_textbook(isa: str, kind: str) -> None:
+def test_twenty_steps_of_the_textbook(backend: str, kind: str) -> None:
     params = parameters()
     optimizer = make(kind, params, ema=0.95)
     books = [Textbook(kind, p, optimizer.param_groups[0]) for p in params]
@@ -149,7 +154,7 @@ def test_twenty_steps_of_the_textbook(isa: str, kind: str) -> None:
         assert 0.1 < low < 0.9  # so both sides of the clip were tested
 
 
-def test_adamw_is_torchs(isa: str) -> None:
+def test_adamw_is_torchs(backend: str) -> None:
     params = parameters()
     theirs = [torch.nn.Parameter(p.detach().double()) for p in params]
     options = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -162,7 +167,7 @@ def test_adamw_is_torchs(isa: str) -> None:
     assert relative_error(params, theirs) <= PARITY
 
 
-def test_the_angle_is_exact_everywhere(isa: str) -> None:
+def test_the_angle_is_exact_everywhere(backend: str) -> None:
     """Every ratio of the moments from 1e-12 to 1e12, both signs: the angle to 4e-7 of itself."""
     exponents = torch.linspace(-6, 6, 40)
     m, root = (10 ** torch.cartesian_prod(exponents, exponents)).T.contiguous()
@@ -175,7 +180,7 @@ def test_the_angle_is_exact_everywhere(isa: str) -> None:
     assert ((-p.double() - angle) / angle).abs().max() <= 4e-7
 
 
-def test_atan2_where_both_moments_are_zero(isa: str) -> None:
+def test_atan2_where_both_moments_are_zero(backend: str) -> None:
     p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
     p.grad = torch.tensor([0.0, 3.0])
     AdamAtan2([p], lr=1.0, weight_decay=0.0).step()
@@ -194,7 +199,7 @@ def test_atan2_is_blind_to_the_scale_of_the_gradients() -> None:
     assert torch.equal(*results)
 
 
-def test_sophia_without_curvature_steps_by_the_sign(isa: str) -> None:
+def test_sophia_without_curvature_steps_by_the_sign(backend: str) -> None:
     p = torch.nn.Parameter(torch.zeros(4))
     p.grad = torch.tensor([3.0, -1e-3, 0.0, 1e-6])
     optimizer = Sophia([p], lr=0.5)
@@ -229,7 +234,7 @@ class Toy:
         return torch.autograd.functional.hessian(self.loss, self.start.double())
 
 
-def test_hutchinson_is_u_times_hessian_u(isa: str) -> None:
+def test_hutchinson_is_u_times_hessian_u(backend: str) -> None:
     toy = Toy()
     p = torch.nn.Parameter(toy.start.clone())
     optimizer = Sophia([p], variant="H", betas=(0.9, 0.8))
@@ -290,7 +295,7 @@ def sampled_gradient(weight: Tensor, x: Tensor, generator: torch.Generator) -> T
     return torch.autograd.grad(F.cross_entropy(logits, labels), weight)[0]
 
 
-def test_gauss_newton_bartlett_is_the_squared_gradient(isa: str) -> None:
+def test_gauss_newton_bartlett_is_the_squared_gradient(backend: str) -> None:
     x, p = random((8, 3), 15), torch.nn.Parameter(random((5, 3), 16))
     optimizer = Sophia([p], betas=(0.9, 0.8))
     ours, theirs = torch.Generator().manual_seed(7), torch.Generator().manual_seed(7)
@@ -420,7 +425,7 @@ def test_a_frozen_parameter_has_state_only_once_it_is_trained() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_same_bits_for_any_number_of_threads(isa: str, kind: str) -> None:
+def test_same_bits_for_any_number_of_threads(backend: str, kind: str) -> None:
     results = []
     for threads in (1, 2, 3, 1):
         _C.set_num_threads(threads)
@@ -434,8 +439,20 @@ def test_same_bits_for_any_number_of_threads(isa: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_same_bits_for_every_schedule(kind: str) -> None:
+    def compute() -> list[Tensor]:
+        params = parameters()
+        optimizer = make(kind, params, ema=0.99)
+        for step in range(2):
+            take_step(optimizer, params, step)
+        return [*tensors(optimizer, params), torch.tensor(getattr(optimizer, "clipped_fraction", 0.0))]
+
+    assert same_bits_for_every_schedule(compute)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 16_384, 16_385])
-def test_nothing_is_written_around_a_parameter(isa: str, kind: str, size: int) -> None:
+def test_nothing_is_written_around_a_parameter(backend: str, kind: str, size: int) -> None:
     buffer = torch.full((size + 8,), 0.6875)
     p = torch.nn.Parameter(buffer[3 : 3 + size])
     assert p.data_ptr() == buffer[3:].data_ptr()
@@ -448,7 +465,7 @@ def test_nothing_is_written_around_a_parameter(isa: str, kind: str, size: int) -
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("where", ["gradient", "curvature"])
-def test_nan_is_passed_on(isa: str, kind: str, where: str) -> None:
+def test_nan_is_passed_on(backend: str, kind: str, where: str) -> None:
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = make(kind, [p])
     p.grad = torch.ones(3)

@@ -126,22 +126,30 @@ __device__ __forceinline__ void store_packed(T* p, const Packed<T, n>& packed HR
 #endif
 }
 
-// The same with the conversion from and to float32.
+// The same with the conversion from and to float32, in as many accesses as it takes.
 template <int n, class T>
 __device__ __forceinline__ Floats<n> load(const T* p HRMCORE_SITE) {
-  const Packed<T, n> packed = load_packed<n>(p HRMCORE_PASS_SITE);
+  constexpr int piece = n < widest<T> ? n : widest<T>;
   Floats<n> v;
 #pragma unroll
-  for (int i = 0; i < n; ++i) v[i] = to_float(packed.at[i]);
+  for (int first = 0; first < n; first += piece) {
+    const Packed<T, piece> packed = load_packed<piece>(p + first HRMCORE_PASS_SITE);
+#pragma unroll
+    for (int i = 0; i < piece; ++i) v[first + i] = to_float(packed.at[i]);
+  }
   return v;
 }
 
 template <int n, class T>
 __device__ __forceinline__ void store(T* p, const Floats<n>& v HRMCORE_SITE) {
-  Packed<T, n> packed;
+  constexpr int piece = n < widest<T> ? n : widest<T>;
 #pragma unroll
-  for (int i = 0; i < n; ++i) assign(packed.at[i], v[i]);
-  store_packed<n>(p, packed HRMCORE_PASS_SITE);
+  for (int first = 0; first < n; first += piece) {
+    Packed<T, piece> packed;
+#pragma unroll
+    for (int i = 0; i < piece; ++i) assign(packed.at[i], v[first + i]);
+    store_packed<piece>(p + first, packed HRMCORE_PASS_SITE);
+  }
 }
 
 template <class T>
@@ -175,7 +183,8 @@ __device__ __forceinline__ SharedArray<T> shared_array(std::size_t offset) {
 }
 
 // The sum over a warp, in every lane, always added in the same order.
-__device__ __forceinline__ float warp_sum(float x) {
+template <class T>
+__device__ __forceinline__ T warp_sum(T x) {
 #pragma unroll
   for (int by = 16; by > 0; by /= 2) x += __shfl_xor_sync(0xffffffffu, x, by);
   return x;

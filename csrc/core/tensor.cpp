@@ -70,12 +70,6 @@ const Check& Check::cpu_or_cuda() const {
   return *this;
 }
 
-const Check& Check::beside(const TensorView& other, const char* other_name) const {
-  if (tensor_.device != other.device)
-    fail(std::string("on the device of ") + other_name, "a tensor on another");
-  return *this;
-}
-
 const Check& Check::dtype(std::initializer_list<DType> allowed) const {
   std::string expected;
   for (DType candidate : allowed) {

@@ -43,7 +43,6 @@ class Check {
   Check(const char* op, const char* argument, const TensorView& tensor);
   const Check& cpu() const;
   const Check& cpu_or_cuda() const;
-  const Check& beside(const TensorView& other, const char* other_name) const;  // on the same device
   const Check& dtype(std::initializer_list<DType> allowed) const;
   const Check& rank(int expected) const;
   const Check& size(int axis, std::int64_t expected,

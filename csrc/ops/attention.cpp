@@ -6,7 +6,7 @@ namespace hrmcore {
 namespace {
 
 void check_heads(const char* op, const char* argument, const TensorView& tensor, const TensorView& q) {
-  Check(op, argument, tensor).cpu().rank(3).dtype({q.dtype}).last_contiguous();
+  Check(op, argument, tensor).cpu_or_cuda().rank(3).dtype({q.dtype}).last_contiguous();
   Check(op, argument, tensor).size(1, q.shape[1], "H").size(2, q.shape[2], "d");
 }
 
@@ -20,9 +20,10 @@ std::string at(const char* argument, std::int64_t s) {
 }
 
 void check_offsets(const char* op, const char* argument, const TensorView& offsets, std::int64_t rows) {
-  Check(op, argument, offsets).cpu().rank(1).dtype({DType::i32}).contiguous();
+  Check(op, argument, offsets).cpu_or_cuda().rank(1).dtype({DType::i32}).contiguous();
   const std::int64_t count = offsets.shape[0];
   if (count < 1) reject(op, argument, "of at least one element (S + 1)", "an empty tensor");
+  if (offsets.device != Device::cpu) return;  // the kernel clamps what it reads
   const auto* offset = offsets.as<std::int32_t>();
   if (offset[0] != 0) reject(op, argument, "0 in its first element", std::to_string(offset[0]));
   for (std::int64_t s = 1; s < count; ++s) {
@@ -41,11 +42,12 @@ void check_sequences(const char* op, const TensorView& offsets, const TensorView
                      const TensorView& prefix) {
   Check(op, "key_offsets", key_offsets).same_shape(offsets, "offsets");
   Check(op, "prefix", prefix)
-      .cpu()
+      .cpu_or_cuda()
       .rank(1)
       .dtype({DType::i32})
       .contiguous()
       .size(0, offsets.shape[0] - 1, "S");
+  if (offsets.device != Device::cpu) return;
   const auto *query = offsets.as<std::int32_t>(), *key = key_offsets.as<std::int32_t>();
   const auto* visible = prefix.as<std::int32_t>();
   for (std::int64_t s = 0; s + 1 < offsets.shape[0]; ++s) {
@@ -64,7 +66,8 @@ void check_sequences(const char* op, const TensorView& offsets, const TensorView
 
 // Faster fading than the bound would overflow within a tile.
 void check_rates(const char* op, const TensorView& rates, std::int64_t head_dim) {
-  Check(op, "rates", rates).cpu().rank(1).dtype({DType::f32}).size(0, head_dim / 2, "d / 2");
+  Check(op, "rates", rates).cpu_or_cuda().rank(1).dtype({DType::f32}).size(0, head_dim / 2, "d / 2");
+  if (rates.device != Device::cpu) return;
   for (std::int64_t c = 0; c < head_dim / 2; ++c) {
     const float rate = rates.as<float>()[c * rates.strides[0]];
     if (!(rate >= -0.5f && rate <= 0)) reject(op, "rates", "in [-0.5, 0]", std::to_string(rate));
@@ -74,7 +77,7 @@ void check_rates(const char* op, const TensorView& rates, std::int64_t head_dim)
 // The fields that forward and backward share, under the same names.
 template <class Args>
 void check_inputs(const char* op, const Args& args) {
-  Check(op, "q", args.q).cpu().rank(3).dtype({DType::f32, DType::bf16}).last_contiguous();
+  Check(op, "q", args.q).cpu_or_cuda().rank(3).dtype({DType::f32, DType::bf16}).last_contiguous();
   const std::int64_t head_dim = args.q.shape[2];
   if (head_dim < 8 || head_dim > 256 || head_dim % 8 != 0) {
     reject(op, "q", "of a head_dim (last axis) that is a multiple of 8 from 8 to 256",
@@ -88,7 +91,7 @@ void check_inputs(const char* op, const Args& args) {
   check_offsets(op, "key_offsets", args.key_offsets, args.k.shape[0]);
   check_sequences(op, args.offsets, args.key_offsets, args.prefix);
   check_query_rows(op, "out", args.out, args.q);
-  Check(op, "lse", args.lse).cpu().rank(2).dtype({DType::f32}).last_contiguous();
+  Check(op, "lse", args.lse).cpu_or_cuda().rank(2).dtype({DType::f32}).last_contiguous();
   Check(op, "lse", args.lse).size(0, args.q.shape[0], "T").size(1, args.q.shape[1], "H");
   if (args.rates.data != nullptr) check_rates(op, args.rates, head_dim);
   if (args.window < 0 || args.window % 64 != 0)
@@ -105,8 +108,16 @@ void check(const AttentionBackward& args) {
   check_query_rows(op, "grad_out", args.grad_out, args.q);
   check_query_rows(op, "grad_q", args.grad_q, args.q);
   check_query_rows(op, "grad_gate", args.grad_gate, args.q);
-  Check(op, "grad_k", args.grad_k).cpu().dtype({DType::f32}).same_shape(args.k, "k").last_contiguous();
-  Check(op, "grad_v", args.grad_v).cpu().dtype({DType::f32}).same_shape(args.k, "k").last_contiguous();
+  Check(op, "grad_k", args.grad_k)
+      .cpu_or_cuda()
+      .dtype({DType::f32})
+      .same_shape(args.k, "k")
+      .last_contiguous();
+  Check(op, "grad_v", args.grad_v)
+      .cpu_or_cuda()
+      .dtype({DType::f32})
+      .same_shape(args.k, "k")
+      .last_contiguous();
 }
 #endif
 

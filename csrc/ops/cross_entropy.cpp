@@ -8,10 +8,11 @@ namespace hrmcore {
 namespace {
 
 void check_logits(const char* op, const TensorView& logits, const TensorView& targets) {
-  Check(op, "logits", logits).cpu().rank(2).dtype({DType::f32, DType::bf16}).last_contiguous();
+  Check(op, "logits", logits).cpu_or_cuda().rank(2).dtype({DType::f32, DType::bf16}).last_contiguous();
   const std::int64_t rows = logits.shape[0], vocabulary = logits.shape[1];
   if (vocabulary < 1) reject(op, "logits", "at least one column wide (V)", "0");
-  Check(op, "targets", targets).cpu().rank(1).dtype({DType::i64}).size(0, rows, "R").contiguous();
+  Check(op, "targets", targets).cpu_or_cuda().rank(1).dtype({DType::i64}).size(0, rows, "R").contiguous();
+  if (targets.device != Device::cpu) return;  // a row whose target is outside has a NaN loss there
   for (std::int64_t row = 0; row < rows; ++row) {
     const std::int64_t target = targets.as<std::int64_t>()[row];
     if (target < 0 || target >= vocabulary) {
@@ -27,15 +28,15 @@ void check(const CrossEntropyForward& args) {
   const char* op = "cross_entropy_forward";
   check_logits(op, args.logits, args.targets);
   const std::int64_t rows = args.logits.shape[0];
-  Check(op, "losses", args.losses).cpu().rank(1).dtype({DType::f64}).size(0, rows, "R").contiguous();
-  Check(op, "lse", args.lse).cpu().rank(1).dtype({DType::f32}).size(0, rows, "R").contiguous();
+  Check(op, "losses", args.losses).cpu_or_cuda().rank(1).dtype({DType::f64}).size(0, rows, "R").contiguous();
+  Check(op, "lse", args.lse).cpu_or_cuda().rank(1).dtype({DType::f32}).size(0, rows, "R").contiguous();
 }
 
 void check(const CrossEntropyBackward& args) {
   const char* op = "cross_entropy_backward";
   check_logits(op, args.logits, args.targets);
   Check(op, "lse", args.lse)
-      .cpu()
+      .cpu_or_cuda()
       .rank(1)
       .dtype({DType::f32})
       .size(0, args.logits.shape[0], "R")

@@ -9,12 +9,12 @@ namespace {
 
 void check_like(const char* op, const char* argument, const TensorView& tensor, const TensorView& like,
                 const char* like_name) {
-  Check(op, argument, tensor).cpu().dtype({DType::f32}).same_shape(like, like_name).contiguous();
+  Check(op, argument, tensor).cpu_or_cuda().dtype({DType::f32}).same_shape(like, like_name).contiguous();
 }
 
 void check_common(const char* op, const TensorView& param, const TensorView& grad, const TensorView& exp_avg,
                   const TensorView& ema) {
-  Check(op, "param", param).cpu().dtype({DType::f32}).contiguous();
+  Check(op, "param", param).cpu_or_cuda().dtype({DType::f32}).contiguous();
   check_like(op, "grad", grad, param, "param");
   check_like(op, "exp_avg", exp_avg, param, "param");
   if (ema.given()) check_like(op, "ema", ema, param, "param");
@@ -26,12 +26,12 @@ void check(const SophiaStep& args) {
   const char* op = "sophia_step";
   check_common(op, args.param, args.grad, args.exp_avg, args.ema);
   check_like(op, "hessian", args.hessian, args.param, "param");
-  Check(op, "clipped", args.clipped).cpu().dtype({DType::i64}).rank(1).size(0, 1, "one count");
+  Check(op, "clipped", args.clipped).cpu_or_cuda().dtype({DType::i64}).rank(1).size(0, 1, "one count");
 }
 
 void check(const SophiaCurvature& args) {
   const char* op = "sophia_curvature";
-  Check(op, "hessian", args.hessian).cpu().dtype({DType::f32}).contiguous();
+  Check(op, "hessian", args.hessian).cpu_or_cuda().dtype({DType::f32}).contiguous();
   check_like(op, "u", args.u, args.hessian, "hessian");
   check_like(op, "w", args.w, args.hessian, "hessian");
 }

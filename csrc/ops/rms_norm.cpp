@@ -9,7 +9,7 @@ namespace {
 
 void check_rows(const char* op, const char* argument, const TensorView& tensor, const TensorView& like) {
   Check(op, argument, tensor)
-      .beside(like, "the input")
+      .cpu_or_cuda()
       .rank(2)
       .dtype({like.dtype})
       .same_shape(like, "the input")

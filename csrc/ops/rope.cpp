@@ -8,11 +8,17 @@ namespace hrmcore {
 namespace {
 
 void check_heads(const char* argument, const TensorView& tensor, const TensorView& like) {
-  Check("rope", argument, tensor).cpu().rank(3).dtype({like.dtype}).same_shape(like, "q").last_contiguous();
+  Check("rope", argument, tensor)
+      .cpu_or_cuda()
+      .rank(3)
+      .dtype({like.dtype})
+      .same_shape(like, "q")
+      .last_contiguous();
 }
 
 void check_positions(const TensorView& positions, std::int64_t tokens, std::int64_t length) {
-  Check("rope", "positions", positions).cpu().rank(1).dtype({DType::i32}).size(0, tokens, "T");
+  Check("rope", "positions", positions).cpu_or_cuda().rank(1).dtype({DType::i32}).size(0, tokens, "T");
+  if (positions.device != Device::cpu) return;  // a position outside gives NaNs there
   for (std::int64_t t = 0; t < tokens; ++t) {
     const std::int64_t position = positions.as<std::int32_t>()[t * positions.strides[0]];
     if (position < 0 || position >= length) {
@@ -25,14 +31,14 @@ void check_positions(const TensorView& positions, std::int64_t tokens, std::int6
 }  // namespace
 
 void check(const Rope& args) {
-  Check("rope", "q", args.q).cpu().rank(3).dtype({DType::f32, DType::bf16}).last_contiguous();
+  Check("rope", "q", args.q).cpu_or_cuda().rank(3).dtype({DType::f32, DType::bf16}).last_contiguous();
   const std::int64_t head_dim = args.q.shape[2];
   if (head_dim < 2 || head_dim % 2 != 0) {
     reject("rope", "q", "of an even head_dim, at least 2, in its last axis", std::to_string(head_dim));
   }
   check_heads("k", args.k, args.q);
   Check("rope", "table", args.table)
-      .cpu()
+      .cpu_or_cuda()
       .rank(2)
       .dtype({DType::f32})
       .size(1, head_dim, "d")

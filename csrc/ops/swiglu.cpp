@@ -8,14 +8,14 @@ namespace hrmcore {
 namespace {
 
 void check_input(const char* op, const TensorView& ab) {
-  Check(op, "ab", ab).cpu().rank(2).dtype({DType::f32, DType::bf16}).last_contiguous();
+  Check(op, "ab", ab).cpu_or_cuda().rank(2).dtype({DType::f32, DType::bf16}).last_contiguous();
   if (ab.shape[1] < 2 || ab.shape[1] % 2 != 0) {
     reject(op, "ab", "an even number of columns wide (2F), at least 2", std::to_string(ab.shape[1]));
   }
 }
 
 void check_half(const char* op, const char* argument, const TensorView& tensor, const TensorView& ab) {
-  Check(op, argument, tensor).cpu().rank(2).dtype({ab.dtype});
+  Check(op, argument, tensor).cpu_or_cuda().rank(2).dtype({ab.dtype});
   Check(op, argument, tensor).size(0, ab.shape[0], "T").size(1, ab.shape[1] / 2, "F").last_contiguous();
 }
 
@@ -31,7 +31,7 @@ void check(const SwigluBackward& args) {
   const char* op = "swiglu_backward";
   check_input(op, args.ab);
   check_half(op, "grad_y", args.grad_y, args.ab);
-  Check(op, "grad_ab", args.grad_ab).cpu().rank(2).dtype({args.ab.dtype});
+  Check(op, "grad_ab", args.grad_ab).cpu_or_cuda().rank(2).dtype({args.ab.dtype});
   Check(op, "grad_ab", args.grad_ab).same_shape(args.ab, "ab").last_contiguous();
 }
 #endif

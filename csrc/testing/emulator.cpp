@@ -239,7 +239,7 @@ void start_block(Block& block, unsigned number, std::size_t slot) {
   block.synchronised = ++machine.tick;
   constexpr std::size_t alignment = 128;
   block.shared.assign(shape.shared_bytes + alignment, std::byte{0xff});
-  block.cells.resize(shape.shared_bytes / cell_bytes + 1);
+  block.cells.assign(shape.shared_bytes / cell_bytes + 1, Cell());
   const auto address = reinterpret_cast<std::uintptr_t>(block.shared.data());
   block.shared_base = block.shared.data() + (alignment - address % alignment) % alignment;
   block.threads.resize(shape.threads);

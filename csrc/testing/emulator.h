@@ -180,7 +180,8 @@ inline std::uint32_t __float_as_uint(float value) {
   return bits;
 }
 
-inline float __fsqrt_rn(float x) { return std::sqrt(x); }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 
 inline unsigned long long atomicAdd(unsigned long long* target, unsigned long long more) {
   const unsigned long long before = *target;  // threads change only where they wait, so this is one step

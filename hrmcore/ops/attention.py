@@ -1,4 +1,4 @@
-"""Gated prefix attention over packed sequences. Kernels: csrc/ops/attention.{h,cpp}, attention_backward.cpp.
+"""Gated prefix attention over packed sequences. Kernels: csrc/ops/attention.{h,cpp,cu}, attention_backward.{cpp,cu}.
 
 Shapes: T query rows, Tk key rows, H heads, d head_dim, S sequences.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
 from hrmcore import _C
-from hrmcore.ops.backend import reference_active
+from hrmcore.ops.backend import DEVICES, reference_active, stream_of
 
 
 def _seen(query_count: int, key_count: int, visible: int, window: int = 0) -> Tensor:
@@ -93,7 +93,7 @@ def attention(
     return _attention(q, k, v, gate, offsets, prefix, key_offsets, rates, window)[0]
 
 
-@torch.library.custom_op("hrmcore::attention", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("hrmcore::attention", mutates_args=(), device_types=DEVICES)
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -106,13 +106,13 @@ def _attention(
     window: int = 0,
 ) -> tuple[Tensor, Tensor]:
     key_offsets = offsets if key_offsets is None else key_offsets
-    out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:2], dtype=torch.float32)
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
     operands = map(to_dlpack, (q, k, v, gate, offsets, key_offsets, prefix, out, lse))
-    _C.attention_forward(*operands, None if rates is None else to_dlpack(rates), window)
+    _C.attention_forward(*operands, None if rates is None else to_dlpack(rates), window, stream_of(q))
     return out, lse
 
 
-@torch.library.custom_op("hrmcore::attention_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("hrmcore::attention_backward", mutates_args=(), device_types=DEVICES)
 def _attention_backward(
     q: Tensor,
     k: Tensor,
@@ -128,11 +128,11 @@ def _attention_backward(
     window: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     key_offsets = offsets if key_offsets is None else key_offsets
-    grad_q, grad_gate = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape, dtype=q.dtype)
-    grad_k, grad_v = torch.empty(k.shape, dtype=torch.float32), torch.empty(k.shape, dtype=torch.float32)
+    grad_q, grad_gate = q.new_empty(q.shape), q.new_empty(q.shape)
+    grad_k, grad_v = (k.new_empty(k.shape, dtype=torch.float32) for _ in range(2))
     inputs = (q, k, v, gate, offsets, key_offsets, prefix, out, lse, grad_out.contiguous())
     operands = map(to_dlpack, (*inputs, grad_q, grad_k, grad_v, grad_gate))
-    _C.attention_backward(*operands, None if rates is None else to_dlpack(rates), window)
+    _C.attention_backward(*operands, None if rates is None else to_dlpack(rates), window, stream_of(q))
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_gate
 
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding, half split. Kernel: csrc/ops/rope.{h,cpp}.
+"""Rotary position embedding, half split. Kernel: csrc/ops/rope.{h,cpp,cu}.
 
 xPos turns queries and keys by the same op; what it adds, the fading of a score with the distance, is done by the
 attention (`xpos_rates`).
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
 from hrmcore import _C
-from hrmcore.ops.backend import reference_active
+from hrmcore.ops.backend import DEVICES, reference_active, stream_of
 
 
 def rope_table(length: int, head_dim: int, theta: float = 10000.0, exact: bool = False) -> Tensor:
@@ -79,11 +79,11 @@ def rope(q: Tensor, k: Tensor, table: Tensor, positions: Tensor) -> tuple[Tensor
     return _rope(q, k, table, positions, False)
 
 
-@torch.library.custom_op("hrmcore::rope", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("hrmcore::rope", mutates_args=(), device_types=DEVICES)
 def _rope(q: Tensor, k: Tensor, table: Tensor, positions: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    q_out, k_out = torch.empty(q.shape, dtype=q.dtype), torch.empty(k.shape, dtype=k.dtype)
+    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     operands = [to_dlpack(x) for x in (q, k, table, positions, q_out, k_out)]
-    _C.rope(*operands, inverse)
+    _C.rope(*operands, inverse, stream_of(q))
     return q_out, k_out
 
 

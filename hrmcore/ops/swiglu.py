@@ -1,4 +1,4 @@
-"""SwiGLU, the gated product in the feed-forward layer. Kernels: csrc/ops/swiglu.{h,cpp}.
+"""SwiGLU, the gated product in the feed-forward layer. Kernels: csrc/ops/swiglu.{h,cpp,cu}.
 
 Shapes: T tokens, F ffn.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
 from hrmcore import _C
-from hrmcore.ops.backend import reference_active
+from hrmcore.ops.backend import DEVICES, reference_active, stream_of
 
 
 def swiglu_ref(ab: Tensor) -> Tensor:
@@ -34,17 +34,17 @@ def swiglu(ab: Tensor) -> Tensor:
     return swiglu_ref(ab) if reference_active() else _swiglu(ab)
 
 
-@torch.library.custom_op("hrmcore::swiglu", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("hrmcore::swiglu", mutates_args=(), device_types=DEVICES)
 def _swiglu(ab: Tensor) -> Tensor:
-    y = torch.empty((*ab.shape[:-1], ab.shape[-1] // 2), dtype=ab.dtype)
-    _C.swiglu_forward(to_dlpack(ab), to_dlpack(y))
+    y = ab.new_empty((*ab.shape[:-1], ab.shape[-1] // 2))
+    _C.swiglu_forward(to_dlpack(ab), to_dlpack(y), stream_of(ab))
     return y
 
 
-@torch.library.custom_op("hrmcore::swiglu_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("hrmcore::swiglu_backward", mutates_args=(), device_types=DEVICES)
 def _swiglu_backward(ab: Tensor, grad_y: Tensor) -> Tensor:
-    grad_ab = torch.empty(ab.shape, dtype=ab.dtype)
-    _C.swiglu_backward(to_dlpack(ab), to_dlpack(grad_y.contiguous()), to_dlpack(grad_ab))
+    grad_ab = ab.new_empty(ab.shape)
+    _C.swiglu_backward(to_dlpack(ab), to_dlpack(grad_y.contiguous()), to_dlpack(grad_ab), stream_of(ab))
     return grad_ab
 
 

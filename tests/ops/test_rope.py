@@ -2,6 +2,7 @@ import re
 
 import pytest
 import torch
+from emulator import same_bits_for_every_schedule
 from oracle import DTYPES, bound, call, framed, listed, only_inside_written, poisoned, relative_error, same_bits
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
@@ -19,7 +20,7 @@ def reference(case):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("index", range(len(list(cases()))))
-def test_kernel(isa, dtype, index):
+def test_kernel(backend, dtype, index):
     case = listed(cases, dtype)[index]
     q, k, table, positions = case.values()
     q_out, k_out = poisoned(*q.shape, dtype=dtype), poisoned(*q.shape, dtype=dtype)
@@ -30,7 +31,7 @@ def test_kernel(isa, dtype, index):
 
 
 @pytest.mark.parametrize("index", range(len(list(cases()))))
-def test_kernel_on_fused_views_and_in_place(isa, index):
+def test_kernel_on_fused_views_and_in_place(backend, index):
     case = listed(cases, torch.float32)[index]
     expected = reference(case)
     fused = torch.stack([case["q"], case["k"]], dim=1)
@@ -45,7 +46,7 @@ def test_kernel_on_fused_views_and_in_place(isa, index):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("index", range(len(list(cases()))))
-def test_gradients(isa, dtype, index):
+def test_gradients(backend, dtype, index):
     case = listed(cases, dtype)[index]
     grads = torch.randn(2, *case["q"].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     ours = {name: case[name].clone().requires_grad_() for name in ("q", "k")}
@@ -65,9 +66,15 @@ def test_gradient_of_one_output_only():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_same_bits_for_any_number_of_threads(isa, dtype):
+def test_same_bits_for_any_number_of_threads(backend, dtype):
     case = listed(cases, dtype)[-1]
     assert same_bits(lambda: rope(**case) + _rope(*case.values(), True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_for_every_schedule(dtype):
+    case = listed(cases, dtype)[4]
+    assert same_bits_for_every_schedule(lambda: rope(**case) + _rope(*case.values(), True))
 
 
 @pytest.mark.parametrize(("head_dim", "theta"), [(32, 10000.0), (64, 10000.0), (128, 10000.0), (128, 500000.0)])

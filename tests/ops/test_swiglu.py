@@ -2,6 +2,7 @@ import re
 
 import pytest
 import torch
+from emulator import same_bits_for_every_schedule
 from oracle import DTYPES, bound, call, framed, listed, only_inside_written, poisoned, relative_error, same_bits
 
 from hrmcore import _C
@@ -13,7 +14,7 @@ FLOAT32_BOUND = 2e-7
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("index", range(len(list(cases()))))
-def test_forward_kernel(isa, dtype, index):
+def test_forward_kernel(backend, dtype, index):
     ab = listed(cases, dtype)[index]["ab"]
     y = poisoned(ab.shape[0], ab.shape[1] // 2, dtype=dtype)
     call(_C.swiglu_forward, framed(ab), y)
@@ -23,7 +24,7 @@ def test_forward_kernel(isa, dtype, index):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("index", range(len(list(cases()))))
-def test_backward_kernel(isa, dtype, index):
+def test_backward_kernel(backend, dtype, index):
     ab = listed(cases, dtype)[index]["ab"]
     grad_y = torch.randn(ab.shape[0], ab.shape[1] // 2, generator=torch.Generator().manual_seed(1)).to(dtype)
     grad_ab = poisoned(*ab.shape, dtype=dtype)
@@ -42,7 +43,7 @@ def test_autograd():
     assert relative_error(ours.grad, theirs.grad) <= 5e-7
 
 
-def test_saturated_gates(isa):
+def test_saturated_gates(backend):
     """Far from zero the gate is 0 or the identity: no overflow, no NaN."""
     ab = torch.tensor([[-1e30, -300.0, -90.0, 0.0, 90.0, 300.0, 1e30] + 7 * [1.0]], requires_grad=True)
     y = swiglu(ab)
@@ -51,12 +52,12 @@ def test_saturated_gates(isa):
     assert torch.allclose(ab.grad[0, :7], torch.tensor([0.0, 0.0, 0.0, 0.5, 1.0, 1.0, 1.0]), rtol=1e-6, atol=1e-6)
 
 
-def test_nan_is_passed_on(isa):
+def test_nan_is_passed_on(backend):
     assert swiglu(torch.tensor([[float("nan"), 1.0, 1.0, 1.0]])).isnan().tolist() == [[True, False]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_same_bits_for_any_number_of_threads(isa, dtype):
+def test_same_bits_for_any_number_of_threads(backend, dtype):
     ab = listed(cases, dtype)[-1]["ab"]
 
     def compute():
@@ -64,6 +65,13 @@ def test_same_bits_for_any_number_of_threads(isa, dtype):
         return y, _swiglu_backward(ab, y)
 
     assert same_bits(compute)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_for_every_schedule(dtype):
+    ab = listed(cases, dtype)[4]["ab"]
+    y = swiglu(ab)
+    assert same_bits_for_every_schedule(lambda: (swiglu(ab), _swiglu_backward(ab, y)))
 
 
 def test_opcheck():

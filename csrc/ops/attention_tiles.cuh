@@ -1,0 +1,230 @@
+// What the attention kernels share: sequences and what their rows see, tiles in shared memory, and the
+// product of a warp's 16 rows with a tile.
+//
+// A warp owns 16 rows. What it accumulates lies in registers as mma.sync leaves it: with g = lane / 4 and h =
+// lane % 4, c[j][0..1] are row g, columns 8j + 2h and the next, c[j][2..3] are row g + 8. bfloat16 goes
+// through the tensor cores; float32 through fused multiply-adds in the same places, exact to float32.
+#pragma once
+
+#include "core/cuda.cuh"
+#include "ops/attention.h"
+
+namespace hrmcore::cuda {
+
+// Rows of one block (16 a warp) and of the tiles that it visits: what fits 99 KB at head_dim 128.
+template <class T>
+constexpr int warps = sizeof(T) == 2 ? 4 : 2;
+template <class T>
+constexpr int block_rows = 16 * warps<T>;
+template <class T>
+constexpr int tile_rows = block_rows<T>;
+template <class T>
+constexpr int block_threads = 32 * warps<T>;
+// A row of a tile is 16 bytes longer than its columns: rows start in different banks.
+template <class T>
+HRMCORE_HOST_DEVICE constexpr int row_length(int columns) {
+  return columns + 16 / static_cast<int>(sizeof(T));
+}
+template <class T>
+HRMCORE_HOST_DEVICE constexpr int tile_bytes(int rows, int columns) {
+  return rows * row_length<T>(columns) * static_cast<int>(sizeof(T));
+}
+constexpr int most_shared_bytes = 99 << 10;
+
+constexpr float minus_infinity = -__builtin_inff();
+
+__device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x % 32); }
+__device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x / 32); }
+
+// One sequence: its rows in the packed tensors, and the keys that each query sees: from low up to high.
+struct Sequence {
+  int index;      // -1: the block has nothing to do
+  int first_row;  // of the block, counted from the sequence's first
+  int queries, keys, first_query, first_key, prefix, window;
+
+  __device__ int position(int query) const { return keys - queries + query; }
+  __device__ int high(int query) const {
+    const int p = position(query), most = max(prefix, p + 1);
+    const int border = window == 0 ? most : min(most, (p / window + 2) * window);
+    return min(border, keys);
+  }
+  __device__ int low(int query) const {
+    const int p = position(query);
+    return window == 0 || p < window ? 0 : (p / window - 1) * window;
+  }
+};
+
+__device__ __forceinline__ int clamped_offset(const TensorView& offsets, int s, std::int64_t rows) {
+  const std::int64_t value = load_one(offsets.as<std::int32_t>() + s);
+  return static_cast<int>(value < 0 ? 0 : value < rows ? value : rows);
+}
+
+// The block's place: tiles of block_rows counted through the sequences, over queries or over keys. Offsets
+// are not read on the host, so they are clamped here to the rows that exist.
+template <class T, class Args>
+__device__ __forceinline__ Sequence sequence_of_block(const Args& args, bool over_keys) {
+  const TensorView& offsets = over_keys ? args.key_offsets : args.offsets;
+  const std::int64_t rows = over_keys ? args.k.shape[0] : args.q.shape[0];
+  int block = static_cast<int>(blockIdx.x), begin = clamped_offset(offsets, 0, rows);
+  for (int s = 0; s < args.prefix.shape[0]; ++s) {
+    const int end = clamped_offset(offsets, s + 1, rows);
+    const int tiles = (max(end - begin, 0) + block_rows<T> - 1) / block_rows<T>;
+    if (block < tiles) {
+      Sequence found;
+      found.index = s;
+      found.first_row = block * block_rows<T>;
+      found.first_query = clamped_offset(args.offsets, s, args.q.shape[0]);
+      found.first_key = clamped_offset(args.key_offsets, s, args.k.shape[0]);
+      found.queries = max(clamped_offset(args.offsets, s + 1, args.q.shape[0]) - found.first_query, 0);
+      found.keys = max(clamped_offset(args.key_offsets, s + 1, args.k.shape[0]) - found.first_key, 0);
+      found.prefix = load_one(args.prefix.template as<std::int32_t>() + s);
+      found.window = static_cast<int>(args.window);
+      return found;
+    }
+    block -= tiles;
+    begin = end;
+  }
+  return {-1, 0, 0, 0, 0, 0, 0, 0};
+}
+
+// Row `row` of the packed tensor, in the block's head.
+template <class T>
+__device__ __forceinline__ T* head_row(const TensorView& tensor, std::int64_t row) {
+  return tensor.as<T>() + row * tensor.strides[0] + blockIdx.y * tensor.strides[1];
+}
+
+// Starts loading rows [first, first + tile_rows) of a head; what lies past `count` rows or past the head's
+// columns becomes zeros. Where rows are not made of aligned 16-byte pieces the copy is an ordinary one.
+template <class T, int columns, bool wide>
+__device__ __forceinline__ void load_tile(SharedArray<T> tile, const TensorView& tensor, std::int64_t first,
+                                          int count) {
+  constexpr int length = row_length<T>(columns), piece = wide ? widest<T> : 1;
+  const int head_dim = static_cast<int>(tensor.shape[2]);
+  for (int i = static_cast<int>(threadIdx.x); i < tile_rows<T> * (columns / piece); i += block_threads<T>) {
+    const int row = i / (columns / piece), column = i % (columns / piece) * piece;
+    const bool inside = row < count && column < head_dim;
+    const T* source = inside ? head_row<T>(tensor, first + row) + column : tensor.as<T>();
+    if constexpr (wide) {
+      copy_async((tile + (row * length + column)).data, source, inside ? 16 : 0);
+    } else {
+      tile[row * length + column] = inside ? load_one(source) : T{};
+    }
+  }
+}
+
+// c (16 x n) += A B: A is 16 rows of `depth`, B a tile stored by its columns (n rows of depth) or, with
+// `rows_are_depth`, by its rows (depth rows of n).
+template <int n, int depth, bool rows_are_depth, int a_length, int b_length>
+__device__ __forceinline__ void multiply(float (&c)[n / 8][4], SharedArray<bf16> a, SharedArray<bf16> b) {
+  const int lane = lane_id();
+#pragma unroll
+  for (int k = 0; k < depth; k += 16) {
+    std::uint32_t left[4];
+    ldmatrix<false>(left, (a + (lane % 16 * a_length + k + lane / 16 * 8)).data);
+#pragma unroll
+    for (int j = 0; j < n; j += 16) {
+      std::uint32_t right[4];
+      if constexpr (rows_are_depth) {
+        ldmatrix<true>(right, (b + ((k + lane % 16) * b_length + j + lane / 16 * 8)).data);
+      } else {
+        ldmatrix<false>(right, (b + ((j + lane / 16 * 8 + lane % 8) * b_length + k + lane / 8 % 2 * 8)).data);
+      }
+      mma_bf16(c[j / 8], left, {right[0], right[1]});
+      mma_bf16(c[j / 8 + 1], left, {right[2], right[3]});
+    }
+  }
+}
+
+template <int n, int depth, bool rows_are_depth, int a_length, int b_length>
+__device__ __forceinline__ void multiply(float (&c)[n / 8][4], SharedArray<float> a, SharedArray<float> b) {
+  const int g = lane_id() / 4, h = lane_id() % 4;
+#pragma unroll 4
+  for (int k = 0; k < depth; ++k) {
+    const float upper = a[g * a_length + k], lower = a[(g + 8) * a_length + k];
+#pragma unroll
+    for (int j = 0; j < n / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int column = 8 * j + 2 * h + i;
+        const float right = b[rows_are_depth ? k * b_length + column : column * b_length + k];
+        c[j][i] += upper * right;
+        c[j][2 + i] += lower * right;
+      }
+    }
+  }
+}
+
+// Accumulators into a row-major tile of the warp's 16 rows, for the next product.
+template <class T, int n, int length>
+__device__ __forceinline__ void store_fragments(SharedArray<T> rows, const float (&c)[n / 8][4]) {
+  const int g = lane_id() / 4, h = lane_id() % 4;
+#pragma unroll
+  for (int j = 0; j < n / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      T element;
+      assign(element, c[j][i]);
+      rows[(g + i / 2 * 8) * length + 8 * j + 2 * h + i % 2] = element;
+    }
+  }
+}
+
+// Two neighbouring columns of a row in global memory.
+template <bool wide, class T>
+__device__ __forceinline__ Floats<2> load_pair(const T* p) {
+  if constexpr (wide) return load<2>(p);
+  return {{load<1>(p)[0], load<1>(p + 1)[0]}};
+}
+
+template <bool wide, class T>
+__device__ __forceinline__ void store_pair(T* p, float first, float second) {
+  if constexpr (wide) {
+    store<2>(p, {{first, second}});
+  } else {
+    store<1>(p, {{first}});
+    store<1>(p + 1, {{second}});
+  }
+}
+
+// The sum, or the largest, of the four lanes that hold a row.
+__device__ __forceinline__ float sum_of_row(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+__device__ __forceinline__ float top_of_row(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+template <class Args>
+const char* refusal(const Args& args) {
+  if (args.rates.given()) return "rates (xPos) have no CUDA kernel yet; use the CPU";
+  if (args.q.shape[2] > 128) return "head_dim (last axis of q) must be at most 128 on CUDA";
+  return nullptr;
+}
+
+// f(an element, the constant number of columns that holds head_dim, whether accesses are 16 bytes wide).
+template <class F>
+const char* with_tiles(const TensorView& q, bool wide, const F& f) {
+  const auto with_width = [&](auto element, auto wideness) {
+    const std::int64_t d = q.shape[2];
+    if (d <= 32) return f(element, std::integral_constant<int, 32>(), wideness);
+    if (d <= 64) return f(element, std::integral_constant<int, 64>(), wideness);
+    return f(element, std::integral_constant<int, 128>(), wideness);
+  };
+  if (q.dtype == DType::bf16) {
+    return wide ? with_width(bf16{}, std::true_type()) : with_width(bf16{}, std::false_type());
+  }
+  return wide ? with_width(float{}, std::true_type()) : with_width(float{}, std::false_type());
+}
+
+// Enough blocks for every tile of every sequence, over queries or keys; some find nothing to do.
+template <class T>
+dim3 grid_for(const TensorView& rows, const TensorView& prefix) {
+  const std::int64_t tiles = rows.shape[0] == 0 ? 0 : rows.shape[0] / block_rows<T> + prefix.shape[0];
+  return dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(rows.shape[1]));
+}
+
+}  // namespace hrmcore::cuda

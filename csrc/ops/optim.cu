@@ -1,0 +1,227 @@
+#include "ops/optim.h"
+
+#include <cmath>
+#include <cstddef>
+
+#include "core/cuda.cuh"
+
+// Elements in chunks, a block a chunk, one pass, 64-bit indices. The chunks of several tensors are one
+// launch: which tensor a block works on stands in a table inside the kernel's parameters, so nothing is
+// copied before the launch.
+
+namespace hrmcore::cuda {
+namespace {
+
+constexpr int threads = 256;
+constexpr std::int64_t chunk = 16 * threads;
+constexpr int most_tensors = 48;  // keeps the parameters below CUDA's 4 KB
+
+enum Operand : int { param, grad, exp_avg, second, ema, operands };  // second: v, or h
+
+struct Tensors {
+  float* data[most_tensors][operands];  // null where left out
+  std::int64_t elements[most_tensors];
+  std::uint32_t first_block[most_tensors + 1];
+  int count;
+};
+
+// What the numbers of an optimizer become, folded in float64.
+struct Numbers {
+  float lr, decay, ema_share, m_share, second_share;
+  float m_scale, root_scale;  // Adam's bias corrections
+  float h_scale;              // rho batch_tokens
+  float eps;
+  unsigned long long* clipped;
+};
+
+struct Step {
+  Tensors tensors;
+  Numbers numbers;
+};
+
+static_assert(sizeof(Step) <= 4096, "kernel parameters");
+
+enum class Rule : int { adamw, adam_atan2, sophia, curvature };
+
+// The elements of this block: those of one tensor from `begin` to `end`.
+struct Chunk {
+  float* const* data;
+  std::int64_t begin, end;
+};
+
+__device__ __forceinline__ Chunk chunk_of_block(const Tensors& tensors) {
+  int t = 0;
+  while (t + 1 < tensors.count && blockIdx.x >= tensors.first_block[t + 1]) ++t;
+  const std::int64_t begin = (blockIdx.x - tensors.first_block[t]) * chunk;
+  const std::int64_t end = begin + chunk < tensors.elements[t] ? begin + chunk : tensors.elements[t];
+  return {tensors.data[t], begin, end};
+}
+
+template <int n>
+__device__ __forceinline__ void move(const Numbers& by, float* const* data, std::int64_t i,
+                                     Floats<n> direction) {
+  Floats<n> p = load<n>(data[param] + i);
+#pragma unroll
+  for (int k = 0; k < n; ++k) p[k] -= by.decay * p[k] + by.lr * direction[k];
+  store<n>(data[param] + i, p);
+  if (data[ema] == nullptr) return;
+  Floats<n> average = load<n>(data[ema] + i);
+#pragma unroll
+  for (int k = 0; k < n; ++k) average[k] += by.ema_share * (p[k] - average[k]);
+  store<n>(data[ema] + i, average);
+}
+
+template <Rule rule, int n>
+__device__ __forceinline__ void adam(const Numbers& by, float* const* data, std::int64_t i) {
+  const Floats<n> g = load<n>(data[grad] + i);
+  Floats<n> m = load<n>(data[exp_avg] + i), v = load<n>(data[second] + i), direction;
+#pragma unroll
+  for (int k = 0; k < n; ++k) {
+    m[k] += by.m_share * (g[k] - m[k]);
+    v[k] += by.second_share * (g[k] * g[k] - v[k]);
+    const float mean = m[k] * by.m_scale, root = sqrtf(v[k]) * by.root_scale;
+    direction[k] = rule == Rule::adamw ? mean / (root + by.eps) : atan2f(mean, root);
+  }
+  store<n>(data[exp_avg] + i, m);
+  store<n>(data[second] + i, v);
+  move<n>(by, data, i, direction);
+}
+
+// Returns how many of the elements were clipped.
+template <int n>
+__device__ __forceinline__ int sophia(const Numbers& by, float* const* data, std::int64_t i) {
+  const Floats<n> g = load<n>(data[grad] + i), h = load<n>(data[second] + i);
+  Floats<n> m = load<n>(data[exp_avg] + i), direction;
+  int clipped = 0;
+#pragma unroll
+  for (int k = 0; k < n; ++k) {
+    m[k] += by.m_share * (g[k] - m[k]);
+    const float scaled = by.h_scale * h[k];
+    const float ratio = m[k] / (scaled < by.eps ? by.eps : scaled);  // in this order a NaN is passed on
+    clipped += ratio >= 1.0f || ratio <= -1.0f;
+    direction[k] = ratio > 1.0f ? 1.0f : ratio < -1.0f ? -1.0f : ratio;
+  }
+  store<n>(data[exp_avg] + i, m);
+  move<n>(by, data, i, direction);
+  return clipped;
+}
+
+// h += (1 - beta2) (u w - h), with u and w in the places of grad and exp_avg.
+template <int n>
+__device__ __forceinline__ void curve(const Numbers& by, float* const* data, std::int64_t i) {
+  const Floats<n> u = load<n>(data[grad] + i), w = load<n>(data[exp_avg] + i);
+  Floats<n> h = load<n>(data[second] + i);
+#pragma unroll
+  for (int k = 0; k < n; ++k) h[k] += by.second_share * (u[k] * w[k] - h[k]);
+  store<n>(data[second] + i, h);
+}
+
+template <Rule rule, int n>
+__device__ __forceinline__ int update(const Numbers& by, float* const* data, std::int64_t i) {
+  if constexpr (rule == Rule::sophia) return sophia<n>(by, data, i);
+  if constexpr (rule == Rule::curvature) {
+    curve<n>(by, data, i);
+  } else if constexpr (rule != Rule::sophia) {
+    adam<rule, n>(by, data, i);
+  }
+  return 0;
+}
+
+// n: elements of one access, every tensor being aligned to it.
+template <Rule rule, int n>
+__global__ void __launch_bounds__(threads) step(Step args) {
+  const Chunk mine = chunk_of_block(args.tensors);
+  int clipped = 0;
+  for (std::int64_t i = mine.begin + threadIdx.x * n; i < mine.end; i += threads * n) {
+    if (i + n <= mine.end) {
+      clipped += update<rule, n>(args.numbers, mine.data, i);
+    } else {
+      for (std::int64_t k = i; k < mine.end; ++k) clipped += update<rule, 1>(args.numbers, mine.data, k);
+    }
+  }
+  if constexpr (rule == Rule::sophia) {
+    clipped = warp_sum(clipped);
+    if (threadIdx.x % 32 == 0 && clipped > 0) {
+      atomicAdd(args.numbers.clipped, static_cast<unsigned long long>(clipped));
+    }
+  }
+}
+
+std::int64_t elements_of(const TensorView& tensor) {
+  std::int64_t count = 1;
+  for (int axis = 0; axis < tensor.rank; ++axis) count *= tensor.shape[axis];
+  return count;
+}
+
+float* floats(const TensorView& tensor) { return tensor.given() ? tensor.as<float>() : nullptr; }
+
+Tensors one_tensor(const TensorView& p, const TensorView& g, const TensorView& m, const TensorView& s,
+                   const TensorView& average) {
+  Tensors tensors{};
+  float* const data[operands] = {floats(p), floats(g), floats(m), floats(s), floats(average)};
+  for (int o = 0; o < operands; ++o) tensors.data[0][o] = data[o];
+  tensors.elements[0] = elements_of(s);
+  tensors.first_block[1] = static_cast<std::uint32_t>((tensors.elements[0] + chunk - 1) / chunk);
+  tensors.count = 1;
+  return tensors;
+}
+
+template <Rule rule>
+const char* run(const Step& args, void* stream) {
+  bool wide = true;
+  for (int t = 0; t < args.tensors.count; ++t) {
+    for (const float* data : args.tensors.data[t]) {
+      wide = wide && reinterpret_cast<std::uintptr_t>(data) % 16 == 0;
+    }
+  }
+  const LaunchShape shape{dim3(args.tensors.first_block[args.tensors.count]), threads};
+  return wide ? launch(step<rule, 4>, shape, args, stream) : launch(step<rule, 1>, shape, args, stream);
+}
+
+template <class Args>
+Numbers common(const Args& args) {
+  Numbers by{};
+  by.lr = static_cast<float>(args.lr);
+  by.decay = static_cast<float>(args.lr * args.weight_decay);
+  by.ema_share = static_cast<float>(1 - args.ema_decay);
+  by.m_share = static_cast<float>(1 - args.beta1);
+  by.eps = static_cast<float>(args.eps);
+  return by;
+}
+
+template <Rule rule>
+const char* run_adam(const AdamStep& args, void* stream) {
+  Numbers by = common(args);
+  const double steps = static_cast<double>(args.step);
+  by.second_share = static_cast<float>(1 - args.beta2);
+  by.m_scale = static_cast<float>(1 / (1 - std::pow(args.beta1, steps)));
+  by.root_scale = static_cast<float>(1 / std::sqrt(1 - std::pow(args.beta2, steps)));
+  return run<rule>({one_tensor(args.param, args.grad, args.exp_avg, args.exp_avg_sq, args.ema), by}, stream);
+}
+
+}  // namespace
+}  // namespace hrmcore::cuda
+
+HRMCORE_DEVICE_KERNEL(sophia_step, hrmcore::SophiaStep) {
+  using namespace hrmcore::cuda;
+  Numbers by = common(args);
+  by.h_scale = static_cast<float>(args.rho * args.batch_tokens);
+  by.clipped = args.clipped.as<unsigned long long>();
+  return run<Rule::sophia>({one_tensor(args.param, args.grad, args.exp_avg, args.hessian, args.ema), by},
+                           stream);
+}
+
+HRMCORE_DEVICE_KERNEL(sophia_curvature, hrmcore::SophiaCurvature) {
+  using namespace hrmcore::cuda;
+  Numbers by{};
+  by.second_share = static_cast<float>(1 - args.beta2);
+  return run<Rule::curvature>({one_tensor({}, args.u, args.w, args.hessian, {}), by}, stream);
+}
+
+HRMCORE_DEVICE_KERNEL(adamw_step, hrmcore::AdamStep) {
+  return hrmcore::cuda::run_adam<hrmcore::cuda::Rule::adamw>(args, stream);
+}
+
+HRMCORE_DEVICE_KERNEL(adam_atan2_step, hrmcore::AdamStep) {
+  return hrmcore::cuda::run_adam<hrmcore::cuda::Rule::adam_atan2>(args, stream);
+}
