@@ -25,7 +25,7 @@ def readable(mangled: str) -> str:
     plain = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
     plain = plain.replace("(anonymous namespace)::", "").replace("hrmcore::cuda::", "").removeprefix("void ")
     file = FILE.search(mangled)
-    return f"{file[1] if file else '?'}: {plain.split('(')[0]}"
+    return f"{file[1] if file else '?'}: {plain[: plain.rindex('(')]}"
 
 
 def parse(log: str) -> dict[str, dict[str, int]]:
