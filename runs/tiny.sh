@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains the embedded model from reasoning-gym problems and installs it under hrmcore/assets/tiny.
-# Needs `pip install hrmcore[demo]`; under an hour on two cores with AMX. Resumes where it was stopped.
+# Needs `pip install hrmcore[demo]`; about an hour on two cores with AMX. Resumes where it was stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -24,15 +24,18 @@ from hrmcore.tokenizer import train_tokenizer
 SEED = 20261121
 HELDOUT_PER_TASK = 300
 
-# task: (training records at scale 1, parameters of the generator)
+# task: (problems drawn at scale 1, parameters of the generator)
 TASKS: dict[str, tuple[int, dict[str, Any]]] = {
     "mini_sudoku": (160_000, {"min_empty": 8, "max_empty": 12}),
     "spell_backward": (100_000, {"min_word_len": 3, "max_word_len": 10}),
-    "letter_counting": (120_000, {"min_words": 2, "max_words": 6}),
+    "letter_counting": (70_000, {"min_words": 2, "max_words": 6}),
     "chain_sum": (120_000, {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}),
     "gcd": (80_000, {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 200}),
     "spiral_matrix": (60_000, {"min_n": 2, "max_n": 4}),
+    "rotate_matrix": (70_000, {"min_n": 2, "max_n": 4, "max_rotations": 3}),
+    "binary_matrix": (50_000, {"min_n": 3, "max_n": 4}),
 }
+REPEATED = {"chain_sum": 2, "gcd": 2}  # tasks with few different problems of few tokens
 
 
 def problems(task: str, count: int, seed: int) -> Iterator[dict[str, str]]:
@@ -89,7 +92,7 @@ def main() -> None:
         records = list(tqdm(problems(task, int(count * args.scale) + HELDOUT_PER_TASK, SEED + index), desc=task))
         random.Random(SEED + index).shuffle(records)
         heldout += records[:HELDOUT_PER_TASK]
-        train += records[HELDOUT_PER_TASK:]
+        train += records[HELDOUT_PER_TASK:] * REPEATED.get(task, 1)
     random.Random(SEED).shuffle(train)
 
     args.out.mkdir(parents=True, exist_ok=True)
