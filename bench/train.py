@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
@@ -292,18 +291,20 @@ def peak_memory(side: str, size: str, case: str, folder: Path, arguments: argpar
     batches = batches_of(corpus, arguments.batch_tokens, most=3)
     padded = [pad(corpus, batch.records) for batch in batches]
     torch.zeros(64, 64) @ torch.zeros(64, 64)  # the matrix library's own buffers
-    before = resident_bytes()
+    before = status_bytes("VmRSS")
     models = models_of(size, vocabulary, arguments.horizon, int(corpus.lengths.max()))
     del models[next(other for other in SIDES if other != side)]
     models |= {other: torch.nn.Linear(1, 1) for other in SIDES if other != side}
     step = steps_of(models, batches, padded, arguments.horizon)[side]
     for index in range(3):
         step(index)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return status_bytes("VmHWM") - before
 
 
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def status_bytes(key: str) -> int:
+    """VmRSS, what this process holds, or VmHWM, the most that it has held; getrusage would count the parent's, too."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 def row(line: dict[str, Any]) -> str:
