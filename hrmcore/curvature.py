@@ -17,12 +17,14 @@ from hrmcore.ops.backend import reference_ops
 from hrmcore.optim import Sophia
 
 
-def gauss_newton_bartlett(model: HRM, batches: Sequence[PackedBatch], horizon: int, generator: torch.Generator) -> None:
+def gauss_newton_bartlett(
+    model: HRM, batches: Sequence[PackedBatch], labels: int, horizon: int, generator: torch.Generator
+) -> None:
     """Add to the gradients those of the labels' summed loss over √B, B labels drawn from the model's distribution.
 
     So a squared gradient is B·ĥ, whatever the batch's size: it goes into an optimizer that steps with batch_tokens=1.
+    B is `labels`, all ranks' supervised tokens; the batches are this rank's.
     """
-    labels = sum(len(batch.targets) for batch in batches)
     for batch in batches:
         (model.loss(batch, horizon=horizon, sampler=generator) / math.sqrt(labels)).backward()
 
@@ -41,7 +43,7 @@ def hutchinson(
         optimizer.update_hessian(loss, generator=generator)
 
 
-def generator_of(seed: int, step: int) -> torch.Generator:
-    """The random numbers of a step's curvature sample; no state is needed to have them again."""
-    mixed = np.random.SeedSequence([seed, step]).generate_state(1)  # torch takes the lower 32 bits of a seed only
+def generator_of(seed: int, step: int, rank: int = 0) -> torch.Generator:
+    """The random numbers of a step's curvature sample on a rank; no state is needed to have them again."""
+    mixed = np.random.SeedSequence([seed, step, rank]).generate_state(1)  # torch takes the lower 32 bits of a seed only
     return torch.Generator().manual_seed(int(mixed[0]))

@@ -238,45 +238,33 @@ def epoch_batches(lengths: np.ndarray, capacity: int, seed: int, epoch: int) -> 
         yield from batches
 
 
-def rank_batches(
-    lengths: np.ndarray, capacity: int, seed: int, epoch: int, rank: int, ranks: int
-) -> Iterator[list[int]]:
-    """The batches of one rank of several in an epoch: together every record once, and as many batches for each.
+def share(lengths: np.ndarray, records: Sequence[int], rank: int, ranks: int) -> list[int]:
+    """One rank's records of a batch, in the batch's order; none where there are fewer records than ranks.
 
-    Step s takes the s-th `ranks` batches of `epoch_batches`. The last step splits the batches that are left, those of
-    most records first; a rank for which there is no record then gets an empty batch.
+    The longest record first, each goes to the rank that has the fewest tokens by then (LPT), the lowest of equals.
     """
-    batches = epoch_batches(lengths, capacity, seed, epoch)
-    while step := list(itertools.islice(batches, ranks)):
-        while len(step) < ranks:
-            largest = max(step, key=len)
-            middle = (len(largest) + 1) // 2
-            step.append(largest[middle:])
-            del largest[middle:]
-        yield step[rank]
+    tokens = [0] * ranks
+    chosen = set()
+    for record in sorted(records, key=lambda record: (-int(lengths[record]), record)):
+        least = tokens.index(min(tokens))
+        tokens[least] += int(lengths[record])
+        if least == rank:
+            chosen.add(record)
+    return [record for record in records if record in chosen]
 
 
 class BatchStream:
-    """The packed batches of one rank, epoch after epoch without end; `position` says where the next one stands.
+    """The packed batches, epoch after epoch without end; `position` says where the next one stands.
 
     Order and contents depend on the arguments alone: a stream made with another's position goes on as it would have.
     """
 
     MULTIPLE = 64  # tokens of a batch are rounded up to it, see pack()
 
-    def __init__(
-        self,
-        corpus: Corpus,
-        capacity: int,
-        seed: int,
-        position: tuple[int, int] = (0, 0),
-        rank: int = 0,
-        ranks: int = 1,
-    ) -> None:
+    def __init__(self, corpus: Corpus, capacity: int, seed: int, position: tuple[int, int] = (0, 0)) -> None:
         self.position = position
         self._corpus = corpus
         self._order = (capacity, seed)
-        self._rank = (rank, ranks)
         self._epoch = self._records(position)
 
     def __iter__(self) -> BatchStream:
@@ -294,7 +282,7 @@ class BatchStream:
 
     def _records(self, position: tuple[int, int]) -> Iterator[list[int]]:
         epoch, index = position
-        return itertools.islice(rank_batches(self._corpus.lengths, *self._order, epoch, *self._rank), index, None)
+        return itertools.islice(epoch_batches(self._corpus.lengths, *self._order, epoch), index, None)
 
 
 def _fill(window: np.ndarray, lengths: np.ndarray, capacity: int) -> list[list[int]]:

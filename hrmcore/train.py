@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from hrmcore import curvature, microbench, optim, planner, validation
 from hrmcore.checkpoint import load_model, resolve, save_model
-from hrmcore.data import BatchStream, Corpus, PackedBatch, Rejected, epoch_batches, pack, read_records, tokenize
+from hrmcore.data import BatchStream, Corpus, PackedBatch, Rejected, epoch_batches, pack, read_records, share, tokenize
+from hrmcore.distributed import World
 from hrmcore.growth_stages import GrowthSchedule
 from hrmcore.model import HRM
 from hrmcore.run_config import TrainConfig, ema_decay, explain, horizon, learning_rate, read_config
@@ -38,6 +39,7 @@ EXAMPLE = """\
 examples:
   hrmcore train run.toml          start, or resume where the run folder's newest state stands
   hrmcore train --explain         every key of a run file
+  torchrun --nproc-per-node 2 -m hrmcore train run.toml    the same run in two processes, which share its batches
 
 a run file:
   train_files = ["records.jsonl"]    # {"instruction": …, "response": …} a line
@@ -73,18 +75,23 @@ def run(args: argparse.Namespace) -> int:
 class Trainer:
     """One run: model, optimizer, data position. `run()` trains to the end and exports the checkpoint.
 
-    It holds the run folder's lock until `run` or `close` ends. Raises BlockingIOError when another process has it.
+    It holds the run folder's lock until `run` or `close` ends. Raises BlockingIOError when another run has it. Under
+    torchrun each process makes one: together they do what one alone would, and rank 0 alone writes.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.out = Path(config.out)
         self.out.mkdir(parents=True, exist_ok=True)
-        self._lock = lock(self.out)
+        self.world = World()
+        self._held = contextlib.ExitStack()
+        self._held.callback(self.world.close)
         try:
+            if self.world.leads:
+                self._held.enter_context(lock(self.out))
             self._prepare()
         except BaseException:
-            self._lock.close()
+            self._held.close()
             raise
 
     def _prepare(self) -> None:
@@ -94,7 +101,7 @@ class Trainer:
         self.heldout = self._load(config.heldout_files)[0] if config.heldout_files else None
         self.growing = GrowthSchedule(config.grow, config.model, config.seed)
         self._growth_flops = self._cost_of_growing()
-        tqdm.write(self._needs(), file=sys.stderr)
+        self._say(self._needs())
         self.model = self._first_model()
         self.optimizer = make_optimizer(config, self.model)
         self.step = 0
@@ -103,9 +110,13 @@ class Trainer:
         self.typical_loss: float | None = None  # a running mean
         self._stream = BatchStream(self.corpus, config.batch_tokens, config.seed)
         self._writer = StateWriter(self.out, config.keep, config.keep_every)
-        if newest := load_newest(self.out, functools.partial(tqdm.write, file=sys.stderr)):
+        with self.world.leader_first():  # it sets damaged states aside
+            newest = load_newest(self.out, self._say)
+        if newest:
             self._resume(*newest)
-        self._forget_metrics_after(self.step)
+        self.world.agree(repr(config) + json.dumps(self._metadata()))
+        if self.world.leads:
+            self._forget_metrics_after(self.step)
 
     def run(self) -> None:
         """Train until `steps`, then write checkpoint/ in the hrm_text format.
@@ -117,20 +128,23 @@ class Trainer:
                 self._train(asked)
                 self.save()
                 self._writer.finish()
-                if asked.is_set():
+                if self.step < self.config.steps:
                     raise KeyboardInterrupt
-                self.export()
+                if self.world.leads:
+                    self.export()
         finally:
             self.close()
 
     def _train(self, asked: threading.Event) -> None:
         config = self.config
-        with tqdm(total=config.steps, initial=self.step, unit="step", disable=None) as bar:
-            while self.step < config.steps and not asked.is_set():
+        leads = self.world.leads
+        with tqdm(total=config.steps, initial=self.step, unit="step", disable=None if leads else True) as bar:
+            while self.step < config.steps and not self.world.sum(asked.is_set()):
                 metrics = self._train_step()
-                if self.step % config.eval_every == 0 or self.step == config.steps:
-                    metrics |= self.evaluate()
-                self._record(metrics)
+                if leads:
+                    if self.step % config.eval_every == 0 or self.step == config.steps:
+                        metrics |= self.evaluate()
+                    self._record(metrics)
                 bar.update()
                 bar.set_postfix_str(_shown(metrics))
                 self._writer.check()
@@ -142,7 +156,7 @@ class Trainer:
         try:
             self._writer.finish()
         finally:
-            self._lock.close()
+            self._held.close()
 
     def export(self) -> None:
         """Write the averaged weights (bfloat16) and the tokenizer as an hrm_text checkpoint."""
@@ -223,12 +237,22 @@ class Trainer:
         """Gradients of the mean loss over all supervised tokens of the batches; returns it and the gradients' norm."""
         count = sum(len(batch.targets) for batch in batches)
         total = 0.0
-        for batch in batches:
+        for batch in self._shares(batches):
             with self._precision():
                 loss = self.model.loss(batch, horizon=k) / count
             loss.backward()
             total += float(loss.detach())
-        return total, float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip))
+        self.world.sum_gradients(self.model.parameters())
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        return self.world.sum(total), float(norm)
+
+    def _shares(self, batches: Sequence[PackedBatch]) -> Sequence[PackedBatch]:
+        """What this rank computes of the step's batches."""
+        if self.world.ranks == 1:
+            return batches
+        lengths, rank, ranks = self.corpus.lengths, self.world.rank, self.world.ranks
+        ours = (share(lengths, batch.records, rank, ranks) for batch in batches)
+        return [pack(self.corpus, records, BatchStream.MULTIPLE) for records in ours if records]
 
     def _update(self, batches: Sequence[PackedBatch], k: int) -> None:
         """The optimizer's step, and every so often a sample of the curvature for the steps that follow."""
@@ -240,13 +264,16 @@ class Trainer:
             self._sample_curvature(self.optimizer, batches, k)
 
     def _sample_curvature(self, sophia: optim.Sophia, batches: Sequence[PackedBatch], k: int) -> None:
-        generator = curvature.generator_of(self.config.seed, self.step)
-        if sophia.variant == "H":
-            curvature.hutchinson(sophia, self.model, batches, k, generator)
+        seed = self.config.seed
+        if sophia.variant == "H":  # the ranks would need one direction and the sum of their products: each does it all
+            curvature.hutchinson(sophia, self.model, batches, k, curvature.generator_of(seed, self.step))
             return
         sophia.zero_grad(set_to_none=True)
+        labels = sum(len(batch.targets) for batch in batches)
+        generator = curvature.generator_of(seed, self.step, self.world.rank)
         with self._precision():
-            curvature.gauss_newton_bartlett(self.model, batches, k, generator)
+            curvature.gauss_newton_bartlett(self.model, self._shares(batches), labels, k, generator)
+        self.world.sum_gradients(self.model.parameters())
         sophia.update_hessian()
 
     def _fault(self, loss: float, norm: float) -> str | None:
@@ -294,7 +321,7 @@ class Trainer:
         return {
             "tokens_per_second": tokens / seconds,
             "flops": flops.total,
-            "mfu": flops.total / seconds / self._peak,
+            "mfu": flops.total / seconds / (self.world.ranks * self._peak),
             "memory": _peak_memory(),
         }
 
@@ -338,7 +365,7 @@ class Trainer:
         bar = tqdm(records, desc="tokenising", unit="record", disable=None)
         corpus = tokenize(iter(bar), self.tokenizer, self.config.model.max_position_embeddings, rejected)
         for line in rejected.report():
-            tqdm.write(line)
+            self._say(line)
         digest = hashlib.sha256()
         for array in (corpus.tokens, corpus.offsets, corpus.prefix):
             digest.update(array.tobytes())
@@ -358,6 +385,10 @@ class Trainer:
         files = store.manifest["files"]
         sums = "".join(files[f"{name}.npy"]["sha256"] for name in ("tokens", "offsets", "prefix"))
         return store.corpus, hashlib.sha256(sums.encode()).hexdigest()
+
+    def _say(self, line: str) -> None:
+        if self.world.leads:
+            tqdm.write(line, file=sys.stderr)
 
     # Start and resume
 
@@ -379,7 +410,8 @@ class Trainer:
         """One line that states the memory of a step before anything large is allocated."""
         config, lengths, model = self.config, self.corpus.lengths, self.growing.largest
         supervised = float((lengths - self.corpus.prefix + 1).sum() / lengths.sum())
-        need = planner.memory(model, config.horizon_last, config.batch_tokens, supervised, 1, config.precision)
+        tokens = -(-config.batch_tokens // self.world.ranks)
+        need = planner.memory(model, config.horizon_last, tokens, supervised, 1, config.precision)
         average = need.weights if config.ema else 0.0
         state = need.weights + need.optimizer + average
         return (
@@ -398,13 +430,13 @@ class Trainer:
         course = planner.Horizon(config.horizon_first, config.horizon_last, config.horizon_fraction)
         tokens = config.steps * config.accumulate * config.batch_tokens
         schedule, from_scratch = self.growing.flops(tokens, record, course)
-        share = f"{schedule / from_scratch:.0%} of its last model from scratch"
-        tqdm.write(f"the schedule of {len(config.grow)} growths takes {schedule:.3g} FLOPs, {share}", file=sys.stderr)
+        part = f"{schedule / from_scratch:.0%} of its last model from scratch"
+        self._say(f"the schedule of {len(config.grow)} growths takes {schedule:.3g} FLOPs, {part}")
         return schedule, from_scratch
 
     def save(self) -> None:
         """Begin to write the training state of this step; `run` and `close` wait for its end."""
-        if not state_path(self.out, self.step).exists():
+        if self.world.leads and not state_path(self.out, self.step).exists():
             self._writer.save(self.step, self._tensors(), self._metadata())
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hrmcore.data import Corpus, Rejected, epoch_batches, pack, rank_batches, read_records, tokenize
+from hrmcore.data import Corpus, Rejected, epoch_batches, pack, read_records, share, tokenize
 from hrmcore.tokenizer import Tokenizer, train_tokenizer
 
 TASKS = {"mini_sudoku": 60, "spell_backward": 60, "letter_counting": 60, "chain_sum": 60, "gcd": 60}
@@ -110,25 +110,23 @@ def test_an_epoch_holds_every_record_once(lengths: list[int], capacity: int, see
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 100), max_size=300),
-    capacity=st.integers(100, 400),
-    epoch=st.integers(0, 3),
-    ranks=st.integers(1, 9),
-)
-def test_ranks_share_an_epoch(lengths: list[int], capacity: int, epoch: int, ranks: int) -> None:
+@given(lengths=st.lists(st.integers(1, 100), max_size=60), ranks=st.integers(1, 9), data=st.data())
+def test_ranks_share_a_batch(lengths: list[int], ranks: int, data: st.DataObject) -> None:
     array = np.asarray(lengths, dtype=np.int64)
-    shares = [list(rank_batches(array, capacity, 1, epoch, rank, ranks)) for rank in range(ranks)]
-    assert sorted(record for share in shares for batch in share for record in batch) == list(range(len(lengths)))
-    assert all(array[batch].sum() <= capacity for share in shares for batch in share)
-    assert len({len(share) for share in shares}) == 1
-    whole = list(epoch_batches(array, capacity, 1, epoch))
-    full = len(whole) // ranks  # steps before the last, which alone may split batches
-    assert [batch for step in list(zip(*shares, strict=True))[:full] for batch in step] == whole[: full * ranks]
-    assert len(shares[0]) == -(-len(whole) // ranks)
-    assert all(batch for share in shares for batch in share[:full])
-    if len(lengths) - sum(map(len, whole[: full * ranks])) >= ranks:
-        assert all(batch for share in shares for batch in share)
+    batch = data.draw(st.permutations(range(len(lengths))))
+    shares = [share(array, batch, rank, ranks) for rank in range(ranks)]
+    assert sorted(record for own in shares for record in own) == list(range(len(lengths)))
+    assert all(own == sorted(own, key=batch.index) for own in shares)
+    loads = [int(array[own].sum()) for own in shares]
+    assert max(loads) - min(loads) <= max(lengths, default=0)  # of greedy choices
+    if len(lengths) >= ranks:
+        assert all(shares)
+
+
+def test_the_longest_records_are_shared_first() -> None:
+    lengths = np.asarray([1, 1, 1, 1, 4])
+    assert [share(lengths, [0, 1, 2, 3, 4], rank, 2) for rank in (0, 1)] == [[4], [0, 1, 2, 3]]
+    assert [share(lengths, [4], rank, 2) for rank in (0, 1)] == [[4], []]
 
 
 def test_the_order_depends_on_seed_and_epoch_alone(corpus: Corpus) -> None:

@@ -18,7 +18,7 @@ PACKAGE = Path(hrmcore.__file__).parent
 LAYERS = [
     {"_C"},
     {"config", "tokenizer", "sampling", "ops"},
-    {"model", "optim", "data", "planner", "tensor_file"},
+    {"model", "optim", "data", "planner", "tensor_file", "distributed"},
     {"checkpoint", "growth", "runner", "microbench", "store"},
     {"packed", "training_state", "curvature", "validation", "growth_stages"},
     {"run_config", "growth_files"},

@@ -550,7 +550,7 @@ def test_sophia_g_takes_b_times_the_squared_mean_gradient_whatever_the_batches(t
     batches = [next(trainer._stream) for _ in range(3)]
     labels = sum(len(batch.targets) for batch in batches)
     sophia = Sophia(trainer.model.parameters())
-    curvature.gauss_newton_bartlett(trainer.model, batches, 5, curvature.generator_of(7, 3))
+    curvature.gauss_newton_bartlett(trainer.model, batches, labels, 5, curvature.generator_of(7, 3))
     sophia.update_hessian()
     weight = trainer.model.lm_head.weight
     found = sophia.state[weight]["hessian"].clone()
