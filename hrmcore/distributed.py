@@ -96,5 +96,5 @@ class World:
         except RuntimeError as error:
             raise ConnectionError(
                 f"rank {self.rank} of {self.ranks}: another process of this run has ended or cannot be reached; its "
-                f"own message says why ({str(error).splitlines()[0]})"
+                f"own message says why ({str(error).splitlines()[0].split('. ')[0]})"
             ) from None

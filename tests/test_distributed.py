@@ -7,9 +7,12 @@ import json
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,6 +109,10 @@ class Ranks:
 
     def train(self, *files: Path, poisoned: int | None = None) -> list[tuple[int, str]]:
         """Status and stderr of each rank; one run file for both, or one for each."""
+        self.begin(*files, poisoned=poisoned)
+        return self.answers()
+
+    def begin(self, *files: Path, poisoned: int | None = None) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -114,12 +121,25 @@ class Ranks:
             assert process.stdin is not None
             process.stdin.write(json.dumps({"files": names, "port": port, "poisoned": poisoned}) + "\n")
             process.stdin.flush()
-        answers = [json.loads(process.stdout.readline()) for process in self._processes if process.stdout is not None]
-        return [(answer["status"], answer["errors"]) for answer in answers]
 
-    def close(self) -> None:
+    def answers(self) -> list[tuple[int, str]]:
+        deadline = threading.Timer(120, self.kill)  # two ranks that wait for each other
+        deadline.start()
+        lines = [process.stdout.readline() for process in self._processes if process.stdout is not None]
+        deadline.cancel()
+        assert all(lines), "a rank has ended, or did not within two minutes"
+        return [(answer["status"], answer["errors"]) for answer in map(json.loads, lines)]
+
+    def interrupt(self, rank: int) -> None:
+        self._processes[rank].send_signal(signal.SIGINT)
+
+    def kill(self) -> None:
         for process in self._processes:
             process.kill()
+
+    def close(self) -> None:
+        self.kill()
+        for process in self._processes:
             process.communicate()
 
 
@@ -180,6 +200,31 @@ def test_two_processes_give_the_curve_of_one_and_each_goes_on_from_the_other(
     check_curve(back_two, alone, first=31)
 
 
+def test_a_rank_without_a_record_takes_part(tmp_path: Path, tokenizer: Path, ranks: Ranks) -> None:
+    """Batches of so few tokens that some hold a single record."""
+    keys = {"steps": 8, "accumulate": 1, "batch_tokens": 16}
+    alone = read_config(write_run(tmp_path / "alone", tokenizer, **keys))
+    trainer = Trainer(alone)
+    stream = BatchStream(trainer.corpus, alone.batch_tokens, alone.seed)
+    assert 1 in [len(next(stream).records) for _ in range(alone.steps)]
+    trainer.run()
+    file = write_run(tmp_path / "two", tokenizer, **keys)
+    assert [status for status, _ in ranks.train(file)] == [0, 0]
+    check_curve(read_config(file), alone)
+
+
+def test_both_ranks_grow(tmp_path: Path, tokenizer: Path, ranks: Ranks) -> None:
+    files = [write_run(tmp_path / name, tokenizer, steps=8) for name in ("alone", "two")]
+    for file in files:
+        with file.open("a") as text:
+            text.write("[[grow]]\nat_tokens = 1500\nhidden_size = 64\nnum_layers_per_stack = 2\n")
+    alone, two = (read_config(file) for file in files)
+    Trainer(alone).run()
+    assert [status for status, _ in ranks.train(files[1])] == [0, 0]
+    check_curve(two, alone)
+    assert ["growth_loss_after" in row for row in rows(two)].count(True) == 1
+
+
 def test_a_nan_of_one_rank_stops_both_and_is_named(tmp_path: Path, tokenizer: Path, ranks: Ranks) -> None:
     file = write_run(tmp_path / "run", tokenizer, save_every=1, accumulate=1)
     config = read_config(file)
@@ -212,6 +257,22 @@ def test_sophia_sums_its_curvature_over_the_ranks(tmp_path: Path, tokenizer: Pat
             means.append(sum(float(t.abs().sum()) for name, t in tensors.items() if ".hessian." in name))
     assert 0.8 < means[0] / means[1] < 1.25  # a mean over the ranks instead of a sum would be 1/4 of it
     assert math.isclose(means[2], means[3], rel_tol=1e-3)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_interrupted_rank_stops_both_after_the_same_step(
+    tmp_path: Path, tokenizer: Path, ranks: Ranks, rank: int
+) -> None:
+    file = write_run(tmp_path / "run", tokenizer, steps=100_000)
+    config = read_config(file)
+    ranks.begin(file)
+    recorded, end = Path(config.out) / "metrics.jsonl", time.monotonic() + 60
+    while not (recorded.exists() and recorded.read_text().count("\n") >= 3) and time.monotonic() < end:
+        time.sleep(0.01)
+    ranks.interrupt(rank)
+    assert [status for status, _ in ranks.answers()] == [130, 130]
+    assert [step for step, _ in find_states(Path(config.out))] == [len(rows(config))]
+    assert not (Path(config.out) / "checkpoint").exists()
 
 
 def test_ranks_of_different_runs_do_not_start(tmp_path: Path, tokenizer: Path, ranks: Ranks) -> None:
