@@ -21,9 +21,9 @@ from hrmcore.packed import Interrupted, PackedRunner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Large enough for a prefill of some tenths of a second, of which every tenth is asked.
+# Large enough for a prefill of more than a tenth of a second, after which it is asked for the first time.
 PROMPT = [position % 61 for position in range(1600)]
-CONFIG = HRMConfig(61, 256, 512, 1, 2, 64, max_position_embeddings=len(PROMPT) + 50)
+CONFIG = HRMConfig(61, 256, 512, 2, 2, 64, max_position_embeddings=len(PROMPT) + 50)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,7 @@ def test_stop_is_asked_and_obeyed(runner: PackedRunner) -> None:
 
     def second_time() -> bool:
         asked.append(time.monotonic())
+        time.sleep(0.15)  # so that the next time is due at once, however fast the machine
         return len(asked) == 2
 
     with pytest.raises(Interrupted):
