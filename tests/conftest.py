@@ -1,4 +1,4 @@
-"""What the tests of generation share: a small random model with a tokenizer, and one thread."""
+"""What tests share: the backends of a kernel, threads, and a small random model with a tokenizer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulator import emulated_cuda
 
 from hrmcore import _C
 from hrmcore.config import HRMConfig
@@ -19,6 +20,35 @@ SAMPLES = [
     {"task": "chain_sum", "instruction": "what is 3 plus 4?", "response": "7"},
     {"task": "grid", "instruction": "copy\n1 2\n3 4", "response": "1 2\n3 4"},
 ]
+
+
+@pytest.fixture(params=_C.supported_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that this processor has."""
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+@pytest.fixture(params=[*_C.supported_isas(), "cuda-emulated"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The same, and the emulator of CUDA: for what has CUDA kernels."""
+    if request.param == "cuda-emulated":
+        with emulated_cuda():
+            yield request.param
+        return
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def _same_threads_afterwards() -> Iterator[None]:
+    before = _C.num_threads()
+    yield
+    _C.set_num_threads(before)
 
 
 @pytest.fixture

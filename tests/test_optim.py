@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from emulator import emulated_cuda, same_bits_for_every_schedule
+from emulator import same_bits_for_every_schedule
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -34,25 +34,6 @@ KINDS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "AdamAtan2": (AdamAtan2, {"lr": 0.01, "weight_decay": 0.3}),
     "AdamW": (AdamW, {"lr": 0.01, "weight_decay": 0.3, "eps": 1e-5}),
 }
-
-
-@pytest.fixture(params=[*_C.supported_isas(), "cuda-emulated"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "cuda-emulated":
-        with emulated_cuda():
-            yield request.param
-        return
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
-
-
-@pytest.fixture(autouse=True)
-def _same_threads_afterwards() -> Iterator[None]:
-    before = _C.num_threads()
-    yield
-    _C.set_num_threads(before)
 
 
 class Textbook:
