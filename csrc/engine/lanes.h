@@ -1,6 +1,6 @@
 // What the engine's kernels need beyond core/simd.h: a fused multiply-add that is always fused where the
-// instruction set has one (so that two ways of cutting a product give the same bits), and the four-way byte
-// product.
+// instruction set has one (so that two ways of cutting a product give the same bits), the four-way byte
+// product, and the norm of a row.
 #pragma once
 
 #if defined(HRMCORE_X86)
@@ -69,6 +69,31 @@ HRMCORE_INLINE vint dot4(vint acc, vint w, vint a) {
   }
   return acc;
 #endif
+}
+
+// One row of a norm: x, or with `add` x + add, which then goes to `sum` and is what the norm reads.
+struct NormalisedRow {
+  const float* x;
+  vfloat scale;  // 1 / rms
+};
+
+template <class Args>
+HRMCORE_INLINE NormalisedRow normalised_row(const Args& args, std::int64_t row) {
+  const float* x = args.x + row * args.stride;
+  vfloat squares[4] = {};  // four chains: one would wait for its own additions
+  for (std::int64_t c = 0; c < args.stride; c += 4 * lanes) {
+    for (int i = 0; i < 4; ++i) {
+      vfloat v = load(x + c + i * lanes);
+      if (args.add != nullptr) {
+        v += load(args.add + row * args.stride + c + i * lanes);
+        store(args.sum + row * args.stride + c + i * lanes, v);
+      }
+      squares[i] = fma(v, v, squares[i]);
+    }
+  }
+  const float total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+  return {args.add != nullptr ? args.sum + row * args.stride : x,
+          splat(1.0f / __builtin_sqrtf(total / static_cast<float>(args.width) + args.eps))};
 }
 
 }  // namespace hrmcore::HRMCORE_ISA

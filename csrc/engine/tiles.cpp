@@ -24,21 +24,7 @@ HRMCORE_INLINE const float* sums_of(const float* sums, std::int64_t panel, std::
 
 void normalise_tiles(const NormaliseTiles& args) noexcept {
   for (std::int64_t row = args.row_begin; row < args.row_end; ++row) {
-    const float* x = args.x + row * args.stride;
-    vfloat squares[4] = {};  // four chains: one would wait for its own additions
-    for (std::int64_t c = 0; c < args.stride; c += 4 * lanes) {
-      for (int i = 0; i < 4; ++i) {
-        vfloat v = load(x + c + i * lanes);
-        if (args.add != nullptr) {
-          v += load(args.add + row * args.stride + c + i * lanes);
-          store(args.sum + row * args.stride + c + i * lanes, v);
-        }
-        squares[i] = fma(v, v, squares[i]);
-      }
-    }
-    if (args.add != nullptr) x = args.sum + row * args.stride;
-    const float total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
-    const vfloat scale = splat(1.0f / __builtin_sqrtf(total / static_cast<float>(args.width) + args.eps));
+    const auto [x, scale] = normalised_row(args, row);
     for (std::int64_t group = 0; group < args.y.groups; ++group) {
       const float* from = x + group * group_columns;
       put_line(args.y.line(row, group), load(from) * scale, load(from + lanes) * scale);
