@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,26 +23,28 @@ SAMPLES = [
 ]
 
 
+@contextlib.contextmanager
+def _instruction_set(name: str) -> Iterator[None]:
+    before = _C.isa()
+    _C.set_isa(name)
+    try:
+        yield
+    finally:
+        _C.set_isa(before)
+
+
 @pytest.fixture(params=_C.supported_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set that this processor has."""
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
+    with _instruction_set(request.param):
+        yield request.param
 
 
 @pytest.fixture(params=[*_C.supported_isas(), "cuda-emulated"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The same, and the emulator of CUDA: for what has CUDA kernels."""
-    if request.param == "cuda-emulated":
-        with emulated_cuda():
-            yield request.param
-        return
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
+    with emulated_cuda() if request.param == "cuda-emulated" else _instruction_set(request.param):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

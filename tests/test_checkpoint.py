@@ -6,7 +6,6 @@ import json
 import os
 import struct
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, HrmTextForCausalLM
 
-from hrmcore import _C
 from hrmcore.checkpoint import key_table, load_model, read_config, read_tensors, resolve, save_model
 from hrmcore.model import HRM
 from hrmcore.tokenizer import Tokenizer, train_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IDS = torch.arange(24).view(2, 12) % 50
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    ours, theirs = _C.num_threads(), torch.get_num_threads()
-    _C.set_num_threads(1)
-    torch.set_num_threads(1)
-    yield
-    _C.set_num_threads(ours)
-    torch.set_num_threads(theirs)
 
 
 @pytest.fixture(scope="module")

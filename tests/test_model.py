@@ -18,22 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import HrmTextConfig, HrmTextForCausalLM
 
-from hrmcore import _C
 from hrmcore.config import HRMConfig
 from hrmcore.data import PackedBatch
 from hrmcore.model import HRM, Layout
 from hrmcore.ops.backend import reference_ops
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Shapes as small as these run no faster on more, and much slower on a machine that is busy."""
-    ours, theirs = _C.num_threads(), torch.get_num_threads()
-    _C.set_num_threads(1)
-    torch.set_num_threads(1)
-    yield
-    _C.set_num_threads(ours)
-    torch.set_num_threads(theirs)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True, params=["kernels", "references"])

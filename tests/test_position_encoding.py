@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, HrmTextForCausalLM
 
 import hrmcore
-from hrmcore import _C
 from hrmcore.checkpoint import read_config, save_model
 from hrmcore.config import HRMConfig
 from hrmcore.data import PackedBatch
@@ -26,14 +24,6 @@ from hrmcore.packed import PackedRunner, convert, fading, rotations
 from hrmcore.runner import TorchRunner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(params=_C.supported_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
 
 
 def config(**changes: Any) -> HRMConfig:
