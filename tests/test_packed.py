@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor
 
 from hrmcore import cli
-from hrmcore.checkpoint import load_model
+from hrmcore.checkpoint import Arrays, load_model, save_model
+from hrmcore.config import HRMConfig
 from hrmcore.engine import Engine, load
+from hrmcore.model import HRM
 from hrmcore.ops.rope import rope_table
 from hrmcore.packed import PACKED_FILE, PackedRunner, convert, rotations
 from hrmcore.runner import TorchRunner
@@ -67,8 +70,6 @@ def test_a_smaller_dtype_is_close_and_not_the_same(
 
 def test_auto_is_what_the_checkpoint_holds(checkpoint: Path, tmp_path: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        from hrmcore.checkpoint import save_model
-
         folder = tmp_path / str(dtype)
         save_model(load_model(checkpoint), folder, dtype)
         runner = load(folder)._runner
@@ -227,6 +228,56 @@ def test_a_file_changed_while_in_use_stops_the_engine(int8: Path) -> None:
     os.utime(int8 / PACKED_FILE, (1, 1))  # coarse clocks: the write itself may carry the same time
     with pytest.raises(RuntimeError, match="the file changed while it was in use"):
         engine.logits(ids)
+
+
+@pytest.fixture(scope="module")
+def two_packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("two_packed")
+    config = HRMConfig(61, 128, 256, 2, 2, 64, max_position_embeddings=700)
+    for seed, name in enumerate(("int8", "int4")):
+        torch.manual_seed(seed)
+        save_model(HRM(config), folder / "whole" / name)
+        convert(folder / "whole" / name, folder / name, name)
+    return folder / "int8", folder / "int4"
+
+
+def cut_short(case: str, packed: tuple[Path, Path], folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    copy = shutil.copytree(packed[0], folder / "cut")
+    command = [sys.executable, *options, Path(__file__).parent / "cut_short.py", case, copy, packed[1]]
+    environment = os.environ | {"HRMCORE_ISA": "generic"}  # slow, so that a small model's step is long
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.mark.parametrize("case", ["step", "answers"])
+def test_a_file_cut_short_in_a_step_is_an_error_and_another_model_goes_on(
+    case: str, two_packed: tuple[Path, Path], tmp_path: Path
+) -> None:
+    child = cut_short(case, two_packed, tmp_path)
+    assert child.returncode == 0, child.stderr
+    error = f"{tmp_path}/cut/{PACKED_FILE}: the file changed while it was in use; load the model again"
+    # The long step had been asked once when it failed; no other step is; only sequences that were open remain.
+    assert child.stdout.splitlines() == [f"1 {error}", error, "0 True" if case == "step" else "1 True"]
+
+
+@pytest.mark.parametrize("options", [(), ("-X", "faulthandler")])
+def test_a_fault_elsewhere_ends_the_process_as_before(
+    options: tuple[str, ...], two_packed: tuple[Path, Path], tmp_path: Path
+) -> None:
+    child = cut_short("foreign", two_packed, tmp_path, *options)
+    assert child.returncode == -signal.SIGBUS
+    assert child.stdout == ""
+    assert ("Fatal Python error: Bus error" in child.stderr) == bool(options)
+
+
+def test_a_checkpoint_cut_short_while_it_is_packed_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "cut")
+    arrays = Arrays(folder)
+    runner = PackedRunner(arrays.config, "int8", None, 1, cache_bytes=0)
+    runner.core.allocate_weights()
+    os.truncate(folder / "model.safetensors", 0)
+    name = "lm_head.weight"
+    with pytest.raises(RuntimeError, match=f"{name}: its file was cut short while it was read"):
+        runner.core.set_weight(name, arrays[name])
 
 
 def test_a_file_that_is_replaced_or_removed_stays_readable(int8: Path) -> None:

@@ -205,7 +205,10 @@ void Engine::begin(const std::vector<std::int64_t>& requests,
   logits_ = logits.as<float>();
 }
 
-bool Engine::run(const Interrupt& interrupt) noexcept { return recurrence_.run(team_, logits_, interrupt); }
+bool Engine::run(const Interrupt& interrupt) noexcept {
+  const MappedReading reading;
+  return recurrence_.run(team_, logits_, interrupt);
+}
 
 void Engine::commit() {
   weights_.check_unchanged();

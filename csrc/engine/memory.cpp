@@ -33,6 +33,7 @@ Memory::Memory(std::int64_t bytes) : size_(bytes) {
 }
 
 Memory::~Memory() {
+  range_ = MappedRange();  // before another mapping can have its addresses
   if (data_ != nullptr) munmap(data_, static_cast<std::size_t>(size_));
   if (file_ >= 0) close(file_);
 }
@@ -53,6 +54,7 @@ Memory Memory::map_file(const std::string& path, std::int64_t offset, std::int64
     throw std::runtime_error(path + ": cannot be mapped (" + std::strerror(errno) + ")");
   memory.data_ = static_cast<std::byte*>(pages);
   memory.size_ = bytes;
+  memory.range_ = MappedRange(memory.data_, bytes);
   memory.file_size_ = status.st_size;
   memory.changed_seconds_ = status.st_mtim.tv_sec;
   memory.changed_nanoseconds_ = status.st_mtim.tv_nsec;
@@ -62,7 +64,7 @@ Memory Memory::map_file(const std::string& path, std::int64_t offset, std::int64
 bool Memory::unchanged() const {
   if (file_ < 0) return true;
   struct stat status{};
-  return fstat(file_, &status) == 0 && status.st_size == file_size_ &&
+  return !range_.lost() && fstat(file_, &status) == 0 && status.st_size == file_size_ &&
          status.st_mtim.tv_sec == changed_seconds_ && status.st_mtim.tv_nsec == changed_nanoseconds_;
 }
 
@@ -70,6 +72,7 @@ void Memory::swap(Memory& other) noexcept {
   std::swap(data_, other.data_);
   std::swap(size_, other.size_);
   std::swap(file_, other.file_);
+  range_.swap(other.range_);
   std::swap(file_size_, other.file_size_);
   std::swap(changed_seconds_, other.changed_seconds_);
   std::swap(changed_nanoseconds_, other.changed_nanoseconds_);

@@ -8,6 +8,8 @@
 #include <string>
 #include <utility>
 
+#include "engine/mapped_reading.h"
+
 namespace hrmcore {
 
 class OutOfMemory : public std::bad_alloc {
@@ -34,8 +36,8 @@ class Memory {
   // std::runtime_error naming the file when it is missing or too short.
   static Memory map_file(const std::string& path, std::int64_t offset, std::int64_t bytes);
 
-  // Whether the mapped file still is what was mapped: same size and time of change. Always true without a
-  // file.
+  // Whether the mapped file still is what was mapped: same size and time of change, and no page was missing.
+  // Always true without a file.
   bool unchanged() const;
 
   std::byte* data() const { return data_; }
@@ -48,6 +50,7 @@ class Memory {
   std::byte* data_ = nullptr;
   std::int64_t size_ = 0;
   int file_ = -1;
+  MappedRange range_;
   std::int64_t file_size_ = 0, changed_seconds_ = 0, changed_nanoseconds_ = 0;
 };
 

@@ -24,6 +24,14 @@ std::uint16_t to_bf16(float value) {
   return static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// From a tensor's lowest byte to its highest; its last axis has no gaps.
+MappedRange range_of(const TensorView& tensor) {
+  const std::int64_t size = tensor.dtype == DType::bf16 ? 2 : 4;
+  const std::int64_t last_row = tensor.rank == 1 ? 0 : (tensor.shape[0] - 1) * tensor.strides[0];
+  const std::int64_t first = last_row < 0 ? last_row : 0, last = last_row < 0 ? 0 : last_row;
+  return {tensor.as<std::byte>() + first * size, (last - first + tensor.shape[tensor.rank - 1]) * size};
+}
+
 float element(const TensorView& tensor, std::int64_t row, std::int64_t column) {
   const std::int64_t index = tensor.rank == 1 ? column * tensor.strides[0] : row * tensor.strides[0] + column;
   return tensor.dtype == DType::bf16 ? from_bf16(tensor.as<std::uint16_t>()[index])
@@ -79,7 +87,9 @@ void Weights::map_file(const std::string& path, std::int64_t offset, std::uint64
   memory_ = Memory::map_file(path, offset, bytes_);
   path_ = path;
   attach();
-  if (checksum() != expected) {
+  const std::uint64_t found = checksum();
+  check_unchanged();
+  if (found != expected) {
     throw std::runtime_error(
         path + ": damaged, the weights do not match their checksum; convert the checkpoint again");
   }
@@ -108,6 +118,8 @@ void Weights::set(const std::string& name, const TensorView& tensor) {
   if (memory_.mapped() || memory_.data() == nullptr)
     throw std::runtime_error("set: the weights have no memory of their own");
   std::byte* to = memory_.data() + place.offset;
+  const MappedRange source = range_of(tensor);
+  const MappedReading reading;
   if (place.matrix != nullptr) {
     pack_rows(PackRows{tensor, place.order, *place.matrix, to});
   } else {
@@ -131,6 +143,7 @@ void Weights::set(const std::string& name, const TensorView& tensor) {
       }
     }
   }
+  if (source.lost()) throw std::runtime_error(name + ": its file was cut short while it was read");
   places_[name].filled = true;
 }
 
@@ -143,6 +156,7 @@ void Weights::get(const std::string& name, const TensorView& out) const {
       .size(0, place.rows, "rows")
       .size(1, place.columns, "columns")
       .contiguous();
+  const MappedReading reading;
   if (place.matrix != nullptr) {
     unpack_rows(UnpackRows{*place.matrix, place.order, out});
     return;
@@ -180,6 +194,7 @@ void Weights::embed(std::int64_t id, float scale, float* row) const {
 
 std::uint64_t Weights::checksum() const {
   std::vector<std::uint64_t> blocks(static_cast<std::size_t>((bytes_ + checksum_block - 1) / checksum_block));
+  const MappedReading reading;
   checksum_blocks(Checksum{memory_.data(), bytes_, blocks.data()});
   std::uint64_t folded = 0;
   for (std::uint64_t block : blocks) folded = (folded ^ block) * 0x9e3779b97f4a7c15ull;
