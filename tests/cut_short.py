@@ -42,9 +42,11 @@ def main(case: str, folder: str, other_folder: str) -> None:
             cutter.start()
             while True:
                 (handle,), _ = runner.open([PROMPT[:40]], [40])
-                for token in range(30):
-                    runner.step([handle], [token])
-                runner.close(handle)
+                try:
+                    for token in range(30):
+                        runner.step([handle], [token])
+                finally:
+                    runner.close(handle)
         runner.open([PROMPT], [len(PROMPT)], cut)
     except RuntimeError as error:
         print(len(asked), error)
