@@ -11,7 +11,7 @@ import bisect
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,6 +116,13 @@ class Corpus:
     def lengths(self) -> np.ndarray:
         """(N) input tokens of each sequence: the last token is only ever a target."""
         return np.diff(self.offsets) - 1
+
+    def with_loss_on_all(self) -> Corpus:
+        """The same records with loss on every token after the first, instructions too: no prefix is longer than that.
+
+        Only for a causal model: one that sees the prefix both ways would see what it is to predict.
+        """
+        return replace(self, prefix=np.ones_like(self.prefix))
 
     def describe(self, record: int) -> str:
         """A record's number, with its file and line where they are known."""

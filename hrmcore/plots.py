@@ -250,3 +250,33 @@ def growth(report: dict[str, Any], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False)
     figure.savefig(path, dpi=150)
+
+
+def architecture(report: dict[str, Any], path: Path) -> None:
+    """Draw what bench/architecture.py found: right answers and held-out loss; a bar is the mean of the seeds."""
+    lines = report["lines"]
+    data = list(dict.fromkeys(line["data"] for line in lines))
+    studies = (
+        ("architecture", [line for line in lines if line["objective"] == report["published"]]),
+        ("objective", [line for line in lines if line["architecture"] == "HRM"]),
+    )
+    figure, grid = _figure(2, 2, (12, 6.5))
+    labels = ("right answers", "held-out loss, nats a token")
+    for row, (key, up) in zip(grid, zip(("exact", "heldout_loss"), labels, strict=True), strict=True):
+        for axes, (name, chosen) in zip(row, studies, strict=True):
+            groups = list(dict.fromkeys(line[name] for line in chosen))
+            for line in chosen:
+                number = data.index(line["data"])
+                place = groups.index(line[name]) + 0.8 * (number + 0.5) / len(data) - 0.4
+                found = [run[key] for run in line["runs"]]
+                label = line["data"] if line[name] == groups[0] else None
+                axes.bar(place, sum(found) / len(found), 0.75 / len(data), color=f"C{number}", alpha=0.6, label=label)
+                axes.plot([place] * len(found), found, ".", color="black", markersize=4)
+            axes.set_xticks(range(len(groups)), groups)
+            axes.set_ylabel(up)
+            axes.set_ylim(bottom=0)
+            axes.spines[["top", "right"]].set_visible(False)
+    grid[0][0].legend(frameon=False)
+    flops = ", ".join(f"{name} {next(li['budget'] for li in lines if li['data'] == name):.2g}" for name in data)
+    figure.suptitle(f"the same training FLOPs for every cell ({flops}); points: seeds", fontsize=10)
+    figure.savefig(path, dpi=150)

@@ -58,6 +58,9 @@ class TrainConfig:
         "start from these weights: an hrm_text checkpoint (its config.json is the [model])", None
     )
     batch_tokens: int = _key("input tokens of a packed batch, at most", 8192)
+    objective: str = _key(
+        "tokens with loss: 'response', or 'all' after the first, for a model with prefix_lm = false", "response"
+    )
     accumulate: int = _key("packed batches whose gradients make one step", 1)
     optimizer: str = _key(f"one of {', '.join(OPTIMIZERS)}", "adamatan2")
     learning_rate: float = _key("peak learning rate", None)
@@ -97,6 +100,12 @@ class TrainConfig:
             self._hold(name, 0 < getattr(self, name) < math.inf, "above 0")
         self._hold("spike_factor", self.spike_factor == 0 or 1 < self.spike_factor < math.inf, "0 or above 1")
         self._hold("ema", 0 <= self.ema < 1, "at least 0 and below 1")
+        self._choose("objective", ("response", "all"))
+        if self.objective == "all" and self.model.prefix_lm:
+            raise ValueError(
+                "train config: with objective 'all' the instruction's tokens are predicted, but this model sees them "
+                "ahead; set prefix_lm = false in [model]"
+            )
         self._choose("schedule", ("constant", "cosine"))
         self._choose("precision", ("float32", "bfloat16"))
         self._choose("on_nonfinite", ("stop", "skip"))

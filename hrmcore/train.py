@@ -98,6 +98,8 @@ class Trainer:
         config = self.config
         self.tokenizer = Tokenizer.load(config.tokenizer)
         self.corpus, self._checksum = self._load(config.train_files)
+        if config.objective == "all":
+            self.corpus = self.corpus.with_loss_on_all()
         self.heldout = self._load(config.heldout_files)[0] if config.heldout_files else None
         self.growing = GrowthSchedule(config.grow, config.model, config.seed)
         self._growth_flops = self._cost_of_growing()
@@ -316,7 +318,7 @@ class Trainer:
         tokens = sum(int(batch.offsets[len(batch.records)]) for batch in batches)
         supervised = sum(len(batch.targets) for batch in batches)
         flops = planner.training_flops(
-            self.model.config, k, tokens, supervised, sum(_visible_pairs(batch) for batch in batches)
+            self.model.config, k, tokens, supervised, sum(self._visible_pairs(batch) for batch in batches)
         )
         return {
             "tokens_per_second": tokens / seconds,
@@ -324,6 +326,14 @@ class Trainer:
             "mfu": flops.total / seconds / (self.world.ranks * self._peak),
             "memory": _peak_memory(),
         }
+
+    def _visible_pairs(self, batch: PackedBatch) -> float:
+        """(query, key) pairs that attention sees in a batch: key j is visible to query i iff j < max(prefix, i + 1)."""
+        count = len(batch.records)
+        lengths = np.diff(batch.offsets[: count + 1].numpy()).astype(np.float64)
+        prefix = batch.prefix[:count].numpy().astype(np.float64) * self.config.model.prefix_lm
+        response = lengths - prefix
+        return float((prefix**2 + response * prefix + response * (response + 1) / 2).sum())
 
     @functools.cached_property
     def _peak(self) -> float:
@@ -469,13 +479,15 @@ class Trainer:
             "seed": config.seed,
             "batch_tokens": config.batch_tokens,
             "accumulate": config.accumulate,
+            "objective": config.objective,
         }
 
     def _resume(self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         if metadata["optimizer"] != self.config.optimizer:
             raise ValueError(f"{path}: was trained with {metadata['optimizer']}, not with {self.config.optimizer}")
+        known = {"objective": "response"} | json.loads(metadata["data_fingerprint"])  # older states name none
         for name, ours in self._fingerprint().items():
-            theirs = json.loads(metadata["data_fingerprint"]).get(name)
+            theirs = known.get(name)
             if theirs != ours:
                 what = "the training data" if name in ("records", "tokens", "sha256") else name
                 raise ValueError(
@@ -559,15 +571,6 @@ def _shown(metrics: Mapping[str, float]) -> str:
     if skipped := metrics.get("skipped"):
         parts.append(f"skipped={skipped}")
     return ", ".join(parts)
-
-
-def _visible_pairs(batch: PackedBatch) -> float:
-    """(query, key) pairs that attention sees in a batch: key j is visible to query i iff j < max(prefix, i + 1)."""
-    count = len(batch.records)
-    lengths = np.diff(batch.offsets[: count + 1].numpy()).astype(np.float64)
-    prefix = batch.prefix[:count].numpy().astype(np.float64)
-    response = lengths - prefix
-    return float((prefix**2 + response * prefix + response * (response + 1) / 2).sum())
 
 
 def _peak_memory() -> int:

@@ -1,4 +1,4 @@
-"""bench/architecture.py at toy size: every cell runs, is written once, and costs what HRM costs."""
+"""bench/architecture.py at toy size: every cell runs, is run once, and costs what HRM costs."""
 
 from __future__ import annotations
 
@@ -13,21 +13,6 @@ import pytest
 from hrmcore.planner import parameters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-TOY = [
-    "--tokens",
-    "3000",
-    "--records",
-    "60",
-    "--seeds",
-    "1",
-    "--width",
-    "32",
-    "--layers",
-    "1",
-    "--batch-tokens",
-    "1024",
-]
 
 
 @pytest.fixture(scope="module")
@@ -45,28 +30,68 @@ def bench() -> ModuleType:
 def test_cells_are_matched_and_resumed(
     bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench.main(["--out", str(tmp_path), *TOY])
+    bench.main([str(tmp_path), "--toy", "--plan"])
+    planned = capsys.readouterr().out.splitlines()
+    assert len(planned) == 13
+    assert planned[-1].startswith("12 runs and ")
+    bench.main([str(tmp_path), "--toy"])
     printed = capsys.readouterr().out
-    results = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-    assert len(results) == len(bench.DATA) * (len(bench.ARCHITECTURES) + len(bench.OBJECTIVES) - 1)
-    for result in results.values():
-        assert 0 <= result["exact"] <= 1
-        assert 0 < result["heldout_loss"] < 20
-        # A batch is never quite full; a step is the smallest unit.
-        assert 0.6 < result["flops"] / result["budget"] < 1 + 1 / result["steps"]
-    for name in (*bench.ARCHITECTURES, *bench.OBJECTIVES):
-        assert f"| {name} |" in printed
-    monkeypatch.setattr(bench, "run", lambda *_: pytest.fail("a finished cell ran again"))
-    bench.main(["--out", str(tmp_path), *TOY])
+    report = json.loads(printed.splitlines()[-1])
+    assert report == json.loads((tmp_path / "architecture.json").read_text())
+    assert (tmp_path / "architecture.png").stat().st_size > 10_000
+    assert not list((tmp_path / "work").iterdir())
+    cells = {(line["data"], line["architecture"], line["objective"]): line["runs"] for line in report["lines"]}
+    assert len(cells) == len(report["lines"]) == 2 * (4 + 3 - 1)
+    for line in report["lines"]:
+        for run in line["runs"]:
+            assert 0 <= run["exact"] <= 1
+            assert 0 < run["heldout_loss"] < 20
+            # A step is the smallest unit, and a batch is now and then less full than the mean one.
+            assert abs(run["flops"] / line["budget"] - 1) < 0.15 + 1 / run["steps"]
+        assert f"| {line['architecture']} |" in printed or f"| {line['objective']} |" in printed
+    for data in bench.DATA:
+        hrm, once = (cells[data, name, bench.PUBLISHED][0] for name in ("HRM", "Transformer"))
+        assert once["tokens"] > 2 * hrm["tokens"]
+        losses = [cells[data, "HRM", name][0]["heldout_loss"] for name in bench.OBJECTIVES]
+        assert len(set(losses)) == 3
+
+    monkeypatch.setattr(bench, "Trainer", lambda *_: pytest.fail("a finished run ran again"))
+    bench.main([str(tmp_path), "--toy"])
     assert capsys.readouterr().out.split("##", 1)[1] == printed.split("##", 1)[1]
-    with pytest.raises(SystemExit, match="other settings"):
-        bench.main(["--out", str(tmp_path), *TOY, "--learning-rate", "1"])
+
+
+def test_a_sweep_takes_each_cells_best_rate_to_the_other_seeds(
+    bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With results made up: the loss is least at a rate that depends on the cell."""
+    ran = []
+
+    def made_up(run: object, _: object) -> dict[str, object]:
+        best = 1e-3 if run.cell.architecture == "TRM" else 4e-3  # type: ignore[attr-defined]
+        ran.append((run.cell, run.rate, run.seed))  # type: ignore[attr-defined]
+        loss = abs(run.rate - best) + 1  # type: ignore[attr-defined]
+        return {"heldout_loss": loss, "exact": 0.5, "flops": 1e9, "tokens": 3000, "seconds": 1.0, "parameters": 7}
+
+    monkeypatch.setattr(bench, "result_of", made_up)
+    monkeypatch.setattr(bench, "TOY", bench.TOY | {"seeds": 2})
+    bench.main([str(tmp_path), "--toy", "--sweep", "--data", "iq"])
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {line["architecture"]: line["rate"] for line in report["lines"]} == {
+        "HRM": 4e-3,
+        "Transformer": 4e-3,
+        "looped": 4e-3,
+        "TRM": 1e-3,
+    }
+    assert len(ran) == len(set(ran)) == 6 * (3 + 1)
+    assert {(cell.architecture, rate) for cell, rate, seed in ran if seed == 1} == {
+        (line["architecture"], line["rate"]) for line in report["lines"]
+    }
 
 
 def test_the_baselines_have_hrms_parameters(bench: ModuleType) -> None:
-    counts = {
-        name: parameters(bench.model_config(bench.Cell(name, bench.PUBLISHED, "iq", 0), 300, 128, 2))
-        for name in bench.ARCHITECTURES
-    }
-    assert len(set(counts.values())) == 1
-    assert 0.8e6 < counts["HRM"] < 1.2e6
+    for width, least, most in ((64, 0.25e6, 0.4e6), (96, 0.5e6, 0.7e6), (128, 0.9e6, 1.1e6)):
+        counts = {
+            parameters(bench.Cell(name, bench.PUBLISHED, "iq").config(400, width, 2)) for name in bench.ARCHITECTURES
+        }
+        assert len(counts) == 1
+        assert least < counts.pop() < most

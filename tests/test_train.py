@@ -26,7 +26,7 @@ from hrmcore.optim import Sophia
 from hrmcore.plot import read_metrics
 from hrmcore.run_config import OPTIMIZERS, TrainConfig, ema_decay, explain, horizon, learning_rate, read_config
 from hrmcore.tokenizer import train_tokenizer
-from hrmcore.train import Trainer, _visible_pairs
+from hrmcore.train import Trainer
 from hrmcore.training_state import find_states, load_state, save_state, state_path
 
 WORDS = ["alpha", "beta", "gamma", "delta", "omega", "sigma", "kappa", "theta"]
@@ -542,7 +542,7 @@ def test_the_pairs_that_attention_sees_are_counted(trainer: Trainer) -> None:
         for query in range(int(stop - start)):
             seen += sum(key < max(int(prefix), query + 1) for key in range(int(stop - start)))
     fill = int(batch.offsets[-1] - batch.offsets[len(batch.records)])
-    assert _visible_pairs(batch) == seen - fill * (fill + 1) // 2
+    assert trainer._visible_pairs(batch) == seen - fill * (fill + 1) // 2
 
 
 def test_sophia_g_takes_b_times_the_squared_mean_gradient_whatever_the_batches(trainer: Trainer) -> None:
