@@ -135,8 +135,10 @@ def contenders_on(shapes: list[tuple[int, int]]) -> list[Contender]:
         return parameters_on(shapes, gradients)
 
     def curvature_of_h(optimizer: optim.Sophia) -> None:
-        for u, p in zip(directions, parameters_of(optimizer), strict=True):
-            _C.sophia_curvature(optimizer.state[p]["hessian"], u, p.grad, SOPHIA_BETAS[1])
+        parameters = parameters_of(optimizer)
+        hessians = [optimizer.state[p]["hessian"] for p in parameters]
+        gradients = [p.grad for p in parameters]
+        _C.sophia_curvature(list(range(len(parameters))), hessians, directions, gradients, SOPHIA_BETAS[1])
 
     contenders = []
     for ema in (None, 0.9999):

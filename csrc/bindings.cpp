@@ -231,19 +231,68 @@ void bind_cross_entropy(py::module_& m) {
       py::arg("logits"), py::arg("targets"), py::arg("lse"), py::arg("scale"), py::arg("stream") = 0);
 }
 
+// The lists of tensors that an optimizer's call brings: one tensor of each belongs to one parameter,
+// `numbers` says which for errors.
+class TensorLists {
+ public:
+  using List = std::vector<py::object>;
+
+  TensorLists(Borrowed& borrowed, const std::vector<std::int64_t>& numbers)
+      : borrowed_(borrowed), numbers_(numbers) {}
+
+  std::size_t count() const { return numbers_.size(); }
+  std::int64_t number(std::size_t i) const { return numbers_[i]; }
+
+  hrmcore::TensorView at(const List& list, std::size_t i, const char* argument) {
+    if (list.size() != count()) {
+      hrmcore::reject(borrowed_.op(), argument, "a list of " + std::to_string(count()),
+                      std::to_string(list.size()));
+    }
+    try {
+      return borrowed_.optional(list[i], argument);
+    } catch (const std::invalid_argument& error) {
+      throw std::invalid_argument("parameter " + std::to_string(numbers_[i]) + ": " + error.what());
+    }
+  }
+
+ private:
+  Borrowed& borrowed_;
+  const std::vector<std::int64_t>& numbers_;
+};
+
+std::vector<hrmcore::StepTensors> step_tensors(TensorLists& lists, const TensorLists::List& params,
+                                               const TensorLists::List& grads,
+                                               const TensorLists::List& exp_avgs,
+                                               const TensorLists::List& seconds, const char* second,
+                                               const TensorLists::List& emas) {
+  std::vector<hrmcore::StepTensors> tensors(lists.count());
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    hrmcore::StepTensors& t = tensors[i];
+    t.param = lists.at(params, i, "param");
+    t.grad = lists.at(grads, i, "grad");
+    t.exp_avg = lists.at(exp_avgs, i, "exp_avg");
+    t.second = lists.at(seconds, i, second);
+    t.ema = lists.at(emas, i, "ema");
+    t.number = lists.number(i);
+  }
+  return tensors;
+}
+
 void bind_optim(py::module_& m) {
+  using List = TensorLists::List;
+  using Numbers = std::vector<std::int64_t>;
   m.def(
       "sophia_step",
-      [](const py::object& param, const py::object& grad, const py::object& exp_avg,
-         const py::object& hessian, const py::object& ema, const py::object& clipped, double lr, double beta1,
+      [](const Numbers& numbers, const List& params, const List& grads, const List& exp_avgs,
+         const List& hessians, const List& emas, const py::object& clipped, double lr, double beta1,
          double weight_decay, double rho, double batch_tokens, double eps, double ema_decay,
          std::uintptr_t stream) {
         Borrowed b("sophia_step");
-        const hrmcore::SophiaStep args{b.view(param, "param"),
-                                       b.view(grad, "grad"),
-                                       b.view(exp_avg, "exp_avg"),
-                                       b.view(hessian, "hessian"),
-                                       b.optional(ema, "ema"),
+        TensorLists lists(b, numbers);
+        const auto tensors = step_tensors(lists, params, grads, exp_avgs, hessians, "hessian", emas);
+        const auto count = static_cast<std::int64_t>(tensors.size());
+        const hrmcore::SophiaStep args{tensors.data(),
+                                       count,
                                        b.view(clipped, "clipped"),
                                        lr,
                                        beta1,
@@ -254,44 +303,47 @@ void bind_optim(py::module_& m) {
                                        ema_decay};
         run(b, stream, args, hrmcore::sophia_step);
       },
-      py::arg("param"), py::arg("grad"), py::arg("exp_avg"), py::arg("hessian"), py::arg("ema"),
-      py::arg("clipped"), py::arg("lr"), py::arg("beta1"), py::arg("weight_decay"), py::arg("rho"),
-      py::arg("batch_tokens"), py::arg("eps"), py::arg("ema_decay"), py::arg("stream") = 0);
+      py::arg("numbers"), py::arg("params"), py::arg("grads"), py::arg("exp_avgs"), py::arg("hessians"),
+      py::arg("emas"), py::arg("clipped"), py::arg("lr"), py::arg("beta1"), py::arg("weight_decay"),
+      py::arg("rho"), py::arg("batch_tokens"), py::arg("eps"), py::arg("ema_decay"), py::arg("stream") = 0);
   m.def(
       "sophia_curvature",
-      [](const py::object& hessian, const py::object& u, const py::object& w, double beta2,
+      [](const Numbers& numbers, const List& hessians, const List& us, const List& ws, double beta2,
          std::uintptr_t stream) {
         Borrowed b("sophia_curvature");
-        const hrmcore::SophiaCurvature args{b.view(hessian, "hessian"), b.view(u, "u"), b.view(w, "w"),
-                                            beta2};
+        TensorLists lists(b, numbers);
+        std::vector<hrmcore::CurvatureTensors> tensors(lists.count());
+        for (std::size_t i = 0; i < tensors.size(); ++i) {
+          tensors[i] = {lists.at(hessians, i, "hessian"), lists.at(us, i, "u"), lists.at(ws, i, "w"),
+                        lists.number(i)};
+        }
+        const hrmcore::SophiaCurvature args{tensors.data(), static_cast<std::int64_t>(tensors.size()), beta2};
         run(b, stream, args, hrmcore::sophia_curvature);
       },
-      py::arg("hessian"), py::arg("u"), py::arg("w"), py::arg("beta2"), py::arg("stream") = 0);
+      py::arg("numbers"), py::arg("hessians"), py::arg("us"), py::arg("ws"), py::arg("beta2"),
+      py::arg("stream") = 0);
   const auto bind_adam = [&m](const char* op, void (*kernel)(const hrmcore::AdamStep&) noexcept) {
     m.def(
         op,
-        [op, kernel](const py::object& param, const py::object& grad, const py::object& exp_avg,
-                     const py::object& exp_avg_sq, const py::object& ema, double lr, double beta1,
-                     double beta2, double weight_decay, double eps, double ema_decay, std::int64_t step,
-                     std::uintptr_t stream) {
+        [op, kernel](const Numbers& numbers, const List& params, const List& grads, const List& exp_avgs,
+                     const List& exp_avg_sqs, const List& emas, const Numbers& steps, double lr, double beta1,
+                     double beta2, double weight_decay, double eps, double ema_decay, std::uintptr_t stream) {
           Borrowed b(op);
-          const hrmcore::AdamStep args{b.view(param, "param"),
-                                       b.view(grad, "grad"),
-                                       b.view(exp_avg, "exp_avg"),
-                                       b.view(exp_avg_sq, "exp_avg_sq"),
-                                       b.optional(ema, "ema"),
-                                       lr,
-                                       beta1,
-                                       beta2,
-                                       weight_decay,
-                                       eps,
-                                       ema_decay,
-                                       step};
-          run(b, stream, args, kernel);
+          TensorLists lists(b, numbers);
+          auto tensors = step_tensors(lists, params, grads, exp_avgs, exp_avg_sqs, "exp_avg_sq", emas);
+          if (steps.size() != tensors.size()) {
+            hrmcore::reject(op, "steps", "a list of " + std::to_string(tensors.size()),
+                            std::to_string(steps.size()));
+          }
+          for (std::size_t i = 0; i < tensors.size(); ++i) tensors[i].step = steps[i];
+          const auto count = static_cast<std::int64_t>(tensors.size());
+          run(b, stream,
+              hrmcore::AdamStep{tensors.data(), count, lr, beta1, beta2, weight_decay, eps, ema_decay},
+              kernel);
         },
-        py::arg("param"), py::arg("grad"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("ema"),
-        py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("weight_decay"), py::arg("eps"),
-        py::arg("ema_decay"), py::arg("step"), py::arg("stream") = 0);
+        py::arg("numbers"), py::arg("params"), py::arg("grads"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
+        py::arg("emas"), py::arg("steps"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
+        py::arg("weight_decay"), py::arg("eps"), py::arg("ema_decay"), py::arg("stream") = 0);
   };
   bind_adam("adamw_step", hrmcore::adamw_step);
   bind_adam("adam_atan2_step", hrmcore::adam_atan2_step);

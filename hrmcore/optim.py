@@ -1,19 +1,21 @@
 """Fused optimizers: Sophia (G and H), AdamAtan2, AdamW, each with an average of the weights (EMA) if asked for.
 
-A step is one pass over memory, in place. Kernels and formulas: csrc/ops/optim.{h,cpp}. Parameters and gradients are
-float32, contiguous and on the CPU. A parameter whose `grad` is None is left alone: no decay, no EMA, no step count.
+A step is one pass over memory, in place: one call of a kernel for all parameters of a group on a device. Kernels and
+formulas: csrc/ops/optim.{h,cpp,cu}. Parameters and gradients are float32, contiguous and on the CPU or CUDA. A
+parameter whose `grad` is None is left alone: no decay, no EMA, no step count.
 
 State of a parameter, made when the optimizer is made, so that torch.distributed.checkpoint finds it there: `step`
-(one float32 number), `exp_avg`, `exp_avg_sq` (the Adams) or `hessian` (Sophia), and `ema`, all of the parameter's
-shape and sharded as it is. The EMA starts from the weights before a parameter's first step.
+(one float32 number, on the CPU), and of the parameter's shape, device and sharding `exp_avg`, `exp_avg_sq` (the Adams)
+or `hessian` (Sophia), and `ema`. The EMA starts from the weights before a parameter's first step.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,13 +28,19 @@ from hrmcore import _C
 __all__ = ["AdamAtan2", "AdamW", "Sophia"]
 
 
-class _Item(NamedTuple):
-    """A parameter that takes part in a step: it has a gradient."""
+@dataclass
+class _Batch:
+    """The parameters of one group and device that take part in a step: those with a gradient."""
 
-    position: int  # among all parameters, in the order in which they were given
     group: dict[str, Any]
-    parameter: Tensor
-    state: dict[str, Any]
+    device: torch.device
+    numbers: list[int] = field(default_factory=list)  # among all parameters, in the order in which they were given
+    parameters: list[Tensor] = field(default_factory=list)
+    gradients: list[Tensor] = field(default_factory=list)
+    states: list[dict[str, Any]] = field(default_factory=list)
+
+    def of_states(self, key: str) -> list[Any]:
+        return [state[key] for state in self.states]
 
 
 class _Fused(torch.optim.Optimizer):
@@ -50,8 +58,8 @@ class _Fused(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            for index, parameter in enumerate(group["params"], first):
-                _check_tensor(f"parameter {index}", parameter)
+            for number, parameter in enumerate(group["params"], first):
+                _check_tensor("parameter", number, parameter)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -69,9 +77,9 @@ class _Fused(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for item in self._ready():
-            item.state["step"] += 1
-            self._update(item, self._average(item))
+        for batch in self._ready():
+            self._update(batch, self._averages(batch))
+            torch._foreach_add_(batch.of_states("step"), 1)
         return loss
 
     @contextlib.contextmanager
@@ -94,7 +102,7 @@ class _Fused(torch.optim.Optimizer):
         finally:
             _swap(pairs)
 
-    def _update(self, item: _Item, average: tuple[Tensor | None, float]) -> None:
+    def _update(self, batch: _Batch, averages: Sequence[Tensor | None]) -> None:
         raise NotImplementedError
 
     def _start(self, parameter: Tensor, group: dict[str, Any]) -> None:
@@ -105,36 +113,42 @@ class _Fused(torch.optim.Optimizer):
         if group["ema"] is not None:
             state["ema"] = parameter.detach().clone()
 
-    def _ready(self) -> list[_Item]:
+    def _ready(self) -> list[_Batch]:
         """The parameters with gradients, everything checked before the first is touched."""
-        items = []
-        index = -1
+        batches: list[_Batch] = []
+        number = -1
         for group in self.param_groups:
             _check_options(group)
+            by_device: dict[torch.device, _Batch] = {}
             for parameter in group["params"]:
-                index += 1
-                if parameter.grad is None:
+                number += 1
+                if (gradient := parameter.grad) is None:
                     continue
-                _check_tensor(f"parameter {index}", parameter)
-                _check_tensor(f"the gradient of parameter {index}", parameter.grad)
-                items.append(_Item(index, group, parameter, self._state(parameter, group)))
-        return items
+                _check_tensor("parameter", number, parameter)
+                _check_tensor("the gradient of parameter", number, gradient)
+                batch = by_device.setdefault(parameter.device, _Batch(group, parameter.device))
+                batch.numbers.append(number)
+                batch.parameters.append(parameter)
+                batch.gradients.append(gradient)
+                batch.states.append(self._state(parameter, group))
+            batches += by_device.values()
+        return batches
 
     def _state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         if not self.state[parameter]:  # it was frozen when the optimizer was made
             self._start(parameter, group)
         return self.state[parameter]
 
-    def _average(self, item: _Item) -> tuple[Tensor | None, float]:
-        """The EMA's tensor and decay; it begins at the weights as they are now, before the first step."""
-        decay = item.group["ema"]
-        if decay is None:
-            return None, 0.0
-        if "ema" not in item.state:
-            item.state["ema"] = item.parameter.detach().clone()
-        elif item.state["step"] == 1:
-            item.state["ema"].copy_(item.parameter)
-        return item.state["ema"], decay
+    def _averages(self, batch: _Batch) -> Sequence[Tensor | None]:
+        """The EMA of each parameter; it begins at the weights as they are now, before the first step."""
+        if batch.group["ema"] is None:
+            return [None] * len(batch.parameters)
+        for parameter, state in zip(batch.parameters, batch.states, strict=True):
+            if "ema" not in state:
+                state["ema"] = parameter.detach().clone()
+            elif state["step"] == 0:
+                state["ema"].copy_(parameter)
+        return batch.of_states("ema")
 
 
 class Sophia(_Fused):
@@ -170,14 +184,16 @@ class Sophia(_Fused):
             raise ValueError(f"variant must be 'G' or 'H', got {variant!r}")
         self.variant = variant
         self._batch_tokens = 1
-        self._clipped = torch.zeros(1, dtype=torch.int64)
-        self._counted = 0
+        self._clipped: dict[torch.device, Tensor] = {}  # counts of the last step
+        self._counted = 0  # the coordinates of which those are counts
         super().__init__(params, lr=lr, betas=betas, rho=rho, weight_decay=weight_decay, eps=eps, ema=ema)
 
     @property
     def clipped_fraction(self) -> float:
         """The share of coordinates, of this process's shards, that the last step clipped; NaN before the first."""
-        return self._clipped.item() / self._counted if self._counted else math.nan
+        if not self._counted:
+            return math.nan
+        return sum(count.item() for count in self._clipped.values()) / self._counted
 
     def step(self, closure: Callable[[], Any] | None = None, *, batch_tokens: int | None = None) -> Any:
         """One step; variant G needs B, the tokens over which the curvature's loss was averaged.
@@ -189,30 +205,33 @@ class Sophia(_Fused):
         if self.variant == "G" and (batch_tokens is None or batch_tokens < 1):
             raise ValueError(f"step(batch_tokens=n) must be at least 1 for variant G, got {batch_tokens}")
         self._batch_tokens = batch_tokens or 1
-        self._clipped.zero_()
-        self._counted = 0  # of what _clipped counts
+        self._clipped.clear()
+        self._counted = 0
         return super().step(closure)
 
-    def _update(self, item: _Item, average: tuple[Tensor | None, float]) -> None:
-        group, state = item.group, item.state
+    def _update(self, batch: _Batch, averages: Sequence[Tensor | None]) -> None:
+        group = batch.group
+        if batch.device not in self._clipped:
+            self._clipped[batch.device] = torch.zeros(1, dtype=torch.int64, device=batch.device)
         _run(
-            item.position,
             _C.sophia_step,
-            item.parameter,
-            item.parameter.grad,
-            state["exp_avg"],
-            state["hessian"],
-            average[0],
-            self._clipped,
+            batch.device,
+            batch.numbers,
+            batch.parameters,
+            batch.gradients,
+            batch.of_states("exp_avg"),
+            batch.of_states("hessian"),
+            averages,
+            self._clipped[batch.device],
             float(group["lr"]),
             group["betas"][0],
             group["weight_decay"],
             group["rho"],
             self._batch_tokens,
             group["eps"],
-            average[1],
+            group["ema"] or 0.0,
         )
-        self._counted += _local(item.parameter).numel()
+        self._counted += sum(_local(parameter).numel() for parameter in batch.parameters)
 
     def update_hessian(self, loss: Tensor | None = None, generator: torch.Generator | None = None) -> None:
         """Let a curvature sample into h: h = b2 h + (1 − b2) ĥ.
@@ -227,16 +246,8 @@ class Sophia(_Fused):
         if (loss is not None) != (self.variant == "H"):
             raise ValueError("update_hessian takes the loss for variant H, and nothing for variant G")
         if loss is None:
-            for item in self._ready():
-                gradient = item.parameter.grad
-                _run(
-                    item.position,
-                    _C.sophia_curvature,
-                    item.state["hessian"],
-                    gradient,
-                    gradient,
-                    item.group["betas"][1],
-                )
+            for batch in self._ready():
+                self._curve(batch.group, batch.numbers, batch.parameters, batch.gradients, batch.gradients)
         else:
             self._hutchinson(loss, generator)
 
@@ -249,16 +260,30 @@ class Sophia(_Fused):
         trained = [(index, group, p) for index, (group, p) in enumerate(everything) if p.requires_grad]
         gradients = torch.autograd.grad(loss, [p for _, _, p in trained], create_graph=True, allow_unused=True)
         used = [(*entry, g) for entry, g in zip(trained, gradients, strict=True) if g is not None]
-        directions = [torch.randn(p.shape, generator=generator) for _, _, p, _ in used]
+        directions = [
+            torch.randn(p.shape, generator=generator, device=generator.device if generator else p.device).to(p.device)
+            for _, _, p, _ in used
+        ]
         curved = [(g, u) for (*_, g), u in zip(used, directions, strict=True) if g.requires_grad]
         if not curved:
             raise ValueError("the loss has no second derivative; compute it from the parameters, in reference_ops()")
         products = torch.autograd.grad(
             [g for g, _ in curved], [p for _, _, p, _ in used], [u for _, u in curved], materialize_grads=True
         )
-        for (index, group, p, _), u, product in zip(used, directions, products, strict=True):
-            hessian = self._state(p, group)["hessian"]
-            _run(index, _C.sophia_curvature, hessian, u, product.contiguous(), group["betas"][1])
+        for (number, group, p, _), u, product in zip(used, directions, products, strict=True):
+            self._curve(group, [number], [p], [u], [product.contiguous()])
+
+    def _curve(
+        self,
+        group: dict[str, Any],
+        numbers: list[int],
+        parameters: list[Tensor],
+        us: list[Tensor],
+        ws: list[Tensor],
+    ) -> None:
+        """Let the samples u ⊙ w into h."""
+        hessians = [self._state(parameter, group)["hessian"] for parameter in parameters]
+        _run(_C.sophia_curvature, parameters[0].device, numbers, hessians, us, ws, group["betas"][1])
 
 
 class AdamAtan2(_Fused):
@@ -282,8 +307,8 @@ class AdamAtan2(_Fused):
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, ema=ema)
 
-    def _update(self, item: _Item, average: tuple[Tensor | None, float]) -> None:
-        _run_adam(_C.adam_atan2_step, item, average, eps=0.0)
+    def _update(self, batch: _Batch, averages: Sequence[Tensor | None]) -> None:
+        _run_adam(_C.adam_atan2_step, batch, averages, eps=0.0)
 
 
 class AdamW(_Fused):
@@ -306,34 +331,44 @@ class AdamW(_Fused):
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, ema=ema)
 
-    def _update(self, item: _Item, average: tuple[Tensor | None, float]) -> None:
-        _run_adam(_C.adamw_step, item, average, eps=item.group["eps"])
+    def _update(self, batch: _Batch, averages: Sequence[Tensor | None]) -> None:
+        _run_adam(_C.adamw_step, batch, averages, eps=batch.group["eps"])
 
 
-def _run_adam(kernel: Callable[..., None], item: _Item, average: tuple[Tensor | None, float], eps: float) -> None:
-    group, state = item.group, item.state
+def _run_adam(kernel: Callable[..., None], batch: _Batch, averages: Sequence[Tensor | None], eps: float) -> None:
+    group = batch.group
     _run(
-        item.position,
         kernel,
-        item.parameter,
-        item.parameter.grad,
-        state["exp_avg"],
-        state["exp_avg_sq"],
-        average[0],
+        batch.device,
+        batch.numbers,
+        batch.parameters,
+        batch.gradients,
+        batch.of_states("exp_avg"),
+        batch.of_states("exp_avg_sq"),
+        averages,
+        [int(step) + 1 for step in batch.of_states("step")],
         float(group["lr"]),
         *group["betas"],
         group["weight_decay"],
         eps,
-        average[1],
-        int(state["step"]),
+        group["ema"] or 0.0,
     )
 
 
-def _run(index: int, kernel: Callable[..., None], *operands: object) -> None:
-    try:
-        kernel(*[to_dlpack(_local(x).detach()) if isinstance(x, Tensor) else x for x in operands])
-    except ValueError as error:
-        raise ValueError(f"parameter {index}: {error}") from None
+def _run(kernel: Callable[..., None], device: torch.device, numbers: list[int], *operands: object) -> None:
+    """Call a kernel on tensors, lists of tensors and numbers, in the order of the device's stream."""
+    exported = [_exported(operand) for operand in operands]
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            kernel(numbers, *exported, stream=torch.cuda.current_stream().cuda_stream)
+    else:
+        kernel(numbers, *exported)
+
+
+def _exported(operand: Any) -> Any:
+    if isinstance(operand, list):
+        return [_exported(entry) for entry in operand]
+    return to_dlpack(_local(operand)) if isinstance(operand, Tensor) else operand
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -349,15 +384,16 @@ def _swap(pairs: list[tuple[Tensor, Tensor]]) -> None:
         b.copy_(kept)
 
 
-def _check_tensor(name: str, tensor: Tensor) -> None:
+def _check_tensor(what: str, number: int, tensor: Tensor) -> None:
     if tensor.layout != torch.strided:
-        raise ValueError(f"{name} must be dense, got layout {tensor.layout}")
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name} must be on the CPU, got {tensor.device}")
+        raise ValueError(f"{what} {number} must be dense, got layout {tensor.layout}")
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{what} {number} must be on the CPU or CUDA, got {tensor.device}")
     if tensor.dtype != torch.float32:
-        raise ValueError(f"{name} must be float32, got {tensor.dtype}")
+        raise ValueError(f"{what} {number} must be float32, got {tensor.dtype}")
     if not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got shape {tuple(tensor.shape)} with strides {tensor.stride()}")
+        shape = tuple(tensor.shape)
+        raise ValueError(f"{what} {number} must be contiguous, got shape {shape} with strides {tensor.stride()}")
 
 
 def _check_options(options: dict[str, Any]) -> None:

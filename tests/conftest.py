@@ -47,6 +47,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture(params=["cpu", "cuda-emulated"])
+def processor(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The CPU's best kernels, and the emulator of CUDA: for what does not depend on the instruction set."""
+    with emulated_cuda() if request.param == "cuda-emulated" else contextlib.nullcontext():
+        yield request.param
+
+
 @pytest.fixture(autouse=True)
 def _same_threads_afterwards() -> Iterator[None]:
     before = _C.num_threads()

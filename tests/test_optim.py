@@ -1,39 +1,38 @@
-"""The fused optimizers against textbook steps in float64, torch's AdamW and exact curvatures of toy models."""
+"""The steps of the fused optimizers against the textbook in float64 and torch's AdamW; what they keep, and refuse."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from emulator import same_bits_for_every_schedule
+from optimizers import (
+    BATCH_TOKENS,
+    KINDS,
+    gradients,
+    make,
+    parameters,
+    random,
+    relative_error,
+    take_step,
+    tensors,
+)
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.dlpack import to_dlpack
 
 from hrmcore import _C
-from hrmcore.ops.backend import reference_ops
-from hrmcore.ops.swiglu import swiglu
 from hrmcore.optim import AdamAtan2, AdamW, Sophia
 
 PARITY = 1e-6
 STEPS = 20
-SHAPES = [(), (1,), (7, 33), (3, 2, 5), (40_003,)]  # the last is three blocks of work, the third ragged
-BATCH_TOKENS = 50
-
-KINDS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    "SophiaG": (Sophia, {"variant": "G", "lr": 0.01, "betas": (0.9, 0.97), "rho": 0.5, "weight_decay": 0.3}),
-    "AdamAtan2": (AdamAtan2, {"lr": 0.01, "weight_decay": 0.3}),
-    "AdamW": (AdamW, {"lr": 0.01, "weight_decay": 0.3, "eps": 1e-5}),
-}
 
 
 class Textbook:
@@ -64,49 +63,6 @@ class Textbook:
             m, root = self.first / (1 - beta1**self.steps), (self.second / (1 - beta2**self.steps)).sqrt()
             self.p = self.p - o["lr"] * (torch.atan2(m, root) if self.kind == "AdamAtan2" else m / (root + o["eps"]))
         self.ema = o["ema"] * self.ema + (1 - o["ema"]) * self.p
-
-
-def random(shape: tuple[int, ...], seed: int, scale: float = 1.0) -> Tensor:
-    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def gradients(step: int) -> list[Tensor]:
-    """Of every size between 1e-5 and 1, each coordinate keeping its own, as in a model."""
-    sizes = [10 ** (-5 * torch.rand(shape, generator=torch.Generator().manual_seed(9))) for shape in SHAPES]
-    return [size * random(shape, 100 + step) for size, shape in zip(sizes, SHAPES, strict=True)]
-
-
-def parameters() -> list[torch.nn.Parameter]:
-    """Small beside what 20 steps move them, so that the error of the movement shows."""
-    return [torch.nn.Parameter(random(shape, 1, 0.02)) for shape in SHAPES]
-
-
-def make(kind: str, params: list[torch.nn.Parameter], **options: Any) -> Any:
-    optimizer, defaults = KINDS[kind]
-    return optimizer(params, **{**defaults, **options})
-
-
-def take_step(optimizer: Any, params: list[torch.nn.Parameter], step: int) -> None:
-    if isinstance(optimizer, Sophia) and step % 4 == 1:
-        for p, gradient in zip(params, gradients(-1 - step), strict=True):
-            p.grad = gradient
-        optimizer.update_hessian()
-    for p, gradient in zip(params, gradients(step), strict=True):
-        p.grad = gradient
-    optimizer.step(**({"batch_tokens": BATCH_TOKENS} if isinstance(optimizer, Sophia) else {}))
-
-
-def relative_error(out: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
-    """Of all tensors as one vector: one number alone may have cancelled to nearly nothing. A NaN counts as inf."""
-    assert [x.shape for x in out] == [x.shape for x in reference]
-    a, b = (torch.cat([x.detach().double().flatten() for x in side]) for side in (out, reference))
-    error = (a - b).norm() / b.norm()
-    return math.inf if error.isnan() else error.item()
-
-
-def tensors(optimizer: Any, params: list[torch.nn.Parameter]) -> list[Tensor]:
-    """Everything that an optimizer changes, copied."""
-    return [t.detach().clone() for p in params for t in (p, *optimizer.state[p].values())]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -154,9 +110,9 @@ def test_the_angle_is_exact_everywhere(backend: str) -> None:
     m, root = (10 ** torch.cartesian_prod(exponents, exponents)).T.contiguous()
     m, v = torch.cat([m, -m]), torch.cat([root, root]) ** 2
     p = torch.zeros_like(m)
-    operands = [p, torch.zeros_like(m), m.clone(), v.clone()]
+    operands = [[x] for x in (p, torch.zeros_like(m), m.clone(), v.clone(), None)]
     # With no gradient and a late step m halves, v stays nearly whole and nothing is left of the bias.
-    _C.adam_atan2_step(*map(to_dlpack, operands), None, 1.0, 0.5, 0.999, 0.0, 0.0, 0.0, 100_000)
+    _C.adam_atan2_step([0], *operands, [100_000], 1.0, 0.5, 0.999, 0.0, 0.0, 0.0)
     angle = torch.atan2(0.5 * m.double(), (0.999 * v.double()).sqrt())
     assert ((-p.double() - angle) / angle).abs().max() <= 4e-7
 
@@ -168,7 +124,7 @@ def test_atan2_where_both_moments_are_zero(backend: str) -> None:
     assert p.tolist() == [1.0, pytest.approx(2 - math.pi / 4, abs=1e-6)]
 
 
-def test_atan2_is_blind_to_the_scale_of_the_gradients() -> None:
+def test_atan2_is_blind_to_the_scale_of_the_gradients(processor: str) -> None:
     results = []
     for scale in (1.0, 2.0**-20):
         p = torch.nn.Parameter(random((100,), 3))
@@ -180,139 +136,45 @@ def test_atan2_is_blind_to_the_scale_of_the_gradients() -> None:
     assert torch.equal(*results)
 
 
-def test_sophia_without_curvature_steps_by_the_sign(backend: str) -> None:
-    p = torch.nn.Parameter(torch.zeros(4))
-    p.grad = torch.tensor([3.0, -1e-3, 0.0, 1e-6])
-    optimizer = Sophia([p], lr=0.5)
-    optimizer.step(batch_tokens=1000)
-    assert p.tolist() == [-0.5, 0.5, 0.0, -0.5]
-    assert optimizer.clipped_fraction == 0.75
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_parameters_in_one_call_are_as_each_alone(backend: str, kind: str) -> None:
+    """More than a launch takes, one empty, two groups; every third has no gradient in the first step."""
+    shapes = [(0,) if i == 60 else (1 + i % 7, 1 + i * i % 23) for i in range(110)] + [(16_385,)]
+    together, alone = ([torch.nn.Parameter(random(s, i)) for i, s in enumerate(shapes)] for _ in range(2))
+    optimizer = make(kind, [{"params": together[:70]}, {"params": together[70:], "lr": 0.02}], ema=0.9)
+    optimizers = [make(kind, [p], ema=0.9, lr=0.01 if i < 70 else 0.02) for i, p in enumerate(alone)]
+    tokens = {"batch_tokens": BATCH_TOKENS} if kind == "SophiaG" else {}
+    for step in range(3):
+        for params in (together, alone):
+            for i, p in enumerate(params):
+                p.grad = None if step == 0 and i % 3 == 0 else random(p.shape, 1000 * step + i)
+        for each in (optimizer, *optimizers):
+            if kind == "SophiaG" and step == 1:
+                each.update_hessian()
+            each.step(**tokens)
+    ours = tensors(optimizer, together)
+    theirs = [t for each, p in zip(optimizers, alone, strict=True) for t in tensors(each, [p])]
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert {state["step"].item() for state in optimizer.state.values()} == {2, 3}
+    if kind == "SophiaG":
+        fractions = [(each.clipped_fraction, p.numel()) for each, p in zip(optimizers, alone, strict=True)]
+        clipped = sum(fraction * count for fraction, count in fractions if count)
+        assert 0 < clipped < 16_385
+        assert optimizer.clipped_fraction * sum(count for _, count in fractions) == pytest.approx(clipped, rel=1e-12)
 
 
-def test_negative_curvature_steps_by_the_sign() -> None:
-    p = torch.nn.Parameter(torch.ones(2))
-    optimizer = Sophia([p], variant="H", lr=0.25, weight_decay=0.0)
-    optimizer.update_hessian(-(p**4).sum())
-    assert (optimizer.state[p]["hessian"] < 0).all()
-    p.grad = torch.tensor([0.1, -0.1])
-    optimizer.step()
-    assert p.tolist() == [0.75, 1.25]
-
-
-class Toy:
-    """Two layers on five samples; `loss` is smooth, so its exact Hessian can be had."""
-
-    def __init__(self) -> None:
-        self.x, self.y = random((5, 3), 11), random((5, 2), 12)
-        self.start = random((3 * 4 + 4 * 2,), 13, 0.7)
-
-    def loss(self, flat: Tensor) -> Tensor:
-        x, y = self.x.to(flat.dtype), self.y.to(flat.dtype)
-        a, b = flat[:12].view(3, 4), flat[12:].view(4, 2)
-        return (torch.tanh(x @ a) @ b - y).square().sum()
-
-    def hessian(self) -> Tensor:
-        return torch.autograd.functional.hessian(self.loss, self.start.double())
-
-
-def test_hutchinson_is_u_times_hessian_u(backend: str) -> None:
-    toy = Toy()
-    p = torch.nn.Parameter(toy.start.clone())
-    optimizer = Sophia([p], variant="H", betas=(0.9, 0.8))
-    ours, theirs = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
-    expected = torch.zeros_like(toy.start, dtype=torch.float64)
-    for _ in range(3):
-        optimizer.update_hessian(toy.loss(p), generator=ours)
-        u = torch.randn(p.shape, generator=theirs).double()
-        expected = 0.8 * expected + 0.2 * u * (toy.hessian() @ u)
-    assert p.grad is None
-    assert relative_error([optimizer.state[p]["hessian"]], [expected]) <= 1e-6
-
-
-def test_hutchinson_averages_to_the_diagonal() -> None:
-    """The mean of n samples has the variance (H_ii² + Σ_j H_ij²) / n around H_ii, u being normal."""
-    toy, samples = Toy(), 2000
-    p = torch.nn.Parameter(toy.start.clone())
-    optimizer = Sophia([p], variant="H", betas=(0.9, 0.0))  # h is the last sample
-    generator = torch.Generator().manual_seed(6)
-    total = torch.zeros(p.shape, dtype=torch.float64)
-    for _ in range(samples):
-        optimizer.update_hessian(toy.loss(p), generator=generator)
-        total += optimizer.state[p]["hessian"]
-    exact = toy.hessian()
-    deviation = ((exact.diagonal() ** 2 + (exact**2).sum(1)) / samples).sqrt()
-    z = (total / samples - exact.diagonal()) / deviation
-    assert z.abs().max() < 3.5
-    assert z.square().mean() < 2
-
-
-def test_hutchinson_through_our_ops_needs_the_reference() -> None:
-    p = torch.nn.Parameter(random((3, 8), 14))
-    optimizer = Sophia([p], variant="H")
-    with reference_ops():
-        optimizer.update_hessian(swiglu(p).square().sum())
-    assert optimizer.state[p]["hessian"].abs().max() > 0
-    before = optimizer.state[p]["hessian"].clone()
-    with pytest.raises(RuntimeError, match="swiglu_backward"):
-        optimizer.update_hessian(swiglu(p).square().sum())
-    assert torch.equal(optimizer.state[p]["hessian"], before)
-
-
-def test_hutchinson_starts_what_was_frozen_and_leaves_the_unused() -> None:
-    used, unused = (torch.nn.Parameter(torch.ones(2), requires_grad=False) for _ in range(2))
-    optimizer = Sophia([used, unused], variant="H", betas=(0.9, 0.5))
-    used.requires_grad_()
-    unused.requires_grad_()
-    optimizer.update_hessian((used**2).sum(), generator=torch.Generator().manual_seed(1))
-    u = torch.randn(2, generator=torch.Generator().manual_seed(1))
-    assert torch.allclose(optimizer.state[used]["hessian"], 0.5 * 2 * u**2, rtol=1e-6)
-    assert not optimizer.state[unused]
-
-
-def sampled_gradient(weight: Tensor, x: Tensor, generator: torch.Generator) -> Tensor:
-    """The gradient of the mean loss of labels that the model draws for itself."""
-    logits = x @ weight.T
-    labels = torch.multinomial(logits.softmax(-1).detach(), 1, generator=generator).squeeze(1)
-    return torch.autograd.grad(F.cross_entropy(logits, labels), weight)[0]
-
-
-def test_gauss_newton_bartlett_is_the_squared_gradient(backend: str) -> None:
-    x, p = random((8, 3), 15), torch.nn.Parameter(random((5, 3), 16))
-    optimizer = Sophia([p], betas=(0.9, 0.8))
-    ours, theirs = torch.Generator().manual_seed(7), torch.Generator().manual_seed(7)
-    expected = torch.zeros(5, 3, dtype=torch.float64)
-    for _ in range(3):
-        p.grad = sampled_gradient(p, x, ours)
-        optimizer.update_hessian()
-        expected = (
-            0.8 * expected + 0.2 * sampled_gradient(p.detach().double().requires_grad_(), x.double(), theirs) ** 2
-        )
-    assert relative_error([optimizer.state[p]["hessian"]], [expected]) <= 1e-6
-
-
-def test_batch_tokens_times_h_averages_to_the_gauss_newton_diagonal() -> None:
-    """For logits that are linear in the weights the Gauss-Newton matrix is the Hessian: B·E[ĝ²] is its diagonal."""
-    tokens, samples = 8, 2000
-    x, p = random((tokens, 3), 15), torch.nn.Parameter(random((5, 3), 16))
-    optimizer = Sophia([p], betas=(0.9, 0.0))
-    generator = torch.Generator().manual_seed(8)
-    drawn = []
-    for _ in range(samples):
-        p.grad = sampled_gradient(p, x, generator)
-        optimizer.update_hessian()
-        drawn.append(tokens * optimizer.state[p]["hessian"].double().flatten())
-    labels = torch.zeros(tokens, dtype=torch.long)  # the Hessian of a linear softmax does not depend on them
-    hessian = torch.autograd.functional.hessian(
-        lambda w: F.cross_entropy(x.double() @ w.view(5, 3).T, labels), p.detach().double().flatten()
-    )
-    sample = torch.stack(drawn)
-    z = (sample.mean(0) - hessian.diagonal()) / (sample.std(0) / samples**0.5)
-    assert z.abs().max() < 3.5
-    assert z.square().mean() < 2
+def test_lists_of_other_lengths_are_refused() -> None:
+    one = [torch.ones(2)]
+    with pytest.raises(ValueError, match="sophia_curvature: u must be a list of 1, got 2"):
+        _C.sophia_curvature([0], one, one + one, one, 0.9)
+    with pytest.raises(ValueError, match="adamw_step: steps must be a list of 1, got 0"):
+        _C.adamw_step([0], one, one, one, one, [None], [], 0.1, 0.9, 0.9, 0.0, 1e-8, 0.0)
+    with pytest.raises(ValueError, match="parameter 7: adam_step: grad must be a tensor, got None"):
+        _C.adamw_step([7], one, [None], one, one, [None], [1], 0.1, 0.9, 0.9, 0.0, 1e-8, 0.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_resuming_from_a_state_dict_changes_no_bit(kind: str) -> None:
+def test_resuming_from_a_state_dict_changes_no_bit(processor: str, kind: str) -> None:
     params = parameters()
     optimizer = make(kind, params, ema=0.99)
     for step in range(3):
@@ -329,7 +191,7 @@ def test_resuming_from_a_state_dict_changes_no_bit(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_distributed_checkpoint_finds_the_state_of_a_fresh_optimizer(kind: str) -> None:
+def test_distributed_checkpoint_finds_the_state_of_a_fresh_optimizer(processor: str, kind: str) -> None:
     torch.manual_seed(0)
     model, fresh = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
     optimizer, other = (make(kind, list(m.parameters()), ema=0.99) for m in (model, fresh))
@@ -352,7 +214,7 @@ def one_process() -> Iterator[DeviceMesh]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sharded_parameters_take_the_same_steps(kind: str, one_process: DeviceMesh) -> None:
+def test_sharded_parameters_take_the_same_steps(processor: str, kind: str, one_process: DeviceMesh) -> None:
     def weights_after_steps(sharded: bool) -> list[Tensor]:
         torch.manual_seed(0)
         model = torch.nn.Linear(5, 7)
@@ -381,7 +243,7 @@ def test_hutchinson_refuses_shards(one_process: DeviceMesh) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_parameter_without_gradient_is_left_alone(kind: str) -> None:
+def test_a_parameter_without_gradient_is_left_alone(processor: str, kind: str) -> None:
     params = parameters()
     optimizer = make(kind, params, ema=0.9)
     take_step(optimizer, params, 0)
@@ -396,7 +258,7 @@ def test_a_parameter_without_gradient_is_left_alone(kind: str) -> None:
     assert [optimizer.state[p]["step"].item() for p in params] == [2, 2, 1, 2, 2]
 
 
-def test_a_frozen_parameter_has_state_only_once_it_is_trained() -> None:
+def test_a_frozen_parameter_has_state_only_once_it_is_trained(processor: str) -> None:
     p = torch.nn.Parameter(torch.ones(3), requires_grad=False)
     optimizer = AdamW([p], ema=0.9)
     assert not optimizer.state[p]
@@ -459,7 +321,7 @@ def test_nan_is_passed_on(backend: str, kind: str, where: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_ema_can_stand_in_for_the_weights(kind: str) -> None:
+def test_the_ema_can_stand_in_for_the_weights(processor: str, kind: str) -> None:
     params = parameters()
     optimizer = make(kind, params, ema=0.5)
     with torch.no_grad():
@@ -521,7 +383,7 @@ def test_bad_options(kind: str, options: dict[str, Any], message: str) -> None:
     [
         (torch.ones(2, 3, dtype=torch.bfloat16), "parameter 1 must be float32, got torch.bfloat16"),
         (torch.ones(3, 2).T, r"parameter 1 must be contiguous, got shape \(2, 3\) with strides \(1, 2\)"),
-        (torch.ones(2, 3, device="meta"), "parameter 1 must be on the CPU, got meta"),
+        (torch.ones(2, 3, device="meta"), "parameter 1 must be on the CPU or CUDA, got meta"),
     ],
 )
 def test_bad_parameters(bad: Tensor, message: str) -> None:
@@ -536,7 +398,7 @@ def test_bad_parameters(bad: Tensor, message: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_bad_gradient_changes_nothing(kind: str) -> None:
+def test_a_bad_gradient_changes_nothing(processor: str, kind: str) -> None:
     params = [torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(3, 2))]
     optimizer = make(kind, params)
     step = (lambda: optimizer.step(batch_tokens=5)) if kind == "SophiaG" else optimizer.step
@@ -555,7 +417,7 @@ def test_a_bad_gradient_changes_nothing(kind: str) -> None:
     assert optimizer.state[params[0]]["step"] == 0
 
 
-def test_a_state_of_another_shape_is_named() -> None:
+def test_a_state_of_another_shape_is_named(processor: str) -> None:
     p = torch.nn.Parameter(torch.ones(4))
     optimizer = AdamW([torch.nn.Parameter(torch.ones(2)), p])
     optimizer.state[p]["exp_avg"] = torch.zeros(5)
@@ -564,26 +426,10 @@ def test_a_state_of_another_shape_is_named() -> None:
         ValueError, match=r"parameter 1: adam_step: exp_avg must be of the shape of param \(4\), got \(5\)"
     ):
         optimizer.step()
+    assert optimizer.state[p]["step"] == 0
 
 
-def test_misuse_of_sophia() -> None:
-    p = torch.nn.Parameter(torch.ones(4))
-    g, h = Sophia([p]), Sophia([p], variant="H")
-    for tokens in (None, 0):
-        with pytest.raises(ValueError, match=rf"step\(batch_tokens=n\) must be at least 1 for variant G, got {tokens}"):
-            g.step(batch_tokens=tokens)
-    with pytest.raises(ValueError, match="batch_tokens is for variant G only"):
-        h.step(batch_tokens=4)
-    with pytest.raises(ValueError, match="takes the loss for variant H"):
-        h.update_hessian()
-    with pytest.raises(ValueError, match="nothing for variant G"):
-        g.update_hessian(p.sum())
-    with pytest.raises(ValueError, match="no second derivative"):
-        h.update_hessian(p.sum())
-    assert math.isnan(g.clipped_fraction)
-
-
-def test_closure_and_schedule() -> None:
+def test_closure_and_schedule(processor: str) -> None:
     """The protocol of torch.optim: a closure is run with gradients on, a scheduler sets the learning rate."""
     p = torch.nn.Parameter(torch.ones(2))
     optimizer = Sophia([p], lr=0.5, weight_decay=0.0)

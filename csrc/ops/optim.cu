@@ -22,14 +22,14 @@ struct Tensors {
   float* data[most_tensors][operands];  // null where left out
   std::int64_t elements[most_tensors];
   std::uint32_t first_block[most_tensors + 1];
+  float m_scale[most_tensors], root_scale[most_tensors];  // Adam's bias corrections
   int count;
 };
 
 // What the numbers of an optimizer become, folded in float64.
 struct Numbers {
   float lr, decay, ema_share, m_share, second_share;
-  float m_scale, root_scale;  // Adam's bias corrections
-  float h_scale;              // rho batch_tokens
+  float h_scale;  // rho batch_tokens
   float eps;
   unsigned long long* clipped;
 };
@@ -46,6 +46,7 @@ enum class Rule : int { adamw, adam_atan2, sophia, curvature };
 // The elements of this block: those of one tensor from `begin` to `end`.
 struct Chunk {
   float* const* data;
+  float m_scale, root_scale;
   std::int64_t begin, end;
 };
 
@@ -54,7 +55,7 @@ __device__ __forceinline__ Chunk chunk_of_block(const Tensors& tensors) {
   while (t + 1 < tensors.count && blockIdx.x >= tensors.first_block[t + 1]) ++t;
   const std::int64_t begin = (blockIdx.x - tensors.first_block[t]) * chunk;
   const std::int64_t end = begin + chunk < tensors.elements[t] ? begin + chunk : tensors.elements[t];
-  return {tensors.data[t], begin, end};
+  return {tensors.data[t], tensors.m_scale[t], tensors.root_scale[t], begin, end};
 }
 
 template <int n>
@@ -72,14 +73,15 @@ __device__ __forceinline__ void move(const Numbers& by, float* const* data, std:
 }
 
 template <Rule rule, int n>
-__device__ __forceinline__ void adam(const Numbers& by, float* const* data, std::int64_t i) {
+__device__ __forceinline__ void adam(const Numbers& by, const Chunk& mine, std::int64_t i) {
+  float* const* data = mine.data;
   const Floats<n> g = load<n>(data[grad] + i);
   Floats<n> m = load<n>(data[exp_avg] + i), v = load<n>(data[second] + i), direction;
 #pragma unroll
   for (int k = 0; k < n; ++k) {
     m[k] += by.m_share * (g[k] - m[k]);
     v[k] += by.second_share * (g[k] * g[k] - v[k]);
-    const float mean = m[k] * by.m_scale, root = sqrtf(v[k]) * by.root_scale;
+    const float mean = m[k] * mine.m_scale, root = sqrtf(v[k]) * mine.root_scale;
     direction[k] = rule == Rule::adamw ? mean / (root + by.eps) : atan2f(mean, root);
   }
   store<n>(data[exp_avg] + i, m);
@@ -117,12 +119,12 @@ __device__ __forceinline__ void curve(const Numbers& by, float* const* data, std
 }
 
 template <Rule rule, int n>
-__device__ __forceinline__ int update(const Numbers& by, float* const* data, std::int64_t i) {
-  if constexpr (rule == Rule::sophia) return sophia<n>(by, data, i);
+__device__ __forceinline__ int update(const Numbers& by, const Chunk& mine, std::int64_t i) {
+  if constexpr (rule == Rule::sophia) return sophia<n>(by, mine.data, i);
   if constexpr (rule == Rule::curvature) {
-    curve<n>(by, data, i);
+    curve<n>(by, mine.data, i);
   } else if constexpr (rule != Rule::sophia) {
-    adam<rule, n>(by, data, i);
+    adam<rule, n>(by, mine, i);
   }
   return 0;
 }
@@ -134,9 +136,9 @@ __global__ void __launch_bounds__(threads) step(Step args) {
   int clipped = 0;
   for (std::int64_t i = mine.begin + threadIdx.x * n; i < mine.end; i += threads * n) {
     if (i + n <= mine.end) {
-      clipped += update<rule, n>(args.numbers, mine.data, i);
+      clipped += update<rule, n>(args.numbers, mine, i);
     } else {
-      for (std::int64_t k = i; k < mine.end; ++k) clipped += update<rule, 1>(args.numbers, mine.data, k);
+      for (std::int64_t k = i; k < mine.end; ++k) clipped += update<rule, 1>(args.numbers, mine, k);
     }
   }
   if constexpr (rule == Rule::sophia) {
@@ -155,19 +157,18 @@ std::int64_t elements_of(const TensorView& tensor) {
 
 float* floats(const TensorView& tensor) { return tensor.given() ? tensor.as<float>() : nullptr; }
 
-Tensors one_tensor(const TensorView& p, const TensorView& g, const TensorView& m, const TensorView& s,
-                   const TensorView& average) {
-  Tensors tensors{};
-  float* const data[operands] = {floats(p), floats(g), floats(m), floats(s), floats(average)};
-  for (int o = 0; o < operands; ++o) tensors.data[0][o] = data[o];
-  tensors.elements[0] = elements_of(s);
-  tensors.first_block[1] = static_cast<std::uint32_t>((tensors.elements[0] + chunk - 1) / chunk);
-  tensors.count = 1;
-  return tensors;
+void add(Tensors& tensors, const StepTensors& next) {
+  const int t = tensors.count++;
+  float* const data[operands] = {floats(next.param), floats(next.grad), floats(next.exp_avg),
+                                 floats(next.second), floats(next.ema)};
+  for (int o = 0; o < operands; ++o) tensors.data[t][o] = data[o];
+  tensors.elements[t] = elements_of(next.second);
+  const std::int64_t blocks = (tensors.elements[t] + chunk - 1) / chunk;
+  tensors.first_block[t + 1] = tensors.first_block[t] + static_cast<std::uint32_t>(blocks);
 }
 
 template <Rule rule>
-const char* run(const Step& args, void* stream) {
+const char* launch_step(const Step& args, void* stream) {
   bool wide = true;
   for (int t = 0; t < args.tensors.count; ++t) {
     for (const float* data : args.tensors.data[t]) {
@@ -176,6 +177,17 @@ const char* run(const Step& args, void* stream) {
   }
   const LaunchShape shape{dim3(args.tensors.first_block[args.tensors.count]), threads};
   return wide ? launch(step<rule, 4>, shape, args, stream) : launch(step<rule, 1>, shape, args, stream);
+}
+
+// As many launches as the tables take. fill(i, tensors) adds the i-th parameter.
+template <Rule rule, class Fill>
+const char* run(std::int64_t count, const Numbers& by, void* stream, const Fill& fill) {
+  for (std::int64_t first = 0; first < count; first += most_tensors) {
+    Step args{{}, by};
+    for (std::int64_t i = first; i < count && i < first + most_tensors; ++i) fill(i, args.tensors);
+    if (const char* error = launch_step<rule>(args, stream)) return error;
+  }
+  return nullptr;
 }
 
 template <class Args>
@@ -192,11 +204,13 @@ Numbers common(const Args& args) {
 template <Rule rule>
 const char* run_adam(const AdamStep& args, void* stream) {
   Numbers by = common(args);
-  const double steps = static_cast<double>(args.step);
   by.second_share = static_cast<float>(1 - args.beta2);
-  by.m_scale = static_cast<float>(1 / (1 - std::pow(args.beta1, steps)));
-  by.root_scale = static_cast<float>(1 / std::sqrt(1 - std::pow(args.beta2, steps)));
-  return run<rule>({one_tensor(args.param, args.grad, args.exp_avg, args.exp_avg_sq, args.ema), by}, stream);
+  return run<rule>(args.count, by, stream, [&args](std::int64_t i, Tensors& tensors) {
+    const double steps = static_cast<double>(args.tensors[i].step);
+    tensors.m_scale[tensors.count] = static_cast<float>(1 / (1 - std::pow(args.beta1, steps)));
+    tensors.root_scale[tensors.count] = static_cast<float>(1 / std::sqrt(1 - std::pow(args.beta2, steps)));
+    add(tensors, args.tensors[i]);
+  });
 }
 
 }  // namespace
@@ -207,15 +221,18 @@ HRMCORE_DEVICE_KERNEL(sophia_step, hrmcore::SophiaStep) {
   Numbers by = common(args);
   by.h_scale = static_cast<float>(args.rho * args.batch_tokens);
   by.clipped = args.clipped.as<unsigned long long>();
-  return run<Rule::sophia>({one_tensor(args.param, args.grad, args.exp_avg, args.hessian, args.ema), by},
-                           stream);
+  return run<Rule::sophia>(args.count, by, stream,
+                           [&args](std::int64_t i, Tensors& tensors) { add(tensors, args.tensors[i]); });
 }
 
 HRMCORE_DEVICE_KERNEL(sophia_curvature, hrmcore::SophiaCurvature) {
   using namespace hrmcore::cuda;
   Numbers by{};
   by.second_share = static_cast<float>(1 - args.beta2);
-  return run<Rule::curvature>({one_tensor({}, args.u, args.w, args.hessian, {}), by}, stream);
+  return run<Rule::curvature>(args.count, by, stream, [&args](std::int64_t i, Tensors& tensors) {
+    const hrmcore::CurvatureTensors& t = args.tensors[i];
+    add(tensors, {{}, t.u, t.w, t.hessian, {}});
+  });
 }
 
 HRMCORE_DEVICE_KERNEL(adamw_step, hrmcore::AdamStep) {

@@ -1,6 +1,6 @@
-// One optimizer step over one parameter of N elements, in one pass over memory and in place. With g the
-// gradient, every step also decays the weights, p -= lr weight_decay p, and updates the average of the new
-// weights where one is kept, ema += (1 - ema_decay) (p - ema).
+// One optimizer step over any number of parameters, in one pass over memory and in place. With g the gradient
+// of a parameter p, every step also decays the weights, p -= lr weight_decay p, and updates the average of
+// the new weights where one is kept, ema += (1 - ema_decay) (p - ema).
 //
 //   sophia_step:       m += (1 - beta1) (g - m)
 //                      p -= lr clip(m / max(rho batch_tokens h, eps), -1, 1)
@@ -10,9 +10,9 @@
 //                      with m' = m / (1 - beta1^step), v' = v / (1 - beta2^step)
 //   adam_atan2_step:   the same with p -= lr atan2(m', sqrt(v'))
 //
-// All tensors float32, contiguous and of one shape. Arithmetic in float32, the numbers above folded in
-// float64. The moments move by differences because beta m + (1 - beta) g, its two factors rounded apart, has
-// a wrong fixed point. A NaN is passed on. The numbers are checked by hrmcore/optim.py.
+// All tensors float32 and contiguous, those of one parameter of one shape. Arithmetic in float32, the numbers
+// above folded in float64. The moments move by differences because beta m + (1 - beta) g, its two factors
+// rounded apart, has a wrong fixed point. A NaN is passed on. The numbers are checked by hrmcore/optim.py.
 //
 // Sources: Sophia arXiv 2305.14342, algorithm 3; AdamW arXiv 1711.05101; Adam-atan2 arXiv 2407.05872.
 //
@@ -25,33 +25,43 @@
 
 namespace hrmcore {
 
-struct SophiaStep {
-  TensorView param;  // updated, like exp_avg and ema
+// One parameter and what the optimizer keeps of it.
+struct StepTensors {
+  TensorView param;  // updated, like exp_avg and ema, and in the Adams second
   TensorView grad;
-  TensorView exp_avg;  // m
-  TensorView hessian;  // h
-  TensorView ema;      // or left out
+  TensorView exp_avg;       // m
+  TensorView second;        // h: "hessian", or v: "exp_avg_sq"
+  TensorView ema;           // or left out
+  std::int64_t step = 0;    // of the Adams: 1 at the first
+  std::int64_t number = 0;  // what an error calls this parameter
+};
+
+struct CurvatureTensors {
+  TensorView hessian;  // h, updated
+  TensorView u;
+  TensorView w;
+  std::int64_t number = 0;  // what an error calls this parameter
+};
+
+struct SophiaStep {
+  const StepTensors* tensors;
+  std::int64_t count;
   TensorView clipped;  // (1) int64: the number of elements whose ratio reached 1 is added to it
   double lr, beta1, weight_decay, rho, batch_tokens, eps, ema_decay;
 };
 
 struct SophiaCurvature {
-  TensorView hessian;  // h, updated
-  TensorView u;
-  TensorView w;
+  const CurvatureTensors* tensors;
+  std::int64_t count;
   double beta2;
 };
 
 struct AdamStep {
-  TensorView param;  // updated, like exp_avg, exp_avg_sq and ema
-  TensorView grad;
-  TensorView exp_avg;     // m
-  TensorView exp_avg_sq;  // v
-  TensorView ema;         // or left out
+  const StepTensors* tensors;
+  std::int64_t count;
   double lr, beta1, beta2, weight_decay;
   double eps;  // not read by adam_atan2_step
   double ema_decay;
-  std::int64_t step;  // 1 at the first
 };
 
 void check(const SophiaStep& args);
