@@ -1,7 +1,8 @@
-"""Several processes train one model (`torchrun --nproc-per-node N -m hrmcore train run.toml`), over gloo.
+"""Several processes train one model (`torchrun --nproc-per-node N -m hrmcore train run.toml`).
 
-Each rank holds the whole model and takes its share of every packed batch; gradients are summed over the ranks. The loss
-is divided by the supervised tokens of all, so a step computes what one process would, up to the order of its sums.
+Each rank takes its share of every packed batch; gradients are summed over the ranks. The loss is divided by the
+supervised tokens of all, so a step computes what one process would, up to the order of its sums. Each holds the whole
+model, or its part of it (hrmcore/sharding.py). Numbers and CPU tensors travel over gloo, CUDA tensors over NCCL.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hrmcore import _C
 
@@ -29,7 +31,7 @@ class World:
         """Meet the other ranks. Raises ValueError when the environment names only a part of what that takes."""
         self.ranks = int(os.environ.get("WORLD_SIZE", "1"))
         if self.ranks > 1:
-            dist.init_process_group("gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         self.rank = dist.get_rank() if self.ranks > 1 else 0
 
     @property
@@ -41,6 +43,10 @@ class World:
         """Leave the other ranks."""
         if self.ranks > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+    def group(self) -> dist.ProcessGroup | None:
+        """Another group of the same ranks, for what runs beside the steps; None for one process alone."""
+        return dist.new_group(backend="gloo") if self.ranks > 1 else None
 
     def sum(self, number: float) -> float:
         """The sum of the ranks' numbers, in float64; the same bits on each of them."""
@@ -98,3 +104,8 @@ class World:
                 f"rank {self.rank} of {self.ranks}: another process of this run has ended or cannot be reached; its "
                 f"own message says why ({str(error).splitlines()[0].split('. ')[0]})"
             ) from None
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; another tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from hrmcore.checkpoint import CONFIG_FILE, WEIGHTS_FILE, key_table, read_tensors, released_config, resolve
@@ -23,7 +22,7 @@ from hrmcore.growth import GROWTH_KEY, Growth, state_metadata
 from hrmcore.store import new_folder
 from hrmcore.tensor_file import write_tensors
 from hrmcore.tokenizer import TOKENIZER_FILES
-from hrmcore.training_state import completed, find_states, state_path, verify
+from hrmcore.training_state import completed, find_states, is_state, restore, shapes_of, state_path, verify
 
 OPTIMIZERS = ("adamw", "adamatan2", "sophia-g", "sophia-h")
 
@@ -37,7 +36,7 @@ def grow_files(source: str | Path, out: str | Path, sizes: Mapping[str, int], **
     path = Path(source).expanduser()
     if states := find_states(path):
         path = states[0][1]
-    if path.is_file():
+    if is_state(path):
         return _grow_state(path, Path(out), sizes, options)
     return _grow_checkpoint(resolve(source), Path(out), sizes, options)
 
@@ -85,11 +84,15 @@ def _grow_state(path: Path, out: Path, sizes: Mapping[str, int], options: Mappin
     growth = Growth.of(HRMConfig.from_dict(json.loads(metadata["model_config"])), dict(sizes), **options)
     metadata = {**metadata, **state_metadata(growth, int(metadata["step"]))}
     entries = {entry.name: entry for entry in _entries(growth, set(names), path)}
-    with safe_open(path, "pt") as file, new_folder(out) as temporary:
+    held = shapes_of(path)
+    with new_folder(out) as temporary:
 
         def grown(name: str) -> Tensor:
             entry = entries[name]
-            old = None if entry.origin is None else file.get_tensor(entry.origin)
+            old = None
+            if entry.origin is not None:
+                old = torch.empty(held[entry.origin])
+                restore(path, {entry.origin: old})
             if entry.state == "step":
                 return torch.tensor(0.0) if old is None else old
             return growth.tensor(entry.weight, old, entry.state)

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from hrmcore.data import PackedBatch
 
 
+_ROWS = 256  # positions whose logits `likeliest` holds at once
+
+
 class Cache(Protocol):
     """Where attention keeps keys and values; one slot for each (visit, layer)."""
 
@@ -243,6 +246,13 @@ class HRM(nn.Module):
         if sampler is not None:
             targets = sample_targets(final, head, batch.supervised, sampler)
         return cross_entropy(final, head, batch.supervised, targets)
+
+    @torch.no_grad()
+    def likeliest(self, batch: PackedBatch) -> Tensor:
+        """The likeliest token (R) int64 after each supervised position of a packed batch."""
+        prefix = batch.prefix if self.config.prefix_lm else torch.zeros_like(batch.prefix)
+        final = self.hidden(batch.ids, Layout(batch.offsets, prefix, batch.positions))
+        return torch.cat([self.lm_head(final[rows]).argmax(-1) for rows in batch.supervised.split(_ROWS)])
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> HRM:

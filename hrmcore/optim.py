@@ -189,6 +189,11 @@ class Sophia(_Fused):
         super().__init__(params, lr=lr, betas=betas, rho=rho, weight_decay=weight_decay, eps=eps, ema=ema)
 
     @property
+    def clipped(self) -> tuple[int, int]:
+        """The coordinates, of this process's shards, that the last step clipped, and all that it stepped."""
+        return int(self._clipped.item()), self._counted
+
+    @property
     def clipped_fraction(self) -> float:
         """The share of coordinates, of this process's shards, that the last step clipped; NaN before the first."""
         if not self._counted:

@@ -17,7 +17,7 @@ from hrmcore.config import HRMConfig
 from hrmcore.growth_stages import GrowStage, growths_of, read_stages
 from hrmcore.store import MANIFEST, TOKENIZER
 from hrmcore.tokenizer import TOKENIZER_FILES, Tokenizer
-from hrmcore.training_state import read_metadata
+from hrmcore.training_state import is_state, read_metadata
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -76,6 +76,9 @@ class TrainConfig:
     horizon_first: int = _key("gradient horizon K at the start (model.md)", 2)
     horizon_last: int = _key("gradient horizon K after its warm-up", 5)
     horizon_fraction: float = _key("share of the steps over which K rises", 0.2)
+    parallel: str = _key(
+        "several processes: 'data', each holds the whole model, or 'sharded', each its part of it (FSDP2)", "data"
+    )
     precision: str = _key("arithmetic of the matrix products and activations: 'float32' or 'bfloat16'", "float32")
     on_nonfinite: str = _key("what a NaN or a spike does: 'stop', or 'skip' the step and count it", "stop")
     spike_factor: float = _key("a loss above so many times its running mean is a spike; 0: none is", 0.0)
@@ -108,6 +111,10 @@ class TrainConfig:
             )
         self._choose("schedule", ("constant", "cosine"))
         self._choose("precision", ("float32", "bfloat16"))
+        self._choose("parallel", ("data", "sharded"))
+        if self.parallel == "sharded" and (self.grow or self.optimizer == "sophia-h"):
+            who = "[[grow]]" if self.grow else "sophia-h"
+            raise ValueError(f"train config: {who} works on whole parameters; set parallel = 'data'")
         self._choose("on_nonfinite", ("stop", "skip"))
         if not 2 <= self.horizon_first <= self.horizon_last:
             raise ValueError(
@@ -199,7 +206,7 @@ def _config_from(values: Mapping[str, Any]) -> TrainConfig:
 
 def _found_tokenizer(values: Mapping[str, Any]) -> str | None:
     """The tokenizer that `init_from` brings, else the one of the store."""
-    if (source := values.get("init_from")) and not _is_state(source):
+    if (source := values.get("init_from")) and not is_state(source):
         folder = resolve(source)
         if any((folder / name).is_file() for name in TOKENIZER_FILES):
             return str(folder)
@@ -219,7 +226,7 @@ def _model_config(table: Any, init_from: str | None, tokenizer: Tokenizer) -> HR
         return HRMConfig.from_dict({**own, **table})
     if table is not None:
         raise ValueError(f"{init_from} brings the model's shape; remove [model]")
-    if _is_state(init_from):
+    if is_state(init_from):
         config = HRMConfig.from_dict(json.loads(read_metadata(init_from)["model_config"]))
     else:
         config = read_checkpoint_config(resolve(init_from))
@@ -228,10 +235,6 @@ def _model_config(table: Any, init_from: str | None, tokenizer: Tokenizer) -> HR
             f"{tokenizer.source} has {tokenizer.vocab_size} tokens, the model of {init_from} only {config.vocab_size}"
         )
     return config
-
-
-def _is_state(source: str) -> bool:
-    return Path(source).is_file()
 
 
 def _typed(name: str, annotation: str, value: Any) -> Any:

@@ -14,15 +14,17 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from hrmcore.data import Corpus
+from hrmcore.data import Corpus, Rejected, read_records, tokenize
+from hrmcore.tokenizer import Tokenizer
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -57,6 +59,44 @@ def open_store(folder: str | Path) -> Store:
     if not (starts_where_it_should and len(prefix) and (prefix > 0).all() and (prefix <= corpus.lengths).all()):
         raise ValueError(f"{folder}: offsets.npy and prefix.npy do not fit tokens.npy; prepare the store again")
     return Store(folder, manifest, corpus)
+
+
+def load_corpus(
+    files: Sequence[str], tokenizer: Tokenizer, context: int, say: Callable[[str], None]
+) -> tuple[Corpus, str]:
+    """The records of some files, or of one store, and the checksum of their tokens.
+
+    `say` is called with a line for each reason why records were left out. Raises ValueError when a store is not the
+    only one named, was made with another tokenizer, or holds a record of more than `context` tokens.
+    """
+    if folders := [file for file in files if Path(file).is_dir()]:
+        if len(files) > 1:
+            raise ValueError(f"{folders[0]}: a store stands alone; `hrmcore prepare` puts many files into one")
+        return _load_store(folders[0], tokenizer, context)
+    rejected = Rejected()
+    records = (record for file in files for record in read_records(file, rejected))
+    bar = tqdm(records, desc="tokenising", unit="record", disable=None)
+    corpus = tokenize(iter(bar), tokenizer, context, rejected)
+    for line in rejected.report():
+        say(line)
+    digest = hashlib.sha256()
+    for array in (corpus.tokens, corpus.offsets, corpus.prefix):
+        digest.update(array.tobytes())
+    return corpus, digest.hexdigest()
+
+
+def _load_store(folder: str, tokenizer: Tokenizer, context: int) -> tuple[Corpus, str]:
+    store = open_store(folder)
+    if store.manifest["tokenizer_sha256"] != sha256_of(tokenizer.source):
+        raise ValueError(f"{folder}: was not made with {tokenizer.source}; set tokenizer to {folder}/tokenizer")
+    if (longest := int(store.corpus.lengths.max())) > context:
+        raise ValueError(
+            f"{folder}: a record has {longest} tokens, the model's max_position_embeddings is {context}; "
+            f"prepare with --context {context}"
+        )
+    files = store.manifest["files"]
+    sums = "".join(files[f"{name}.npy"]["sha256"] for name in ("tokens", "offsets", "prefix"))
+    return store.corpus, hashlib.sha256(sums.encode()).hexdigest()
 
 
 def verify(folder: str | Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import hashlib
 import json
 import math
 import os
@@ -24,22 +23,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hrmcore import curvature, microbench, optim, planner, validation
+from hrmcore import curvature, microbench, optim, planner, sharding, validation
 from hrmcore.checkpoint import load_model, resolve, save_model
-from hrmcore.data import BatchStream, Corpus, PackedBatch, Rejected, epoch_batches, pack, read_records, share, tokenize
+from hrmcore.data import BatchStream, PackedBatch, epoch_batches, pack, share
 from hrmcore.distributed import World
 from hrmcore.growth_stages import GrowthSchedule
 from hrmcore.model import HRM
 from hrmcore.run_config import TrainConfig, ema_decay, explain, horizon, learning_rate, read_config
-from hrmcore.store import open_store, sha256_of
+from hrmcore.store import load_corpus
 from hrmcore.tokenizer import Tokenizer
-from hrmcore.training_state import StateWriter, load_newest, load_state, lock, state_path
+from hrmcore.training_state import StateWriter, find_newest, is_state, load_state, lock, restore, shapes_of
 
 EXAMPLE = """\
 examples:
   hrmcore train run.toml          start, or resume where the run folder's newest state stands
   hrmcore train --explain         every key of a run file
-  torchrun --nproc-per-node 2 -m hrmcore train run.toml    the same run in two processes, which share its batches
+  torchrun --nproc-per-node 2 -m hrmcore train run.toml    the same run in two processes, which share its batches;
+                                  with parallel = "sharded" in the run file, the model and its optimizer as well
 
 a run file:
   train_files = ["records.jsonl"]    # {"instruction": …, "response": …} a line
@@ -97,23 +97,30 @@ class Trainer:
     def _prepare(self) -> None:
         config = self.config
         self.tokenizer = Tokenizer.load(config.tokenizer)
-        self.corpus, self._checksum = self._load(config.train_files)
+        context, heldout = config.model.max_position_embeddings, config.heldout_files
+        self.corpus, self._checksum = load_corpus(config.train_files, self.tokenizer, context, self._say)
         if config.objective == "all":
             self.corpus = self.corpus.with_loss_on_all()
-        self.heldout = self._load(config.heldout_files)[0] if config.heldout_files else None
+        self.heldout = load_corpus(heldout, self.tokenizer, context, self._say)[0] if heldout else None
+        self._sharded = config.parallel == "sharded" and self.world.ranks > 1
         self.growing = GrowthSchedule(config.grow, config.model, config.seed)
         self._growth_flops = self._cost_of_growing()
         self._say(self._needs())
         self.model = self._first_model()
+        if self._sharded:
+            sharding.shard(self.model, self.world, config.precision)
         self.optimizer = make_optimizer(config, self.model)
         self.step = 0
         self.tokens = 0
         self.skipped = 0
         self.typical_loss: float | None = None  # a running mean
         self._stream = BatchStream(self.corpus, config.batch_tokens, config.seed)
-        self._writer = StateWriter(self.out, config.keep, config.keep_every)
-        with self.world.leader_first():  # it sets damaged states aside
-            newest = load_newest(self.out, self._say)
+        parts = config.parallel == "sharded"
+        group = self.world.group() if parts else None
+        self._writer = StateWriter(self.out, config.keep, config.keep_every, parts, group)
+        self._saved = -1  # the step of the newest state
+        with self.world.leader_first():  # it compares checksums and sets damaged states aside
+            newest = find_newest(self.out, self._say, contents=self.world.leads)
         if newest:
             self._resume(*newest)
         self.world.agree(repr(config) + json.dumps(self._metadata()))
@@ -132,8 +139,7 @@ class Trainer:
                 self._writer.finish()
                 if self.step < self.config.steps:
                     raise KeyboardInterrupt
-                if self.world.leads:
-                    self.export()
+                self.export()
         finally:
             self.close()
 
@@ -143,9 +149,10 @@ class Trainer:
         with tqdm(total=config.steps, initial=self.step, unit="step", disable=None if leads else True) as bar:
             while self.step < config.steps and not self.world.sum(asked.is_set()):
                 metrics = self._train_step()
+                due = self.step % config.eval_every == 0 or self.step == config.steps
+                if due and (leads or self._sharded):
+                    metrics |= self.evaluate()
                 if leads:
-                    if self.step % config.eval_every == 0 or self.step == config.steps:
-                        metrics |= self.evaluate()
                     self._record(metrics)
                 bar.update()
                 bar.set_postfix_str(_shown(metrics))
@@ -161,13 +168,13 @@ class Trainer:
             self._held.close()
 
     def export(self) -> None:
-        """Write the averaged weights (bfloat16) and the tokenizer as an hrm_text checkpoint."""
+        """Write the averaged weights (bfloat16) and the tokenizer as an hrm_text checkpoint; rank 0 does."""
+        folder, tokenizer, half = self.out / "checkpoint", self.config.tokenizer, torch.bfloat16
         with self._averaged():
-            folder = self.out / "checkpoint"
-            # The run file asked for xPos, if this is xPos; the checkpoint says so, and hrmcore loads it.
-            save_model(
-                self.model, folder, dtype=torch.bfloat16, tokenizer_folder=self.config.tokenizer, allow_xpos=True
-            )
+            model = sharding.gathered(self.model, self.world, half) if self._sharded else self.model
+            if self.world.leads and model is not None:
+                # The run file asked for xPos, if this is xPos; the checkpoint says so, and hrmcore loads it.
+                save_model(model, folder, dtype=half, tokenizer_folder=tokenizer, allow_xpos=True)
 
     def evaluate(self) -> dict[str, float]:
         """Held-out loss and share of right answers, of the averaged weights; empty without held-out records."""
@@ -217,7 +224,8 @@ class Trainer:
         if config.on_nonfinite == "skip":
             metrics["skipped"] = self.skipped
         if isinstance(self.optimizer, optim.Sophia):
-            metrics["clipped_fraction"] = self.optimizer.clipped_fraction
+            clipped, stepped = (self.world.sum(count) for count in self.optimizer.clipped)
+            metrics["clipped_fraction"] = clipped / stepped if stepped else math.nan
         return metrics | self._speed(batches, k, time.perf_counter() - started) | grown
 
     def _grow(self) -> dict[str, float]:
@@ -244,17 +252,33 @@ class Trainer:
                 loss = self.model.loss(batch, horizon=k) / count
             loss.backward()
             total += float(loss.detach())
-        self.world.sum_gradients(self.model.parameters())
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
-        return self.world.sum(total), float(norm)
+        self._sum_gradients()
+        parameters, limit = self.model.parameters(), self.config.grad_clip
+        if self._sharded:
+            norm = sharding.clip_gradients(parameters, limit, self.world)
+        else:
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        return self.world.sum(total), norm
+
+    def _sum_gradients(self) -> None:
+        """After backward: over all ranks; sharded ones were summed as they came."""
+        if self._sharded:
+            sharding.reshard(self.model)
+        else:
+            self.world.sum_gradients(self.model.parameters())
 
     def _shares(self, batches: Sequence[PackedBatch]) -> Sequence[PackedBatch]:
         """What this rank computes of the step's batches."""
         if self.world.ranks == 1:
             return batches
         lengths, rank, ranks = self.corpus.lengths, self.world.rank, self.world.ranks
-        ours = (share(lengths, batch.records, rank, ranks) for batch in batches)
-        return [pack(self.corpus, records, BatchStream.MULTIPLE) for records in ours if records]
+        shares = []
+        for batch in batches:
+            if records := share(lengths, batch.records, rank, ranks):
+                shares.append(pack(self.corpus, records, BatchStream.MULTIPLE))
+            elif self._sharded:
+                shares.append(sharding.filler(self.corpus, batch))
+        return shares
 
     def _update(self, batches: Sequence[PackedBatch], k: int) -> None:
         """The optimizer's step, and every so often a sample of the curvature for the steps that follow."""
@@ -275,7 +299,7 @@ class Trainer:
         generator = curvature.generator_of(seed, self.step, self.world.rank)
         with self._precision():
             curvature.gauss_newton_bartlett(self.model, self._shares(batches), labels, k, generator)
-        self.world.sum_gradients(self.model.parameters())
+        self._sum_gradients()
         sophia.update_hessian()
 
     def _fault(self, loss: float, norm: float) -> str | None:
@@ -309,8 +333,12 @@ class Trainer:
         # that carry gradient would then find a copy that leads nowhere.
         return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
 
-    def _averaged(self) -> AbstractContextManager[Any]:
-        return self.optimizer.swap_ema() if self.config.ema else nullcontext()
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        with self.optimizer.swap_ema() if self.config.ema else nullcontext():
+            yield
+            if self._sharded:
+                sharding.reshard(self.model)
 
     # Figures of a step
 
@@ -362,40 +390,6 @@ class Trainer:
             temporary.write_text("".join(kept), encoding="utf-8")
             temporary.replace(self._metrics_file)
 
-    # Data
-
-    def _load(self, files: tuple[str, ...]) -> tuple[Corpus, str]:
-        """The records of some files or of a store, and their checksum."""
-        if folders := [file for file in files if Path(file).is_dir()]:
-            if len(files) > 1:
-                raise ValueError(f"{folders[0]}: a store stands alone; `hrmcore prepare` puts many files into one")
-            return self._open_store(folders[0])
-        rejected = Rejected()
-        records = (record for file in files for record in read_records(file, rejected))
-        bar = tqdm(records, desc="tokenising", unit="record", disable=None)
-        corpus = tokenize(iter(bar), self.tokenizer, self.config.model.max_position_embeddings, rejected)
-        for line in rejected.report():
-            self._say(line)
-        digest = hashlib.sha256()
-        for array in (corpus.tokens, corpus.offsets, corpus.prefix):
-            digest.update(array.tobytes())
-        return corpus, digest.hexdigest()
-
-    def _open_store(self, folder: str) -> tuple[Corpus, str]:
-        store, context = open_store(folder), self.config.model.max_position_embeddings
-        if store.manifest["tokenizer_sha256"] != sha256_of(self.tokenizer.source):
-            raise ValueError(
-                f"{folder}: was not made with {self.tokenizer.source}; set tokenizer to {folder}/tokenizer"
-            )
-        if (longest := int(store.corpus.lengths.max())) > context:
-            raise ValueError(
-                f"{folder}: a record has {longest} tokens, the model's max_position_embeddings is {context}; "
-                f"prepare with --context {context}"
-            )
-        files = store.manifest["files"]
-        sums = "".join(files[f"{name}.npy"]["sha256"] for name in ("tokens", "offsets", "prefix"))
-        return store.corpus, hashlib.sha256(sums.encode()).hexdigest()
-
     def _say(self, line: str) -> None:
         if self.world.leads:
             tqdm.write(line, file=sys.stderr)
@@ -407,7 +401,7 @@ class Trainer:
         source = self.config.init_from
         if source is None:
             return HRM(self.config.model)
-        if not Path(source).is_file():
+        if not is_state(source):
             return load_model(resolve(source))
         tensors, _ = load_state(source)
         model = HRM(self.config.model)
@@ -421,7 +415,8 @@ class Trainer:
         config, lengths, model = self.config, self.corpus.lengths, self.growing.largest
         supervised = float((lengths - self.corpus.prefix + 1).sum() / lengths.sum())
         tokens = -(-config.batch_tokens // self.world.ranks)
-        need = planner.memory(model, config.horizon_last, tokens, supervised, 1, config.precision)
+        holders = self.world.ranks if self._sharded else 1
+        need = planner.memory(model, config.horizon_last, tokens, supervised, holders, config.precision)
         average = need.weights if config.ema else 0.0
         state = need.weights + need.optimizer + average
         return (
@@ -446,7 +441,10 @@ class Trainer:
 
     def save(self) -> None:
         """Begin to write the training state of this step; `run` and `close` wait for its end."""
-        if self.world.leads and not state_path(self.out, self.step).exists():
+        if self.step == self._saved:
+            return
+        self._saved = self.step
+        if self.world.leads or self._sharded:
             self._writer.save(self.step, self._tensors(), self._metadata())
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -482,7 +480,7 @@ class Trainer:
             "objective": config.objective,
         }
 
-    def _resume(self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    def _resume(self, path: Path, metadata: Mapping[str, str]) -> None:
         if metadata["optimizer"] != self.config.optimizer:
             raise ValueError(f"{path}: was trained with {metadata['optimizer']}, not with {self.config.optimizer}")
         known = {"objective": "response"} | json.loads(metadata["data_fingerprint"])  # older states name none
@@ -495,8 +493,9 @@ class Trainer:
                     "where it stood; name another out, and this state as init_from to keep its weights"
                 )
         self._catch_up(path, metadata)
-        self._restore(path, tensors)
+        self._restore(path)
         self.step, self.tokens, self.skipped = (int(metadata[key]) for key in ("step", "tokens", "skipped"))
+        self._saved = self.step
         self.typical_loss = json.loads(metadata.get("typical_loss", "null"))
         epoch, batch = json.loads(metadata["data_position"])
         self._stream = BatchStream(self.corpus, self.config.batch_tokens, self.config.seed, (epoch, batch))
@@ -511,16 +510,14 @@ class Trainer:
             self.model = HRM(self.growing.config)
             self.optimizer = make_optimizer(self.config, self.model)
 
-    @torch.no_grad()
-    def _restore(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        ours = self._tensors()
-        wrong = sorted(set(ours) ^ set(tensors)) or sorted(n for n in ours if ours[n].shape != tensors[n].shape)
+    def _restore(self, path: Path) -> None:
+        ours, theirs = self._tensors(), shapes_of(path)
+        wrong = sorted(set(ours) ^ set(theirs)) or sorted(n for n in ours if tuple(ours[n].shape) != theirs[n])
         if wrong:
             raise ValueError(
                 f"{path}: the state is of another model or optimizer: {wrong[0]} does not fit the run file"
             )
-        for name, tensor in ours.items():
-            tensor.copy_(tensors[name])
+        restore(path, ours)
 
 
 def make_optimizer(config: TrainConfig, model: HRM) -> optim.Sophia | optim.AdamAtan2 | optim.AdamW:

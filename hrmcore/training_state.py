@@ -1,9 +1,10 @@
 """Training states: everything a run needs to go on as if it had never stopped, safe against a kill at any moment.
 
-A run folder OUT holds OUT/states/step-XXXXXXXX.safetensors: tensors `model.<name>` and `optimizer.<key>.<parameter>`,
-and metadata, all strings: what the trainer gives, and `format`, `version`, `sha256` (of the tensors' bytes) and
-`header_sha256` (of names, shapes and the rest of the metadata). A state is written under a temporary name, flushed to
-the disk and renamed, so a name stands for a whole file; older ones go only after that.
+A run folder OUT holds OUT/states/step-XXXXXXXX.safetensors, or folders OUT/states/step-XXXXXXXX when the run is sharded
+(hrmcore/sharded_state.py). Both hold the same, and a run goes on from either. In the file: tensors `model.<name>` and
+`optimizer.<key>.<parameter>`, and metadata, all strings: what the trainer gives, and `format`, `version`, `sha256` (of
+the tensors' bytes) and `header_sha256` (of names, shapes and the rest of the metadata). A state is written under a
+temporary name, flushed to the disk and renamed, so a name stands for a whole file; older ones go only after that.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import threading
 from collections.abc import Callable, Mapping
 from io import TextIOWrapper
@@ -21,9 +23,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from hrmcore.sharded_state import (
+    read_parts,
+    read_parts_metadata,
+    remove_parts,
+    save_parts,
+    shapes_of_parts,
+    verify_parts,
+)
 from hrmcore.tensor_file import write_tensors
 
 FORMAT = "hrmcore-training-state"
@@ -61,10 +73,14 @@ def save_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappin
 def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a state, checksums verified; returns its tensors and its metadata.
 
-    Raises FileNotFoundError without the file, ValueError when it is not what was written.
+    Raises FileNotFoundError without the state, ValueError when it is not what was written.
     """
     path = Path(path)
     names, metadata = verify(path)
+    if path.is_dir():
+        parts = {name: torch.empty(shape) for name, shape in shapes_of_parts(path).items()}
+        read_parts(path, parts)
+        return parts, metadata
     try:
         with safe_open(path, "pt") as tensors:
             # Copies: the library's tensors are views of the file.
@@ -75,6 +91,9 @@ def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def verify(path: Path) -> tuple[list[str], dict[str, str]]:
     """Read a state once and compare its checksums; returns its tensors' names and its metadata. Raises ValueError."""
+    if path.is_dir():
+        metadata = verify_parts(path)
+        return list(shapes_of_parts(path)), metadata
     start, entries, metadata = _read_header(path)
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -86,37 +105,73 @@ def verify(path: Path) -> tuple[list[str], dict[str, str]]:
     return list(entries), metadata
 
 
+def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a state."""
+    if path.is_dir():
+        return shapes_of_parts(path)
+    return {name: tuple(entry["shape"]) for name, entry in _read_header(path)[1].items()}
+
+
+@torch.no_grad()
+def restore(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Fill tensors, sharded ones too, with what a state holds under their names; checksums are not compared.
+
+    Raises ValueError when the state cannot be read.
+    """
+    if path.is_dir():
+        read_parts(path, tensors)
+        return
+    try:
+        with safe_open(path, "pt") as file:
+            for name, tensor in tensors.items():
+                found = file.get_tensor(name)
+                if isinstance(tensor, DTensor):  # every rank cuts its part out of its own copy
+                    found = distribute_tensor(found, tensor.device_mesh, tensor.placements, src_data_rank=None)
+                tensor.copy_(found)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged ({error})") from None
+
+
 def read_metadata(path: str | Path) -> dict[str, str]:
     """A state's metadata, its checksum verified; raises as `load_state` does."""
-    return _read_header(Path(path))[2]
+    path = Path(path)
+    return read_parts_metadata(path) if path.is_dir() else _read_header(path)[2]
 
 
-def state_path(folder: Path, step: int) -> Path:
-    """Where the state of a step lies in a run folder."""
-    return folder / STATES / f"step-{step:08d}.safetensors"
+def is_state(path: str | Path) -> bool:
+    """Whether this is the name of a training state, and not of a checkpoint."""
+    path = Path(path)
+    return path.is_file() or (path.is_dir() and re.fullmatch(r"step-\d+", path.name) is not None)
+
+
+def state_path(folder: Path, step: int, parts: bool = False) -> Path:
+    """Where the state of a step lies in a run folder: a file, or a folder of the ranks' parts."""
+    return folder / STATES / f"step-{step:08d}{'' if parts else '.safetensors'}"
 
 
 def find_states(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of the states of a run folder, the newest first."""
     found = []
-    for path in (folder / STATES).glob("step-*.safetensors"):
-        if match := re.fullmatch(r"step-(\d+)\.safetensors", path.name):
+    for path in (folder / STATES).glob("step-*"):
+        if match := re.fullmatch(r"step-(\d+)(\.safetensors)?", path.name):
             found.append((int(match[1]), path))
     return sorted(found, reverse=True)
 
 
-def load_newest(folder: Path, warn: Any) -> tuple[Path, dict[str, Tensor], dict[str, str]] | None:
-    """The newest state of a run folder that is whole; None when the folder holds none.
+def find_newest(folder: Path, warn: Any, contents: bool = True) -> tuple[Path, dict[str, str]] | None:
+    """Path and metadata of the newest state of a run folder that is whole; None when the folder holds none.
 
-    One that is damaged is set aside under the name `….damaged`, and `warn` is called with a line that says so. Raises
-    ValueError when every one is: training again from the start is for a person to decide.
+    Without `contents`, the checksums of the tensors are not compared: another rank did. One that is damaged is set
+    aside under the name `….damaged`, and `warn` is called with a line that says so. Raises ValueError when every one
+    is: training again from the start is for a person to decide.
     """
     states = find_states(folder)
     for step, path in states:
         try:
-            return path, *load_state(path)
+            return path, verify(path)[1] if contents else read_metadata(path)
         except ValueError as error:
             aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
             warn(f"{error}; set aside as {aside.name}, falling back from step {step} to the state before")
     if states:
@@ -127,7 +182,11 @@ def load_newest(folder: Path, warn: Any) -> tuple[Path, dict[str, Tensor], dict[
 def remove_old(folder: Path, keep: int, keep_every: int) -> None:
     """Remove all but the newest `keep` states; those at multiples of `keep_every` steps stay for good (0: none do)."""
     for step, path in find_states(folder)[keep:]:
-        if not (keep_every and step % keep_every == 0):
+        if keep_every and step % keep_every == 0:
+            continue
+        if path.is_dir():
+            remove_parts(path)
+        else:
             path.unlink(missing_ok=True)
 
 
@@ -155,11 +214,15 @@ def lock(folder: Path) -> TextIOWrapper:
 class StateWriter:
     """Writes states in a thread, so that a step waits only for the copy of the tensors; one at a time.
 
+    With `parts`, as folders; every rank of `group`, which nothing else uses, makes a writer and saves the same steps.
     An error of the thread is raised, in the caller's thread, by the next `save`, `check` or `finish`.
     """
 
-    def __init__(self, folder: Path, keep: int, keep_every: int) -> None:
+    def __init__(
+        self, folder: Path, keep: int, keep_every: int, parts: bool = False, group: dist.ProcessGroup | None = None
+    ) -> None:
         self._folder, self._keep, self._keep_every = folder, keep, keep_every
+        self._parts, self._group = parts, group
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -185,8 +248,13 @@ class StateWriter:
 
     def _write(self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         try:
-            save_state(state_path(self._folder, step), tensors, metadata)
-            remove_old(self._folder, self._keep, self._keep_every)
+            path = state_path(self._folder, step, self._parts)
+            if self._parts:
+                save_parts(path, tensors, metadata, self._group)
+            else:
+                save_state(path, tensors, metadata)
+            if self._group is None or dist.get_rank(self._group) == 0:
+                remove_old(self._folder, self._keep, self._keep_every)
         except BaseException as error:
             self._error = error
 

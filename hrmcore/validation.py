@@ -6,9 +6,7 @@ import numpy as np
 import torch
 
 from hrmcore.data import BatchStream, Corpus, epoch_batches, pack
-from hrmcore.model import HRM, Layout
-
-_ROWS = 256  # positions whose logits exist at once
+from hrmcore.model import HRM
 
 
 @torch.no_grad()
@@ -33,10 +31,7 @@ def exact_matches(model: HRM, corpus: Corpus, count: int, batch_tokens: int) -> 
     right = 0
     for batch_indices in epoch_batches(corpus.lengths[chosen], batch_tokens, seed=0, epoch=0):
         batch = pack(corpus, [int(chosen[index]) for index in batch_indices], BatchStream.MULTIPLE)
-        prefix = batch.prefix if model.config.prefix_lm else torch.zeros_like(batch.prefix)
-        final = model.hidden(batch.ids, Layout(batch.offsets, prefix, batch.positions))
-        likeliest = [model.lm_head(final[rows]).argmax(-1) for rows in batch.supervised.split(_ROWS)]
-        wrong = batch.supervised[torch.cat(likeliest) != batch.targets]
+        wrong = batch.supervised[model.likeliest(batch) != batch.targets]
         sequences = torch.bucketize(wrong, batch.offsets[1:].long(), right=True)
         right += len(batch.records) - len(sequences.unique())
     return right / len(chosen)

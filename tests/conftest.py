@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from emulator import emulated_cuda
+from two_ranks import Ranks
 
 from hrmcore import _C
 from hrmcore.config import HRMConfig
@@ -31,6 +32,14 @@ def _instruction_set(name: str) -> Iterator[None]:
         yield
     finally:
         _C.set_isa(before)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Two processes for all tests that train in two: they import torch only once."""
+    ranks = Ranks()
+    yield ranks
+    ranks.close()
 
 
 @pytest.fixture(params=_C.supported_isas())

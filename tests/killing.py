@@ -26,7 +26,7 @@ from hrmcore import _C, microbench, training_state
 from hrmcore.data import BatchStream
 from hrmcore.run_config import TrainConfig, read_config
 from hrmcore.train import Trainer
-from hrmcore.training_state import find_states, load_newest, load_state
+from hrmcore.training_state import find_newest, find_states, load_state
 
 # Calls of os in the middle of writing a state; the n-th call of it in a process is its last.
 POINTS = [(name, count) for name in ("fsync", "replace") for count in (1, 2, 3, 4)]
@@ -68,7 +68,8 @@ def train(config: TrainConfig, last: tuple[str, int] | None = None) -> Callable[
 def kill_until_done(config: TrainConfig, longest: float, chance: random.Random) -> Iterator[bool]:
     """Start the run again and again, killing it; yields, for each kill, whether a state was being written."""
     while True:
-        started, temporary = time.time(), Path(config.out) / "states" / ".writing.tmp"
+        parts = config.parallel == "sharded"
+        started, temporary = time.time(), Path(config.out) / "states" / (".writing" if parts else ".writing.tmp")
         at_a_point = chance.random() < 0.2
         pid = fork(train(config, chance.choice(POINTS) if at_a_point else None))
         if not at_a_point:
@@ -119,9 +120,9 @@ def main(run_file: str, kills: int, mutation: str | None = None) -> None:
         for was_writing in kill_until_done(disturbed, longest, chance):
             done += 1
             writing += was_writing
-        newest = load_newest(Path(disturbed.out), print)
+        newest = find_newest(Path(disturbed.out), print)
         assert newest is not None
-        found = newest[1]
+        found, _ = load_state(newest[0])
         same = found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
         different += not same
     print(json.dumps({"kills": done, "while_writing": writing, "runs": runs, "different": different}))

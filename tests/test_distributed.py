@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
-import shutil
-import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from two_ranks import ENVIRONMENT, RECORDS, Ranks, check_curve, go_on_from, rows, write_run
 
 from hrmcore import microbench
 from hrmcore.data import BatchStream
 from hrmcore.model import HRM
-from hrmcore.run_config import TrainConfig, read_config
+from hrmcore.run_config import read_config
 from hrmcore.tokenizer import train_tokenizer
 from hrmcore.train import Trainer
 from hrmcore.training_state import find_states, load_state, state_path
-
-WORDS = ["alpha", "beta", "gamma", "delta", "omega", "sigma", "kappa", "theta"]
-RECORDS = [
-    {"instruction": f"repeat {a} {b}", "response": " ".join([a, b] * (1 + i % 3))}
-    for i, a in enumerate(WORDS)
-    for b in WORDS
-]
-STEPS = 50
 
 
 @pytest.fixture(scope="module")
@@ -43,42 +29,10 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_run(folder: Path, tokenizer: Path, **keys: object) -> Path:
-    """A run file in a folder of its own, for a model of 30,000 parameters."""
-    folder.mkdir(parents=True)
-    (folder / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS), encoding="utf-8")
-    values: dict[str, object] = {
-        "train_files": [f"{folder}/train.jsonl"],
-        "tokenizer": str(tokenizer),
-        "out": f"{folder}/out",
-        "steps": STEPS,
-        "batch_tokens": 256,
-        "accumulate": 2,
-        "optimizer": "adamw",
-        "warmup_steps": 5,
-        "seed": 7,
-    } | keys
-    model = """
-[model]
-hidden_size = 32
-intermediate_size = 64
-num_layers_per_stack = 1
-num_attention_heads = 2
-head_dim = 16
-max_position_embeddings = 64
-"""
-    path = folder / "run.toml"
-    path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()) + model)
-    return path
-
-
 @pytest.fixture(autouse=True)
 def no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the measurement of the machine's peak, which the MFU alone needs."""
     monkeypatch.setattr(microbench, "peak_flops", lambda precision: 1e12)
-
-
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
 def torchrun(run_file: Path) -> None:
@@ -88,88 +42,6 @@ def torchrun(run_file: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
-
-
-class Ranks:
-    """Two processes with the environment that torchrun would give them; they train one run file after another."""
-
-    def __init__(self) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("ranks.py"))]
-        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        self._processes = [
-            subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=ENVIRONMENT | place | {"RANK": rank},
-            )
-            for rank in ("0", "1")
-        ]
-
-    def train(self, *files: Path, poisoned: int | None = None) -> list[tuple[int, str]]:
-        """Status and stderr of each rank; one run file for both, or one for each."""
-        self.begin(*files, poisoned=poisoned)
-        return self.answers()
-
-    def begin(self, *files: Path, poisoned: int | None = None) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        names = [str(files[0]), str(files[-1])]
-        for process in self._processes:
-            assert process.stdin is not None
-            process.stdin.write(json.dumps({"files": names, "port": port, "poisoned": poisoned}) + "\n")
-            process.stdin.flush()
-
-    def answers(self) -> list[tuple[int, str]]:
-        deadline = threading.Timer(120, self.kill)  # two ranks that wait for each other
-        deadline.start()
-        lines = [process.stdout.readline() for process in self._processes if process.stdout is not None]
-        deadline.cancel()
-        assert all(lines), "a rank has ended, or did not within two minutes"
-        return [(answer["status"], answer["errors"]) for answer in map(json.loads, lines)]
-
-    def interrupt(self, rank: int) -> None:
-        self._processes[rank].send_signal(signal.SIGINT)
-
-    def kill(self) -> None:
-        for process in self._processes:
-            process.kill()
-
-    def close(self) -> None:
-        self.kill()
-        for process in self._processes:
-            process.communicate()
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    ranks = Ranks()
-    yield ranks
-    ranks.close()
-
-
-def rows(config: TrainConfig) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
-
-
-def check_curve(found: TrainConfig, expected: TrainConfig, first: int = 1) -> None:
-    """Losses of the steps from `first` on, to 1e-5; the records of each are those of one process."""
-    theirs = rows(expected)[first - 1 :]
-    ours = rows(found)
-    assert [row["step"] for row in ours] == list(range(first, expected.steps + 1))
-    for a, b in zip(ours, theirs, strict=True):
-        assert (a["tokens"], a["supervised_tokens"]) == (b["tokens"], b["supervised_tokens"])
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), a["step"]
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4), a["step"]
-
-
-def go_on_from(source: TrainConfig, step: int, config: TrainConfig) -> None:
-    """Put the state of a step of one run into the folder of another."""
-    path = state_path(Path(config.out), step)
-    path.parent.mkdir(parents=True)
-    shutil.copy(state_path(Path(source.out), step), path)
 
 
 def test_two_processes_give_the_curve_of_one_and_each_goes_on_from_the_other(

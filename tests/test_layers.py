@@ -19,7 +19,7 @@ LAYERS = [
     {"_C"},
     {"config", "tokenizer", "sampling", "ops"},
     {"model", "optim", "data", "planner", "tensor_file", "distributed"},
-    {"checkpoint", "growth", "runner", "microbench", "store"},
+    {"checkpoint", "growth", "runner", "microbench", "store", "sharding", "sharded_state"},
     {"packed", "training_state", "curvature", "validation", "growth_stages"},
     {"run_config", "growth_files"},
     {"train", "engine", "lens", "plots"},
