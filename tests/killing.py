@@ -23,6 +23,7 @@ import torch
 import torch._dynamo  # torch.optim imports it late: here it is done once, before the forks
 
 from hrmcore import _C, microbench, training_state
+from hrmcore import train as train_module
 from hrmcore.data import BatchStream
 from hrmcore.run_config import TrainConfig, read_config
 from hrmcore.train import Trainer
@@ -89,12 +90,15 @@ def mutate(name: str) -> None:
         plain = BatchStream.__init__
         BatchStream.__init__ = lambda self, *args: plain(self, *args[:3])  # type: ignore[method-assign]
     elif name == "forgets its averages":
-        restore = Trainer._restore
+        restore = training_state.restore
 
-        def forgetful(self: Trainer, path: Path, tensors: dict[str, torch.Tensor]) -> None:
-            restore(self, path, {k: torch.zeros_like(t) if ".ema." in k else t for k, t in tensors.items()})
+        def forgetful(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+            restore(path, tensors)
+            for key, tensor in tensors.items():
+                if ".ema." in key:
+                    tensor.zero_()
 
-        Trainer._restore = forgetful  # type: ignore[method-assign, assignment]
+        train_module.restore = forgetful  # type: ignore[assignment]
     else:
         raise ValueError(f"no mutation {name!r}")
 

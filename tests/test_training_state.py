@@ -16,8 +16,8 @@ from torch import Tensor
 from hrmcore import training_state
 from hrmcore.training_state import (
     StateWriter,
+    find_newest,
     find_states,
-    load_newest,
     load_state,
     read_metadata,
     save_state,
@@ -163,15 +163,15 @@ def test_the_writer_removes_nothing_before_the_new_state_is_whole(
 
 def test_the_newest_whole_state_is_taken(tmp_path: Path) -> None:
     said: list[str] = []
-    assert load_newest(tmp_path, said.append) is None
+    assert find_newest(tmp_path, said.append) is None
     for step in (1, 2, 3):
         save_state(state_path(tmp_path, step), tensors(float(step)), {"step": str(step)})
     (tmp_path / "states" / ".writing.tmp").write_bytes(b"left by a killed process")
     for step in (2, 3):
         state_path(tmp_path, step).write_bytes(state_path(tmp_path, step).read_bytes()[:-1])
-    found = load_newest(tmp_path, said.append)
+    found = find_newest(tmp_path, said.append)
     assert found is not None
-    assert (found[0], found[2]["step"]) == (state_path(tmp_path, 1), "1")
+    assert (found[0], found[1]["step"]) == (state_path(tmp_path, 1), "1")
     assert len(said) == 2
     assert "step-00000003.safetensors: damaged" in said[0]
     assert (tmp_path / "states" / "step-00000003.safetensors.damaged").exists()
