@@ -191,14 +191,13 @@ class Sophia(_Fused):
     @property
     def clipped(self) -> tuple[int, int]:
         """The coordinates, of this process's shards, that the last step clipped, and all that it stepped."""
-        return int(self._clipped.item()), self._counted
+        return int(sum(count.item() for count in self._clipped.values())), self._counted
 
     @property
     def clipped_fraction(self) -> float:
         """The share of coordinates, of this process's shards, that the last step clipped; NaN before the first."""
-        if not self._counted:
-            return math.nan
-        return sum(count.item() for count in self._clipped.values()) / self._counted
+        clipped, counted = self.clipped
+        return clipped / counted if counted else math.nan
 
     def step(self, closure: Callable[[], Any] | None = None, *, batch_tokens: int | None = None) -> Any:
         """One step; variant G needs B, the tokens over which the curvature's loss was averaged.
