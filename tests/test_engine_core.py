@@ -43,7 +43,12 @@ def expected_logits(shape: str, length: int, prefix: int) -> Tensor:
 
 
 def make_engine(
-    model: HRM, dtype: str = "float32", kv_dtype: str | None = None, threads: int = 1, cache_tokens: int = 4096
+    model: HRM,
+    dtype: str = "float32",
+    kv_dtype: str | None = None,
+    threads: int = 1,
+    cache_tokens: int = 4096,
+    window: int = 0,
 ) -> _C.Engine:
     config = model.config
     engine = _C.Engine(
@@ -62,6 +67,7 @@ def make_engine(
         kv_dtype=kv_dtype or ("float32" if dtype == "float32" else "bfloat16"),
         threads=threads,
         cache_tokens=cache_tokens,
+        window=window,
     )
     engine.allocate_weights()
     for name, tensor in model.state_dict().items():
@@ -153,7 +159,8 @@ def emulate(
 ) -> Tensor:
     """HRM in float64 from the formulas of the paper, with what meets a weight and what is cached rounded as asked.
 
-    In the first `rounded_rows` rows the activations and weights of the stacks are bfloat16: the matrix unit's.
+    In the first `rounded_rows` rows the activations and weights of the stacks are bfloat16: the matrix unit's. So are the
+    queries and the weights of the keys, if what is cached is rounded.
     """
     eps, heads, dim, length = config.rms_norm_eps, config.num_attention_heads, config.head_dim, len(ids)
     cos, sin = rope_table(length, dim, config.rope_theta).double()[:, None].chunk(2, -1)
@@ -178,8 +185,14 @@ def emulate(
             prefix_name = f"{name}.layers.{layer}."
             gqkv = linear(rms(u), prefix_name + "gqkv_proj.weight").view(length, 4, heads, dim)
             gate, q, k, v = gqkv.unbind(1)
-            scores = torch.einsum("ihd,jhd->hij", rotate(q) / dim**0.5, round_kv(rotate(k)))
-            mixed = torch.einsum("hij,jhd->ihd", scores.masked_fill(hidden_keys, -torch.inf).softmax(-1), round_kv(v))
+            tiles = 0 if round_kv is same else rounded_rows
+            q = rotate(q) / dim**0.5
+            q[:tiles] = bfloat16(q[:tiles])
+            scores = torch.einsum("ihd,jhd->hij", q, round_kv(rotate(k))).masked_fill(hidden_keys, -torch.inf)
+            shares = (scores - scores.amax(-1, keepdim=True)).exp()
+            total = shares.sum(-1, keepdim=True)
+            shares[:, :tiles] = bfloat16(shares[:, :tiles])
+            mixed = torch.einsum("hij,jhd->ihd", shares / total, round_kv(v))
             u = u + linear((gate.sigmoid() * mixed).flatten(1), prefix_name + "o_proj.weight")
             a, b = linear(rms(u), prefix_name + "gate_up_proj.weight").chunk(2, -1)
             u = u + linear(torch.nn.functional.silu(a) * b, prefix_name + "down_proj.weight")
@@ -265,6 +278,21 @@ def test_the_first_prefix_token_equals_an_emulation(
     emulated = [emulate(model.config, weights, [token], 1, activations, round_kv, 1)[0] for token in tokens]
     rows = [distance(row, other) for row, other in zip(logits, emulated, strict=True)]
     assert sum(row < 5e-6 for row in rows) >= 0.5 * len(rows)
+
+
+@pytest.mark.skipif("amx" not in _C.supported_isas(), reason="the processor has no matrix unit")
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("window", [0, 64, 128])
+@pytest.mark.parametrize("prefix", [1, 17, 64, 131, 300])
+def test_a_prefix_attends_alike_on_the_matrix_unit(prefix: int, window: int, kv_dtype: str) -> None:
+    model = make_model("d64")
+    ids = some_ids(model.config, prefix)
+    before, rows = _C.isa(), {}
+    for isa in ("vnni", "amx"):
+        _C.set_isa(isa)
+        rows[isa] = all_logits(make_engine(model, "bfloat16", kv_dtype, window=window), ids, prefix)
+    _C.set_isa(before)
+    assert 0 < distance(rows["amx"], rows["vnni"]) < {"bfloat16": 1e-2, "int8": 3e-2}[kv_dtype]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,10 +1,12 @@
 #include "engine/recurrence.h"
 
+#include <algorithm>
 #include <cstddef>
 #include <cstring>
 #include <type_traits>
 
 #include "engine/matrix_product.h"
+#include "engine/prefix_attention.h"
 #include "engine/product.h"
 #include "engine/rows.h"
 
@@ -16,10 +18,7 @@ constexpr std::int64_t streaming_tokens =
     16;  // up to here the weights' stream decides, beyond it the arithmetic
 constexpr std::int64_t most_panels = 4;
 constexpr auto patience = std::chrono::milliseconds(100);  // asking may cost a wait for Python's lock
-constexpr std::int64_t scratch_bytes =
-    product_scratch_bytes > matrix_scratch_bytes ? product_scratch_bytes : matrix_scratch_bytes;
 constexpr std::int64_t outputs_floats = product_tokens * most_panels * panel_rows;
-constexpr std::int64_t scratch_floats = outputs_floats + scratch_bytes / std::int64_t{sizeof(float)};
 
 std::int64_t round_up(std::int64_t value, std::int64_t step) { return (value + step - 1) / step * step; }
 
@@ -37,7 +36,13 @@ std::int64_t prefix_tokens(const Chunk& chunk) {
 
 Recurrence::Recurrence(const ModelShape& shape, const Weights& weights, const CacheShape& cache,
                        const float* rope, const PagedFading* fading, std::int64_t window)
-    : shape_(shape), weights_(weights), cache_(cache), rope_(rope), fading_(fading), window_(window) {
+    : shape_(shape),
+      weights_(weights),
+      cache_(cache),
+      rope_(rope),
+      fading_(fading),
+      window_(window),
+      attends_in_tiles_(fading == nullptr && cache.packing != Packing::f32) {
   stride_ = round_up(shape.width, panel_rows);
   gqkv_stride_ = round_up(4 * shape.attention_width(), panel_rows);
   attended_stride_ = round_up(shape.attention_width(), panel_rows);
@@ -46,20 +51,29 @@ Recurrence::Recurrence(const ModelShape& shape, const Weights& weights, const Ca
   for (std::int64_t columns : {shape.attention_width(), shape.ffn})
     widest = columns > widest ? columns : widest;
   x_row_bytes_ = groups_of(widest) * activation_bytes(weights.packing());
+  const std::int64_t outputs = outputs_floats * std::int64_t{sizeof(float)};
+  scratch_bytes_ = round_up(std::max({outputs + product_scratch_bytes, outputs + matrix_scratch_bytes,
+                                      prefix_scratch_bytes(cache)}),
+                            256);
 }
 
 void Recurrence::prepare(const std::vector<Chunk>& chunks, bool every_row, int threads) {
   place_rows(chunks, every_row);
+  place_tasks();
+  make_room(threads);
+}
+
+// Attention's, a head and some queries each; the long ones first.
+void Recurrence::place_tasks() {
   tasks_.clear();
-  for (std::int64_t chunk = 0; chunk < static_cast<std::int64_t>(chunks_.size()); ++chunk) {
+  for (auto chunk = static_cast<std::int64_t>(chunks_.size()); chunk-- > 0;) {
     const std::int64_t tokens = chunks_[static_cast<std::size_t>(chunk)].tokens;
+    const std::int64_t step = attends_in_tiles_ && chunk >= plain_chunks_ ? prefix_queries : query_tile;
     for (std::int64_t head = 0; head < shape_.heads; ++head) {
-      for (std::int64_t query = 0; query < tokens; query += query_tile) {
-        tasks_.push_back({chunk, head, query, query + query_tile < tokens ? query + query_tile : tokens});
-      }
+      for (std::int64_t query = 0; query < tokens; query += step)
+        tasks_.push_back({chunk, head, query, std::min(query + step, tokens)});
     }
   }
-  make_room(threads);
 }
 
 void Recurrence::place_rows(const std::vector<Chunk>& chunks, bool every_row) {
@@ -73,7 +87,10 @@ void Recurrence::place_rows(const std::vector<Chunk>& chunks, bool every_row) {
   for (const Chunk& chunk : chunks) tokens += chunk.tokens;
   row_of_token_.assign(static_cast<std::size_t>(tokens), 0);
   for (const bool prefixes : {false, true}) {
-    if (prefixes) plain_rows_ = static_cast<std::int64_t>(ids_.size());
+    if (prefixes) {
+      plain_rows_ = static_cast<std::int64_t>(ids_.size());
+      plain_chunks_ = static_cast<std::int64_t>(chunks_.size());
+    }
     std::int64_t first = 0;
     for (const Chunk& chunk : chunks) {
       const std::int64_t border = tiles ? prefix_tokens(chunk) : 0;
@@ -134,7 +151,7 @@ void Recurrence::make_room(int threads) {
   const std::int64_t tiles = place(TileRows{nullptr, bands_of(tile_rows), groups_of(narrow)}.bytes());
   const std::int64_t hidden_tiles =
       place(TileRows{nullptr, bands_of(tile_rows), groups_of(shape_.ffn)}.bytes());
-  const std::int64_t scratch = place(threads * scratch_floats * float_bytes);
+  const std::int64_t scratch = place(threads * scratch_bytes_);
   room_tokens_ = 0;
   memory_ = Memory();  // the old room goes before the new one comes
   memory_ = Memory(offset);
@@ -234,13 +251,23 @@ void Recurrence::attention(Worker& worker, std::int64_t slot) {
         AppendTokens{cache_, fading_, slot, places_.data(), gqkv_, gqkv_stride_, begin, end, rope_});
   });
   worker.share(static_cast<std::int64_t>(tasks_.size()), [&](std::int64_t index) {
-    const Task& task = tasks_[static_cast<std::size_t>(index)];
-    const Chunk& chunk = chunks_[static_cast<std::size_t>(task.chunk)];
-    const std::int64_t first = firsts_[static_cast<std::size_t>(task.chunk)];
-    attend(Attend{cache_, fading_, window_, slot, task.head, chunk.blocks, chunk.start, chunk.prefix,
-                  task.query_begin, task.query_end, gqkv_ + first * gqkv_stride_, gqkv_stride_,
-                  attended_ + first * attended_stride_, attended_stride_});
+    attend_task(worker, tasks_[static_cast<std::size_t>(index)], slot);
   });
+}
+
+void Recurrence::attend_task(Worker& worker, const Task& task, std::int64_t slot) {
+  const Chunk& chunk = chunks_[static_cast<std::size_t>(task.chunk)];
+  const std::int64_t first = firsts_[static_cast<std::size_t>(task.chunk)];
+  const float* gqkv = gqkv_ + first * gqkv_stride_;
+  float* out = attended_ + first * attended_stride_;
+  if (attends_in_tiles_ && task.chunk >= plain_chunks_) {  // a whole prefix, which begins at position 0
+    attend_prefix(AttendPrefix{cache_, window_, slot, task.head, chunk.blocks, chunk.prefix, task.query_begin,
+                               task.query_end, gqkv, gqkv_stride_, out, attended_stride_,
+                               reinterpret_cast<std::byte*>(scratch(worker))});
+    return;
+  }
+  attend(Attend{cache_, fading_, window_, slot, task.head, chunk.blocks, chunk.start, chunk.prefix,
+                task.query_begin, task.query_end, gqkv, gqkv_stride_, out, attended_stride_});
 }
 
 // plain(begin, end) over pieces of the plain rows, tiles(begin, end) over pieces of those for the matrix
@@ -430,6 +457,8 @@ Upcoming Recurrence::upcoming(const PackedMatrix& weights) const {
   return {weights.data, weights.panel_bytes(), weights.panels()};
 }
 
-float* Recurrence::scratch(const Worker& worker) const { return scratch_ + worker.rank() * scratch_floats; }
+float* Recurrence::scratch(const Worker& worker) const {
+  return scratch_ + worker.rank() * scratch_bytes_ / std::int64_t{sizeof(float)};
+}
 
 }  // namespace hrmcore

@@ -9,8 +9,8 @@
 // Reads every layer's weights once a visit. Source: arXiv 2605.20613.
 //
 // On a processor with a matrix unit the tokens of a prefix meet bfloat16, int8 and int4 weights there
-// (tiles.h), all others in packed_product: which of the two depends on a token's position alone, and so do
-// its bits.
+// (tiles.h) and, without xPos, each other (prefix_attention.h); all others take packed_product and attend:
+// which of the two depends on a token's position alone, and so do its bits.
 #pragma once
 
 #include <atomic>
@@ -67,6 +67,7 @@ class Recurrence {
   };
 
   void place_rows(const std::vector<Chunk>& chunks, bool every_row);
+  void place_tasks();
   void place_part(const Chunk& chunk, std::int64_t begin, std::int64_t end);
   void make_room(int threads);
 
@@ -75,6 +76,7 @@ class Recurrence {
   bool visit(Worker& worker, bool slow, std::int64_t visit, const PackedMatrix& next);
   void ask(const Worker& worker);
   void attention(Worker& worker, std::int64_t slot);
+  void attend_task(Worker& worker, const Task& task, std::int64_t slot);
   Operand normalise(Worker& worker, const float* x, const float* add, float* sum);
   void normalise_state(Worker& worker, float* state);
   Operand plain_operand(Worker& worker, const float* x, std::int64_t stride, std::int64_t columns,
@@ -100,7 +102,8 @@ class Recurrence {
   const float* rope_;
   const PagedFading* fading_;
   const std::int64_t window_;
-  std::int64_t stride_, gqkv_stride_, attended_stride_, hidden_stride_, x_row_bytes_;
+  const bool attends_in_tiles_;  // the tokens of a prefix, where they have tiles
+  std::int64_t stride_, gqkv_stride_, attended_stride_, hidden_stride_, x_row_bytes_, scratch_bytes_;
 
   std::vector<Chunk>
       chunks_;  // or parts of them: the rows of prefixes come last when the matrix unit takes them
@@ -114,7 +117,8 @@ class Recurrence {
   std::atomic<bool> stopped_{false};
 
   Memory memory_;
-  std::int64_t tokens_ = 0, plain_rows_ = 0, room_tokens_ = 0, room_tile_rows_ = 0, room_rows_ = 0;
+  std::int64_t tokens_ = 0, plain_rows_ = 0, plain_chunks_ = 0, room_tokens_ = 0, room_tile_rows_ = 0,
+               room_rows_ = 0;
   int room_threads_ = 0;
   float *u_ = nullptr, *fast_ = nullptr, *slow_ = nullptr, *gqkv_ = nullptr, *attended_ = nullptr,
         *hidden_ = nullptr, *picked_ = nullptr, *scratch_ = nullptr;

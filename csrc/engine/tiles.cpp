@@ -1,17 +1,9 @@
 #include "engine/tiles.h"
 
-#include "engine/lanes.h"
+#include "engine/matrix_unit.h"
 
 namespace hrmcore::HRMCORE_ISA {
 namespace {
-
-constexpr int panel_tiles = panel_rows / lanes;
-constexpr std::int64_t tile_floats = band_rows * lanes;
-
-HRMCORE_INLINE void put_line(std::byte* line, vfloat low, vfloat high) {
-  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-  __builtin_memcpy(line, &both, sizeof(both));
-}
 
 // The sums of a row in a panel: column 16 i at 256 i floats.
 HRMCORE_INLINE const float* sums_of(const float* sums, std::int64_t panel, std::int64_t rows,
@@ -27,7 +19,7 @@ void normalise_tiles(const NormaliseTiles& args) noexcept {
     const auto [x, scale] = normalised_row(args, row);
     for (std::int64_t group = 0; group < args.y.groups; ++group) {
       const float* from = x + group * group_columns;
-      put_line(args.y.line(row, group), load(from) * scale, load(from + lanes) * scale);
+      put_pair(load(from) * scale, load(from + lanes) * scale, args.y.line(row, group));
     }
   }
 }
@@ -36,7 +28,7 @@ void round_tiles(const RoundTiles& args) noexcept {
   for (std::int64_t row = args.row_begin; row < args.row_end; ++row) {
     for (std::int64_t group = 0; group < args.y.groups; ++group) {
       const float* from = args.x + row * args.stride + group * group_columns;
-      put_line(args.y.line(row, group), load(from), load(from + lanes));
+      put_pair(load(from), load(from + lanes), args.y.line(row, group));
     }
   }
 }
@@ -59,8 +51,8 @@ void swiglu_tiles(const SwigluTiles& args) noexcept {
       const float* sums = sums_of(args.sums, panel, args.rows, row);
       const vfloat gate[2] = {load(sums), load(sums + tile_floats)};
       const vfloat up[2] = {load(sums + 2 * tile_floats), load(sums + 3 * tile_floats)};
-      put_line(args.y.line(args.first_row + row, args.first_group + panel),
-               gate[0] * sigmoid(gate[0]) * up[0], gate[1] * sigmoid(gate[1]) * up[1]);
+      put_pair(gate[0] * sigmoid(gate[0]) * up[0], gate[1] * sigmoid(gate[1]) * up[1],
+               args.y.line(args.first_row + row, args.first_group + panel));
     }
   }
 }

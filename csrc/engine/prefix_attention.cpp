@@ -1,0 +1,250 @@
+#include "engine/prefix_attention.h"
+
+#include "engine/matrix_unit.h"
+
+namespace hrmcore::HRMCORE_ISA {
+namespace {
+
+constexpr std::int64_t key_tiles = prefix_keys / lanes, key_groups = prefix_keys / group_columns;
+constexpr std::int64_t group_tiles = group_columns / lanes;
+
+// One value of all lanes, by halves.
+template <class Join>
+HRMCORE_INLINE float fold(vfloat v, const Join& join) {
+  v = join(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  v = join(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+  v = join(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+  v = join(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+  return v[0];
+}
+
+// The scratch, and what else is known of each query.
+struct Room {
+  std::byte* queries;  // [bands][channel groups] tiles
+  std::byte* keys;     // [16 keys][channel groups] tiles
+  std::byte* values;   // [16 channels][key groups] tiles
+  std::byte* weights;  // [2 bands][key groups] tiles
+  float* scores;       // [2 bands][16 keys][16][16]
+  float* sums;         // [bands][16 channels][16][16]
+  alignas(64) float top[prefix_queries], total[prefix_queries];
+  alignas(64) float scale[prefix_keys];  // of the values
+
+  Room(const CacheShape& shape, std::byte* scratch) {
+    const std::int64_t row_bytes = 2 * shape.channels();
+    queries = scratch;
+    keys = queries + prefix_queries * row_bytes;
+    values = keys + prefix_keys * row_bytes;
+    weights = values + prefix_keys * row_bytes;
+    scores = reinterpret_cast<float*>(weights + 2 * key_groups * tile_bytes);
+    sums = scores + 2 * key_tiles * tile_floats;
+  }
+};
+
+// Queries that see the same keys, from position `first` on.
+struct Part {
+  const AttendPrefix& args;
+  std::int64_t first, queries, groups, channel_tiles;
+};
+
+const std::byte* cached(const AttendPrefix& args, std::int64_t block) {
+  return args.blocks[block] + args.slot * args.shape.slot_bytes() + args.head * args.shape.head_bytes();
+}
+
+// head_dim floats of a row from `column` on, with zeros up to the channels' end.
+HRMCORE_INLINE void take_row(const AttendPrefix& args, std::int64_t position, std::int64_t column,
+                             float* row) {
+  const std::int64_t dim = args.shape.head_dim;
+  __builtin_memcpy(row, args.gqkv + position * args.stride + column + args.head * dim,
+                   static_cast<std::size_t>(dim) * sizeof(float));
+  for (std::int64_t c = dim; c < args.shape.channels(); ++c) row[c] = 0;
+}
+
+void load_queries(const Part& part, Room& room) {
+  alignas(64) float row[most_head_channels];
+  for (std::int64_t q = 0; q < part.queries; ++q) {
+    take_row(part.args, part.first + q, part.args.shape.heads * part.args.shape.head_dim, row);
+    std::byte* line =
+        room.queries + q / band_rows * part.groups * tile_bytes + q % band_rows * tile_line_bytes;
+    for (std::int64_t group = 0; group < part.groups; ++group, line += tile_bytes)
+      put_pair(load(row + group * group_columns), load(row + group * group_columns + lanes), line);
+    room.top[q] = -__builtin_inff();
+    room.total[q] = 0;
+  }
+}
+
+template <Packing packing>
+void load_keys(const Part& part, Room& room, std::int64_t first, std::int64_t count) {
+  Widening widening;
+  set_order(widening);
+  widening.to = room.keys;
+  widening.groups = part.groups;
+  for (std::int64_t key = 0; key < count; key += block_tokens) {
+    widening.from = cached(part.args, (first + key) / block_tokens);
+    widening.next = 0;
+    widen_to<packing>(widening, widening.quarters());
+    widening.to += panel_tiles * part.groups * tile_bytes;
+  }
+}
+
+// Sixteen channels of a value as the bits of bfloat16; exact.
+template <Packing packing>
+HRMCORE_INLINE vuint value_bits(const std::byte* values, std::int64_t index) {
+  if constexpr (packing == Packing::bf16) {
+    vhalf halves;
+    __builtin_memcpy(&halves, values + 2 * index, sizeof(halves));
+    return __builtin_convertvector(halves, vuint);
+  }
+  typedef std::int8_t vbytes __attribute__((vector_size(lanes)));
+  vbytes bytes;
+  __builtin_memcpy(&bytes, values + index, sizeof(bytes));
+  return (vuint) __builtin_convertvector(bytes, vfloat) >> 16;
+}
+
+// Values in pairs of keys. Those that no one may see are zero, whatever the cache holds there.
+template <Packing packing>
+void load_values(const Part& part, Room& room, std::int64_t first, std::int64_t count) {
+  const CacheShape& shape = part.args.shape;
+  const std::int64_t channels = shape.channels();
+  for (std::int64_t key = 0; key < groups_of(count) * group_columns; key += 2) {
+    const std::byte* values = cached(part.args, (first + key) / block_tokens) + shape.key_bytes();
+    const std::int64_t row = (first + key) % block_tokens;
+    const std::uint32_t shown[2] = {key < count ? ~0u : 0u, key + 1 < count ? ~0u : 0u};
+    std::byte* line =
+        room.values + key / group_columns * tile_bytes + key % group_columns / 2 * tile_line_bytes;
+    for (std::int64_t c = 0; c < channels; c += lanes, line += key_groups * tile_bytes) {
+      const vuint even = value_bits<packing>(values, row * channels + c) & shown[0];
+      const vuint odd = value_bits<packing>(values, (row + 1) * channels + c) & shown[1];
+      const vuint pairs = even | odd << 16;
+      __builtin_memcpy(line, &pairs, sizeof(pairs));
+    }
+    if constexpr (packing == Packing::int8) {
+      const auto* scales = reinterpret_cast<const float*>(values + block_tokens * channels) + row;
+      room.scale[key] = shown[0] != 0 ? scales[0] : 0.0f;
+      room.scale[key + 1] = shown[1] != 0 ? scales[1] : 0.0f;
+    }
+  }
+}
+
+// One query's scores to the keys' weights; sums so far shrink where a greater score has come.
+template <Packing packing>
+HRMCORE_INLINE void soften(const Part& part, Room& room, std::int64_t query, std::int64_t keys) {
+  const std::int64_t row = query % (2 * band_rows), groups = groups_of(keys), tiles = groups * group_tiles;
+  float* scores = room.scores + row / band_rows * key_tiles * tile_floats + row % band_rows * lanes;
+  for (std::int64_t key = keys; key < tiles * lanes; ++key)
+    scores[key / lanes * tile_floats + key % lanes] = -__builtin_inff();
+  vfloat most = load(scores);
+  for (std::int64_t tile = 1; tile < tiles; ++tile) most = max(most, load(scores + tile * tile_floats));
+  const float here = fold(most, [](vfloat a, vfloat b) __attribute__((always_inline)) { return max(a, b); }),
+              before = room.top[query];
+  const float top = here > before ? here : before;
+  vfloat total = {};
+  std::byte* line =
+      room.weights + row / band_rows * key_groups * tile_bytes + row % band_rows * tile_line_bytes;
+  for (std::int64_t group = 0; group < groups; ++group, line += tile_bytes) {
+    vfloat weights[group_tiles];
+#pragma GCC unroll 2
+    for (int i = 0; i < group_tiles; ++i) {
+      weights[i] = exp(load(scores + (group * group_tiles + i) * tile_floats) - top);
+      total += weights[i];
+      if constexpr (packing == Packing::int8)
+        weights[i] *= load(room.scale + group * group_columns + i * lanes);
+    }
+    put_pair(weights[0], weights[1], line);
+  }
+  const vfloat decay = exp(splat(before - top));
+  room.total[query] = room.total[query] * decay[0] +
+                      fold(total, [](vfloat a, vfloat b) __attribute__((always_inline)) { return a + b; });
+  room.top[query] = top;
+  if (before == top || before == -__builtin_inff()) return;
+  float* sums = room.sums + query / band_rows * part.channel_tiles * tile_floats + query % band_rows * lanes;
+  for (std::int64_t tile = 0; tile < part.channel_tiles; ++tile, sums += tile_floats)
+    store(sums, load(sums) * decay);
+}
+
+// Two bands of queries against `keys` keys.
+template <Packing packing>
+void visit_keys(const Part& part, Room& room, std::int64_t band, std::int64_t keys, bool first) {
+  const auto nothing = []() __attribute__((always_inline)) {};
+  const std::int64_t column = part.groups * tile_bytes, groups = groups_of(keys);
+  Block block{room.queries + band * column, room.keys, column, column, part.groups, room.scores,
+              key_tiles * tile_floats,      false};
+  for (std::int64_t tile = 0; tile < groups * group_tiles; tile += 2) {
+    multiply_block<2>(block, nothing);
+    block.w += 2 * column;
+    block.sums += 2 * tile_floats;
+  }
+  const std::int64_t begin = band * band_rows, end = begin + 2 * band_rows;
+  for (std::int64_t query = begin; query < (end < part.queries ? end : part.queries); ++query)
+    soften<packing>(part, room, query, keys);
+  settle_memory();
+  Block mixed{room.weights,
+              room.values,
+              key_groups * tile_bytes,
+              key_groups * tile_bytes,
+              groups,
+              room.sums + band * part.channel_tiles * tile_floats,
+              part.channel_tiles * tile_floats,
+              !first};
+  for (std::int64_t tile = 0; tile < part.channel_tiles; tile += 2) {
+    multiply_block<2>(mixed, nothing);
+    mixed.w += 2 * key_groups * tile_bytes;
+    mixed.sums += 2 * tile_floats;
+  }
+}
+
+// Gate, and out.
+void finish(const Part& part, const Room& room) {
+  alignas(64) float row[most_head_channels];
+  const std::int64_t dim = part.args.shape.head_dim;
+  for (std::int64_t q = 0; q < part.queries; ++q) {
+    take_row(part.args, part.first + q, 0, row);
+    const float* sums = room.sums + q / band_rows * part.channel_tiles * tile_floats + q % band_rows * lanes;
+    for (float* c = row; c < row + part.args.shape.channels(); c += lanes, sums += tile_floats)
+      store(c, load(sums) / room.total[q] * sigmoid(load(c)));
+    __builtin_memcpy(part.args.out + (part.first + q) * part.args.out_stride + part.args.head * dim, row,
+                     static_cast<std::size_t>(dim) * sizeof(float));
+  }
+}
+
+template <Packing packing>
+void attend_part(const Part& part, Room& room) {
+  load_queries(part, room);
+  std::int64_t begin = 0, end = part.args.prefix;
+  if (const std::int64_t window = part.args.window; window > 0) {
+    const std::int64_t own = part.first / window;
+    begin = own > 0 ? (own - 1) * window : 0;
+    end = end < (own + 2) * window ? end : (own + 2) * window;
+  }
+  for (std::int64_t key = begin; key < end; key += prefix_keys) {
+    const std::int64_t keys = end - key < prefix_keys ? end - key : prefix_keys;
+    load_keys<packing>(part, room, key, keys);
+    load_values<packing>(part, room, key, keys);
+    settle_memory();
+    for (std::int64_t band = 0; band < bands_of(part.queries); band += 2)
+      visit_keys<packing>(part, room, band, keys, key == begin);
+  }
+  finish(part, room);
+}
+
+}  // namespace
+
+void attend_prefix(const AttendPrefix& args) noexcept {
+  const TileShapes shapes;
+  settle_memory();
+  _tile_loadconfig(&shapes);
+  Room room(args.shape, args.scratch);
+  for (std::int64_t query = args.query_begin; query < args.query_end;) {
+    const std::int64_t left = args.window > 0 ? args.window - query % args.window : args.query_end - query;
+    const std::int64_t queries = left < args.query_end - query ? left : args.query_end - query;
+    const Part part{args, query, queries, groups_of(args.shape.head_dim), args.shape.channels() / lanes};
+    if (args.shape.packing == Packing::int8) {
+      attend_part<Packing::int8>(part, room);
+    } else {
+      attend_part<Packing::bf16>(part, room);
+    }
+    query += queries;
+  }
+  _tile_release();
+}
+
+}  // namespace hrmcore::HRMCORE_ISA
