@@ -159,8 +159,8 @@ def emulate(
 ) -> Tensor:
     """HRM in float64 from the formulas of the paper, with what meets a weight and what is cached rounded as asked.
 
-    In the first `rounded_rows` rows the activations and weights of the stacks are bfloat16: the matrix unit's. So are the
-    queries and the weights of the keys, if what is cached is rounded.
+    In the first `rounded_rows` rows the activations and weights of the stacks are bfloat16: the matrix unit's. So
+    are the queries and the weights of the keys, if what is cached is rounded.
     """
     eps, heads, dim, length = config.rms_norm_eps, config.num_attention_heads, config.head_dim, len(ids)
     cos, sin = rope_table(length, dim, config.rope_theta).double()[:, None].chunk(2, -1)
