@@ -3,6 +3,7 @@
 python bench/extrapolation.py --out runs/out/extrapolation          # some 15 minutes; what is there is not repeated
 python bench/extrapolation.py --toy --out /tmp/toy                  # a smoke test, seconds
 python bench/extrapolation.py --cost                                # only what xPos costs beside RoPE, alternating
+python bench/extrapolation.py --long                                # only how far the engine is off at 65,536 tokens
 
 The text is an endless stream of words from a fixed Markov chain, with facts ("K name value") that are asked for within
 100 tokens ("Q name", then the value). Measured: the loss of the same last tokens with more and more context before
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import resource
 import statistics
 import sys
 import tempfile
@@ -33,6 +35,8 @@ from tqdm import tqdm
 import hrmcore
 from hrmcore import HRM, HRMConfig, plots
 from hrmcore.data import PackedBatch
+from hrmcore.model import Layout
+from hrmcore.packed import PackedRunner
 
 WORDS, NAMES = 32, 16  # words of the chain; names, and as many values
 FACT, ASK = WORDS, WORDS + 1
@@ -244,6 +248,65 @@ def cost(rounds: int) -> dict[str, dict[str, float]]:
     }
 
 
+LONG = 65_536  # tokens, as many as an xPos model takes
+LONG_UNWINDOWED = 8192  # every token meets every other before it there, which takes too long for more
+DECODED = 16  # of them, one at a time after the prefill
+
+
+def long(tokens: int, unwindowed: int) -> list[dict[str, Any]]:
+    """How far the engine's last logits are from the torch model's in float32, over inputs of several lengths.
+
+    An untrained model of 8 visits of a layer, the first half of the input being its prefix. With the window a visit
+    reaches at most 127 tokens back, so the last logits depend on the last thousand tokens alone, in both.
+    """
+    shape = HRMConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_layers_per_stack=1,
+        num_attention_heads=2,
+        head_dim=32,
+        max_position_embeddings=TRAINED,
+        position_encoding="xpos",
+    )
+    cases = [(tokens // 16, WINDOW), (tokens, WINDOW), (unwindowed // 16, 0), (unwindowed, 0)]
+    found = []
+    for dtype, kv_dtype in (("int8", "int8"), ("float32", "float32")):
+        for length, window in cases:
+            ids = Text(length).stream(length)
+            torch.manual_seed(0)
+            model = HRM(shape.replace(attention_window=window)).requires_grad_(False)
+            model.L_module.layers[0].gqkv_proj.weight *= 2  # or attention would be nearly uniform
+            before = peak_memory()
+            row, cache = last_logits(model, ids, dtype, kv_dtype)
+            taken = peak_memory() - before  # 0 where an earlier case, or the torch model in it, took more
+            layout = Layout.of([length], [length // 2])
+            exact = model.lm_head(model.hidden(torch.tensor(ids), layout)[-1])
+            error = float((torch.from_numpy(row) - exact).norm() / exact.norm())
+            same = int(row.argmax()) == int(exact.argmax())
+            line = {"dtype": dtype, "kv_dtype": kv_dtype, "tokens": length, "window": window, "error": error}
+            found.append(line | {"same_token": same, "cache_bytes": cache, "peak_bytes_more": taken})
+            print(json.dumps(found[-1]), flush=True)
+    return found
+
+
+def last_logits(model: HRM, ids: list[int], dtype: str, kv_dtype: str) -> tuple[NDArray[np.float32], int]:
+    """The engine's logits after the last token, all but a few prefilled at once; and the bytes of such a cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, allow_xpos=True)
+        room = 2 * len(ids) * model.config.cache_slots * model.config.attention_width * 4
+        runner = PackedRunner.from_checkpoint(Path(folder), dtype, kv_dtype, None, room)
+    (handle,), rows = runner.open([ids[:-DECODED]], [len(ids) // 2])
+    for token in ids[-DECODED:]:
+        rows = runner.step([handle], [token])
+    return rows[0], runner.cache_bytes_per_token * len(ids)
+
+
+def peak_memory() -> int:
+    """The most memory this process has held, in bytes."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def table(results: list[dict[str, Any]], scale: Scale) -> str:
     lines = []
     for key, columns in (("loss", scale.lengths), ("answered", scale.distances)):
@@ -266,7 +329,11 @@ def main() -> int:
     parser.add_argument("--toy", action="store_true", help="a smoke test")
     parser.add_argument("--cost", action="store_true", help="only the cost beside RoPE")
     parser.add_argument("--steps", type=int, default=Scale.steps, help="of training (default: %(default)s)")
+    parser.add_argument("--long", action="store_true", help="only the engine's error at 65,536 tokens")
     arguments = parser.parse_args()
+    if arguments.long:
+        print(json.dumps(long(2048, 512) if arguments.toy else long(LONG, LONG_UNWINDOWED)))
+        return 0
     scale = TOY if arguments.toy else Scale(steps=arguments.steps)
     report: dict[str, Any] = {"cost": cost(1 if arguments.toy else 20)}
     for name, line in report["cost"].items():

@@ -481,17 +481,19 @@ void bind_engine(py::module_& m) {
         });
   py::class_<Engine>(m, "Engine")
       .def(py::init([](std::int64_t vocab_size, std::int64_t hidden_size, std::int64_t intermediate_size,
-                       std::int64_t num_layers, std::int64_t num_heads, std::int64_t head_dim,
-                       std::int64_t h_cycles, std::int64_t l_cycles, double eps, double embedding_scale,
-                       const py::object& rope, const std::string& dtype, const std::string& kv_dtype,
-                       int threads, std::int64_t cache_tokens, const py::object& rates, std::int64_t window) {
+                       std::int64_t l_layers, std::int64_t h_layers, std::int64_t num_heads,
+                       std::int64_t head_dim, std::int64_t h_cycles, std::int64_t l_cycles, double eps,
+                       double embedding_scale, const py::object& rope, const std::string& dtype,
+                       const std::string& kv_dtype, int threads, std::int64_t cache_tokens,
+                       const py::object& rates, std::int64_t window) {
              Borrowed b("Engine");
              const hrmcore::TensorView table = b.view(rope, "rope");
              const std::int64_t positions = table.rank > 0 ? table.shape[0] : 0;
              const hrmcore::ModelShape shape{vocab_size,
                                              hidden_size,
                                              intermediate_size,
-                                             num_layers,
+                                             l_layers,
+                                             h_layers,
                                              num_heads,
                                              head_dim,
                                              h_cycles,
@@ -504,10 +506,10 @@ void bind_engine(py::module_& m) {
                                              b.optional(rates, "rates"), window);
            }),
            py::kw_only(), py::arg("vocab_size"), py::arg("hidden_size"), py::arg("intermediate_size"),
-           py::arg("num_layers"), py::arg("num_heads"), py::arg("head_dim"), py::arg("H_cycles"),
-           py::arg("L_cycles"), py::arg("eps"), py::arg("embedding_scale"), py::arg("rope"), py::arg("dtype"),
-           py::arg("kv_dtype"), py::arg("threads"), py::arg("cache_tokens"), py::arg("rates") = py::none(),
-           py::arg("window") = 0)
+           py::arg("L_layers"), py::arg("H_layers"), py::arg("num_heads"), py::arg("head_dim"),
+           py::arg("H_cycles"), py::arg("L_cycles"), py::arg("eps"), py::arg("embedding_scale"),
+           py::arg("rope"), py::arg("dtype"), py::arg("kv_dtype"), py::arg("threads"),
+           py::arg("cache_tokens"), py::arg("rates") = py::none(), py::arg("window") = 0)
       .def("allocate_weights", [](Engine& e) { e.weights().allocate(); })
       .def("map_weights", [](Engine& e, const std::string& path, std::int64_t offset,
                              std::uint64_t checksum) { e.weights().map_file(path, offset, checksum); })

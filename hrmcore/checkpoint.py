@@ -22,6 +22,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrmcore.config import HRMConfig
+from hrmcore.safetensors_files import (
+    DTYPES,
+    HOLDERS,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    Stored,
+    map_file,
+    read_json,
+    stored_tensors,
+)
 from hrmcore.tokenizer import TOKENIZER_FILES
 
 if TYPE_CHECKING:
@@ -31,18 +41,6 @@ if TYPE_CHECKING:
     from hrmcore.model import HRM
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names: torch's
-# What holds them in numpy, which has no bfloat16: its bits.
-_HOLDERS: dict[str, np.dtype[Any]] = {
-    "F32": np.dtype(np.float32),
-    "BF16": np.dtype(np.uint16),
-    "F16": np.dtype(np.float16),
-}
-
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
 @dataclass(frozen=True)
@@ -83,8 +81,8 @@ def key_table(config: HRMConfig) -> Iterator[Key]:
     }
     yield Key("embed_tokens.weight", (vocabulary, width), "model.embed_tokens.weight", ("model.embed_tokens.weight",))
     yield Key("z_L_init", (width,), "model.z_L_init", ("model.z_L_init",))
-    for stack in ("L_module", "H_module"):
-        for layer in range(config.num_layers_per_stack):
+    for stack, depth in zip(("L_module", "H_module"), config.depths, strict=True):
+        for layer in range(depth):
             prefix = f"{stack}.layers.{layer}."
             for name, (released, split) in _LAYER_NAMES.items():
                 yield Key(
@@ -130,7 +128,7 @@ def read_config(folder: str | Path) -> HRMConfig:
     the key that is missing, impossible, or asks for a computation that hrmcore does not do.
     """
     path = Path(folder) / CONFIG_FILE
-    values = _read_json(path)
+    values = read_json(path)
     try:
         _refuse_unsupported(values)
         return HRMConfig.from_dict(_own_keys(values))
@@ -166,6 +164,7 @@ _OWN_DEFAULTS = {
     "position_encoding": "rope",
     "xpos_scale_base": 512,
     "attention_window": 0,
+    "H_layers": None,
 }
 _OWN_ROPE = "hrmcore"  # the rope_type beside such keys: whoever does not know it, transformers too, stops there
 
@@ -239,16 +238,6 @@ def released_config(config: HRMConfig, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """One tensor as a safetensors header describes it, and where in the file it begins."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-
-
 class Arrays(Mapping[str, NDArray[Any]]):
     """The tensors of a checkpoint by their names in the module, read when asked for, as numpy arrays.
 
@@ -260,8 +249,8 @@ class Arrays(Mapping[str, NDArray[Any]]):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.config = read_config(folder)
-        stored = _stored_tensors(self.folder)
-        self._parts: dict[str, list[_Stored]] = {}
+        stored = stored_tensors(self.folder)
+        self._parts: dict[str, list[Stored]] = {}
         used: set[str] = set()
         for key in key_table(self.config):
             parts = _parts_on_disk(key, stored, self.folder)
@@ -270,7 +259,7 @@ class Arrays(Mapping[str, NDArray[Any]]):
         if extra := sorted(set(stored) - used):
             path = stored[extra[0]].path
             raise ValueError(f"{path}: extra tensor {extra[0]!r} has no place in this model ({len(extra)} such)")
-        self._files = {path: _map_file(path) for path in {tensor.path for tensor in stored.values()}}
+        self._files = {path: map_file(path) for path in {tensor.path for tensor in stored.values()}}
 
     def release(self) -> None:
         """Stop counting the pages that were read as resident memory of this process; they are read again if needed."""
@@ -297,8 +286,8 @@ class Arrays(Mapping[str, NDArray[Any]]):
     def __len__(self) -> int:
         return len(self._parts)
 
-    def _view(self, part: _Stored) -> NDArray[Any]:
-        dtype, count = _HOLDERS[part.dtype], math.prod(part.shape)
+    def _view(self, part: Stored) -> NDArray[Any]:
+        dtype, count = HOLDERS[part.dtype], math.prod(part.shape)
         array = np.frombuffer(self._files[part.path], dtype, count, part.offset).reshape(part.shape)
         # A header of odd length shifts the data off the alignment that kernels rely on.
         return array if array.flags.aligned else array.copy()
@@ -371,8 +360,8 @@ def save_model(
     dtype, a weight that overflows it, or a folder that holds a sharded checkpoint; FileNotFoundError when
     `tokenizer_folder` has no tokenizer.
 
-    A model with xPos or an attention window is not what readers of this format would compute: ValueError, unless
-    `allow_xpos`; then the config.json says so in a way that they stumble over, and hrmcore loads it.
+    A model with xPos, an attention window or stacks of two depths is not what readers of this format would compute:
+    ValueError, unless `allow_xpos`; then the config.json says so in a way that they stumble over, and hrmcore loads it.
     """
     import torch
     from safetensors.torch import save_file
@@ -401,7 +390,7 @@ def save_model(
 
 
 def _refuse_own_keys(config: HRMConfig) -> None:
-    for key in ("position_encoding", "attention_window"):
+    for key in ("position_encoding", "attention_window", "H_layers"):
         value = getattr(config, key)
         if value != _OWN_DEFAULTS[key]:
             raise ValueError(
@@ -460,102 +449,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _stored_tensors(folder: Path) -> dict[str, _Stored]:
-    """All tensors of a checkpoint by their names on disk, from the headers alone."""
-    if (single := folder / WEIGHTS_FILE).exists():
-        return _read_header(single)
-    if not (index := folder / INDEX_FILE).exists():
-        pickled = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(kind))
-        if pickled:
-            raise ValueError(
-                f"{folder / pickled[0]}: pickled weights are refused, because loading a pickle can run any code; "
-                f"convert them to safetensors"
-            )
-        raise FileNotFoundError(f"{folder}: no {WEIGHTS_FILE} and no {INDEX_FILE}")
-    return _sharded_tensors(index)
-
-
-def _sharded_tensors(index: Path) -> dict[str, _Stored]:
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise ValueError(f"{index}: weight_map must be an object from tensor names to file names")
-    for key, shard in weight_map.items():
-        if not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
-            raise ValueError(f"{index}: {key!r} is in {shard!r}; a shard must be a .safetensors file of the folder")
-        if not (index.parent / shard).exists():
-            raise FileNotFoundError(f"{index.parent / shard}: missing, but {index.name} says that it holds {key!r}")
-    headers = {shard: _read_header(index.parent / shard) for shard in sorted(set(weight_map.values()))}
-    for key, shard in weight_map.items():
-        if key not in headers[shard]:
-            path = index.parent / shard
-            raise ValueError(f"{path}: tensor {key!r} is missing, but {index.name} says that it is here")
-    for shard, header in headers.items():
-        if extra := sorted(key for key in header if weight_map.get(key) != shard):
-            raise ValueError(f"{index.parent / shard}: extra tensor {extra[0]!r} is not here by {index.name}")
-    return {key: headers[shard][key] for key, shard in weight_map.items()}
-
-
-def _read_header(path: Path) -> dict[str, _Stored]:
-    """Parse and check a safetensors header; see the format's description at github.com/huggingface/safetensors."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or 8 + length > size:
-                raise ValueError(f"{path}: truncated, its header does not end within the {size} bytes of the file")
-            if length > _MAX_HEADER_BYTES:
-                raise ValueError(f"{path}: header of {length} bytes, more than the {_MAX_HEADER_BYTES} allowed")
-            text = file.read(length)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    header = _parse_json(path, text)
-    header.pop("__metadata__", None)
-    spans = []
-    stored = {}
-    for key, entry in header.items():
-        dtype, shape, start, end = _check_entry(path, key, entry)
-        spans.append((start, end, key))
-        stored[key] = _Stored(path, dtype, shape, 8 + length + start)
-    _check_spans(path, sorted(spans), size - 8 - length)
-    return stored
-
-
-def _check_entry(path: Path, key: str, entry: object) -> tuple[str, tuple[int, ...], int, int]:
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise ValueError(f"{path}: header entry {key!r} must be an object with dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"{path}: tensor {key!r} has dtype {dtype!r}; accepted are {', '.join(DTYPES)}")
-    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise ValueError(f"{path}: tensor {key!r} has impossible shape {shape!r} or data_offsets {offsets!r}")
-    elements = 1
-    for extent in shape:
-        elements *= extent
-    needed = elements * _HOLDERS[dtype].itemsize
-    if offsets[1] - offsets[0] != needed:
-        raise ValueError(f"{path}: tensor {key!r} needs {needed} bytes, its data_offsets {offsets} give another number")
-    return dtype, tuple(shape), offsets[0], offsets[1]
-
-
-def _are_sizes(values: object) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 62 for value in values)
-
-
-def _check_spans(path: Path, spans: list[tuple[int, int, str]], size: int) -> None:
-    """The tensors must fill the file's data without overlap, hole or overrun, as the format demands."""
-    position = 0
-    for start, end, key in spans:
-        if end > size:
-            raise ValueError(f"{path}: truncated, tensor {key!r} ends at byte {end} of {size} bytes of data")
-        if start != position:
-            fault = "overlaps another" if start < position else "leaves a hole before it"
-            raise ValueError(f"{path}: tensor {key!r} {fault} (data_offsets start at {start}, expected {position})")
-        position = end
-    if position != size:
-        raise ValueError(f"{path}: {size - position} bytes after the last tensor belong to none")
-
-
-def _parts_on_disk(key: Key, stored: Mapping[str, _Stored], folder: Path) -> tuple[str, ...]:
+def _parts_on_disk(key: Key, stored: Mapping[str, Stored], folder: Path) -> tuple[str, ...]:
     """The names under which one tensor lies on disk, one or several; raises ValueError if they do not fit its shape."""
     parts = (key.released,) if key.released in stored else key.split
     missing = [part for part in parts if part not in stored]
@@ -569,40 +463,3 @@ def _parts_on_disk(key: Key, stored: Mapping[str, _Stored], folder: Path) -> tup
                 f"{stored[part].path}: tensor {part!r} has shape {stored[part].shape}, {CONFIG_FILE} asks for {shape}"
             )
     return parts
-
-
-def _map_file(path: Path) -> mmap.mmap:
-    try:
-        with path.open("rb") as file:
-            # Copy on write: DLPack, through which the engine and torch take arrays, knows none that are read-only.
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    return _parse_json(path, text)
-
-
-def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in values:
-                raise ValueError(f"the key {key!r} comes twice")
-            values[key] = value
-        return values
-
-    try:
-        values = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(values).__name__}")
-    return values

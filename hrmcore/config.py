@@ -37,6 +37,8 @@ class HRMConfig:
     `attention_window` (a multiple of 64; 0 is none): tokens lie in blocks of so many, and attention reaches the
     token's own block and the neighbouring ones; of those, a response sees the one before. The prefix still sees both
     ways.
+    `H_layers` is the number of H's layers where it is another than L's; num_layers_per_stack is then L's. The released
+    format has no word for that, so None and num_layers_per_stack are the same.
     `shared_stacks` makes L and H one stack, as in TRM (arXiv 2510.04871). With H_cycles and L_cycles 1 the recurrence
     is a Transformer that passes each layer once, with L_cycles 1 and more H_cycles a looped one.
     """
@@ -60,6 +62,7 @@ class HRMConfig:
     xpos_scale_base: int = 512
     attention_window: int = 0
     shared_stacks: bool = False
+    H_layers: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.eos_token_id, list):  # as JSON and TOML write it
@@ -69,6 +72,12 @@ class HRMConfig:
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"config: {name} must be at least 1, got {getattr(self, name)}")
+        if self.H_layers == self.num_layers_per_stack:
+            object.__setattr__(self, "H_layers", None)
+        elif self.H_layers is not None and self.H_layers < 1:
+            raise ValueError(f"config: H_layers must be at least 1, got {self.H_layers}")
+        elif self.H_layers is not None and self.shared_stacks:
+            raise ValueError(f"config: shared_stacks are one stack, H_layers {self.H_layers} would make it two")
         if self.hidden_size % self.num_attention_heads:
             heads = self.num_attention_heads  # the released format asks for it, although head_dim is free
             raise ValueError(
@@ -159,6 +168,11 @@ class HRMConfig:
             raise ValueError(f"ids has {tokens} tokens, the context{key} is {self.context}")
 
     @property
+    def depths(self) -> tuple[int, int]:
+        """Layers of L and of H."""
+        return self.num_layers_per_stack, self.H_layers or self.num_layers_per_stack
+
+    @property
     def visits(self) -> int:
         """How often a stack runs for one token: H_cycles · (L_cycles + 1)."""
         return self.H_cycles * (self.L_cycles + 1)
@@ -166,7 +180,8 @@ class HRMConfig:
     @property
     def cache_slots(self) -> int:
         """KV cache slots: one for each (visit, layer)."""
-        return self.visits * self.num_layers_per_stack
+        l_layers, h_layers = self.depths
+        return self.H_cycles * (self.L_cycles * l_layers + h_layers)
 
 
 _COUNTS = (

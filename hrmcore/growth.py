@@ -3,8 +3,8 @@
 Wider, deeper, more heads, more FFN, more words: what a tensor's axes count (`KINDS`) and one rule (`Growth.tensor`)
 say how every weight, average and optimizer moment grows, so that memory and files are grown by the same code.
 
-Letters: D width of the residual stream, A attention width (heads × head_dim), F ffn width, V vocabulary, N layers of a
-stack; a prime is the size after growing, s = sqrt(D'/D). The norms have no gain, so a residual stream whose old
+Letters: D width of the residual stream, A attention width (heads × head_dim), F ffn width, V vocabulary; a prime is the
+size after growing, s = sqrt(D'/D). The norms have no gain, so a residual stream whose old
 coordinates are s times what they were and whose new ones are 0 is normalised to s times the old vector, with the same
 eps: readers divide by s, writers multiply by it, and no number further on changes. Operators after arXiv 2305.02869.
 """
@@ -29,17 +29,21 @@ from hrmcore.optim import AdamAtan2, AdamW, Sophia
 
 MODES = ("zero", "masked")
 
-# What may differ between a model and the one it grows into; embedding_scale follows from the width.
+# What may differ between a model and the one it grows into; embedding_scale follows from the width. As sizes,
+# num_layers_per_stack is the depth of both stacks, L_layers and H_layers that of one.
 SIZES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
     "num_layers_per_stack",
+    "L_layers",
+    "H_layers",
     "num_attention_heads",
     "H_cycles",
     "L_cycles",
 )
 _CYCLES = ("H_cycles", "L_cycles")
+_STACKS = ("L_layers", "H_layers")
 
 
 @dataclass(frozen=True)
@@ -85,9 +89,10 @@ STATES = {"ema": 1, "exp_avg": -1, "exp_avg_sq": -2, "hessian": -2}
 class Growth:
     """From one config to a larger one. Raises ValueError, naming the key, where that is not growing.
 
-    Old entries keep their place, new ones are drawn from `seed`, the tensor's name and both sizes: the same on every
-    machine and in any order. New layers are blocks that add 0, on top of the stack, or after each old layer in turn
-    when `interleaved`. More cycles change the function, so they need `change_function`.
+    Old entries keep their place, but for FFN units, each half of which begins a half. New ones are drawn from `seed`,
+    the tensor's name and both sizes: the same on every machine and in any order. New layers are blocks that add 0, on
+    top of the stack, or after each old layer in turn when `interleaved`. More cycles change the function, so they need
+    `change_function`.
 
     In mode "masked" the new writing entries are to become random times a scalar that rises linearly from 0 to 1 over
     `mask_steps` steps: they begin at 0 as in mode "zero", and the training loop calls `advance` after each step.
@@ -107,7 +112,12 @@ class Growth:
         if self.mask_steps < 0 or (self.mode == "masked") != (self.mask_steps > 0):
             raise ValueError(f"grow: mode 'masked' takes mask_steps of at least 1, the others 0; got {self.mask_steps}")
         for field in dataclasses.fields(HRMConfig):
-            _check_growth(field.name, getattr(self.before, field.name), getattr(self.after, field.name))
+            if field.name not in ("num_layers_per_stack", "H_layers"):
+                _check_growth(field.name, getattr(self.before, field.name), getattr(self.after, field.name))
+        alike = self.before.H_layers is None and self.after.H_layers is None
+        keys = ("num_layers_per_stack",) if alike else _STACKS
+        for key, old, new in zip(keys, self.before.depths, self.after.depths, strict=False):
+            _check_growth(key, old, new)
         if self.before == self.after:
             raise ValueError(f"grow: no size differs; give one of {', '.join(SIZES)}")
         if any(getattr(self.before, key) != getattr(self.after, key) for key in _CYCLES) and not self.change_function:
@@ -129,16 +139,23 @@ class Growth:
         width = sizes.get("hidden_size", config.hidden_size)
         if type(width) is not int or width < 1:
             raise ValueError(f"grow: hidden_size must be a whole number of at least 1, got {width!r}")
-        return cls(config, config.replace(**sizes, embedding_scale=_embedding_scale(config, width)), **options)
+        changes = {key: size for key, size in sizes.items() if key not in ("num_layers_per_stack", *_STACKS)}
+        both = sizes.get("num_layers_per_stack")
+        l_layers, h_layers = (
+            sizes.get(key, depth if both is None else both) for key, depth in zip(_STACKS, config.depths, strict=True)
+        )
+        changes |= {"num_layers_per_stack": l_layers, "H_layers": h_layers}
+        return cls(config, config.replace(**changes, embedding_scale=_embedding_scale(config, width)), **options)
 
     def source(self, name: str) -> str | None:
         """The name, in the smaller model, of the tensor that this one grows from; None in a new layer."""
-        if not (match := re.fullmatch(r"(.*\.layers\.)(\d+)(\..*)", name)):
+        if not (match := re.fullmatch(r"((\w)_module\.layers\.)(\d+)(\..*)", name)):
             return name
-        old, new = self.before.num_layers_per_stack, self.after.num_layers_per_stack
+        stack = "LH".index(match[2])
+        old, new = self.before.depths[stack], self.after.depths[stack]
         places = [layer * new // old for layer in range(old)] if self.interleaved else list(range(old))
-        layer = int(match[2])
-        return f"{match[1]}{places.index(layer)}{match[3]}" if layer in places else None
+        layer = int(match[3])
+        return f"{match[1]}{places.index(layer)}{match[4]}" if layer in places else None
 
     def alike(self, name: str) -> str:
         """The tensor of the smaller model that this one grows from or, in a new layer, takes after."""
@@ -165,7 +182,7 @@ class Growth:
             return grown
         if old.shape != kind.shape(self.before):
             raise ValueError(f"{name}: has shape {tuple(old.shape)}, expected {kind.shape(self.before)}")
-        self._old_part(grown, kind).copy_(old.reshape(_apart(kind, old.shape))).mul_(self.factor(name, power))
+        self._old_part(grown, kind).copy_(old.reshape(self._apart(kind, old.shape))).mul_(self.factor(name, power))
         return grown
 
     def model(self, model: HRM) -> HRM:
@@ -280,8 +297,19 @@ class Growth:
 
     def _old_part(self, grown: Tensor, kind: Kind) -> Tensor:
         """The view of a grown tensor that the old entries fill, its projections apart."""
-        old = _apart(kind, kind.shape(self.before))
-        return grown.view(_apart(kind, grown.shape))[tuple(slice(size) for size in old)]
+        old = self._apart(kind, kind.shape(self.before))
+        return grown.view(self._apart(kind, grown.shape))[tuple(slice(size) for size in old)]
+
+    def _apart(self, kind: Kind, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A shape with the projections of the first axis as an axis of their own, and so the halves of the FFN's units.
+
+        Old units so begin each half: matrix libraries sum a long row in two halves, and then in the order of before.
+        """
+        halves = 1 if self.before.intermediate_size % 2 or self.after.intermediate_size % 2 else 2
+        apart = [kind.parts]
+        for axis, size in zip(kind.axes, (shape[0] // kind.parts, *shape[1:]), strict=True):
+            apart += [halves, size // halves] if axis == "intermediate_size" else [size]
+        return tuple(apart)
 
 
 def grow(
@@ -289,6 +317,8 @@ def grow(
     *,
     hidden_size: int | None = None,
     num_layers_per_stack: int | None = None,
+    L_layers: int | None = None,
+    H_layers: int | None = None,
     intermediate_size: int | None = None,
     num_attention_heads: int | None = None,
     vocab_size: int | None = None,
@@ -298,15 +328,18 @@ def grow(
 ) -> HRM:
     """A larger HRM with the same function: logits of old tokens are equal up to the order of floating-point sums.
 
-    Sizes that are None stay. `options` are the fields of Growth (seed, mode, mask_steps, interleaved, change_function);
-    make a Growth yourself to grow an optimizer along, or to raise the scalar of mode "masked". Raises ValueError on a
-    size that shrinks, a head count that does not divide the width, and cycles without `change_function`.
+    Sizes that are None stay; num_layers_per_stack is the depth of both stacks, L_layers and H_layers that of one.
+    `options` are the fields of Growth (seed, mode, mask_steps, interleaved, change_function); make a Growth yourself to
+    grow an optimizer along, or to raise the scalar of mode "masked". Raises ValueError on a size that shrinks, a head
+    count that does not divide the width, and cycles without `change_function`.
 
     >>> bigger = hrmcore.grow(model, hidden_size=2 * model.config.hidden_size)
     """
     sizes = {
         "hidden_size": hidden_size,
         "num_layers_per_stack": num_layers_per_stack,
+        "L_layers": L_layers,
+        "H_layers": H_layers,
         "intermediate_size": intermediate_size,
         "num_attention_heads": num_attention_heads,
         "vocab_size": vocab_size,
@@ -338,11 +371,6 @@ def growth_under_way(metadata: Mapping[str, str]) -> tuple[Growth, int] | None:
 def kind_of(name: str) -> Kind:
     """The kind of a tensor by its name in the module."""
     return KINDS[name.removesuffix(".weight").rpartition(".")[2]]
-
-
-def _apart(kind: Kind, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape with the projections of the first axis as an axis of their own."""
-    return (kind.parts, shape[0] // kind.parts, *shape[1:])
 
 
 def _embedding_scale(config: HRMConfig, width: int) -> float:

@@ -17,9 +17,17 @@ the run file the larger sizes in [model], and larger-run/ as out.
 _SIZES = {
     "hidden_size": "--hidden-size",
     "num_layers_per_stack": "--layers",
+    "L_layers": "--L-layers",
+    "H_layers": "--H-layers",
     "intermediate_size": "--ffn",
     "num_attention_heads": "--heads",
     "vocab_size": "--vocab-size",
+}
+
+_DESCRIBED = {
+    "num_layers_per_stack": "layers of each stack, L and H alike",
+    "L_layers": "layers of L alone",
+    "H_layers": "layers of H alone; where the two differ only hrmcore loads the result",
 }
 
 
@@ -29,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="checkpoint folder, cached hub id, run folder or training state")
     parser.add_argument("out", help="folder to write; it must not exist")
     for name, flag in _SIZES.items():
-        described = {"num_layers_per_stack": "layers of each stack, L and H alike"}.get(name, name.replace("_", " "))
+        described = _DESCRIBED.get(name, name.replace("_", " "))
         parser.add_argument(flag, dest=name, type=int, metavar="N", help=f"{described}, at least as before")
     parser.add_argument("--cycles", nargs=2, type=int, metavar=("H", "L"), help="needs --change-function")
     parser.add_argument("--change-function", action="store_true", help="more cycles may change what the model computes")

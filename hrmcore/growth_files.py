@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hrmcore.checkpoint import CONFIG_FILE, WEIGHTS_FILE, key_table, read_tensors, released_config, resolve
+from hrmcore.checkpoint import CONFIG_FILE, key_table, read_tensors, released_config, resolve
 from hrmcore.config import HRMConfig
 from hrmcore.growth import GROWTH_KEY, Growth, state_metadata
+from hrmcore.safetensors_files import WEIGHTS_FILE
 from hrmcore.store import new_folder
 from hrmcore.tensor_file import write_tensors
 from hrmcore.tokenizer import TOKENIZER_FILES
@@ -82,7 +83,8 @@ def _grow_state(path: Path, out: Path, sizes: Mapping[str, int], options: Mappin
     if GROWTH_KEY in metadata:
         raise ValueError(f"{path}: a growth in mode 'masked' is still under way; train on to its end first")
     growth = Growth.of(HRMConfig.from_dict(json.loads(metadata["model_config"])), dict(sizes), **options)
-    metadata = {**metadata, **state_metadata(growth, int(metadata["step"]))}
+    # Its run file begins at the grown shape: the stages of the run that it comes from are not those of the next.
+    metadata = {**metadata, "grown": "[]", **state_metadata(growth, int(metadata["step"]))}
     entries = {entry.name: entry for entry in _entries(growth, set(names), path)}
     held = shapes_of(path)
     with new_folder(out) as temporary:

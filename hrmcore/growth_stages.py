@@ -10,7 +10,7 @@ from typing import Any
 
 from hrmcore import optim, planner
 from hrmcore.config import HRMConfig
-from hrmcore.growth import Growth, growth_under_way, state_metadata
+from hrmcore.growth import SIZES, Growth, growth_under_way, state_metadata
 from hrmcore.model import HRM
 
 TOLERANCE = 1e-5  # relative change of the loss on a fixed batch that a growth may make
@@ -27,6 +27,8 @@ class GrowStage:
     at_tokens: int
     hidden_size: int | None = None
     num_layers_per_stack: int | None = None
+    L_layers: int | None = None
+    H_layers: int | None = None
     intermediate_size: int | None = None
     num_attention_heads: int | None = None
     warmup_steps: int = 100
@@ -36,8 +38,7 @@ class GrowStage:
 
     def growth(self, config: HRMConfig, seed: int) -> Growth:
         """From the config before this stage. Raises ValueError where that is not growing."""
-        names = ("hidden_size", "num_layers_per_stack", "intermediate_size", "num_attention_heads")
-        sizes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        sizes = {name: size for name in SIZES if (size := getattr(self, name, None)) is not None}
         options = {"mode": self.mode, "mask_steps": self.mask_steps, "interleaved": self.interleaved}
         return Growth.of(config, sizes, seed=seed, **options)
 
@@ -153,7 +154,9 @@ class GrowthSchedule:
         """Stand where a training state stood. Raises ValueError when the stages that it has behind it are others."""
         grown: list[int] = json.loads(metadata.get("grown", "[]"))
         shapes = [self._first, *(growth.after for growth in self._growths)]
-        if grown and json.loads(metadata["model_config"]) != _as_json(shapes[min(len(grown), len(self._growths))]):
+        reached = shapes[min(len(grown), len(self._growths))]
+        elsewhere = grown and HRMConfig.from_dict(json.loads(metadata["model_config"])) != reached
+        if len(grown) > len(self._growths) or elsewhere:
             raise ValueError(
                 f"its model has grown {len(grown)} times, to a shape that the run file does not reach by then; "
                 "[model] and what is behind in [[grow]] must stay as they were"
@@ -176,7 +179,3 @@ class GrowthSchedule:
         budget = planner.Budget(tokens, planner.GPUS["H100"], record=record, horizon=horizon)
         planned = planner.plan(stages, budget)
         return planned.flops.total, planned.from_scratch.total
-
-
-def _as_json(config: HRMConfig) -> Any:
-    return json.loads(json.dumps(config.to_dict()))

@@ -110,7 +110,7 @@ def _report(model: HRM, tokenizer: Tokenizer, prompt: list[int], args: argparse.
         "answer": name(tokenizer, seen.answer),
         "H_cycles": model.config.H_cycles,
         "L_cycles": model.config.L_cycles,
-        "layers": model.config.num_layers_per_stack,
+        "layers": max(model.config.depths),
         "steps": _steps(tokenizer, seen),
     }
 
@@ -147,19 +147,10 @@ def name(tokenizer: Tokenizer, token: int) -> str:
 def table(report: dict[str, Any]) -> str:
     """What each visit would have answered after its last layer."""
     rows = [("visit", "would answer", "probability", "of the answer", "KL to it", "norm", "change")]
-    for step in report["steps"]:
-        if step["layer"] == report["layers"] - 1:
-            shares = f"{step['probability']:.1%}", f"{step['answer_probability']:.1%}"
-            rows.append(
-                (
-                    step["visit"],
-                    step["text"],
-                    *shares,
-                    f"{step['kl']:.3f}",
-                    f"{step['norm']:.1f}",
-                    f"{step['change']:.2f}",
-                )
-            )
+    for step in {step["visit"]: step for step in report["steps"]}.values():  # the last one of each visit
+        shares = f"{step['probability']:.1%}", f"{step['answer_probability']:.1%}"
+        figures = f"{step['kl']:.3f}", f"{step['norm']:.1f}", f"{step['change']:.2f}"
+        rows.append((step["visit"], step["text"], *shares, *figures))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = (
         [

@@ -97,9 +97,13 @@ def _steps(model: HRM, ids: Tensor, streams: list[Tensor], reads: list[Tensor], 
         "H": rms_norm(model.embed_tokens(ids[-1:]) * config.embedding_scale, None, config.rms_norm_eps)[0],
     }
     steps = []
-    for index in range(len(reads)):
-        visit, layer = divmod(index, config.num_layers_per_stack)
-        h, l = divmod(visit, config.L_cycles + 1)  # noqa: E741
+    places = (
+        (h, l, layer)
+        for h in range(config.H_cycles)
+        for l in range(config.L_cycles + 1)  # noqa: E741
+        for layer in range(config.depths[l == config.L_cycles])
+    )
+    for index, (h, l, layer) in enumerate(places):  # noqa: E741
         stack = "L" if l < config.L_cycles else "H"
         read = reads[index].float()
         step = Step(

@@ -126,18 +126,18 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """N blocks closed by a final norm ("MagicNorm")."""
 
-    def __init__(self, config: HRMConfig) -> None:
+    def __init__(self, config: HRMConfig, depth: int) -> None:
         super().__init__()
         self.eps = config.rms_norm_eps
-        self.layers = nn.ModuleList([Block(config) for _ in range(config.num_layers_per_stack)])
+        self.layers = nn.ModuleList([Block(config) for _ in range(depth)])
 
     def forward(
-        self, state: Tensor, injection: Tensor, layout: Layout, where: Positions, cache: Cache | None, visit: int
+        self, state: Tensor, injection: Tensor, layout: Layout, where: Positions, cache: Cache | None, slot: int
     ) -> Tensor:
-        """One visit: (T, D) state + (T, D) injection -> (T, D), normalised."""
+        """One visit: (T, D) state + (T, D) injection -> (T, D), normalised. `slot` is that of its first layer."""
         x, residual = state, injection
         for index, block in enumerate(self.layers):
-            x, residual = block(x, residual, layout, where, cache, visit * len(self.layers) + index)
+            x, residual = block(x, residual, layout, where, cache, slot + index)
         return rms_norm(x, residual, self.eps)[0]
 
 
@@ -168,11 +168,12 @@ class HRM(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.L_module = Stack(config)
+        l_layers, h_layers = config.depths
+        self.L_module = Stack(config, l_layers)
         if config.shared_stacks:
             self.__dict__["H_module"] = self.L_module  # a second name, not a second module: one set of parameters
         else:
-            self.H_module = Stack(config)
+            self.H_module = Stack(config, h_layers)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("z_L_init", torch.empty(config.hidden_size))
         self.reset_positions(config.max_position_embeddings)
@@ -207,14 +208,15 @@ class HRM(nn.Module):
         if torch.is_autocast_enabled(z_H.device.type):
             z_H = z_H.to(torch.get_autocast_dtype(z_H.device.type))
         z_L = self.z_L_init.to(z_H.dtype).expand_as(z_H)
+        slot = 0
         for h in range(config.H_cycles):
             for l in range(config.L_cycles + 1):  # noqa: E741
-                visit = h * (config.L_cycles + 1) + l
                 with torch.set_grad_enabled(torch.is_grad_enabled() and (h, l) in graded):
                     if l < config.L_cycles:
-                        z_L = self.L_module(z_L, z_H, layout, where, cache, visit)
+                        z_L = self.L_module(z_L, z_H, layout, where, cache, slot)
                     else:
-                        z_H = self.H_module(z_H, z_L, layout, where, cache, visit)
+                        z_H = self.H_module(z_H, z_L, layout, where, cache, slot)
+                slot += config.depths[l == config.L_cycles]
                 yield h, l, z_L if l < config.L_cycles else z_H
 
     def hidden(self, ids: Tensor, layout: Layout, cache: Cache | None = None, horizon: int | None = None) -> Tensor:
@@ -264,8 +266,8 @@ class HRM(nn.Module):
     def save_pretrained(self, path: str | Path, allow_xpos: bool = False) -> None:
         """Write config.json and model.safetensors in the released hrm_text format.
 
-        A model with xPos or an attention window is no such model: ValueError, unless `allow_xpos` asks for a checkpoint
-        that only hrmcore loads.
+        A model with xPos, an attention window or stacks of two depths is no such model: ValueError, unless `allow_xpos`
+        asks for a checkpoint that only hrmcore loads.
         """
         from hrmcore.checkpoint import save_model
 

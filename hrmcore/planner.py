@@ -1,8 +1,8 @@
 """What a training run costs, before money is spent: parameters, FLOPs, memory, hours, dollars. Imports no torch.
 
-Letters: D width, A attention width (heads × head_dim), F ffn width, V vocabulary, N layers of a stack, K gradient
-horizon. FLOPs are those of the model, a multiply-add being two: what a kernel computes again is not counted, so
-hours follow from model FLOPs utilization as it is commonly stated.
+Letters: D width, A attention width (heads × head_dim), F ffn width, V vocabulary, K gradient horizon. FLOPs are those
+of the model, a multiply-add being two: what a kernel computes again is not counted, so hours follow from model FLOPs
+utilization as it is commonly stated.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import mul
 
 from hrmcore.config import HRMConfig
 
@@ -120,14 +121,15 @@ def layer_weights(config: HRMConfig) -> int:
     return config.hidden_size * (5 * config.attention_width + 3 * config.intermediate_size)
 
 
-def stack_weights(config: HRMConfig) -> int:
-    """Weights of one stack; the norms have none."""
-    return config.num_layers_per_stack * layer_weights(config)
-
-
 def parameters(config: HRMConfig) -> int:
     """Trained parameters: two stacks, or one that is shared, the embedding and the head, which are not tied."""
-    return (2 - config.shared_stacks) * stack_weights(config) + 2 * config.vocab_size * config.hidden_size
+    return _layers(config) * layer_weights(config) + 2 * config.vocab_size * config.hidden_size
+
+
+def _layers(config: HRMConfig) -> int:
+    """Layers that there are, however often a token passes them."""
+    l_layers, h_layers = config.depths
+    return l_layers if config.shared_stacks else l_layers + h_layers
 
 
 def backward_visits(config: HRMConfig, horizon: int | None) -> int:
@@ -135,12 +137,18 @@ def backward_visits(config: HRMConfig, horizon: int | None) -> int:
 
     H gets min(H_cycles, K − 1) of them, L the rest as far as there are any. Raises ValueError when K is below 2.
     """
+    return sum(_backward_visits(config, horizon))
+
+
+def _backward_visits(config: HRMConfig, horizon: int | None) -> tuple[int, int]:
+    """The same apart: visits of L, visits of H."""
+    l_visits, h_visits = config.H_cycles * config.L_cycles, config.H_cycles
     if horizon is None:
-        return config.visits
+        return l_visits, h_visits
     if horizon < 2:
         raise ValueError(f"horizon must be at least 2 (one H and one L step), got {horizon}")
-    h_visits = min(config.H_cycles, horizon - 1)
-    return h_visits + min(config.H_cycles * config.L_cycles, horizon - h_visits)
+    h_graded = min(h_visits, horizon - 1)
+    return min(l_visits, horizon - h_graded), h_graded
 
 
 def training_flops(
@@ -152,11 +160,12 @@ def training_flops(
     pair 4·A forward (scores, sum) and 8·A backward, at every layer of every visit. The input gradient of the first
     block that carries gradient is counted although K <= H_cycles does not need it: 8·A·D a token.
     """
-    forward, backward = config.visits, backward_visits(config, horizon)
+    forward = config.cache_slots  # layers that a token passes, and those of them that carry gradient
+    backward = sum(map(mul, _backward_visits(config, horizon), config.depths))
     return Flops(
-        stacks=tokens * (2 * forward + 4 * backward) * stack_weights(config),
+        stacks=tokens * (2 * forward + 4 * backward) * layer_weights(config),
         head=supervised * 6 * config.vocab_size * config.hidden_size,
-        attention=pairs * (4 * forward + 8 * backward) * config.num_layers_per_stack * config.attention_width,
+        attention=pairs * (4 * forward + 8 * backward) * config.attention_width,
     )
 
 
@@ -176,14 +185,14 @@ class Memory:
     peak: float
 
 
-def activation_elements(config: HRMConfig) -> int:
-    """Numbers that one visit of a stack with gradient keeps a token, log-sum-exps aside.
+def activation_elements(config: HRMConfig, layers: int) -> int:
+    """Numbers that one visit, with gradient, of a stack of so many layers keeps a token, log-sum-exps aside.
 
     Every block keeps both norms' inputs (2·D), the gqkv product, rotated in place, and the attention's result (5·A)
     and the gate_up product (2·F); the stack's last norm keeps its input (D). The rest is computed again.
     """
     width, attention, ffn = config.hidden_size, config.attention_width, config.intermediate_size
-    return config.num_layers_per_stack * (2 * width + 5 * attention + 2 * ffn) + width
+    return layers * (2 * width + 5 * attention + 2 * ffn) + width
 
 
 def memory(
@@ -197,12 +206,13 @@ def memory(
     of the states and, in float32, that of its weight.
     """
     width = PRECISIONS[precision]
-    count, stack = parameters(config), stack_weights(config)
-    head = config.vocab_size * config.hidden_size
-    both = (2 - config.shared_stacks) * stack
-    visits = backward_visits(config, horizon)
-    sums = 4 * config.num_layers_per_stack * config.num_attention_heads
-    activations = batch_tokens * visits * (width * activation_elements(config) + sums)
+    count, head = parameters(config), config.vocab_size * config.hidden_size
+    h_stack, both = config.depths[1] * layer_weights(config), _layers(config) * layer_weights(config)
+    l_visit, h_visit = (
+        batch_tokens * (width * activation_elements(config, layers) + 4 * layers * config.num_attention_heads)
+        for layers in config.depths
+    )
+    activations = sum(map(mul, _backward_visits(config, horizon), (l_visit, h_visit)))
     logits = width * min(batch_tokens * supervised * config.vocab_size, LOGITS_AT_ONCE)
     casts = width * head if ranks == 1 and precision == "bfloat16" else 0
     gathered = width * count if ranks > 1 else 0
@@ -211,8 +221,8 @@ def memory(
     # gradient comes, which later visits of that stack add to.
     most = max(
         kept + logits + casts + gradient * head,
-        kept * (1 - 1 / visits) + gradient * (head + stack),
-        kept * (1 - 2 / visits) + gradient * (head + both),
+        kept - h_visit + gradient * (head + h_stack),
+        kept - h_visit - l_visit + gradient * (head + both),
         gradient * count,
     )
     return Memory(

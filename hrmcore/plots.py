@@ -193,16 +193,18 @@ def lens(report: dict[str, Any], path: Path) -> None:
     fixed, so the picture grows with the number of visits and layers, and the text stays readable.
     """
     steps, layers = report["steps"], report["layers"]
-    columns = len(steps) // layers
-    names = [steps[column * layers]["visit"] for column in range(columns)]
+    names = list(dict.fromkeys(step["visit"] for step in steps))
+    columns = len(names)
+    cells = [(names.index(step["visit"]), step["layer"]) for step in steps]
     figure, panels = _figure(
         4, 1, (max(7.0, 1.6 + 1.35 * columns), 1.6 + 0.36 * layers + 4.2), [0.36 * layers, 1.4, 1.4, 1.4]
     )
     grid, *curves = panels
-    shares = [[steps[column * layers + layer]["probability"] for column in range(columns)] for layer in range(layers)]
+    shares = [[0.0] * columns for _ in range(layers)]
+    for step, (column, layer) in zip(steps, cells, strict=True):
+        shares[layer][column] = step["probability"]
     grid.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto", extent=(0, columns, layers, 0))
-    for index, step in enumerate(steps):
-        column, layer = divmod(index, layers)
+    for step, (column, layer) in zip(steps, cells, strict=True):
         share, text = step["probability"], step["text"]
         shown = f"{text if len(text) <= 9 else text[:8] + '…'}  {share:.0%}"
         style: dict[str, Any] = {"color": "white" if share > 0.55 else "black", "fontsize": 9}
@@ -214,7 +216,8 @@ def lens(report: dict[str, Any], path: Path) -> None:
     grid.tick_params(length=0)
     grid.set_ylabel("layer")
     for axes, key, label in zip(curves, ("kl", "norm", "change"), ("KL to the answer", "norm", "change"), strict=True):
-        axes.plot([(i + 0.5) / layers for i in range(len(steps))], [step[key] for step in steps], ".-", markersize=4)
+        places = [column + (layer + 0.5) / layers for column, layer in cells]
+        axes.plot(places, [step[key] for step in steps], ".-", markersize=4)
         axes.set_xlim(0, columns)
         axes.set_ylim(bottom=0)
         axes.set_ylabel(label)

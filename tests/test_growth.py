@@ -103,6 +103,16 @@ def test_one_growth_keeps_the_logits(sizes: dict[str, Any], bound: float) -> Non
     assert difference(logits(grow(model, **sizes)), logits(model)) <= bound
 
 
+def test_more_ffn_keeps_the_logits_of_a_trained_model() -> None:
+    """The embedded one: its logits are large, and its FFN's sums long enough that a library splits them."""
+    model = HRM.from_pretrained(Path(hrmcore.__file__).parent / "assets" / "tiny").requires_grad_(False)
+    ids = torch.randint(10, 365, (1, 40), generator=torch.Generator().manual_seed(0))
+    expected = model(ids, 30)
+    for size in (513, 640, 1024):
+        bound = 1e-6 if size % 2 == 0 else 1e-5
+        assert difference(grow(model, intermediate_size=size)(ids, 30), expected) <= bound
+
+
 def test_any_order_of_four_growths_keeps_the_logits() -> None:
     model = make_model()
     expected = logits(model)
@@ -205,12 +215,14 @@ def kind(name: str) -> str:
 
 def placed(name: str, old: Tensor, shape: torch.Size) -> Tensor:
     """The old entries where they lie in the larger tensor, zeros around: written without the code under test."""
-    parts = {"gqkv_proj": 4, "gate_up_proj": 2}.get(kind(name), 1)
-    blocks = [
-        F.pad(block, (0, shape[1] - block.shape[1], 0, shape[0] // parts - block.shape[0]))
-        for block in old.chunk(parts)
-    ]
-    return torch.cat(blocks)
+    parts = 4 if kind(name) in ("gqkv_proj", "gate_up_proj") else 1  # halves of gate and of up
+    columns = 2 if kind(name) == "down_proj" else 1
+    rows = []
+    for block in old.chunk(parts):
+        pieces = block.chunk(columns, dim=1)
+        right, below = shape[1] // columns - pieces[0].shape[1], shape[0] // parts - block.shape[0]
+        rows.append(torch.cat([F.pad(piece, (0, right, 0, below)) for piece in pieces], dim=1))
+    return torch.cat(rows)
 
 
 def backward(model: HRM, horizon: int | None = None) -> dict[str, Tensor]:
@@ -266,7 +278,7 @@ def test_the_state_is_what_transported_gradients_would_have_left(
     ]
     # Sophia-H: the loss is a sum of c p² / 2, so the curvature is c; the larger model has the same loss of the old
     # weights, p ÷ a, and none of the new ones. Directions of ones, for both draw them in other shapes.
-    monkeypatch.setattr(torch, "randn", lambda shape, generator=None: torch.ones(shape))
+    monkeypatch.setattr(torch, "randn", lambda shape, generator=None, device=None: torch.ones(shape))
     c = {name: p.detach().abs() + 0.1 for name, p in old.items()}
 
     def small_loss(params: dict[str, Tensor]) -> tuple[Tensor, ...]:

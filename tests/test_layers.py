@@ -18,7 +18,7 @@ PACKAGE = Path(hrmcore.__file__).parent
 LAYERS = [
     {"_C"},
     {"config", "tokenizer", "sampling", "ops"},
-    {"model", "optim", "data", "planner", "tensor_file", "distributed"},
+    {"model", "optim", "data", "planner", "tensor_file", "safetensors_files", "distributed"},
     {"checkpoint", "growth", "runner", "microbench", "store", "sharding", "sharded_state"},
     {"packed", "training_state", "curvature", "validation", "growth_stages"},
     {"run_config", "growth_files"},
@@ -34,7 +34,18 @@ LATE = {("model", "checkpoint")}
 # Too slow or too rare to come along with a module of ours.
 NEVER_EAGER = {"transformers", "reasoning_gym", "wandb", "matplotlib", "lm_eval", "openai", "gguf", "huggingface_hub"}
 FREE_OF_TORCH = [
-    *("config", "tokenizer", "sampling", "data", "store", "planner", "checkpoint", "packed", "engine"),
+    *(
+        "config",
+        "tokenizer",
+        "sampling",
+        "data",
+        "store",
+        "planner",
+        "safetensors_files",
+        "checkpoint",
+        "packed",
+        "engine",
+    ),
     *("generate", "bench", "convert", "prepare", "plan", "plot", "growth_command", "repl", "cli"),
     "inspect",
     *("evals.harness", "evals.iq", "evals.reasoning_gym", "evals.runners", "evals.command"),

@@ -290,7 +290,7 @@ def test_sharding_divides_what_it_shards() -> None:
     assert (one.activations, one.logits) == (four.activations, four.logits)
     assert four.cast == 2 * parameters(shape)
     assert one.weights + one.gradients + one.optimizer == 16 * parameters(shape)
-    assert activation_elements(shape) == 2 * (2 * 48 + 5 * 64 + 2 * 128) + 48  # what a block keeps, and a stack's norm
+    assert activation_elements(shape, 2) == 2 * (2 * 48 + 5 * 64 + 2 * 128) + 48  # what blocks keep, and a stack's norm
 
 
 def test_a_checkpoint_and_its_config_are_planned(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,15 +9,12 @@ namespace hrmcore {
 namespace {
 
 const ModelShape& checked(const ModelShape& shape) {
-  const std::pair<const char*, std::int64_t> counts[] = {{"vocab_size", shape.vocabulary},
-                                                         {"hidden_size", shape.width},
-                                                         {"intermediate_size", shape.ffn},
-                                                         {"num_layers", shape.layers},
-                                                         {"num_heads", shape.heads},
-                                                         {"head_dim", shape.head_dim},
-                                                         {"H_cycles", shape.h_cycles},
-                                                         {"L_cycles", shape.l_cycles},
-                                                         {"max_position_embeddings", shape.positions}};
+  const std::pair<const char*, std::int64_t> counts[] = {
+      {"vocab_size", shape.vocabulary}, {"hidden_size", shape.width},
+      {"intermediate_size", shape.ffn}, {"L_layers", shape.l_layers},
+      {"H_layers", shape.h_layers},     {"num_heads", shape.heads},
+      {"head_dim", shape.head_dim},     {"H_cycles", shape.h_cycles},
+      {"L_cycles", shape.l_cycles},     {"max_position_embeddings", shape.positions}};
   for (const auto& [name, value] : counts) {
     if (value < 1 || value > (std::int64_t{1} << 31))
       reject("Engine", name, "at least 1", std::to_string(value));

@@ -186,12 +186,13 @@ void Recurrence::work(Worker& worker) {
   embed(worker);
   const std::int64_t round = shape_.l_cycles + 1, visits = shape_.h_cycles * round;
   const auto is_slow = [&](std::int64_t index) { return index % round == shape_.l_cycles; };
-  for (std::int64_t index = 0; index < visits; ++index) {
+  for (std::int64_t index = 0, slot = 0; index < visits; ++index) {
     const bool last = index + 1 == visits;
-    if (!visit(worker, is_slow(index), index,
+    if (!visit(worker, is_slow(index), slot,
                last ? weights_.head() : weights_.stack(is_slow(index + 1)).front().gqkv)) {
       return;
     }
+    slot += shape_.layers(is_slow(index));
   }
   head(worker);
 }
@@ -206,18 +207,18 @@ void Recurrence::embed(Worker& worker) {
 
 // False when the step is to stop, which all threads see alike: one of them asks before a phase, all look
 // after it, and whoever looks has done so before the next question, which is several phases away.
-bool Recurrence::visit(Worker& worker, bool slow, std::int64_t visit, const PackedMatrix& next) {
+bool Recurrence::visit(Worker& worker, bool slow, std::int64_t slot, const PackedMatrix& next) {
   const std::vector<LayerWeights>& layers = weights_.stack(slow);
   float* state = slow ? slow_ : fast_;
-  for (std::int64_t layer = 0; layer < shape_.layers; ++layer) {
-    const LayerWeights& w = layers[static_cast<std::size_t>(layer)];
+  for (std::size_t layer = 0; layer < layers.size(); ++layer) {
+    const LayerWeights& w = layers[layer];
     ask(worker);
     const Operand input = layer == 0 ? normalise(worker, state, slow ? fast_ : slow_, u_)
                                      : normalise(worker, u_, nullptr, nullptr);
     if (stopped_.load(std::memory_order_relaxed)) return false;
     worker.expect(upcoming(w.o));
     gqkv_product(worker, w.gqkv, input);
-    attention(worker, visit * shape_.layers + layer);
+    attention(worker, slot + static_cast<std::int64_t>(layer));
     const Operand attended = attended_operand(worker);
     worker.expect(upcoming(w.gate_up));
     add_product(worker, w.o, attended);
@@ -227,8 +228,7 @@ bool Recurrence::visit(Worker& worker, bool slow, std::int64_t visit, const Pack
     worker.expect(upcoming(w.down));
     swiglu_product(worker, w.gate_up, middle);
     const Operand hidden = hidden_operand(worker);
-    worker.expect(
-        upcoming(layer + 1 < shape_.layers ? layers[static_cast<std::size_t>(layer) + 1].gqkv : next));
+    worker.expect(upcoming(layer + 1 < layers.size() ? layers[layer + 1].gqkv : next));
     add_product(worker, w.down, hidden);
   }
   normalise_state(worker, state);

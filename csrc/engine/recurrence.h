@@ -3,7 +3,8 @@
 //   zH = scale * embed[ids], zL = z_L_init
 //   H_cycles times: L_cycles times zL = L(zL + zH); then zH = H(zH + zL)
 //   logits = head zH, of the rows asked for
-//   a stack: N blocks on u, then rms(u);  [g|q|k|v] = Wgqkv rms(u),  u += Wo (sigmoid(g) attention(q, k, v)),
+//   a stack: its blocks on u, then rms(u);  [g|q|k|v] = Wgqkv rms(u),  u += Wo (sigmoid(g) attention(q, k,
+//   v)),
 //            [a|b] = Wgate_up rms(u),  u += Wdown (silu(a) b)
 //
 // Reads every layer's weights once a visit. Source: arXiv 2605.20613.
@@ -73,7 +74,7 @@ class Recurrence {
 
   void work(Worker& worker);
   void embed(Worker& worker);
-  bool visit(Worker& worker, bool slow, std::int64_t visit, const PackedMatrix& next);
+  bool visit(Worker& worker, bool slow, std::int64_t slot, const PackedMatrix& next);
   void ask(const Worker& worker);
   void attention(Worker& worker, std::int64_t slot);
   void attend_task(Worker& worker, const Task& task, std::int64_t slot);

@@ -42,12 +42,11 @@ float element(const TensorView& tensor, std::int64_t row, std::int64_t column) {
 
 Weights::Weights(const ModelShape& shape, Packing packing) : shape_(shape), packing_(packing) {
   const std::int64_t width = shape.width, attention = shape.attention_width();
-  const auto layers = static_cast<std::size_t>(shape.layers);
-  fast_.resize(layers);
-  slow_.resize(layers);
   for (bool slow : {false, true}) {
-    for (std::size_t index = 0; index < layers; ++index) {
-      LayerWeights& layer = (slow ? slow_ : fast_)[index];
+    std::vector<LayerWeights>& layers = slow ? slow_ : fast_;
+    layers.resize(static_cast<std::size_t>(shape.layers(slow)));
+    for (std::size_t index = 0; index < layers.size(); ++index) {
+      LayerWeights& layer = layers[index];
       const std::string prefix =
           (slow ? "H_module.layers." : "L_module.layers.") + std::to_string(index) + ".";
       place_matrix(prefix + "gqkv_proj.weight", 4 * attention, width, RowOrder::plain, &layer.gqkv, packing);

@@ -14,11 +14,12 @@
 namespace hrmcore {
 
 struct ModelShape {
-  std::int64_t vocabulary, width, ffn, layers, heads, head_dim, h_cycles, l_cycles, positions;
+  std::int64_t vocabulary, width, ffn, l_layers, h_layers, heads, head_dim, h_cycles, l_cycles, positions;
   float eps, embedding_scale;
 
   std::int64_t attention_width() const { return heads * head_dim; }
-  std::int64_t slots() const { return h_cycles * (l_cycles + 1) * layers; }
+  std::int64_t layers(bool slow) const { return slow ? h_layers : l_layers; }
+  std::int64_t slots() const { return h_cycles * (l_cycles * l_layers + h_layers); }
 };
 
 struct LayerWeights {
