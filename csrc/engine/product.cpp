@@ -7,8 +7,10 @@ namespace hrmcore::HRMCORE_ISA {
 namespace {
 
 // A tile is `vectors` vectors of a panel's 64 rows by up to so many tokens: as many sums as the registers
-// hold.
-#if defined(HRMCORE_ISA_avx512) || defined(HRMCORE_ISA_vnni)
+// hold, of integers at least.
+#if defined(HRMCORE_ISA_vnni)
+constexpr int vectors = 4, float_tokens = 6, int_tokens = 4;
+#elif defined(HRMCORE_ISA_avx512)
 constexpr int vectors = 4, float_tokens = 6, int_tokens = 3;
 #elif defined(HRMCORE_ISA_avx2)
 constexpr int vectors = 2, float_tokens = 6, int_tokens = 2;
@@ -16,8 +18,8 @@ constexpr int vectors = 2, float_tokens = 6, int_tokens = 2;
 constexpr int vectors = 2, float_tokens = 4, int_tokens = 2;
 #endif
 constexpr int tile_rows = vectors * lanes;
-constexpr std::int64_t expand_from_tokens =
-    13;  // from here on, unpacking a chunk once beats doing it in every tile
+// From here on, unpacking a chunk once beats doing it in every tile.
+constexpr std::int64_t expand_from_tokens = lanes == 16 ? 64 : 13;
 
 // What a slab's cells hold. `nibbles` unpacks to `bytes_of_nibbles`, which keeps the nibbles' offset of 8.
 enum class Cells : std::uint8_t { floats, halves, bytes, nibbles, bytes_of_nibbles };
