@@ -20,6 +20,7 @@ import numpy as np
 from hrmcore.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -183,6 +184,11 @@ class PackedBatch:
     supervised: Tensor  # (R) int64, positions whose next token is predicted
     targets: Tensor  # (R) int64, that next token
     records: tuple[int, ...]  # which records these are
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch with its tensors on a device."""
+        moved = {name: x.to(device) for name, x in vars(self).items() if name != "records"}
+        return replace(self, **moved)
 
 
 def pack(corpus: Corpus, records: Sequence[int], multiple: int = 1) -> PackedBatch:

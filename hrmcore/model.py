@@ -10,14 +10,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from hrmcore.config import HRMConfig
 from hrmcore.ops.attention import attention
-from hrmcore.ops.backend import reference_active
+from hrmcore.ops.backend import reference_active, require_cuda
 from hrmcore.ops.cross_entropy import cross_entropy, sample_targets
 from hrmcore.ops.rms_norm import rms_norm
 from hrmcore.ops.rope import rope, rope_table, xpos_rates
@@ -25,6 +25,8 @@ from hrmcore.ops.sublayers import attention_sublayer, mlp_sublayer
 from hrmcore.ops.swiglu import swiglu
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from hrmcore.data import PackedBatch
 
 
@@ -72,13 +74,19 @@ class Layout:
     positions: Tensor  # (T) int32, counted from each sequence's first token
 
     @classmethod
-    def of(cls, lengths: Sequence[int], prefix: Sequence[int], starts: Sequence[int] | None = None) -> Layout:
+    def of(
+        cls,
+        lengths: Sequence[int],
+        prefix: Sequence[int],
+        starts: Sequence[int] | None = None,
+        device: torch.device | None = None,
+    ) -> Layout:
         """Lay out sequences of these lengths; `starts` are the tokens of each that a cache already holds."""
         starts = starts or [0] * len(lengths)
         offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         runs = [torch.arange(s, s + n, dtype=torch.int32) for s, n in zip(starts, lengths, strict=True)]
         positions = torch.cat(runs) if runs else torch.empty(0, dtype=torch.int32)
-        return cls(offsets, torch.tensor(prefix, dtype=torch.int32), positions)
+        return cls(*(x.to(device) for x in (offsets, torch.tensor(prefix, dtype=torch.int32), positions)))
 
 
 class Block(nn.Module):
@@ -179,6 +187,13 @@ class HRM(nn.Module):
         self.reset_positions(config.max_position_embeddings)
         self.reset_parameters()
 
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As `torch.nn.Module.to`. Raises RuntimeError, saying what is missing, where CUDA is asked for in vain."""
+        target = kwargs.get("device", args[0] if args else None)
+        if isinstance(target, int | str | torch.device) and torch.device(target).type == "cuda":
+            require_cuda()
+        return super().to(*args, **kwargs)
+
     def reset_parameters(self) -> None:
         """LeCun initialisation: normal truncated at 3 sigma, variance-corrected, std 1/sqrt(fan_in); z_L_init std 1."""
         for parameter in self.parameters():
@@ -233,15 +248,16 @@ class HRM(nn.Module):
         """
         batch, length = self._check_ids(ids)
         prefix = self._check_prefix(prefix_length, batch, length)
-        layout = Layout.of([length] * batch, prefix)
+        layout = Layout.of([length] * batch, prefix, device=ids.device)
         return self.lm_head(self.hidden(ids.reshape(-1), layout)).float().view(batch, length, -1)
 
     def loss(self, batch: PackedBatch, horizon: int | None = None, sampler: torch.Generator | None = None) -> Tensor:
-        """Summed cross-entropy (float32, nats) over the supervised tokens of a packed batch.
+        """Summed cross-entropy (float32, nats) over the supervised tokens of a packed batch, from whatever device.
 
         With a `sampler`, of labels that it draws from the model's own distribution: the loss whose squared gradient is
         Sophia-G's curvature.
         """
+        batch = batch.to(self.lm_head.weight.device)
         prefix = batch.prefix if self.config.prefix_lm else torch.zeros_like(batch.prefix)
         layout = Layout(batch.offsets, prefix, batch.positions)
         final, head, targets = self.hidden(batch.ids, layout, horizon=horizon), self.lm_head.weight, batch.targets

@@ -4,8 +4,8 @@
 
 // A block holds a tile of queries of one head and visits the keys in tiles, the next one loading while this
 // one is multiplied; online softmax in registers; the gate is applied on the way out. Weights are rounded to
-// the inputs' dtype for the second product, as the tensor cores take them. Keys and values are read once for
-// each tile of queries.
+// the inputs' dtype for the second product, as the tensor cores take them; under xPos so are faded queries
+// and keys. Keys and values are read once for each tile of queries.
 
 namespace hrmcore::cuda {
 namespace {
@@ -38,8 +38,8 @@ __device__ __forceinline__ void update_softmax(float (&s)[n / 8][4], float (&top
 }
 
 template <class T, int columns, bool wide>
-__global__ void __launch_bounds__(block_threads<T>) forward(AttentionForward args) {
-  constexpr int tile = tile_rows<T>, length = row_length<T>(columns), weights_length = row_length<T>(tile);
+__global__ void __launch_bounds__(block_threads<T>, resident_blocks) forward(AttentionForward args) {
+  constexpr int tile = block_rows<T>, length = row_length<T>(columns), weights_length = row_length<T>(tile);
   const Sequence sequence = sequence_of_block<T>(args, false);
   if (sequence.index < 0) return;
   const SharedArray<T> q = shared_array<T>(0), keys = q + tile * length, values = keys + 2 * tile * length;
@@ -47,9 +47,9 @@ __global__ void __launch_bounds__(block_threads<T>) forward(AttentionForward arg
   const int g = lane_id() / 4, h = lane_id() % 4;
   const int first = sequence.first_row + 16 * warp_id();  // of this warp
   const int rows = min(sequence.queries - sequence.first_row, block_rows<T>);
-  const int begin = sequence.low(sequence.first_row) / tile * tile;
-  const int end = sequence.high(sequence.first_row + rows - 1);
+  const int position = sequence.position(sequence.first_row);
   const float scale = 1.0f / sqrtf(static_cast<float>(args.q.shape[2]));
+  const bool fades = args.rates.given();
 
   const auto load_keys = [&](int key, int stage) {
     const std::int64_t row = sequence.first_key + key;
@@ -57,47 +57,60 @@ __global__ void __launch_bounds__(block_threads<T>) forward(AttentionForward arg
     load_tile<T, columns, wide>(values + stage * tile * length, args.v, row, sequence.keys - key);
     commit_copies();
   };
-  load_tile<T, columns, wide>(q, args.q, sequence.first_query + sequence.first_row, rows);
-  load_keys(begin, 0);
 
   float o[columns / 8][4] = {}, top[2] = {minus_infinity, minus_infinity}, total[2] = {}, decay[2];
-  for (int key = begin, stage = 0; key < end; key += tile, stage ^= 1) {
-    if (key + tile < end) {
-      load_keys(key + tile, stage ^ 1);
-      wait_for_copies<1>();
-    } else {
-      wait_for_copies<0>();
-    }
-    __syncthreads();
-    float s[tile / 8][4] = {};
-    multiply<tile, columns, false, length, length>(s, q + warp_id() * 16 * length,
-                                                   keys + stage * tile * length);
+  const int sides = count_of_sides(fades, sequence.prefix > position + 1);
+#pragma unroll 1
+  for (int visit = 0; visit < sides; ++visit) {
+    const Side side = side_of_visit(fades, visit);
+    const Span span = sequence.keys_of_block(rows, side, tile);
+    const Edge edge = edge_of_block(position, block_rows<T>, side == Side::after ? 1 : -1);
+    load_tile<T, columns, wide>(q, args.q, sequence.first_query + sequence.first_row, rows);
+    load_keys(span.begin, 0);
+#pragma unroll 1
+    for (int key = span.begin, stage = 0; key < span.end; key += tile, stage ^= 1) {
+      if (key + tile < span.end) {
+        load_keys(key + tile, stage ^ 1);
+        wait_for_copies<1>();
+      } else {
+        wait_for_copies<0>();
+      }
+      __syncthreads();
+      if (fades) {
+        if (key == span.begin) fade_tile<T, columns>(q, args.rates, position, edge, true);
+        fade_tile<T, columns>(keys + stage * tile * length, args.rates, key, edge, false);
+        __syncthreads();
+      }
+      float s[tile / 8][4] = {};
+      multiply<tile, columns, false, length, length>(s, q + warp_id() * 16 * length,
+                                                     keys + stage * tile * length);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int query = min(first + g + 8 * r, sequence.queries - 1);
-      const int low = sequence.low(query) - key, high = sequence.high(query) - key;
+      for (int r = 0; r < 2; ++r) {
+        const int query = min(first + g + 8 * r, sequence.queries - 1);
+        const int low = sequence.low(query, side) - key, high = sequence.high(query, side) - key;
 #pragma unroll
-      for (int j = 0; j < tile / 8; ++j) {
+        for (int j = 0; j < tile / 8; ++j) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int column = 8 * j + 2 * h + i;
-          float& score = s[j][2 * r + i];
-          score = column >= low && column < high ? score * scale : minus_infinity;
+          for (int i = 0; i < 2; ++i) {
+            const int column = 8 * j + 2 * h + i;
+            float& score = s[j][2 * r + i];
+            score = column >= low && column < high ? score * scale : minus_infinity;
+          }
         }
       }
-    }
-    update_softmax<tile>(s, top, total, decay);
+      update_softmax<tile>(s, top, total, decay);
 #pragma unroll
-    for (int j = 0; j < columns / 8; ++j) {
+      for (int j = 0; j < columns / 8; ++j) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) o[j][i] *= decay[i / 2];
+        for (int i = 0; i < 4; ++i) o[j][i] *= decay[i / 2];
+      }
+      store_fragments<T, tile, weights_length>(weights, s);
+      __syncwarp();
+      multiply<columns, tile, true, weights_length, length>(o, weights, values + stage * tile * length);
+      __syncthreads();
     }
-    store_fragments<T, tile, weights_length>(weights, s);
-    __syncwarp();
-    multiply<columns, tile, true, weights_length, length>(o, weights, values + stage * tile * length);
-    __syncthreads();
+    wait_for_copies<0>();
   }
-  wait_for_copies<0>();
 
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -122,7 +135,7 @@ __global__ void __launch_bounds__(block_threads<T>) forward(AttentionForward arg
 
 template <class T>
 constexpr int shared_bytes(int columns) {
-  return 5 * tile_bytes<T>(tile_rows<T>, columns) + tile_bytes<T>(block_rows<T>, tile_rows<T>);
+  return 5 * tile_bytes<T>(block_rows<T>, columns) + tile_bytes<T>(block_rows<T>, block_rows<T>);
 }
 static_assert(shared_bytes<float>(128) <= most_shared_bytes && shared_bytes<bf16>(128) <= most_shared_bytes);
 

@@ -1,5 +1,11 @@
-// What the attention kernels share: sequences and what their rows see, tiles in shared memory, and the
+// What the attention kernels share: sequences and what their rows see, tiles in shared memory, xPos, and the
 // product of a warp's 16 rows with a tile.
+//
+// xPos fades channel c of a score by exp(rate_c * distance). A block's own rows are faded by their distance
+// to the edge of the block that faces the rows it visits, and those by the rest, so no factor grows with the
+// length. Within the block itself the edge may stand the wrong way round: factors reach exp(-rate * 63), 1.17
+// at scale base 512. Keys before a query and keys after it need different edges, so they are visited one side
+// after the other, and tiles that hold both are visited twice.
 //
 // A warp owns 16 rows. What it accumulates lies in registers as mma.sync leaves it: with g = lane / 4 and h =
 // lane % 4, c[j][0..1] are row g, columns 8j + 2h and the next, c[j][2..3] are row g + 8. bfloat16 goes
@@ -17,9 +23,10 @@ constexpr int warps = sizeof(T) == 2 ? 4 : 2;
 template <class T>
 constexpr int block_rows = 16 * warps<T>;
 template <class T>
-constexpr int tile_rows = block_rows<T>;
-template <class T>
 constexpr int block_threads = 32 * warps<T>;
+// The blocks that a multiprocessor must have registers for. Left to itself, ptxas spills to make room for one
+// more.
+constexpr int resident_blocks = 2;
 // A row of a tile is 16 bytes longer than its columns: rows start in different banks.
 template <class T>
 HRMCORE_HOST_DEVICE constexpr int row_length(int columns) {
@@ -36,23 +43,56 @@ constexpr float minus_infinity = -__builtin_inff();
 __device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x % 32); }
 __device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x / 32); }
 
-// One sequence: its rows in the packed tensors, and the keys that each query sees: from low up to high.
+// Which of a query's keys: every one, those not after it, or those after it.
+enum class Side { all, before, after };
+
+struct Span {
+  int begin, end;
+};
+
+// One sequence: its rows in the packed tensors, and the keys that each query sees on a side: from low up to
+// high.
 struct Sequence {
   int index;      // -1: the block has nothing to do
   int first_row;  // of the block, counted from the sequence's first
   int queries, keys, first_query, first_key, prefix, window;
 
   __device__ int position(int query) const { return keys - queries + query; }
-  __device__ int high(int query) const {
-    const int p = position(query), most = max(prefix, p + 1);
+  __device__ int high(int query, Side side) const {
+    const int p = position(query), most = side == Side::before ? p + 1 : max(prefix, p + 1);
     const int border = window == 0 ? most : min(most, (p / window + 2) * window);
     return min(border, keys);
   }
-  __device__ int low(int query) const {
+  __device__ int low(int query, Side side) const {
     const int p = position(query);
-    return window == 0 || p < window ? 0 : (p / window - 1) * window;
+    const int border = window == 0 || p < window ? 0 : (p / window - 1) * window;
+    return side == Side::after ? max(border, p + 1) : border;
+  }
+  // The keys that a block of queries visits: from a multiple of `tile` on.
+  __device__ Span keys_of_block(int rows, Side side, int tile) const {
+    return {low(first_row, side) / tile * tile, high(first_row + rows - 1, side)};
+  }
+  // The queries that see any key of a block of keys on that side of them.
+  __device__ Span queries_of_block(int rows, Side side) const {
+    const int earliest = position(0), last_key = first_row + rows - 1;
+    Span span{0, queries};
+    if (first_row >= prefix || side == Side::before) span.begin = max(first_row - earliest, 0);
+    if (side == Side::after) span.end = min(span.end, last_key - earliest);
+    if (window > 0) {
+      span.begin = max(span.begin, (first_row / window - 1) * window - earliest);
+      span.end = min(span.end, (last_key / window + 2) * window - earliest);
+    }
+    return span;
   }
 };
+
+// Without rates a block visits all of its keys or queries at once, otherwise one side after the other.
+__device__ __forceinline__ int count_of_sides(bool fades, bool any_after) {
+  return fades && any_after ? 2 : 1;
+}
+__device__ __forceinline__ Side side_of_visit(bool fades, int visit) {
+  return visit == 1 ? Side::after : fades ? Side::before : Side::all;
+}
 
 __device__ __forceinline__ int clamped_offset(const TensorView& offsets, int s, std::int64_t rows) {
   const std::int64_t value = load_one(offsets.as<std::int32_t>() + s);
@@ -93,14 +133,14 @@ __device__ __forceinline__ T* head_row(const TensorView& tensor, std::int64_t ro
   return tensor.as<T>() + row * tensor.strides[0] + blockIdx.y * tensor.strides[1];
 }
 
-// Starts loading rows [first, first + tile_rows) of a head; what lies past `count` rows or past the head's
+// Starts loading block_rows rows of a head from `first` on; what lies past `count` of them or past the head's
 // columns becomes zeros. Where rows are not made of aligned 16-byte pieces the copy is an ordinary one.
 template <class T, int columns, bool wide>
 __device__ __forceinline__ void load_tile(SharedArray<T> tile, const TensorView& tensor, std::int64_t first,
                                           int count) {
   constexpr int length = row_length<T>(columns), piece = wide ? widest<T> : 1;
   const int head_dim = static_cast<int>(tensor.shape[2]);
-  for (int i = static_cast<int>(threadIdx.x); i < tile_rows<T> * (columns / piece); i += block_threads<T>) {
+  for (int i = static_cast<int>(threadIdx.x); i < block_rows<T> * (columns / piece); i += block_threads<T>) {
     const int row = i / (columns / piece), column = i % (columns / piece) * piece;
     const bool inside = row < count && column < head_dim;
     const T* source = inside ? head_row<T>(tensor, first + row) + column : tensor.as<T>();
@@ -112,12 +152,83 @@ __device__ __forceinline__ void load_tile(SharedArray<T> tile, const TensorView&
   }
 }
 
+// Where a block's own rows meet those that it visits, and in which direction it looks: 1 for rows behind its
+// own, -1 for rows before them.
+struct Edge {
+  int position, direction;
+
+  // Of a row of the block to the edge; of a visited row it is the negative. Where the row stands beyond the
+  // edge it is below zero.
+  __device__ int distance(int row) const { return direction * (position - row); }
+};
+
+__device__ __forceinline__ Edge edge_of_block(int first, int rows, int direction) {
+  return {direction > 0 ? first + rows - 1 : first, direction};
+}
+
+// What is too small to count beside anything else is zero, as on the CPU.
+__device__ __forceinline__ float faded(float rate, int distance) {
+  const float exponent = rate * static_cast<float>(distance);
+  return exponent < -64.0f ? 0.0f : expf(exponent);
+}
+
+__device__ __forceinline__ float rate_of(const TensorView& rates, int channel) {
+  return load_one(rates.as<float>() + channel * rates.strides[0]);
+}
+
+// Fades a tile whose rows start at position `first`, the block's own or visited ones. For all threads of the
+// block, between barriers.
+template <class T, int columns>
+__device__ __forceinline__ void fade_tile(SharedArray<T> tile, const TensorView& rates, int first, Edge edge,
+                                          bool own) {
+  constexpr int length = row_length<T>(columns), together = 8;  // rows that follow each other by one factor
+  const int half = static_cast<int>(rates.shape[0]);
+  for (int i = static_cast<int>(threadIdx.x); i < block_rows<T> / together * (columns / 2);
+       i += block_threads<T>) {
+    const int channel = i % (columns / 2), row = i / (columns / 2) * together;
+    if (channel >= half) continue;
+    const float rate = rate_of(rates, channel);
+    const int distance = edge.distance(first + row);
+    float factor = faded(rate, own ? distance : -distance);
+    const float change = expf(rate * static_cast<float>(own ? -edge.direction : edge.direction));
+#pragma unroll
+    for (int r = 0; r < together; ++r) {
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        const int at = (row + r) * length + channel + part * half;
+        T element = tile[at];
+        assign(element, to_float(element) * factor);
+        tile[at] = element;
+      }
+      factor *= change;
+    }
+  }
+}
+
+// Accumulators of the block's own rows times the fading of theirs; `back` undoes it.
+template <int columns>
+__device__ __forceinline__ void fade_fragments(float (&c)[columns / 8][4], const TensorView& rates, int first,
+                                               Edge edge, bool back) {
+  const int half = static_cast<int>(rates.shape[0]);
+  const int row = first + 16 * warp_id() + lane_id() / 4;
+#pragma unroll
+  for (int j = 0; j < columns / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int column = 8 * j + lane_id() % 4 * 2 + i % 2;
+      if (column >= 2 * half) break;
+      const int distance = edge.distance(row + i / 2 * 8);
+      c[j][i] *= faded(rate_of(rates, column < half ? column : column - half), back ? -distance : distance);
+    }
+  }
+}
+
 // c (16 x n) += A B: A is 16 rows of `depth`, B a tile stored by its columns (n rows of depth) or, with
 // `rows_are_depth`, by its rows (depth rows of n).
 template <int n, int depth, bool rows_are_depth, int a_length, int b_length>
 __device__ __forceinline__ void multiply(float (&c)[n / 8][4], SharedArray<bf16> a, SharedArray<bf16> b) {
   const int lane = lane_id();
-#pragma unroll
+#pragma unroll 2  // more would fetch fragments ahead into registers that the sums need
   for (int k = 0; k < depth; k += 16) {
     std::uint32_t left[4];
     ldmatrix<false>(left, (a + (lane % 16 * a_length + k + lane / 16 * 8)).data);
@@ -200,7 +311,6 @@ __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-
 
 template <class Args>
 const char* refusal(const Args& args) {
-  if (args.rates.given()) return "rates (xPos) have no CUDA kernel yet; use the CPU";
   if (args.q.shape[2] > 128) return "head_dim (last axis of q) must be at most 128 on CUDA";
   return nullptr;
 }

@@ -6,7 +6,8 @@
 //
 // R rows, V vocabulary. Logits float32 or bfloat16, unit stride in V, any row stride; arithmetic in float32,
 // the sum of the exponentials in float64 across blocks of 1,024. A row with a NaN, or without a finite
-// maximum, has a NaN loss.
+// maximum, has a NaN loss. On CUDA the targets are not read on the host: so has a row whose target is outside
+// of the vocabulary, and its gradient is NaN.
 //
 // Moves at least R V elements forward (read twice, the second time from cache where a row fits there) and
 // 2 R V backward. Computes R V exponentials and 2 R V further FLOPs forward, R V and 3 R V backward.

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from hrmcore import _C
 
 DEVICES = ("cpu", "cuda")
 
@@ -32,3 +35,16 @@ def reference_ops() -> Iterator[None]:
 def stream_of(x: Tensor) -> int:
     """The CUDA stream, as a number, in whose order a kernel on `x` must run; 0 on the CPU."""
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+
+
+def require_cuda() -> None:
+    """Raise RuntimeError, saying what is missing, unless torch has a CUDA device and hrmcore its CUDA kernels."""
+    if torch.version.cuda is None:
+        raise RuntimeError(f"device 'cuda': torch {torch.__version__} is built without CUDA; use device 'cpu'")
+    if not torch.cuda.is_available():
+        raise RuntimeError("device 'cuda': torch finds no CUDA device on this machine; use device 'cpu'")
+    if not Path(_C.__file__).with_name("_C_cuda.so").exists():
+        raise RuntimeError(
+            "device 'cuda': this hrmcore is built without CUDA kernels; install it again where nvcc is found, "
+            "with --config-settings=cmake.define.HRMCORE_CUDA=ON"
+        )

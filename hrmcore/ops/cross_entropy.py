@@ -1,7 +1,9 @@
 """Cross-entropy of supervised rows, in chunks: the logits of all rows never exist together.
 
-Kernels: csrc/ops/cross_entropy.{h,cpp}; the matrix products are torch's. Shapes: T tokens, R supervised rows, D width,
-V vocabulary.
+Kernels: csrc/ops/cross_entropy.{h,cpp,cu}; the matrix products are torch's. On CUDA, checking the rows and reading
+the gradient of the loss wait for the device.
+
+Shapes: T tokens, R supervised rows, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
 from hrmcore import _C
-from hrmcore.ops.backend import reference_active
+from hrmcore.ops.backend import DEVICES, reference_active, stream_of
 
 CHUNK_ELEMENTS = 1 << 23  # logits that exist at one time, at most; 32 MiB in float32
 ROW_MULTIPLE = 64  # rows of a product are filled up to it: oneDNN (bfloat16) compiles a kernel for each new shape
@@ -48,7 +50,7 @@ def sample_targets(hidden: Tensor, weight: Tensor, rows: Tensor, generator: torc
     Source: arXiv 2305.14342, algorithm 2. Arguments and errors as for `cross_entropy`.
     """
     _check_operands(hidden, weight, rows)
-    targets = torch.empty(len(rows), dtype=torch.int64)
+    targets = torch.empty_like(rows)
     with torch.no_grad():
         for part, _, logits in _chunks(hidden, weight.to(hidden.dtype), rows):
             chances = logits[: part.stop - part.start].float().softmax(-1)
@@ -56,27 +58,28 @@ def sample_targets(hidden: Tensor, weight: Tensor, rows: Tensor, generator: torc
     return targets
 
 
-@torch.library.custom_op("hrmcore::cross_entropy", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("hrmcore::cross_entropy", mutates_args=(), device_types=DEVICES)
 def _cross_entropy(hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     _check_operands(hidden, weight, rows)
     if targets.shape != rows.shape:
         raise ValueError(f"cross_entropy: targets must be of shape {tuple(rows.shape)}, got {tuple(targets.shape)}")
-    losses, lse = torch.empty(len(rows), dtype=torch.float64), torch.empty(len(rows), dtype=torch.float32)
+    losses, lse = (hidden.new_empty(len(rows), dtype=dtype) for dtype in (torch.float64, torch.float32))
     for part, _, logits in _chunks(hidden, weight.to(hidden.dtype), rows):
         operands = (logits[: part.stop - part.start], targets[part], losses[part], lse[part])
-        _C.cross_entropy_forward(*map(to_dlpack, operands))
+        _C.cross_entropy_forward(*map(to_dlpack, operands), stream_of(hidden))
     return losses.sum().float(), lse
 
 
-@torch.library.custom_op("hrmcore::cross_entropy_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("hrmcore::cross_entropy_backward", mutates_args=(), device_types=DEVICES)
 def _cross_entropy_backward(
     hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, lse: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
-    grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros(weight.shape, dtype=torch.float32)
+    grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
     rounded = weight.to(hidden.dtype)
     for part, states, logits in _chunks(hidden, rounded, rows):
         count = part.stop - part.start
-        _C.cross_entropy_backward(*map(to_dlpack, (logits[:count], targets[part], lse[part])), float(grad))
+        operands = (logits[:count], targets[part], lse[part])
+        _C.cross_entropy_backward(*map(to_dlpack, operands), float(grad), stream_of(hidden))
         logits[count:] = 0
         grad_hidden[rows[part]] = torch.mm(logits, rounded)[:count]
         if states.dtype == torch.float32:
@@ -93,7 +96,7 @@ def _chunks(hidden: Tensor, weight: Tensor, rows: Tensor) -> Iterator[tuple[slic
     """
     most = max(ROW_MULTIPLE, CHUNK_ELEMENTS // weight.shape[0] // ROW_MULTIPLE * ROW_MULTIPLE)
     most = min(most, _filled(max(1, len(rows))))
-    buffer = torch.empty(most, weight.shape[0], dtype=hidden.dtype)
+    buffer = hidden.new_empty(most, weight.shape[0])
     for begin in range(0, len(rows), most):
         part = slice(begin, min(begin + most, len(rows)))
         count = part.stop - begin

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
 from hrmcore import _C
+from hrmcore.ops.backend import DEVICES, stream_of
 
 
 def attention_sublayer(
@@ -54,21 +55,22 @@ def mlp_sublayer(
 
 
 def _add_norm(x: Tensor, residual: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    normed, total = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
-    _C.rms_norm_forward(*map(to_dlpack, (x, residual, normed, total)), eps)
+    normed, total = x.new_empty(x.shape), x.new_empty(x.shape)
+    _C.rms_norm_forward(*map(to_dlpack, (x, residual, normed, total)), eps, stream_of(x))
     return normed, total
 
 
 def _norm(u: Tensor, eps: float) -> Tensor:
     normed = torch.empty_like(u)
-    _C.rms_norm_forward(to_dlpack(u), None, to_dlpack(normed), None, eps)
+    _C.rms_norm_forward(to_dlpack(u), None, to_dlpack(normed), None, eps, stream_of(u))
     return normed
 
 
 def _norm_backward_(grad_normed: Tensor, u: Tensor, grad_u: Tensor | None, eps: float) -> Tensor:
     """The gradient of what was added up to u, in place of grad_normed."""
     passed_on = None if grad_u is None else to_dlpack(grad_u.contiguous())
-    _C.rms_norm_backward(to_dlpack(u), to_dlpack(grad_normed), passed_on, to_dlpack(grad_normed), eps)
+    operands = to_dlpack(u), to_dlpack(grad_normed), passed_on, to_dlpack(grad_normed)
+    _C.rms_norm_backward(*operands, eps, stream_of(u))
     return grad_normed
 
 
@@ -91,7 +93,7 @@ def _split(gqkv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return gate, q, k, v
 
 
-@torch.library.custom_op("hrmcore::attention_sublayer", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("hrmcore::attention_sublayer", mutates_args=(), device_types=DEVICES)
 def _attention_sublayer(
     x: Tensor,
     residual: Tensor,
@@ -109,14 +111,14 @@ def _attention_sublayer(
     normed, u = _add_norm(x, residual, eps)
     gqkv = _product(normed, gqkv_weight).view(len(x), 4, heads, -1)
     gate, q, k, v = _split(gqkv)
-    _C.rope(*map(to_dlpack, (q, k, table, positions, q, k)), False)
-    attended, lse = torch.empty(q.shape, dtype=x.dtype), torch.empty(q.shape[:2], dtype=torch.float32)
+    _C.rope(*map(to_dlpack, (q, k, table, positions, q, k)), False, stream_of(x))
+    attended, lse = x.new_empty(q.shape), x.new_empty(q.shape[:2], dtype=torch.float32)
     operands = map(to_dlpack, (q, k, v, gate, offsets, offsets, prefix, attended, lse))
-    _C.attention_forward(*operands, None if rates is None else to_dlpack(rates), window)
+    _C.attention_forward(*operands, None if rates is None else to_dlpack(rates), window, stream_of(x))
     return _product(attended.flatten(1), o_weight), u, gqkv, attended, lse
 
 
-@torch.library.custom_op("hrmcore::attention_sublayer_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("hrmcore::attention_sublayer_backward", mutates_args=(), device_types=DEVICES)
 def _attention_sublayer_backward(
     u: Tensor,
     gqkv: Tensor,
@@ -140,14 +142,14 @@ def _attention_sublayer_backward(
     grad_gate, grad_q, grad_k, grad_v = _split(grad_gqkv)
     sums = (grad_k, grad_v)  # the kernel sums these two in place, so in float32
     if gqkv.dtype != torch.float32:
-        sums = torch.empty(k.shape, dtype=torch.float32), torch.empty(k.shape, dtype=torch.float32)
+        sums = k.new_empty(k.shape, dtype=torch.float32), k.new_empty(k.shape, dtype=torch.float32)
     inputs = (q, k, v, gate, offsets, offsets, prefix, attended, lse, grad_attended.view(q.shape))
     operands = map(to_dlpack, (*inputs, grad_q, *sums, grad_gate))
-    _C.attention_backward(*operands, None if rates is None else to_dlpack(rates), window)
+    _C.attention_backward(*operands, None if rates is None else to_dlpack(rates), window, stream_of(u))
     if gqkv.dtype != torch.float32:
         grad_k.copy_(sums[0])
         grad_v.copy_(sums[1])
-    _C.rope(*map(to_dlpack, (grad_q, grad_k, table, positions, grad_q, grad_k)), True)
+    _C.rope(*map(to_dlpack, (grad_q, grad_k, table, positions, grad_q, grad_k)), True, stream_of(u))
     grad_normed, grad_gqkv_weight = _product_backward(grad_gqkv.flatten(1), _norm(u, eps), gqkv_weight)
     return _norm_backward_(grad_normed, u, grad_u, eps), grad_gqkv_weight, grad_o_weight
 
@@ -212,7 +214,7 @@ _attention_sublayer.register_autograd(_attention_backward, setup_context=_save_a
 # SwiGLU
 
 
-@torch.library.custom_op("hrmcore::mlp_sublayer", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("hrmcore::mlp_sublayer", mutates_args=(), device_types=DEVICES)
 def _mlp_sublayer(
     x: Tensor, residual: Tensor, gate_up_weight: Tensor, down_weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,12 +224,12 @@ def _mlp_sublayer(
 
 
 def _swiglu(ab: Tensor) -> Tensor:
-    product = torch.empty(ab.shape[0], ab.shape[1] // 2, dtype=ab.dtype)
-    _C.swiglu_forward(to_dlpack(ab), to_dlpack(product))
+    product = ab.new_empty(ab.shape[0], ab.shape[1] // 2)
+    _C.swiglu_forward(to_dlpack(ab), to_dlpack(product), stream_of(ab))
     return product
 
 
-@torch.library.custom_op("hrmcore::mlp_sublayer_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("hrmcore::mlp_sublayer_backward", mutates_args=(), device_types=DEVICES)
 def _mlp_sublayer_backward(
     u: Tensor,
     ab: Tensor,
@@ -239,7 +241,7 @@ def _mlp_sublayer_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_product, grad_down_weight = _product_backward(grad_y, _swiglu(ab), down_weight)
     grad_ab = torch.empty_like(ab)
-    _C.swiglu_backward(*map(to_dlpack, (ab, grad_product, grad_ab)))
+    _C.swiglu_backward(*map(to_dlpack, (ab, grad_product, grad_ab)), stream_of(ab))
     del grad_product
     grad_normed, grad_gate_up_weight = _product_backward(grad_ab, _norm(u, eps), gate_up_weight)
     return _norm_backward_(grad_normed, u, grad_u, eps), grad_gate_up_weight, grad_down_weight

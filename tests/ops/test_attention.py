@@ -3,7 +3,7 @@ from functools import cache
 
 import pytest
 import torch
-from emulator import emulated_cuda, same_bits_for_every_schedule
+from emulator import same_bits_for_every_schedule
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DTYPES, bound, call, framed, listed, only_inside_written, poisoned, relative_error, same_bits
@@ -226,27 +226,6 @@ def test_same_bits_for_every_schedule(dtype, index):
         return out, lse, *_attention_backward(**case, out=out, lse=lse, grad_out=grad_out)
 
     assert same_bits_for_every_schedule(compute)
-
-
-def test_rates_are_refused_on_cuda():
-    case = random_case([5], [0])
-    with emulated_cuda(), pytest.raises(RuntimeError, match=r"rates \(xPos\) have no CUDA kernel yet"):
-        attention(**case, rates=torch.zeros(4))
-
-
-@pytest.mark.parametrize(("queries", "keys", "prefix"), [(70, 200, 150), (200, 200, 0), (130, 130, 130)])
-def test_window_on_cuda(queries, keys, prefix):
-    case = random_case([queries], [prefix], cached=[keys - queries], heads=1) | {"window": 64}
-    ours = {name: case[name].clone().requires_grad_() for name in OPERANDS}
-    theirs = {name: case[name].double().requires_grad_() for name in OPERANDS}
-    expected = attention_ref(**(case | theirs))
-    expected.backward(grad_out_of(case["q"]).double())
-    with emulated_cuda():
-        out = attention(**(case | ours))
-        grads = torch.autograd.grad(out, list(ours.values()), grad_out_of(out))
-    assert relative_error(out, expected.detach()) <= FLOAT32_BOUND
-    for grad, name in zip(grads, OPERANDS, strict=True):
-        assert relative_error(grad, theirs[name].grad) <= FLOAT32_BOUND
 
 
 def test_opcheck():

@@ -3,6 +3,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from emulator import emulated_cuda, same_bits_for_every_schedule
 from oracle import DTYPES, call, framed, listed, relative_error, same_bits
 
 from hrmcore import _C
@@ -33,7 +34,7 @@ def log_softmax_losses(logits, targets):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", [1, 2, 5, 16, 33, 100, 3001])
-def test_forward_kernel(isa, dtype, vocabulary):
+def test_forward_kernel(backend, dtype, vocabulary):
     logits, targets = logits_of(dtype, vocabulary=vocabulary)
     losses, lse = torch.full((19,), torch.nan, dtype=torch.float64), torch.full((19,), torch.nan)
     call(_C.cross_entropy_forward, framed(logits), targets, losses, lse)
@@ -45,7 +46,7 @@ def test_forward_kernel(isa, dtype, vocabulary):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", [2, 5, 16, 33, 100, 3001])
-def test_backward_kernel_in_place(isa, dtype, vocabulary):
+def test_backward_kernel_in_place(backend, dtype, vocabulary):
     logits, targets = logits_of(dtype, vocabulary=vocabulary)
     lse = logits.double().logsumexp(-1).float()
     inside = framed(logits, FRAME)
@@ -133,7 +134,34 @@ def test_same_bits_for_any_number_of_threads(isa):
     assert same_bits(compute)
 
 
-def test_large_logits(isa):
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [333, 336])  # rows at any alignment, and rows of whole 16-byte pieces
+def test_same_bits_for_every_schedule(dtype, vocabulary):
+    logits, targets = logits_of(dtype, rows=5, vocabulary=vocabulary)
+
+    def compute():
+        values, losses, lse = logits.clone(), torch.empty(5, dtype=torch.float64), torch.empty(5)
+        call(_C.cross_entropy_forward, values, targets, losses, lse)
+        call(_C.cross_entropy_backward, values, targets, lse, 1.0)
+        return values, losses, lse
+
+    assert same_bits_for_every_schedule(compute)
+
+
+def test_loss_and_gradients_on_cuda():
+    hidden, weight, rows, targets = listed(cases, torch.float32)[4].values()
+    leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    with emulated_cuda():
+        loss = cross_entropy(*leaves, rows, targets)
+        grads = torch.autograd.grad(loss, leaves)
+    reference = cross_entropy_ref(*exact, rows, targets)
+    assert relative_error(loss.detach(), reference.detach()) <= 3e-7
+    for grad, expected in zip(grads, torch.autograd.grad(reference, exact), strict=True):
+        assert relative_error(grad, expected) <= 2e-6
+
+
+def test_large_logits(backend):
     """Far from zero nothing overflows, and the gradient of a certain, right row is zero."""
     logits = torch.tensor([[3e38, -3e38, 0.0], [-1e30, -1e30, -1e30], [0.0, 90.0, -90.0]])
     losses, lse = torch.empty(3, dtype=torch.float64), torch.empty(3)
@@ -147,7 +175,7 @@ def test_large_logits(isa):
 
 
 @pytest.mark.parametrize("column", [0, 7, 16, 20])
-def test_nan_is_passed_on(isa, column):
+def test_nan_is_passed_on(backend, column):
     logits = torch.zeros(2, 21)
     logits[1, column] = torch.nan
     losses, lse = torch.empty(2, dtype=torch.float64), torch.empty(2)

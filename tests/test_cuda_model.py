@@ -1,0 +1,131 @@
+"""The model's training path through the CUDA kernels: emulated where it can be, otherwise by what reaches a kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from emulator import emulated_cuda, same_bits_for_every_schedule
+from torch import Tensor
+
+from hrmcore.config import HRMConfig
+from hrmcore.data import PackedBatch
+from hrmcore.model import HRM
+from hrmcore.ops import backend, cross_entropy, sublayers
+
+XPOS = {"position_encoding": "xpos", "xpos_scale_base": 64, "attention_window": 64}
+
+
+def toy(**changes):
+    torch.manual_seed(0)
+    shape = {"vocab_size": 37, "hidden_size": 24, "intermediate_size": 40, "num_layers_per_stack": 1}
+    heads = {"num_attention_heads": 2, "head_dim": 16, "H_cycles": 2, "L_cycles": 2}
+    return HRM(HRMConfig(**(shape | heads | {"max_position_embeddings": 128} | changes)))
+
+
+def batch(lengths=(9, 1, 14, 70), prefix=(4, 0, 14, 66)):
+    generator = torch.Generator().manual_seed(1)
+    tokens, ints = sum(lengths), torch.int32
+    supervised = torch.arange(0, tokens, 3)
+    return PackedBatch(
+        ids=torch.randint(37, (tokens,), generator=generator),
+        offsets=torch.tensor([0, *lengths]).cumsum(0).to(ints),
+        prefix=torch.tensor(prefix, dtype=ints),
+        positions=torch.cat([torch.arange(n, dtype=ints) for n in lengths]),
+        supervised=supervised,
+        targets=torch.randint(37, (len(supervised),), generator=generator),
+        records=tuple(range(len(lengths))),
+    )
+
+
+def loss_and_gradients(model, dtype, packed, horizon=None):
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False, enabled=dtype == torch.bfloat16):
+        loss = model.loss(packed, horizon=horizon)
+    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changes", [{}, XPOS], ids=["rope", "xpos and a window"])
+def test_the_loss_and_every_gradient_are_those_of_the_cpu(one_thread, changes, dtype):
+    model, packed = toy(**changes), batch()
+    expected = loss_and_gradients(model, dtype, packed)
+    with emulated_cuda():
+        found = loss_and_gradients(model, dtype, packed)
+    assert len(found) == 1 + 2 + 2 * 4
+    allowed = 1e-5 if dtype == torch.float32 else 2e-2
+    assert max(error(*pair) for pair in zip(found, expected, strict=True)) <= allowed
+
+
+def test_logits_are_those_of_the_cpu(one_thread):
+    model, ids = toy(), torch.arange(22).view(2, 11)
+    with torch.no_grad():
+        expected = model(ids, prefix_length=[3, 11])
+        with emulated_cuda():
+            found = model(ids, prefix_length=[3, 11])
+    assert error(found, expected) <= 1e-5
+
+
+def test_same_bits_for_every_schedule(one_thread):
+    model, packed = toy(), batch((5, 12), (2, 12))
+    assert same_bits_for_every_schedule(lambda: loss_and_gradients(model, torch.float32, packed, horizon=3))
+
+
+class Recorder:
+    """In the place of the compiled module: keeps the device of every operand, and the last argument."""
+
+    def __init__(self) -> None:
+        self.devices: set[str] = set()
+        self.streams: list[object] = []
+
+    def __getattr__(self, op):
+        def record(*operands):
+            self.devices |= {x.device.type for x in operands if isinstance(x, Tensor)}
+            self.streams.append(operands[-1])
+
+        return record
+
+
+@torch.no_grad()
+def test_every_operand_of_a_kernel_is_where_the_inputs_are(monkeypatch):
+    """What a CPU tensor made on the way would break, seen without a device: on "meta", in the ops' own code."""
+    recorder = Recorder()
+    for page in (sublayers, cross_entropy):
+        monkeypatch.setattr(page, "_C", recorder)
+        monkeypatch.setattr(page, "to_dlpack", lambda x: x)
+        monkeypatch.setattr(page, "stream_of", lambda x: "stream")
+    monkeypatch.setattr(cross_entropy, "_check_operands", lambda *operands: None)  # it reads the rows
+    model = toy(**XPOS).bfloat16().to("meta")
+    packed, block = batch().to(torch.device("meta")), model.L_module.layers[0]
+    x = torch.empty(len(packed.ids), 24, dtype=torch.bfloat16, device="meta")
+    gqkv, o, gate_up, down = block.parameters()
+    positional = (model.rope_table, packed.positions, packed.offsets, packed.prefix, model.xpos_rates, 64)
+    _, *kept = sublayers._attention_sublayer._init_fn(x, x, gqkv, o, 2, 1e-6, *positional)
+    sublayers._attention_sublayer_backward._init_fn(*kept, gqkv, o, *positional, 1e-6, x, x)
+    _, *kept = sublayers._mlp_sublayer._init_fn(x, x, gate_up, down, 1e-6)
+    sublayers._mlp_sublayer_backward._init_fn(*kept, gate_up, down, 1e-6, x, None)
+    rows = (x, model.lm_head.weight, packed.supervised, packed.targets)
+    _, lse = cross_entropy._cross_entropy._init_fn(*rows)
+    cross_entropy._cross_entropy_backward._init_fn(*rows, lse, torch.tensor(1.0))
+    assert recorder.devices == {"meta"}
+    assert recorder.streams == 15 * ["stream"]
+
+
+def test_a_model_for_cuda_says_what_is_missing(monkeypatch):
+    model = toy()
+    for target in ("cuda", "cuda:1", torch.device("cuda")):
+        monkeypatch.setattr(torch.version, "cuda", None)
+        with pytest.raises(RuntimeError, match=r"device 'cuda': torch \S+ is built without CUDA; use device 'cpu'"):
+            model.to(target)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(RuntimeError, match="torch finds no CUDA device on this machine"):
+            model.to(device=target)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backend._C, "__file__", "/nowhere/_C.so")
+    with pytest.raises(RuntimeError, match="this hrmcore is built without CUDA kernels"):
+        model.to("cuda", torch.bfloat16)
+    assert model.to(torch.bfloat16) is model
+    assert model.lm_head.weight.dtype == torch.bfloat16
