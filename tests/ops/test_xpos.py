@@ -87,7 +87,7 @@ def test_kernels(isa, dtype, form, index):
     ("form", "index"),
     [(form, index) for form in FORMS for index in (0, 1, 2, 7)] + [((8, 0), 5), ((512, 128), 8), ((512, 0), 4)],
 )
-def test_cuda_kernels(dtype, form, index):
+def test_kernels_on_cuda(dtype, form, index):
     """Not every case, which would take a minute: short ones in every form, and one of several tiles in three.
 
     Weights and dO, and in xPos the faded queries and keys, are rounded to bfloat16 for the tensor cores.
