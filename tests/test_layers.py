@@ -136,29 +136,6 @@ def test_importing_the_package_is_light() -> None:
 
 
 def test_importing_the_package_takes_a_fraction_of_the_limit() -> None:
-    def microseconds() -> int:
-        report = run_python("-X", "importtime", "-c", "import hrmcore").stderr
-        (line,) = [line for line in report.splitlines() if line.endswith("| hrmcore")]
-        return int(line.split("|")[1])
-
-    assert min(microseconds() for _ in range(5)) < 150_000  # it takes about 1,000; the best of five on a busy machine
-
-
-def test_modules_that_need_no_torch_import_none() -> None:
-    names = ", ".join(f"hrmcore.{name}" for name in FREE_OF_TORCH)
-    assert run_python("-c", f"import sys, {names}; print('torch' in sys.modules)").stdout == "False\n"
-
-
-def test_the_public_names_are_there_and_no_others() -> None:
-    from hrmcore.config import HRMConfig
-    from hrmcore.engine import load
-    from hrmcore.model import HRM
-
-    assert (hrmcore.load, hrmcore.HRM, hrmcore.HRMConfig) == (load, HRM, HRMConfig)
-    assert hrmcore.__version__.count(".") == 2
-    assert set(hrmcore.__all__) <= set(dir(hrmcore))
-    for name in hrmcore.__all__:
-        getattr(hrmcore, name)
-    assert hrmcore.optim.Sophia.__module__ == "hrmcore.optim"
-    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-        hrmcore.nonsense  # noqa: B018
+    program = "import time; start = time.process_time(); import hrmcore; print(time.process_time() - start)"
+    seconds = float(run_python("-c", program).stdout)  # of the processor, which other work does not lengthen
+    assert seconds < 0.15  # it takes about 0.001
