@@ -23,7 +23,9 @@ FILE = re.compile(r"_GLOBAL__N__\w+?_\d+_(\w+)_cu_")
 def readable(mangled: str) -> str:
     """rms_norm: forward<float, 4> for a kernel in an unnamed namespace of rms_norm.cu."""
     plain = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
-    plain = plain.replace("(anonymous namespace)::", "").replace("hrmcore::cuda::", "").removeprefix("void ")
+    for part in ("(anonymous namespace)::", "hrmcore::", "cuda::"):
+        plain = plain.replace(part, "")
+    plain = plain.removeprefix("void ")
     file = FILE.search(mangled)
     return f"{file[1] if file else '?'}: {plain[: plain.rindex('(')]}"
 

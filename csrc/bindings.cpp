@@ -16,6 +16,7 @@
 #include "core/machine_limits.h"
 #include "core/tensor.h"
 #include "core/threads.h"
+#include "engine/cuda_step.h"
 #include "engine/engine.h"
 #include "engine/sampler.h"
 #include "ops/attention.h"
@@ -132,16 +133,8 @@ void run(const Args& args, void (*kernel)(const Args&) noexcept) {
   kernel(args);
 }
 
-// The same for an op that has CUDA kernels: runs where its operands are, on CUDA in the order of the stream.
 template <class Args>
-void run(const Borrowed& borrowed, std::uintptr_t stream, const Args& args,
-         void (*kernel)(const Args&) noexcept) {
-  check(args);
-  if (borrowed.device() == hrmcore::Device::cpu && !hrmcore::emulating_cuda()) {
-    py::gil_scoped_release unlocked;
-    kernel(args);
-    return;
-  }
+void run_on_cuda(const Borrowed& borrowed, std::uintptr_t stream, const Args& args) {
   using Launch = const char* (*)(const Args&, void*);
   const auto launch = reinterpret_cast<Launch>(hrmcore::device_kernel(borrowed.op()));
   const char* error = nullptr;
@@ -150,6 +143,19 @@ void run(const Borrowed& borrowed, std::uintptr_t stream, const Args& args,
     error = launch(args, reinterpret_cast<void*>(stream));
   }
   if (error != nullptr) throw std::runtime_error(std::string(borrowed.op()) + " on CUDA: " + error);
+}
+
+// The same for an op that has CUDA kernels: runs where its operands are, on CUDA in the order of the stream.
+template <class Args>
+void run(const Borrowed& borrowed, std::uintptr_t stream, const Args& args,
+         void (*kernel)(const Args&) noexcept) {
+  check(args);
+  if (borrowed.device() != hrmcore::Device::cpu || hrmcore::emulating_cuda()) {
+    run_on_cuda(borrowed, stream, args);
+    return;
+  }
+  py::gil_scoped_release unlocked;
+  kernel(args);
 }
 
 void bind_attention(py::module_& m) {
@@ -572,6 +578,54 @@ void bind_engine(py::module_& m) {
       .def_property_readonly("cache_blocks_used", [](const Engine& e) { return e.cache().used(); });
 }
 
+void bind_cuda_step(py::module_& m) {
+  m.attr("step_columns") = hrmcore::step_columns;
+  m.def("cuda_step_workspace_bytes", &hrmcore::step_workspace_bytes);
+  m.def(
+      "cuda_step",
+      [](const py::object& tokens, const py::object& positions, const py::object& tables,
+         const py::object& kv, const py::object& embedding, const py::object& z_init, const py::object& rope,
+         const py::object& rates, const py::object& weights, const py::object& logits,
+         const py::object& workspace, std::int64_t ffn, std::int64_t fast_layers, std::int64_t slow_layers,
+         std::int64_t h_cycles, std::int64_t l_cycles, double eps, double embedding_scale,
+         std::int64_t window, const std::string& dtype, bool persistent, std::int64_t blocks,
+         std::uintptr_t stream) {
+        Borrowed b("cuda_step");
+        const hrmcore::CudaStep args{b.view(tokens, "tokens"),
+                                     b.view(positions, "positions"),
+                                     b.view(tables, "tables"),
+                                     b.view(kv, "kv"),
+                                     b.view(embedding, "embedding"),
+                                     b.view(z_init, "z_init"),
+                                     b.view(rope, "rope"),
+                                     b.optional(rates, "rates"),
+                                     b.view(weights, "weights"),
+                                     b.view(logits, "logits"),
+                                     b.view(workspace, "workspace"),
+                                     ffn,
+                                     fast_layers,
+                                     slow_layers,
+                                     h_cycles,
+                                     l_cycles,
+                                     eps,
+                                     embedding_scale,
+                                     window,
+                                     packing_of("dtype", dtype),
+                                     persistent,
+                                     blocks};
+        check(args);
+        if (b.device() == hrmcore::Device::cpu && !hrmcore::emulating_cuda()) {
+          hrmcore::reject("cuda_step", "tokens", "on a CUDA device", "a tensor on the CPU");
+        }
+        run_on_cuda(b, stream, args);
+      },
+      py::kw_only(), py::arg("tokens"), py::arg("positions"), py::arg("tables"), py::arg("kv"),
+      py::arg("embedding"), py::arg("z_init"), py::arg("rope"), py::arg("rates"), py::arg("weights"),
+      py::arg("logits"), py::arg("workspace"), py::arg("ffn"), py::arg("fast_layers"), py::arg("slow_layers"),
+      py::arg("H_cycles"), py::arg("L_cycles"), py::arg("eps"), py::arg("embedding_scale"), py::arg("window"),
+      py::arg("dtype"), py::arg("persistent"), py::arg("blocks"), py::arg("stream"));
+}
+
 void bind_sampler(py::module_& m) {
   using hrmcore::Sampler;
   m.def("philox4x64", &hrmcore::philox4x64);
@@ -655,6 +709,7 @@ PYBIND11_MODULE(_C, m) {
   bind_machine_limits(m);
   bind_attention(m);
   bind_cross_entropy(m);
+  bind_cuda_step(m);
   bind_engine(m);
   bind_optim(m);
   bind_rms_norm(m);

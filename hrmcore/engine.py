@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 import sys
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
@@ -67,6 +68,7 @@ def load(
 ) -> Engine:
     """Load a checkpoint folder, or a hub id from the local cache; None is the embedded tiny model.
 
+    `device` is cpu, cuda or cuda:N; on CUDA, decoding runs the fused step and prefill the model in torch.
     `dtype` is float32, bfloat16, int8 or int4; auto is what the checkpoint holds. `kv_dtype`, of the cached keys and
     values, is float32, bfloat16 or int8; None is float32 beside float32 weights, else bfloat16. `threads` sets the
     threads of the kernels, and of torch where it is loaded, for the whole process; None leaves them.
@@ -89,8 +91,19 @@ def load(
     if path is None and not any((EMBEDDED_MODEL / name).is_file() for name in (CONFIG_FILE, PACKED_FILE)):
         raise FileNotFoundError("this installation has no embedded model: give the path of a checkpoint")
     folder = EMBEDDED_MODEL if path is None else resolve(path)
-    runner = PackedRunner.from_checkpoint(folder, dtype, kv_dtype, threads, CACHE_BUDGET, window)
+    runner = _runner(folder, dtype, device, threads, kv_dtype, window)
     return Engine(runner, _find_tokenizer(folder, runner.config), folder)
+
+
+def _runner(
+    folder: Path, dtype: str, device: str, threads: int | None, kv_dtype: str | None, window: int | None
+) -> Runner:
+    if device == "cpu":
+        return PackedRunner.from_checkpoint(folder, dtype, kv_dtype, threads, CACHE_BUDGET, window)
+    from hrmcore.cuda_runner import CudaRunner
+
+    require(kv_dtype in (None, "bfloat16"), "kv_dtype", f"bfloat16 on {device}", kv_dtype)
+    return CudaRunner.from_checkpoint(folder, dtype, device, window)
 
 
 class Engine:
@@ -447,9 +460,8 @@ class StopFilter:
 
 
 def _check_device(device: str) -> None:
-    if isinstance(device, str) and device.split(":")[0] == "cuda":
-        raise ValueError(f"device {device!r}: generation runs on device='cpu' only, so far")
-    require(device == "cpu", "device", "'cpu'", device)
+    on_cuda = isinstance(device, str) and re.fullmatch(r"cuda(:\d+)?", device) is not None
+    require(on_cuda or device == "cpu", "device", "'cpu', 'cuda' or 'cuda:N'", device)
 
 
 def _check_prefix(prefix_length: int | None, length: int) -> int:

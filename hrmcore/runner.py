@@ -75,9 +75,9 @@ class _Sequence:
 class _Pool:
     """Keys and values of all sequences: (slots, 2, rows, H, d), handed out in blocks of rows. Grows, never shrinks."""
 
-    def __init__(self, config: HRMConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: HRMConfig, dtype: torch.dtype, device: torch.device) -> None:
         shape = (config.cache_slots, 2, 0, config.num_attention_heads, config.head_dim)
-        self.kv = torch.empty(shape, dtype=dtype)
+        self.kv = torch.empty(shape, dtype=dtype, device=device)
         self._free: list[int] = []  # highest block first, so that a lone sequence gets neighbouring blocks
 
     def reserve(self, sequence: _Sequence, length: int) -> None:
@@ -107,12 +107,13 @@ class _Call:
     def __init__(self, kv: Tensor, sequences: Sequence[_Sequence], counts: Sequence[int]) -> None:
         lengths = [s.length + n for s, n in zip(sequences, counts, strict=True)]
         self._kv = kv
-        self._new = torch.cat([s.rows(s.length, n) for s, n in zip(sequences, lengths, strict=True)])
-        self._all = torch.cat([s.rows(0, n) for s, n in zip(sequences, lengths, strict=True)])
-        first, last = int(self._all[0]), int(self._all[-1])
-        neighbours = bool((self._all.diff() == 1).all())
-        self._run = slice(first, last + 1) if neighbours else None
-        self._key_offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        new = torch.cat([s.rows(s.length, n) for s, n in zip(sequences, lengths, strict=True)])
+        rows = torch.cat([s.rows(0, n) for s, n in zip(sequences, lengths, strict=True)])
+        neighbours = bool((rows.diff() == 1).all())
+        self._run = slice(int(rows[0]), int(rows[-1]) + 1) if neighbours else None
+        self._new, self._all = new.to(kv.device), rows.to(kv.device)
+        offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        self._key_offsets = offsets.to(kv.device)
 
     @property
     def key_offsets(self) -> Tensor:
@@ -136,7 +137,8 @@ class TorchRunner:
         dtype = model.lm_head.weight.dtype
         self.cache_bytes_per_token = 2 * self.config.cache_slots * self.config.attention_width * dtype.itemsize
         self._model = model.eval()
-        self._pool = _Pool(self.config, dtype)
+        self._device = model.lm_head.weight.device
+        self._pool = _Pool(self.config, dtype, self._device)
         self._sequences: dict[int, _Sequence] = {}
         self._handles = itertools.count()
 
@@ -168,7 +170,7 @@ class TorchRunner:
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int], prefix_length: int) -> Rows:
-        return self._model(torch.tensor([list(ids)]), prefix_length)[0].numpy()
+        return self._model(torch.tensor([list(ids)], device=self._device), prefix_length)[0].cpu().numpy()
 
     @torch.inference_mode()
     def _advance(self, sequences: Sequence[_Sequence], added: Sequence[Sequence[int]]) -> Rows:
@@ -176,11 +178,12 @@ class TorchRunner:
         counts = [len(tokens) for tokens in added]
         for sequence, count in zip(sequences, counts, strict=True):
             self._pool.reserve(sequence, sequence.length + count)
-        layout = Layout.of(counts, [s.prefix for s in sequences], [s.length for s in sequences])
+        prefixes, starts = [s.prefix for s in sequences], [s.length for s in sequences]
+        layout = Layout.of(counts, prefixes, starts, self._device)
         call = _Call(self._pool.kv, sequences, counts)
-        ids = torch.tensor(list(itertools.chain.from_iterable(added)))
+        ids = torch.tensor(list(itertools.chain.from_iterable(added)), device=self._device)
         final = self._model.hidden(ids, layout, call)
         logits = self._model.lm_head(final[layout.offsets[1:].long() - 1]).float()
         for sequence, count in zip(sequences, counts, strict=True):
             sequence.length += count
-        return logits.numpy()
+        return logits.cpu().numpy()

@@ -17,10 +17,10 @@ PACKAGE = Path(hrmcore.__file__).parent
 # From the bottom up; a module may import from the layers below its own, and a package from itself.
 LAYERS = [
     {"_C"},
-    {"config", "tokenizer", "sampling", "ops"},
+    {"config", "tokenizer", "sampling", "ops", "fragments"},
     {"model", "optim", "data", "planner", "tensor_file", "safetensors_files", "distributed"},
-    {"checkpoint", "growth", "runner", "microbench", "store", "sharding", "sharded_state"},
-    {"packed", "training_state", "curvature", "validation", "growth_stages"},
+    {"checkpoint", "growth", "runner", "cuda_step", "microbench", "store", "sharding", "sharded_state"},
+    {"packed", "cuda_runner", "training_state", "curvature", "validation", "growth_stages"},
     {"run_config", "growth_files"},
     {"train", "engine", "lens", "plots"},
     {"generate", "bench", "convert", "prepare", "plan", "plot", "growth_command"},

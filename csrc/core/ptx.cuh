@@ -50,6 +50,39 @@ __device__ __forceinline__ bf16x2 to_bf16x2(float low, float high) {
 #endif
 }
 
+// Four bytes of x (0 to 3) and y (4 to 7), chosen by the low four hexadecimal digits of the selector.
+__device__ __forceinline__ std::uint32_t byte_permute(std::uint32_t x, std::uint32_t y,
+                                                      std::uint32_t selector) {
+#if defined(__CUDACC__)
+  std::uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(x), "r"(y), "r"(selector));
+  return result;
+#else
+  const std::uint64_t both = std::uint64_t{y} << 32 | x;
+  std::uint32_t result = 0;
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned byte = selector >> (4 * i) & 7;
+    result |= static_cast<std::uint32_t>(both >> (8 * byte) & 0xff) << (8 * i);
+  }
+  return result;
+#endif
+}
+
+// x * y + z in each half, rounded once.
+__device__ __forceinline__ bf16x2 multiply_add(bf16x2 x, bf16x2 y, bf16x2 z) {
+#if defined(__CUDACC__)
+  bf16x2 result;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(x), "r"(y), "r"(z));
+  return result;
+#else
+  const auto half = [](bf16x2 pair, int which) {
+    return __uint_as_float((which == 0 ? pair << 16 : pair) & 0xffff0000u);
+  };
+  // A product of two bfloat16 is exact in float32; the sum is rounded twice, alike where it is exact.
+  return to_bf16x2(half(x, 0) * half(y, 0) + half(z, 0), half(x, 1) * half(y, 1) + half(z, 1));
+#endif
+}
+
 #if !defined(__CUDACC__)
 namespace host {
 
