@@ -1,8 +1,9 @@
 """Instruction-response records, their token form, and packed PrefixLM batches.
 
 A record is one JSON object a line: {"instruction": str, "response": str, "condition": "direct"}; other keys are left
-alone. Its sequence is `<boq> condition… instruction <eoq> response <eoa>`: the instruction is the bidirectional
-prefix, the loss is on response and eoa. Imports torch only to build a batch.
+alone. Or a row of a .parquet file with columns of these names. Its sequence is
+`<boq> condition… instruction <eoq> response <eoa>`: the instruction is the bidirectional prefix, the loss is on
+response and eoa. Imports torch only to build a batch.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from hrmcore.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+PARQUET = ".parquet"  # the suffix of such a file's name
+_ROWS = 1024  # rows of it that are held at once
 
 
 @dataclass(frozen=True)
@@ -61,20 +66,52 @@ class Rejected:
 
 
 def read_records(path: str | Path, rejected: Rejected, strict: bool = False) -> Iterator[Record]:
-    """Records of a JSON-lines file. A bad line is counted in `rejected`, or a ValueError if `strict`.
+    """Records of a JSON-lines or Parquet file. A bad line or row is counted in `rejected`, or a ValueError if `strict`.
 
-    Raises FileNotFoundError when there is no such file.
+    Raises as `read_lines` does.
     """
+    for number, line in enumerate(read_lines(path), start=1):
+        source = f"{path}:{number}"
+        record = parse_record(line, source)
+        if isinstance(record, Record):
+            yield record
+        elif strict:
+            raise ValueError(f"{source}: {record}")
+        else:
+            rejected.add(source, record)
+
+
+def read_lines(path: str | Path) -> Iterator[bytes]:
+    """The lines of a JSON-lines file; of a .parquet file the rows, each as the JSON line that it would be.
+
+    Raises FileNotFoundError when there is no such file; for Parquet ValueError when it is none, lacks a
+    column or pyarrow is not installed.
+    """
+    if Path(path).suffix == PARQUET:
+        yield from _parquet_lines(Path(path))
+        return
     with Path(path).open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            source = f"{path}:{number}"
-            record = parse_record(line, source)
-            if isinstance(record, Record):
-                yield record
-            elif strict:
-                raise ValueError(f"{source}: {record}")
-            else:
-                rejected.add(source, record)
+        yield from file
+
+
+def _parquet_lines(path: Path) -> Iterator[bytes]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValueError(f"{path}: pyarrow is not installed; `pip install hrmcore[parquet]` brings it") from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            found = file.schema_arrow.names
+            if missing := [name for name in ("instruction", "response") if name not in found]:
+                raise ValueError(f"no column {missing[0]!r}; its columns are {', '.join(found)}")
+            columns = [name for name in ("instruction", "response", "condition") if name in found]
+            for batch in file.iter_batches(_ROWS, columns=columns):
+                for row in batch.to_pylist():
+                    given = {name: value for name, value in row.items() if value is not None}
+                    yield json.dumps(given, default=lambda _: None).encode()  # what JSON lacks is no string either
+    except (ValueError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def parse_record(line: bytes, source: str) -> Record | str:

@@ -1,4 +1,4 @@
-"""`hrmcore prepare`: JSON-lines records in, a token store out. Imports no torch, so its worker processes stay small."""
+"""`hrmcore prepare`: records in, a token store out. Imports no torch, so its worker processes stay small."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hrmcore.data import Record, Rejected, encode, parse_record, read_records
+from hrmcore.data import PARQUET, Record, Rejected, encode, parse_record, read_lines, read_records
 from hrmcore.store import (
     TOKENIZER,
     Store,
@@ -51,7 +51,9 @@ _TOKENIZER_BYTES = 1 << 28  # a new tokenizer sees at most so much, spread evenl
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hrmcore prepare`."""
     parser.epilog = EXAMPLE
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON-lines records; its stem is a source")
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="JSON-lines or .parquet records; its stem is a source"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the store, a folder that does not exist yet")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="with tokenizer.model or tokenizer.json")
@@ -128,7 +130,7 @@ def prepare(
     strict: bool = False,
     workers: int | None = None,
 ) -> Store:
-    """Tokenise JSON-lines files into a store at `out`, with the tokenizer of a folder or a new one of that size.
+    """Tokenise record files into a store at `out`, with the tokenizer of a folder or a new one of that size.
 
     A source is the stem of a file's name; `caps` limits some to so many records, chosen by `seed` and spread evenly
     over the source's conditions and over its files from end to end. Records keep the order of the files, and the store
@@ -296,7 +298,8 @@ def _tokenise(
     numbers = {name: number for number, name in enumerate(sources)}
     known: dict[str, int] = {}
     parts: list[_Index] = []
-    total = sum(path.stat().st_size for path in paths)
+    known_size = all(path.suffix != PARQUET for path in paths)  # of the lines that will be read
+    total = sum(path.stat().st_size for path in paths) if known_size else None
     with (
         _mapper(tokenizer, context, workers) as ordered_map,
         tqdm(total=total, desc="tokenising", unit="B", unit_scale=True, disable=None) as bar,
@@ -331,14 +334,17 @@ def _batches(paths: Sequence[Path], sources: Mapping[str, _Source]) -> Iterator[
     """The files' lines in batches; a file's size and checksum join its source when its last line is read."""
     for path in paths:
         digest, size, number = hashlib.sha256(), 0, 1
-        with path.open("rb") as file:
-            while lines := list(_take(file)):
-                yield _Lines(path, number, lines)
-                number += len(lines)
-                for line in lines:
-                    digest.update(line)
-                    size += len(line)
-        sources[path.stem].files.append({"name": path.name, "bytes": size, "sha256": digest.hexdigest()})
+        everything = read_lines(path)
+        while lines := list(_take(everything)):
+            yield _Lines(path, number, lines)
+            number += len(lines)
+            for line in lines:
+                digest.update(line)
+                size += len(line)
+        sha256 = digest.hexdigest()
+        if path.suffix == PARQUET:  # its lines are made of it, they are not what it holds
+            size, sha256 = path.stat().st_size, sha256_of(path)
+        sources[path.stem].files.append({"name": path.name, "bytes": size, "sha256": sha256})
 
 
 def _take(file: Iterator[bytes]) -> Iterator[bytes]:

@@ -15,6 +15,7 @@ from hrmcore.checkpoint import read_config as read_checkpoint_config
 from hrmcore.checkpoint import resolve
 from hrmcore.config import HRMConfig
 from hrmcore.growth_stages import GrowStage, growths_of, read_stages
+from hrmcore.metrics import SINKS
 from hrmcore.store import MANIFEST, TOKENIZER
 from hrmcore.tokenizer import TOKENIZER_FILES, Tokenizer
 from hrmcore.training_state import is_state, read_metadata
@@ -49,7 +50,7 @@ class TrainConfig:
     """
 
     model: HRMConfig
-    train_files: tuple[str, ...] = _key("JSON-lines files to train on, or one folder that `hrmcore prepare` wrote")
+    train_files: tuple[str, ...] = _key("JSON-lines or .parquet files to train on, or a folder from `hrmcore prepare`")
     tokenizer: str = _key("folder with tokenizer.model or tokenizer.json; init_from and a store bring theirs")
     out: str = _key("run folder: metrics.jsonl, states/ and checkpoint/ are written here")
     steps: int = _key("optimizer steps")
@@ -88,6 +89,7 @@ class TrainConfig:
     save_every: int = _key("steps between training states", 500)
     keep: int = _key("how many of the newest training states stay", 2)
     keep_every: int = _key("training states at multiples of so many steps stay for good; 0: none", 0)
+    log: tuple[str, ...] = _key(f"besides metrics.jsonl, into the run folder: {' and '.join(SINKS)} (offline)", ())
     grow: tuple[GrowStage, ...] = _key("stages, each a table under [[grow]]: see below", ())
 
     def __post_init__(self) -> None:
@@ -116,6 +118,7 @@ class TrainConfig:
             who = "[[grow]]" if self.grow else "sophia-h"
             raise ValueError(f"train config: {who} works on whole parameters; set parallel = 'data'")
         self._choose("on_nonfinite", ("stop", "skip"))
+        self._hold("log", set(self.log) <= set(SINKS) and len(set(self.log)) == len(self.log), f"some of {SINKS}")
         if not 2 <= self.horizon_first <= self.horizon_last:
             raise ValueError(
                 "train config: horizons must satisfy 2 <= horizon_first <= horizon_last, "

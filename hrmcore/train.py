@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -28,6 +29,7 @@ from hrmcore.checkpoint import load_model, resolve, save_model
 from hrmcore.data import BatchStream, PackedBatch, epoch_batches, pack, share
 from hrmcore.distributed import World
 from hrmcore.growth_stages import GrowthSchedule
+from hrmcore.metrics import Metrics
 from hrmcore.model import HRM
 from hrmcore.run_config import TrainConfig, ema_decay, explain, horizon, learning_rate, read_config
 from hrmcore.store import load_corpus
@@ -124,8 +126,10 @@ class Trainer:
         if newest:
             self._resume(*newest)
         self.world.agree(repr(config) + json.dumps(self._metadata()))
+        self._metrics: Metrics | None = None
         if self.world.leads:
-            self._forget_metrics_after(self.step)
+            self._metrics = Metrics(self.out, self.step, config.log, dataclasses.asdict(config))
+            self._held.callback(self._metrics.close)
 
     def run(self) -> None:
         """Train until `steps`, then write checkpoint/ in the hrm_text format.
@@ -152,8 +156,8 @@ class Trainer:
                 due = self.step % config.eval_every == 0 or self.step == config.steps
                 if due and (leads or self._sharded):
                     metrics |= self.evaluate()
-                if leads:
-                    self._record(metrics)
+                if self._metrics is not None:
+                    self._metrics.record(metrics)
                 bar.update()
                 bar.set_postfix_str(_shown(metrics))
                 self._writer.check()
@@ -366,29 +370,6 @@ class Trainer:
     @functools.cached_property
     def _peak(self) -> float:
         return microbench.peak_flops(self.config.precision)
-
-    def _record(self, metrics: Mapping[str, float]) -> None:
-        try:
-            with self._metrics_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(metrics) + "\n")
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise OSError(f"{self._metrics_file}: cannot be written ({reason}); the states are intact") from None
-
-    @property
-    def _metrics_file(self) -> Path:
-        return self.out / "metrics.jsonl"
-
-    def _forget_metrics_after(self, step: int) -> None:
-        """Drop what a killed run recorded beyond its last state: those steps come again."""
-        if not self._metrics_file.exists():
-            return
-        lines = self._metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        if kept != lines:
-            temporary = self._metrics_file.with_suffix(".tmp")
-            temporary.write_text("".join(kept), encoding="utf-8")
-            temporary.replace(self._metrics_file)
 
     def _say(self, line: str) -> None:
         if self.world.leads:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import reasoning_gym
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from hrmcore.data import Corpus, Rejected, epoch_batches, pack, read_records, share, tokenize
 from hrmcore.tokenizer import Tokenizer, train_tokenizer
@@ -196,3 +200,44 @@ def test_no_usable_record_is_an_error(tokenizer: Tokenizer, tmp_path: Path) -> N
     rejected = Rejected()
     with pytest.raises(ValueError, match=f"no usable record: 1 left out: not JSON .*{path}:1"):
         tokenize(read_records(path, rejected), tokenizer, 256, rejected)
+
+
+def test_a_parquet_row_is_the_record_that_its_json_line_would_be(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"instruction": f"say ü {i}", "response": str(i), "condition": "cot" if i % 3 else None, "id": i}
+        for i in range(3000)
+    ]
+    rows[1]["response"] = " "
+    rows[2]["instruction"] = None
+    lines, table = tmp_path / "a.jsonl", tmp_path / "a.parquet"
+    given = ({name: value for name, value in row.items() if value is not None} for row in rows)
+    lines.write_text("".join(json.dumps(row) + "\n" for row in given))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), table, row_group_size=700)
+    expected, found = Rejected(), Rejected()
+    theirs = list(read_records(lines, expected))
+    ours = list(read_records(table, found))
+    assert [dataclasses.replace(r, source=r.source.replace(".parquet", ".jsonl")) for r in ours] == theirs
+    assert len(ours) == 2998
+    assert ours[0].source == f"{table}:1"
+    assert found.counts == expected.counts
+    with pytest.raises(ValueError, match=r"a\.parquet:2: 'response' is empty"):
+        list(read_records(table, Rejected(), strict=True))
+
+
+def test_a_parquet_file_that_holds_no_records_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.parquet"
+    with pytest.raises(FileNotFoundError, match=r"a\.parquet"):
+        list(read_records(path, Rejected()))
+    path.write_bytes(b"not a table" * 100)
+    with pytest.raises(ValueError, match=r"a\.parquet: .*[Pp]arquet"):
+        list(read_records(path, Rejected()))
+    parquet.write_table(pyarrow.table({"instruction": ["a"], "answer": ["b"]}), path)
+    with pytest.raises(ValueError, match=r"a\.parquet: no column 'response'; its columns are instruction, answer"):
+        list(read_records(path, Rejected()))
+    parquet.write_table(pyarrow.table({"instruction": [b"a"], "response": [1]}), path)
+    rejected = Rejected()
+    assert not list(read_records(path, rejected))
+    assert rejected.counts == {"'instruction' is missing or not a string": 1}
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"a\.parquet: pyarrow is not installed; `pip install hrmcore\[parquet\]`"):
+        list(read_records(path, Rejected()))

@@ -18,7 +18,7 @@ PACKAGE = Path(hrmcore.__file__).parent
 LAYERS = [
     {"_C"},
     {"config", "tokenizer", "sampling", "ops", "fragments"},
-    {"model", "optim", "data", "planner", "tensor_file", "safetensors_files", "distributed"},
+    {"model", "optim", "data", "planner", "tensor_file", "safetensors_files", "distributed", "metrics"},
     {"checkpoint", "growth", "runner", "cuda_step", "microbench", "store", "sharding", "sharded_state"},
     {"packed", "cuda_runner", "training_state", "curvature", "validation", "growth_stages"},
     {"run_config", "growth_files"},
@@ -32,7 +32,10 @@ LAYERS = [
 # Upward imports that run only when a function is called: a module's conveniences that need the layer above.
 LATE = {("model", "checkpoint")}
 # Too slow or too rare to come along with a module of ours.
-NEVER_EAGER = {"transformers", "reasoning_gym", "wandb", "matplotlib", "lm_eval", "openai", "gguf", "huggingface_hub"}
+NEVER_EAGER = {
+    *("transformers", "reasoning_gym", "wandb", "tensorboard", "matplotlib", "lm_eval", "openai", "gguf"),
+    *("huggingface_hub", "pyarrow"),
+}
 FREE_OF_TORCH = [
     *(
         "config",

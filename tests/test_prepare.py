@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 import reasoning_gym
 import torch
+from pyarrow import parquet
 
 from hrmcore import prepare as prepare_module
 from hrmcore.cli import main
@@ -99,6 +102,22 @@ def test_a_store_is_the_corpus_in_memory(files: list[Path], tokenizer: Path, tmp
             assert torch.equal(ours, theirs)
     assert (store.folder / "tokenizer" / "tokenizer.model").read_bytes() == (tokenizer / "tokenizer.model").read_bytes()
     verify(store.folder)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_a_parquet_file_makes_the_store_of_its_records(files: list[Path], tokenizer: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in files[0].read_text(encoding="utf-8").splitlines()]
+    path = tmp_path / files[0].with_suffix(".parquet").name
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    stores = [
+        prepare([file], tmp_path / str(n), tokenizer=tokenizer, context=CONTEXT, workers=n)
+        for n, file in enumerate((files[0], path), start=1)
+    ]
+    assert sequences(stores[1].corpus) == sequences(stores[0].corpus)
+    (source,) = stores[1].manifest["sources"].values()
+    assert source["read"] == len(rows)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert source["files"] == [{"name": path.name, "bytes": path.stat().st_size, "sha256": sha256}]
 
 
 @pytest.mark.usefixtures("small_batches")

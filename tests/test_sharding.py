@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from two_ranks import RECORDS, STEPS, Ranks, check_curve, go_on_from, rows, write_run
+from two_ranks import ENVIRONMENT, RECORDS, STEPS, Ranks, check_curve, go_on_from, rows, write_run
 
 from hrmcore import microbench, planner
 from hrmcore.cli import main
@@ -161,6 +163,20 @@ def test_a_rank_killed_while_a_state_is_written_costs_only_that_state(tmp_path: 
     Trainer(one).run()
     check_curve(one, alone)
     assert not (out / "states" / ".writing").exists()
+
+
+def test_a_sharded_run_killed_again_and_again_ends_with_the_bits_of_an_undisturbed_one(
+    tmp_path: Path, tokenizer: Path
+) -> None:
+    """One process; a state at every step, a fifth of the kills at a call of fsync or rename in the writing of one."""
+    file = write_run(tmp_path / "run", tokenizer, parallel="sharded", steps=12, save_every=1)
+    command = [sys.executable, str(Path(__file__).with_name("killing.py")), str(file), "16"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["kills"] >= 16
+    assert report["while_writing"] >= 1
+    assert report["different"] == 0
 
 
 def test_a_damaged_newest_state_is_set_aside_aloud(

@@ -159,9 +159,9 @@ def test_a_stopped_run_resumes_bit_for_bit(run_file: Path, tmp_path: Path, optim
     stopped = read_config(rewrite(run_file, f"{tmp_path}/out", f"{tmp_path}/stopped"))
     first = Trainer(stopped)
     for _ in range(5):
-        first._record(first._train_step())
+        first._metrics.record(first._train_step())
     first.save()
-    first._record(first._train_step())  # lost: it comes after the state
+    first._metrics.record(first._train_step())  # lost: it comes after the state
     first.close()
     second = Trainer(stopped)
     assert second.step == 5
@@ -393,7 +393,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_keeps_what_was_written(
     rewrite(run_file, "save_every = 4", "save_every = 1")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     trainer = Trainer(read_config(run_file))
-    trainer._record(trainer._train_step())
+    trainer._metrics.record(trainer._train_step())
     trainer.save()
     trainer.close()
     expected = find_states(trainer.out)

@@ -1,0 +1,96 @@
+"""Where a run's figures go: metrics.jsonl, one object a step, and on request tensorboard and wandb."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+SINKS = ("tensorboard", "wandb")
+
+
+class Metrics:
+    """The figures of a run folder, of steps after `step`: what a killed run recorded beyond comes again and is dropped.
+
+    `sinks` are some of SINKS; `settings` is what wandb shows as the run's configuration. Raises ValueError, with the
+    extra that brings it, when a sink's package is not installed.
+    """
+
+    def __init__(
+        self, folder: Path, step: int, sinks: Sequence[str] = (), settings: Mapping[str, Any] | None = None
+    ) -> None:
+        self._file = folder / "metrics.jsonl"
+        self._forget_after(step)
+        self._sinks = [
+            _tensorboard(folder, step) if sink == "tensorboard" else _wandb(folder, settings or {}) for sink in sinks
+        ]
+
+    def record(self, metrics: Mapping[str, float]) -> None:
+        """Add the figures of one step, its number among them as `step`."""
+        try:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise OSError(f"{self._file}: cannot be written ({reason}); the states are intact") from None
+        for log, _ in self._sinks:
+            log({name: value for name, value in metrics.items() if name != "step"}, int(metrics["step"]))
+
+    def close(self) -> None:
+        """Flush what the sinks still hold."""
+        for _, close in self._sinks:
+            close()
+        self._sinks = []
+
+    def _forget_after(self, step: int) -> None:
+        if not self._file.exists():
+            return
+        lines = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        if kept != lines:
+            temporary = self._file.with_suffix(".tmp")
+            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.replace(self._file)
+
+
+_Sink = tuple[Callable[[Mapping[str, float], int], None], Callable[[], Any]]  # log the figures of a step; close
+
+
+def _tensorboard(folder: Path, step: int) -> _Sink:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise _missing("tensorboard") from error
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def log(metrics: Mapping[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+
+    return log, writer.close
+
+
+def _wandb(folder: Path, settings: Mapping[str, Any]) -> _Sink:
+    """Offline, so that no network is needed: `wandb sync` sends it later. WANDB_MODE=online asks for more."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise _missing("wandb") from error
+    name = str(folder.resolve())
+    run = wandb.init(
+        project="hrmcore",
+        name=folder.name,
+        id=hashlib.sha256(name.encode()).hexdigest()[:16],  # a resumed run goes on where it was
+        resume="allow",
+        dir=name,
+        mode=os.environ.get("WANDB_MODE", "offline"),
+        config=dict(settings),
+    )
+    return lambda metrics, step: run.log(dict(metrics), step=step), run.finish
+
+
+def _missing(package: str) -> ValueError:
+    return ValueError(f"{package} is not installed; `pip install hrmcore[log]` brings it, or take it out of log")
