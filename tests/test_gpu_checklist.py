@@ -1,0 +1,157 @@
+"""bench/gpu_checklist.py on the emulator: what can run passes, what cannot says so, and what is planted is found."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+NEEDS_GPU = ["cubins", "memcheck", "racecheck", "synccheck"]
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("gpu_checks")
+
+
+@pytest.fixture
+def checklist(checks: ModuleType) -> ModuleType:
+    return importlib.import_module("gpu_checklist")
+
+
+def failures(checklist: ModuleType, capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, str]:
+    """The checks that failed, with their reasons; the exit status must fit."""
+    status = checklist.main(["--emulated", "--only", *arguments])
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert status == (1 if report["failed"] else 0)
+    assert report["failed"] == [check["name"] for check in report["checks"] if check["status"] == "failed"]
+    return {check["name"]: check["reason"] for check in report["checks"] if check["status"] == "failed"}
+
+
+def test_every_check_runs_or_says_why_not(tmp_path: Path, checks: ModuleType) -> None:
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, str(BENCH / "gpu_checklist.py"), "--emulated", "--out", str(out)]
+    ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ran.returncode == 0, ran.stderr
+    report = json.loads(out.read_text())
+    assert json.loads(ran.stdout.splitlines()[-1]) == report
+    assert report["device"] == "emulated"
+    assert report["failed"] == []
+    assert [check["name"] for check in report["checks"]] == list(checks.CHECKS)
+    by_name = {check["name"]: check for check in report["checks"]}
+    for name, check in by_name.items():
+        unwritten = check["reason"].startswith("not written yet: ")
+        expected = "not_run" if name in NEEDS_GPU or unwritten else "passed"
+        assert check["status"] == expected, check
+        assert bool(check["figures"]) == (expected == "passed")
+    assert all(by_name[name]["reason"].startswith("needs a GPU: ") for name in NEEDS_GPU)
+    assert by_name["goldens"]["figures"]["replayed"] >= 30
+    assert by_name["optimizer_bandwidth"]["figures"]["Sophia"] == {"bytes_a_parameter": 24}
+
+
+def test_a_golden_that_differs(
+    checklist: ModuleType,
+    checks: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(checks, "OPS", ("swiglu",))
+    monkeypatch.setattr(checks, "OPTIMIZERS", ())
+    goldens = json.loads(checklist.GOLDENS.read_text())
+    path = tmp_path / "goldens.json"
+    path.write_text(json.dumps(goldens))
+    assert failures(checklist, capsys, "goldens", "--goldens", str(path)) == {}
+    golden = goldens["swiglu 1 float32"]
+    golden["products"] = [x + 3e-5 * golden["norm"] for x in golden["products"]]
+    path.write_text(json.dumps(goldens))
+    found = failures(checklist, capsys, "one_hot_mma", "goldens", "--goldens", str(path))
+    assert list(found) == ["goldens"]
+    assert "swiglu 1 float32 by 3e-05" in found["goldens"]
+
+
+def test_a_wrong_fragment_layout(
+    checklist: ModuleType, checks: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One register of A with its halves exchanged. (In A and B at once the product would be the same.)"""
+    right, first = checks._pairs, iter([True])
+    monkeypatch.setattr(checks, "_pairs", lambda *halves: right(*(halves[::-1] if next(first, False) else halves)))
+    assert "registers over all products are wrong" in failures(checklist, capsys, "one_hot_mma")["one_hot_mma"]
+
+
+def test_bytes_that_should_not_move(
+    checklist: ModuleType, checks: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(checks.MOVED, "AdamW", 20)
+    found = failures(checklist, capsys, "optimizer_bandwidth", "grid_barriers")
+    assert list(found) == ["optimizer_bandwidth"]
+    assert "must move 20 bytes" in found["optimizer_bandwidth"]
+
+
+def test_repeats_with_other_bits(
+    checklist: ModuleType, checks: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checks, "OPS", ())
+    monkeypatch.setattr(checks, "OPTIMIZERS", ("AdamW",))
+    monkeypatch.setattr(checks, "optimizer_steps", lambda here, kind: checks.torch.rand(3))
+    found = failures(checklist, capsys, "identical_repeats")
+    assert found == {"identical_repeats": "AdamW: repeat 1 has other bits than the first"}
+
+
+def sleep() -> dict[str, Any]:
+    time.sleep(60)
+    return {}
+
+
+def die() -> dict[str, Any]:
+    os._exit(7)
+
+
+def err() -> dict[str, Any]:
+    raise KeyError("x")
+
+
+@pytest.mark.parametrize(
+    ("check", "reason"),
+    [
+        (sleep, "no answer within 0.5 s"),
+        (die, "the process died with exit status 7"),
+        (err, "KeyError: 'x'"),
+    ],
+)
+def test_a_check_that_does_not_answer(checklist: ModuleType, check: Callable[[], dict[str, Any]], reason: str) -> None:
+    record = checklist.in_child(check, 0.5 if check is sleep else 60)
+    assert (record.status, record.reason) == ("failed", reason)
+
+
+def test_no_gpu_is_said(
+    checklist: ModuleType, checks: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def none() -> dict[str, Any]:
+        raise checks.WrongError("torch finds no CUDA device")
+
+    monkeypatch.setattr(checks, "gpu", none)
+    assert checklist.main([]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == "no GPU: torch finds no CUDA device; give --emulated to try the checks themselves\n"
+
+
+def test_the_cubins_of_a_gpu(checks: ModuleType) -> None:
+    """A GPU runs what was compiled for its own major version, up to its minor one."""
+    paths = [Path(f"_C_cuda.{i}.sm_{v}.cubin") for i, v in enumerate((80, 90, 100, 120, 80))]
+    targets = {(8, 0): "sm_80", (8, 9): "sm_80", (9, 0): "sm_90", (10, 3): "sm_100", (12, 0): "sm_120"}
+    assert {gpu: checks.chosen(paths, *gpu) for gpu in targets} == targets
+    with pytest.raises(checks.WrongError, match="no cubin for sm_75; there are sm_80, sm_90, sm_100, sm_120"):
+        checks.chosen(paths, 7, 5)
