@@ -552,7 +552,7 @@ CHECKS: dict[str, Callable[[Here], dict[str, Any]]] = {
     "identical_repeats": identical_repeats,
     "attention_against_sdpa": attention_against_sdpa,
     "optimizer_bandwidth": optimizer_bandwidth,
-    "greedy_tokens": not_written("the engine on CUDA, for 64 greedy tokens against transformers"),
-    "graph_against_fused_step": not_written("the decode step, as a graph and as one launch, at batch 1, 8, 32"),
-    "training_mfu": not_written("the model's training path on CUDA, for a step's MFU at K = 2 and 5"),
+    "greedy_tokens": not_written("a check of 64 greedy tokens on CUDA against transformers"),
+    "graph_against_fused_step": not_written("a check of the decode step's two forms at batch 1 and 8"),
+    "training_mfu": not_written("a check of a training step's MFU at K = 2 and 5"),
 }
