@@ -5,6 +5,7 @@ Shapes: B requests, V vocabulary, D width, H heads, d head_dim, F ffn width, R a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -73,7 +74,7 @@ class Traffic:
 def traffic(config: HRMConfig, positions: Sequence[int], blocks: int, dtype: str = "bfloat16") -> Traffic:
     """What the kernels of csrc/engine/step_phases.cuh read for requests that hold so many tokens, on so many blocks.
 
-    For stacks of equal depth. The tests hold it to the emulator's count.
+    The tests hold it to the emulator's count.
     """
     width, ffn, heads, attention = (
         config.hidden_size,
@@ -119,9 +120,11 @@ def traffic(config: HRMConfig, positions: Sequence[int], blocks: int, dtype: str
 class CudaStep:
     """One model's decode step: `step(tokens, positions, tables, kv)` gives the logits (B, V) float32.
 
-    `form` is "persistent" (one cooperative launch) or "graph" (a launch a phase, captured once for each B); the bits
-    are the same. `blocks` is the grid, 0 for one block a multiprocessor. Raises ValueError on a model that the kernels
-    do not take: head_dim other than 16, 32, 64 or 128, widths that are no multiple of 16.
+    `form` is "persistent" (one cooperative launch) or "graph" (a launch a phase, for the caller to capture: a step
+    reads nothing on the host, so `with torch.cuda.graph(g): logits = step(...)` records it); the bits are the same.
+    `blocks` is the grid, 0 for one block a multiprocessor; `dtype` that of the weights: bfloat16, int8 or int4. Raises
+    ValueError on a model that the kernels do not take: head_dim other than 16, 32, 64 or 128, widths that are no
+    multiple of 16.
     """
 
     def __init__(self, model: HRM, form: Form = "persistent", blocks: int = 0, dtype: str = "bfloat16") -> None:
@@ -181,9 +184,10 @@ class CudaStep:
 
     def _launch(self, tokens: Tensor, positions: Tensor, tables: Tensor, kv: Tensor, logits: Tensor) -> None:
         given = {"tokens": tokens, "positions": positions, "tables": tables, "kv": kv, "logits": logits}
-        _C.cuda_step(
-            **{name: to_dlpack(tensor) for name, tensor in (given | self._tensors).items()},
-            rates=None if self._rates is None else to_dlpack(self._rates),
-            **self._numbers,
-            stream=stream_of(tokens),
-        )
+        with torch.cuda.device(tokens.device) if tokens.is_cuda else contextlib.nullcontext():
+            _C.cuda_step(
+                **{name: to_dlpack(tensor) for name, tensor in (given | self._tensors).items()},
+                rates=None if self._rates is None else to_dlpack(self._rates),
+                **self._numbers,
+                stream=stream_of(tokens),
+            )

@@ -38,6 +38,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "xPos": {"position_encoding": "xpos", "num_layers_per_stack": 1},
     "a window": {"attention_window": 64, "num_layers_per_stack": 1},
+    "stacks of two depths": {"H_layers": 1},
     "one stack": {"shared_stacks": True, "num_layers_per_stack": 1},
 }
 

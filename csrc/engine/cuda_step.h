@@ -9,9 +9,10 @@
 //   forms   `persistent`: one cooperative launch a token, a block a multiprocessor; otherwise a launch a
 //           phase, made for a CUDA graph. Both call the same functions and give the same bits.
 //
-// Weights lie in the order in which the lanes of a warp take them to the tensor cores (hrmcore/cuda_step.py):
-// a tile is 16 rows, an item the tile's next 16 columns. A block owns whole tiles, its 8 warps share their
-// items, and the sum of the warps is taken in order: bits depend neither on the grid nor on the batch.
+// Weights lie in the order in which the lanes of a warp take them to the tensor cores (hrmcore/fragments.py):
+// a tile is 16 rows, an item the tile's next 16, 32 or 64 columns. A block owns whole tiles, its 8 warps
+// share their items, and the sum of the warps is taken in order: bits depend neither on the grid nor on the
+// batch.
 #pragma once
 
 #include <cstdint>
