@@ -109,6 +109,18 @@ def test_repeats_with_other_bits(
     assert found == {"identical_repeats": "AdamW: repeat 1 has other bits than the first"}
 
 
+def test_forms_of_the_decode_step_that_differ(
+    checklist: ModuleType, checks: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Off(checks.CudaStep):  # type: ignore[name-defined, misc]
+        def __call__(self, *operands: Any) -> Any:
+            return super().__call__(*operands) + (1e-3 if self.form == "persistent" else 0)
+
+    monkeypatch.setattr(checks, "CudaStep", Off)
+    found = failures(checklist, capsys, "graph_against_fused_step", "grid_barriers")
+    assert found == {"graph_against_fused_step": "batch 1: the two forms have other bits"}
+
+
 def sleep() -> dict[str, Any]:
     time.sleep(60)
     return {}
