@@ -137,35 +137,12 @@ def _attention_backward(
 
 
 @_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    offsets: Tensor,
-    prefix: Tensor,
-    key_offsets: Tensor | None,
-    rates: Tensor | None = None,
-    window: int = 0,
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *others: object) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
 @_attention_backward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    offsets: Tensor,
-    prefix: Tensor,
-    key_offsets: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    rates: Tensor | None = None,
-    window: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), gate.new_empty(gate.shape)
 
 

@@ -156,18 +156,7 @@ def _attention_sublayer_backward(
 
 @_attention_sublayer.register_fake
 def _(
-    x: Tensor,
-    residual: Tensor,
-    gqkv_weight: Tensor,
-    o_weight: Tensor,
-    heads: int,
-    eps: float,
-    table: Tensor,
-    positions: Tensor,
-    offsets: Tensor,
-    prefix: Tensor,
-    rates: Tensor | None,
-    window: int,
+    x: Tensor, residual: Tensor, gqkv_weight: Tensor, o_weight: Tensor, heads: int, *others: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens, head_dim = x.shape[0], o_weight.shape[1] // heads
     gqkv, attended = x.new_empty(tokens, 4, heads, head_dim), x.new_empty(tokens, heads, head_dim)
@@ -177,21 +166,7 @@ def _(
 
 @_attention_sublayer_backward.register_fake
 def _(
-    u: Tensor,
-    gqkv: Tensor,
-    attended: Tensor,
-    lse: Tensor,
-    gqkv_weight: Tensor,
-    o_weight: Tensor,
-    table: Tensor,
-    positions: Tensor,
-    offsets: Tensor,
-    prefix: Tensor,
-    rates: Tensor | None,
-    window: int,
-    eps: float,
-    grad_y: Tensor,
-    grad_u: Tensor | None,
+    u: Tensor, gqkv: Tensor, attended: Tensor, lse: Tensor, gqkv_weight: Tensor, o_weight: Tensor, *others: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     return u.new_empty(u.shape), gqkv_weight.new_empty(gqkv_weight.shape), o_weight.new_empty(o_weight.shape)
 
@@ -248,21 +223,13 @@ def _mlp_sublayer_backward(
 
 
 @_mlp_sublayer.register_fake
-def _(
-    x: Tensor, residual: Tensor, gate_up_weight: Tensor, down_weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, residual: Tensor, gate_up_weight: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape[0], gate_up_weight.shape[0])
 
 
 @_mlp_sublayer_backward.register_fake
 def _(
-    u: Tensor,
-    ab: Tensor,
-    gate_up_weight: Tensor,
-    down_weight: Tensor,
-    eps: float,
-    grad_y: Tensor,
-    grad_u: Tensor | None,
+    u: Tensor, ab: Tensor, gate_up_weight: Tensor, down_weight: Tensor, *others: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         u.new_empty(u.shape),
