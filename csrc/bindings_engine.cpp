@@ -59,6 +59,13 @@ class Watch {
 }  // namespace
 
 void bind_engine(py::module_& m) {
+  py::register_local_exception_translator([](std::exception_ptr thrown) {
+    try {
+      if (thrown) std::rethrow_exception(thrown);
+    } catch (const FileError& error) {
+      PyErr_SetString(PyExc_OSError, error.what());
+    }
+  });
   m.attr("cache_block_tokens") = block_tokens;
   m.def("cache_block_bytes",
         [](const std::string& kv_dtype, std::int64_t slots, std::int64_t heads, std::int64_t head_dim) {

@@ -118,14 +118,14 @@ class GrowthSchedule:
     ) -> tuple[HRM, optim.AdamW | optim.AdamAtan2 | optim.Sophia, dict[str, float]]:
         """The larger model and its optimizer, and what the metrics say of it; the smaller ones stay as they are.
 
-        `loss` is that of a model on a fixed batch. Raises RuntimeError, with nothing changed, when it moved by more
+        `loss` is that of a model on a fixed batch. Raises FloatingPointError, with nothing changed, when it moved by more
         than TOLERANCE.
         """
         growth = self._growths[len(self._grown)]
         bigger = growth.model(model)
         before, after = loss(model), loss(bigger)
         if not abs(after - before) <= TOLERANCE * abs(before):
-            raise RuntimeError(
+            raise FloatingPointError(
                 f"growing after step {step} moved the loss on a fixed batch from {before:.7g} to {after:.7g}, by more "
                 f"than {TOLERANCE:g} of it; the run stops, and the state before the growth is intact"
             )

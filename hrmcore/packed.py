@@ -125,7 +125,7 @@ class PackedRunner:
             raise ValueError(f"{path}: its header states {header.bytes} bytes, the model has {self.core.weight_bytes}")
         try:
             self.core.map_weights(str(path), header.offset, header.checksum)
-        except RuntimeError as error:
+        except OSError as error:
             raise ValueError(str(error)) from None
 
     @property

@@ -48,11 +48,11 @@ def main(case: str, folder: str, other_folder: str) -> None:
                 finally:
                     runner.close(handle)
         runner.open([PROMPT], [len(PROMPT)], cut)
-    except RuntimeError as error:
+    except OSError as error:
         print(len(asked), error)
     try:
         runner.open([[1]], [1])
-    except RuntimeError as error:
+    except OSError as error:
         print(error)
     print(runner.open_sequences, (other.logits(PROMPT[:20], 20) == expected).all())
 

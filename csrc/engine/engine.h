@@ -48,9 +48,9 @@ class Engine {
 
   // A step in three parts, so that only the middle one, which cannot fail, runs without the GIL. begin throws
   // std::invalid_argument on a bad argument, OutOfMemory when the cache or the system has no room,
-  // std::runtime_error when the weights are incomplete or their file changed; then nothing has happened.
-  // run returns false, and nothing has happened, when `interrupt` wanted it to stop. commit throws
-  // std::runtime_error when the weights' file changed meanwhile. logits: (rows, V) float32, the last row of
+  // std::runtime_error when the weights are incomplete, FileError when their file changed; then nothing has
+  // happened. run returns false, and nothing has happened, when `interrupt` wanted it to stop. commit throws
+  // FileError when the weights' file changed meanwhile. logits: (rows, V) float32, the last row of
   // each request, or with every_row all rows in order.
   void begin(const std::vector<std::int64_t>& requests, const std::vector<std::vector<std::int64_t>>& ids,
              bool every_row, const TensorView& logits);

@@ -43,15 +43,14 @@ Memory Memory::map_file(const std::string& path, std::int64_t offset, std::int64
   memory.file_ = open(path.c_str(), O_RDONLY | O_CLOEXEC);
   struct stat status{};
   if (memory.file_ < 0 || fstat(memory.file_, &status) != 0) {
-    throw std::runtime_error(path + ": cannot be opened (" + std::strerror(errno) + ")");
+    throw FileError(path + ": cannot be opened (" + std::strerror(errno) + ")");
   }
   if (status.st_size < offset + bytes) {
-    throw std::runtime_error(path + ": truncated, " + std::to_string(status.st_size) + " bytes where " +
-                             std::to_string(offset + bytes) + " are needed");
+    throw FileError(path + ": truncated, " + std::to_string(status.st_size) + " bytes where " +
+                    std::to_string(offset + bytes) + " are needed");
   }
   void* pages = mmap(nullptr, static_cast<std::size_t>(bytes), PROT_READ, MAP_SHARED, memory.file_, offset);
-  if (pages == MAP_FAILED)
-    throw std::runtime_error(path + ": cannot be mapped (" + std::strerror(errno) + ")");
+  if (pages == MAP_FAILED) throw FileError(path + ": cannot be mapped (" + std::strerror(errno) + ")");
   memory.data_ = static_cast<std::byte*>(pages);
   memory.size_ = bytes;
   memory.range_ = MappedRange(memory.data_, bytes);

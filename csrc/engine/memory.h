@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <new>
+#include <stdexcept>
 #include <string>
 #include <utility>
 
@@ -21,6 +22,12 @@ class OutOfMemory : public std::bad_alloc {
   std::string message_;
 };
 
+// A file that is missing, too short, damaged, or no longer what was mapped. In Python an OSError.
+class FileError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
 class Memory {
  public:
   Memory() = default;
@@ -33,7 +40,7 @@ class Memory {
   }
 
   // The part of a file from `offset` on, `bytes` long, offset a multiple of the page size. Throws
-  // std::runtime_error naming the file when it is missing or too short.
+  // FileError when it is missing or too short.
   static Memory map_file(const std::string& path, std::int64_t offset, std::int64_t bytes);
 
   // Whether the mapped file still is what was mapped: same size and time of change, and no page was missing.

@@ -89,8 +89,8 @@ void Weights::map_file(const std::string& path, std::int64_t offset, std::uint64
   const std::uint64_t found = checksum();
   check_unchanged();
   if (found != expected) {
-    throw std::runtime_error(
-        path + ": damaged, the weights do not match their checksum; convert the checkpoint again");
+    throw FileError(path +
+                    ": damaged, the weights do not match their checksum; convert the checkpoint again");
   }
   for (auto& [name, place] : places_) place.filled = true;
 }
@@ -142,7 +142,7 @@ void Weights::set(const std::string& name, const TensorView& tensor) {
       }
     }
   }
-  if (source.lost()) throw std::runtime_error(name + ": its file was cut short while it was read");
+  if (source.lost()) throw FileError(name + ": its file was cut short while it was read");
   places_[name].filled = true;
 }
 
@@ -176,7 +176,7 @@ void Weights::check_complete() const {
 
 void Weights::check_unchanged() const {
   if (!memory_.unchanged()) {
-    throw std::runtime_error(path_ + ": the file changed while it was in use; load the model again");
+    throw FileError(path_ + ": the file changed while it was in use; load the model again");
   }
 }
 

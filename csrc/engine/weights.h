@@ -38,14 +38,14 @@ class Weights {
 
   // Memory of its own, to be filled by set() with every tensor; or the arena in a file.
   void allocate();
-  // Throws std::runtime_error naming the file when it is missing, too short or not what `checksum` says.
+  // Throws FileError when it is missing, too short or not what `checksum` says.
   void map_file(const std::string& path, std::int64_t offset, std::uint64_t checksum);
 
   // `name` as in HRM.state_dict(). Throws std::invalid_argument on an unknown name or a wrong shape or dtype.
   void set(const std::string& name, const TensorView& tensor);
   // What set() kept of a tensor, as float32.
   void get(const std::string& name, const TensorView& out) const;
-  // Throws std::runtime_error naming a tensor that is not there yet, or saying that the file has changed.
+  // Throws std::runtime_error naming a tensor that is not there yet, FileError when the file has changed.
   void check_complete() const;
   void check_unchanged() const;
 
