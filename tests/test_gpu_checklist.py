@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+# A forked process has none of the threads that the kernels of this one have started.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BENCH = Path(__file__).parents[1] / "bench"
 NEEDS_GPU = ["cubins", "memcheck", "racecheck", "synccheck"]
 
