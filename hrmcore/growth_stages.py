@@ -118,8 +118,8 @@ class GrowthSchedule:
     ) -> tuple[HRM, optim.AdamW | optim.AdamAtan2 | optim.Sophia, dict[str, float]]:
         """The larger model and its optimizer, and what the metrics say of it; the smaller ones stay as they are.
 
-        `loss` is that of a model on a fixed batch. Raises FloatingPointError, with nothing changed, when it moved by more
-        than TOLERANCE.
+        `loss` is that of a model on a fixed batch. Raises FloatingPointError, with nothing changed, when it moved by
+        more than TOLERANCE.
         """
         growth = self._growths[len(self._grown)]
         bigger = growth.model(model)
