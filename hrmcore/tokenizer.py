@@ -214,7 +214,9 @@ class PieceDecoder:
         return self._advance(self._tokenizer.decode(self._pending))
 
     def _advance(self, text: str) -> str:
-        piece, self._shown = text[len(self._shown) :], text
+        piece = text[len(self._shown) :]
+        if piece:  # else text may be shorter: two bytes read as two U+FFFD before a third made them one
+            self._shown = text
         return piece
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -182,6 +182,7 @@ def streamed(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
 @settings(deadline=None, max_examples=100)
 @given(text=ANY_TEXT.map(lambda text: text * 5))
+@example(text="\ufffd" * 5)  # itself what an incomplete character reads as
 def test_streamed_pieces_of_text_are_whole(own: Tokenizer, released: Tokenizer, text: str) -> None:
     for tokenizer in (own, released):
         pieces = streamed(tokenizer, tokenizer.encode(text))
