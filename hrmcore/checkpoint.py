@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrmcore.config import HRMConfig
+from hrmcore.disk import flush
 from hrmcore.safetensors_files import (
     DTYPES,
     HOLDERS,
@@ -432,21 +433,13 @@ def _write_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) 
             mode = temporary.stat().st_mode
             write(temporary)
             temporary.chmod(mode)  # safetensors leaves files that only their owner can read
-            _sync(temporary)
+            flush(temporary)
         for target, temporary in staged.items():
             os.replace(temporary, target)
-        _sync(folder)
+        flush(folder)
     finally:
         for temporary in staged.values():
             temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _parts_on_disk(key: Key, stored: Mapping[str, Stored], folder: Path) -> tuple[str, ...]:

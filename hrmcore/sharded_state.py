@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
+from hrmcore.disk import flush
 from hrmcore.distributed import local
 
 FORMAT = "hrmcore-sharded-training-state"
@@ -139,9 +140,9 @@ def _complete(temporary: Path, path: Path, files: Mapping[str, str], metadata: M
         json.dump({**manifest, "sha256": _digest(manifest)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    _sync(temporary)
+    flush(temporary)
     os.replace(temporary, path)
-    _sync(path.parent)
+    flush(path.parent)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -178,11 +179,3 @@ def _exchange(mine: Any, group: dist.ProcessGroup | None) -> Sequence[Any]:
     everyones: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyones, mine, group)
     return everyones
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hrmcore.data import Corpus, Rejected, read_records, tokenize
+from hrmcore.disk import flush
 from hrmcore.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -140,9 +141,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
+            flush(path)
         temporary.rename(folder)
-        _sync(folder.parent)
+        flush(folder.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -235,11 +236,3 @@ def _map(path: Path) -> np.ndarray:
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ValueError(f"{path}: not an array that a store holds ({array.dtype}, {array.ndim} dimensions)")
     return np.asarray(array)  # a plain view: slices of a memmap object are slow
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from hrmcore.disk import flush
 from hrmcore.sharded_state import (
     read_parts,
     read_parts_metadata,
@@ -62,7 +63,7 @@ def save_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappin
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(temporary, shapes, tensors.__getitem__, completed(metadata))
         os.replace(temporary, path)
-        _sync(path.parent)
+        flush(path.parent)
     except OSError as error:
         _remove(temporary)
         raise OSError(
@@ -292,14 +293,6 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any], dict[str, str]]:
     if _header_digest(entries, metadata) != metadata.get("header_sha256"):
         raise ValueError(f"{path}: damaged, the header's checksum is not the one that was written")
     return 8 + length, entries, metadata
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

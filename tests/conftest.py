@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from emulator import emulated_cuda
-from two_ranks import Ranks
+from two_ranks import RECORDS, Ranks
 
-from hrmcore import _C
+from hrmcore import _C, microbench
 from hrmcore.config import HRMConfig
 from hrmcore.engine import Engine, load
 from hrmcore.model import HRM
@@ -40,6 +40,20 @@ def ranks() -> Iterator[Ranks]:
     ranks = Ranks()
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer of what the ranks train on."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer((record["instruction"] for record in RECORDS), folder, vocab_size=330)
+    return folder
+
+
+@pytest.fixture
+def no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the measurement of the machine's peak, which the MFU alone needs."""
+    monkeypatch.setattr(microbench, "peak_flops", lambda precision: 1e12)
 
 
 @pytest.fixture(params=_C.supported_isas())

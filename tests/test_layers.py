@@ -17,7 +17,7 @@ PACKAGE = Path(hrmcore.__file__).parent
 # From the bottom up; a module may import from the layers below its own, and a package from itself.
 LAYERS = [
     {"_C"},
-    {"config", "tokenizer", "sampling", "ops", "fragments"},
+    {"config", "tokenizer", "sampling", "ops", "fragments", "disk"},
     {"model", "optim", "data", "planner", "tensor_file", "safetensors_files", "distributed", "metrics"},
     {"checkpoint", "growth", "runner", "cuda_step", "microbench", "store", "sharding", "sharded_state"},
     {"packed", "cuda_runner", "training_state", "curvature", "validation", "growth_stages"},

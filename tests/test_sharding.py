@@ -9,29 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from two_ranks import ENVIRONMENT, RECORDS, STEPS, Ranks, check_curve, go_on_from, rows, write_run
+from two_ranks import ENVIRONMENT, STEPS, Ranks, check_curve, go_on_from, rows, write_run
 
-from hrmcore import microbench, planner
+from hrmcore import planner
 from hrmcore.cli import main
 from hrmcore.data import BatchStream
 from hrmcore.model import HRM
 from hrmcore.run_config import read_config
-from hrmcore.tokenizer import train_tokenizer
 from hrmcore.train import Trainer
 from hrmcore.training_state import find_states, load_state, state_path
 
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer((r["instruction"] for r in RECORDS), folder, vocab_size=330)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the measurement of the machine's peak, which the MFU alone needs."""
-    monkeypatch.setattr(microbench, "peak_flops", lambda precision: 1e12)
+pytestmark = pytest.mark.usefixtures("no_peak")
 
 
 def train_in_two(ranks: Ranks, file: Path) -> None:
