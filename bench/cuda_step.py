@@ -15,6 +15,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ def compare(tokens: int, blocks: int, form: Form = "persistent") -> dict[str, fl
     kv, table = prefilled(model, ids, len(ids) + tokens)
     step = CudaStep(model.to(device), form, blocks)
     kv, table = kv.to(device), table.to(device)
-    error, same, decided, same_where_decided = 0.0, 0, 0, 0
+    agreement = Agreement()
     for position in range(len(ids), len(ids) + tokens):
         token = int(logits[0].argmax())
         logits = cpu.step(handles, [token])
@@ -63,19 +64,30 @@ def compare(tokens: int, blocks: int, form: Form = "persistent") -> dict[str, fl
         numbers = (torch.tensor([n], dtype=torch.int32, device=device) for n in (token, position))
         with emulated() if device == "cpu" else contextlib.nullcontext():
             ours = step(*numbers, table, kv)[0].cpu()
-        error = max(error, float((ours - theirs).norm() / theirs.norm()))
+        agreement.add(ours, theirs)
+    return asdict(agreement)
+
+
+@dataclass
+class Agreement:
+    """How far one model's logits are from another's, over the tokens of one sequence."""
+
+    tokens: int = 0
+    error: float = 0.0  # the largest, in norm
+    same: int = 0
+    decided: int = 0
+    same_where_decided: int = 0
+
+    def add(self, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        """Logits (V) of the next token; theirs decide."""
+        norm = float(theirs.norm())
         best, next_best = theirs.topk(2).values.tolist()
-        agrees = bool(ours.argmax() == theirs.argmax())
-        leads = best - next_best > ALLOWED * float(theirs.norm())
-        same, decided = same + agrees, decided + leads
-        same_where_decided += agrees and leads
-    return {
-        "tokens": tokens,
-        "error": error,
-        "same": same,
-        "decided": decided,
-        "same_where_decided": same_where_decided,
-    }
+        agrees, leads = bool(ours.argmax() == theirs.argmax()), best - next_best > ALLOWED * norm
+        self.tokens += 1
+        self.error = max(self.error, float((ours - theirs).norm()) / norm)
+        self.same += agrees
+        self.decided += leads
+        self.same_where_decided += agrees and leads
 
 
 @contextlib.contextmanager

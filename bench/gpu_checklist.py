@@ -27,9 +27,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import gpu_checks
+import gpu_models
 import torch
 from gpu_checks import Here, NotRunError, WrongError
 
+CHECKS = gpu_checks.CHECKS | gpu_models.CHECKS
 GOLDENS = Path(__file__).with_name("gpu_goldens.json")
 LIMIT = 240.0  # seconds for one check
 WHOLE = 1200.0  # seconds for all of them
@@ -47,7 +49,7 @@ class Record:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--emulated", action="store_true", help="toy sizes on the emulator: shows that the checks work")
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(gpu_checks.CHECKS), help="these checks alone")
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(CHECKS), help="these checks alone")
     parser.add_argument("--out", type=Path, help="write the JSON there, too")
     parser.add_argument("--goldens", type=Path, default=GOLDENS, help="the emulator's results (bench/gpu_goldens.json)")
     parser.add_argument("--write-goldens", action="store_true", help="with --emulated: make that file anew and end")
@@ -66,10 +68,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     records = []
     end = time.perf_counter() + WHOLE
-    for name in arguments.only or gpu_checks.CHECKS:
+    for name in arguments.only or CHECKS:
         left = end - time.perf_counter()
         if left > 0:
-            record = in_child(lambda check=gpu_checks.CHECKS[name]: check(here), min(left, arguments.limit))
+            record = in_child(lambda check=CHECKS[name]: check(here), min(left, arguments.limit))
         else:
             record = Record("", "not_run", f"the {WHOLE:g} s for all checks are over")
         record.name = name

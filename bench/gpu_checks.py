@@ -1,5 +1,6 @@
-"""The checks of bench/gpu_checklist.py. Each takes where it runs and returns its figures, raises NotRunError with the
-reason why it cannot run here, or anything else when what it looked at is wrong.
+"""The checks of bench/gpu_checklist.py that ask for kernels; gpu_models.py has those that run whole models. Each takes
+where it runs and returns its figures, raises NotRunError with the reason why it cannot run here, or anything else when
+what it looked at is wrong.
 
 On the emulator sizes are toys and nothing is timed.
 """
@@ -20,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hrmcore import _C, optim
-from hrmcore.config import HRMConfig
-from hrmcore.cuda_step import MOST_REQUESTS, CudaStep
-from hrmcore.model import HRM
 
 OPS = ("rms_norm", "rope", "swiglu", "attention", "cross_entropy")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -446,7 +443,7 @@ def attention_against_sdpa(here: Here) -> dict[str, Any]:
 
     count, mean, heads, head_dim = (4, 12, 2, 32) if here.emulated else (32, 297, 12, 128)
     generator = torch.Generator().manual_seed(5)
-    lengths = _lengths(count, mean, generator)
+    lengths = packed_lengths(count, mean, generator)
     prefixes = [n // 2 for n in lengths]
     dtype = torch.float32 if here.emulated else torch.bfloat16
     fused = torch.randn(sum(lengths), 4, heads, head_dim, generator=generator).to(here.device, dtype)
@@ -477,7 +474,7 @@ def attention_against_sdpa(here: Here) -> dict[str, Any]:
     return figures | {"milliseconds": 1e3 * ours, "sdpa_milliseconds": 1e3 * seconds_of(theirs)}
 
 
-def _lengths(count: int, mean: int, generator: torch.Generator) -> list[int]:
+def packed_lengths(count: int, mean: int, generator: torch.Generator) -> list[int]:
     """Spread from a third of the mean to some three times it, their mean being exact."""
     raw = torch.exp(0.7 * torch.randn(count, generator=generator))
     lengths = (raw / raw.sum() * count * mean).long().clamp(min=mean // 3)
@@ -537,46 +534,6 @@ def _counted_bytes(here: Here) -> int:
     return numbers[1] + numbers[2]
 
 
-def graph_against_fused_step(here: Here) -> dict[str, Any]:
-    """The decode step as a launch a phase and as one cooperative launch: the same bits, at batch 1 and 8."""
-    toy = {"vocab_size": 50, "hidden_size": 48, "intermediate_size": 80, "num_layers_per_stack": 1}
-    toy |= {"num_attention_heads": 3, "head_dim": 16, "H_cycles": 2, "L_cycles": 2, "max_position_embeddings": 512}
-    config = HRMConfig(**toy) if here.emulated else HRMConfig.preset("XL")
-    torch.manual_seed(6)
-    model = HRM(config).requires_grad_(False).to(here.device)
-    figures: dict[str, Any] = {"most_requests": MOST_REQUESTS, "batch_32": "not run: the step takes 8 requests"}
-    for batch in (1, MOST_REQUESTS):
-        blocks = 3 * batch  # of the cache: 64 rows each
-        heads, head_dim = config.num_attention_heads, config.head_dim
-        shape = (config.cache_slots, 2, 64 * blocks, heads, head_dim)
-        kv = torch.randn(shape, generator=torch.Generator().manual_seed(7)).to(here.device, torch.bfloat16)
-        tables = torch.arange(blocks, dtype=torch.int32, device=here.device).view(batch, 3)
-        positions = 63 + 11 * torch.arange(batch, dtype=torch.int32, device=here.device)
-        tokens = torch.arange(1, 1 + batch, dtype=torch.int32, device=here.device)
-        seen = {}
-        for form in ("graph", "persistent"):
-            decode, cache = CudaStep(model, form, blocks=3 if here.emulated else 0), kv.clone()
-            with here.kernels():
-                logits = decode(tokens, positions, tables, cache)
-            if not logits.isfinite().all():
-                raise WrongError(f"batch {batch}, {form}: logits that are not finite")
-            seen[form] = (logits, cache.view(torch.int16))
-            if not here.emulated:
-                seconds = seconds_of(partial(decode, tokens, positions, tables, cache))
-                figures[f"batch_{batch}_{form}_tokens_a_second"] = batch / seconds
-        if not all(torch.equal(a, b) for a, b in zip(*seen.values(), strict=True)):
-            raise WrongError(f"batch {batch}: the two forms have other bits")
-        figures[f"batch_{batch}"] = "same bits"
-    return figures
-
-
-def not_written(what: str) -> Callable[[Here], dict[str, Any]]:
-    def check(_: Here) -> dict[str, Any]:
-        raise NotRunError(f"not written yet: {what}")
-
-    return check
-
-
 CHECKS: dict[str, Callable[[Here], dict[str, Any]]] = {
     "cubins": cubins,
     "one_hot_mma": one_hot_mma,
@@ -589,7 +546,4 @@ CHECKS: dict[str, Callable[[Here], dict[str, Any]]] = {
     "identical_repeats": identical_repeats,
     "attention_against_sdpa": attention_against_sdpa,
     "optimizer_bandwidth": optimizer_bandwidth,
-    "greedy_tokens": not_written("a check of 64 greedy tokens on CUDA against transformers"),
-    "graph_against_fused_step": graph_against_fused_step,
-    "training_mfu": not_written("a check of a training step's MFU at K = 2 and 5"),
 }

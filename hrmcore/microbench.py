@@ -153,15 +153,25 @@ def machine(seconds: float) -> dict[str, Any]:
     }
 
 
-def peak_flops(dtype: str, seconds: float = 0.1) -> float:
-    """FLOP/s that this machine reaches at best in "float32" or "bfloat16", on the threads in use.
+def peak_flops(dtype: str, seconds: float = 0.1, device: str = "cpu") -> float:
+    """FLOP/s that this machine, or its CUDA device, reaches at best in "float32" or "bfloat16".
 
-    The faster of multiply-adds in float32 registers and a large matrix product of this type: a matrix unit counts.
+    A large matrix product of this type; on the CPU, on the threads in use, multiply-adds in float32 registers where
+    they are faster: a matrix unit counts.
     """
-    side = 768
+    on_cpu = torch.device(device).type == "cpu"
+    side = 768 if on_cpu else 8192
+    a, b = (torch.ones(side, side, dtype=DTYPES[dtype], device=device) for _ in range(2))
+
+    def multiply() -> None:
+        torch.mm(a, b)
+        if not on_cpu:
+            torch.cuda.synchronize(device)
+
+    if not on_cpu:
+        return 2 * side**3 / best_times([multiply], seconds)[0]
     multiply_add, flops = _multiply_adds()
-    a, b = (torch.ones(side, side, dtype=DTYPES[dtype]) for _ in range(2))
-    in_registers, product = best_times([multiply_add, lambda: a @ b], seconds)
+    in_registers, product = best_times([multiply_add, multiply], seconds)
     return max(flops / in_registers, 2 * side**3 / product)
 
 

@@ -5,7 +5,7 @@ Shapes: B requests, V vocabulary, R rows and K columns of a matrix.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -274,15 +274,10 @@ def test_loading_for_cuda_without_a_device_says_so(checkpoint: Path, monkeypatch
         load(checkpoint, device="cuda:1")
 
 
-def test_the_embedded_model_answers_as_on_the_cpu() -> None:
+def test_the_embedded_model_answers_as_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy: 10 tokens here; `python bench/cuda_step.py --tokens 64` runs the 64 (LOG.md has its result)."""
-    path = Path(__file__).parents[1] / "bench" / "cuda_step.py"
-    spec = importlib.util.spec_from_file_location("cuda_step_bench", path)
-    assert spec
-    assert spec.loader
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
-    found = bench.compare(tokens=10, blocks=2)
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    found = importlib.import_module("cuda_step").compare(tokens=10, blocks=2)
     assert found["tokens"] == 10
     assert found["error"] < TOLERANCE
     assert found["decided"] >= 4
