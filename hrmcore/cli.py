@@ -30,7 +30,7 @@ COMMANDS = {
     "convert": Command("pack a checkpoint for the CPU engine", "hrmcore.convert"),
     "bench": Command("check and time the ops", "hrmcore.bench"),
     "prepare": Command("tokenise records into a store to train from", "hrmcore.prepare"),
-    "train": Command("train a model as a run file says", "hrmcore.train"),
+    "train": Command("train a model as a run file says", "hrmcore.train_command"),
     "eval": Command("ask a model questions and score its answers", "hrmcore.evals.command"),
     "grow": Command("make a larger model that computes the same", "hrmcore.growth_command"),
     "plot": Command("draw the curves of a training run", "hrmcore.plot"),

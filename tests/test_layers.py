@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import hrmcore
+from hrmcore.cli import COMMANDS
 
 PACKAGE = Path(hrmcore.__file__).parent
 
@@ -23,7 +24,7 @@ LAYERS = [
     {"packed", "cuda_runner", "training_state", "curvature", "validation", "growth_stages"},
     {"run_config", "growth_files"},
     {"train", "engine", "lens", "plots"},
-    {"generate", "bench", "convert", "prepare", "plan", "plot", "growth_command"},
+    {"generate", "bench", "convert", "prepare", "plan", "plot", "growth_command", "train_command"},
     {"inspect"},
     {"repl", "evals"},
     {"cli"},
@@ -49,7 +50,7 @@ FREE_OF_TORCH = [
         "packed",
         "engine",
     ),
-    *("generate", "bench", "convert", "prepare", "plan", "plot", "growth_command", "repl", "cli"),
+    *("generate", "bench", "convert", "prepare", "plan", "plot", "growth_command", "train_command", "repl", "cli"),
     "inspect",
     *("evals.harness", "evals.iq", "evals.reasoning_gym", "evals.runners", "evals.command"),
 ]
@@ -142,3 +143,30 @@ def test_importing_the_package_takes_a_fraction_of_the_limit() -> None:
     program = "import time; start = time.process_time(); import hrmcore; print(time.process_time() - start)"
     seconds = float(run_python("-c", program).stdout)  # of the processor, which other work does not lengthen
     assert seconds < 0.15  # it takes about 0.001
+
+
+def test_modules_that_need_no_torch_import_none() -> None:
+    """Those behind `hrmcore COMMAND --help` among them, which would take seconds with it."""
+    assert {command.module.removeprefix("hrmcore.") for command in COMMANDS.values()} <= set(FREE_OF_TORCH)
+    program = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(f'hrmcore.{name}')\n"
+        "    assert 'torch' not in sys.modules, name\n"
+    )
+    run_python("-c", program, *FREE_OF_TORCH)
+
+
+def test_the_public_names_are_there_and_no_others() -> None:
+    from hrmcore.config import HRMConfig
+    from hrmcore.engine import load
+    from hrmcore.model import HRM
+
+    assert (hrmcore.load, hrmcore.HRM, hrmcore.HRMConfig) == (load, HRM, HRMConfig)
+    assert hrmcore.__version__.count(".") == 2
+    assert set(hrmcore.__all__) <= set(dir(hrmcore))
+    for name in hrmcore.__all__:
+        getattr(hrmcore, name)
+    assert hrmcore.optim.Sophia.__module__ == "hrmcore.optim"
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        hrmcore.nonsense  # noqa: B018
