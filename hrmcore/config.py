@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 PRESETS: dict[str, dict[str, int]] = {
@@ -31,44 +31,69 @@ def default_intermediate_size(hidden_size: int) -> int:
 class HRMConfig:
     """The shape and constants of an HRM. Raises ValueError on an unknown key or an impossible value.
 
-    `embedding_scale` None means sqrt(hidden_size), the inverse of the initialisation's standard deviation.
-    `eos_token_id` may be several; `eos_token_ids` has them as a tuple in every case.
-    `position_encoding` is "rope", or "xpos": RoPE's scores, fading with the distance over `xpos_scale_base` tokens.
-    `attention_window` (a multiple of 64; 0 is none): tokens lie in blocks of so many, and attention reaches the
-    token's own block and the neighbouring ones; of those, a response sees the one before. The prefix still sees both
-    ways.
-    `H_layers` is the number of H's layers where it is another than L's; num_layers_per_stack is then L's. The released
-    format has no word for that, so None and num_layers_per_stack are the same.
-    `shared_stacks` makes L and H one stack, as in TRM (arXiv 2510.04871). With H_cycles and L_cycles 1 the recurrence
-    is a Transformer that passes each layer once, with L_cycles 1 and more H_cycles a looped one.
+    The fields' explanations are what `hrmcore train --explain` prints; the rest of what there is to know:
+    `embedding_scale` None is the inverse of the initialisation's standard deviation. `eos_token_ids` are a tuple in
+    every case. Of the blocks of `attention_window` beside its own, a response sees the one before, the prefix both.
+    `H_layers` None and num_layers_per_stack are the same, for the released format has no word for it; where they
+    differ, num_layers_per_stack is L's. `shared_stacks` is after arXiv 2510.04871. With H_cycles and L_cycles 1 the
+    recurrence is a Transformer that passes each layer once, with L_cycles 1 and more H_cycles a looped one.
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers_per_stack: int
-    num_attention_heads: int
-    head_dim: int = 128
-    H_cycles: int = 2
-    L_cycles: int = 3
-    max_position_embeddings: int = 4096
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    embedding_scale: float | None = None
-    prefix_lm: bool = True
-    pad_token_id: int | None = None
-    eos_token_id: int | tuple[int, ...] | None = None
-    position_encoding: str = "rope"
-    xpos_scale_base: int = 512
-    attention_window: int = 0
-    shared_stacks: bool = False
-    H_layers: int | None = None
+    vocab_size: int = field(metadata={"explain": "rows of the embedding and of the head"})
+    hidden_size: int = field(metadata={"explain": "width of the residual stream, a multiple of num_attention_heads"})
+    intermediate_size: int = field(metadata={"explain": "units of the FFN; the published models have 8/3 of the width"})
+    num_layers_per_stack: int = field(metadata={"explain": "layers of L and of H each"})
+    num_attention_heads: int = field(metadata={"explain": "heads of attention"})
+    head_dim: int = field(
+        default=128,
+        metadata={
+            "explain": "channels of a head, a multiple of 8 up to 256; heads times head_dim need not be the width"
+        },
+    )
+    H_cycles: int = field(default=2, metadata={"explain": "visits of H"})
+    L_cycles: int = field(default=3, metadata={"explain": "visits of L before each visit of H"})
+    max_position_embeddings: int = field(
+        default=4096, metadata={"explain": "longest sequence in tokens; longer records are left out"}
+    )
+    rms_norm_eps: float = field(default=1e-6, metadata={"explain": "what every norm adds to the mean square"})
+    rope_theta: float = field(
+        default=10000.0, metadata={"explain": "base of the rotations: larger for longer sequences"}
+    )
+    embedding_scale: float | None = field(
+        default=None, metadata={"explain": "what embeddings are multiplied by; None: sqrt(hidden_size)"}
+    )
+    prefix_lm: bool = field(
+        default=True, metadata={"explain": "instructions are seen both ways; false: causal throughout"}
+    )
+    pad_token_id: int | None = field(
+        default=None, metadata={"explain": "written into the checkpoint for other readers; packing pads nothing"}
+    )
+    eos_token_id: int | tuple[int, ...] | None = field(
+        default=None, metadata={"explain": "the token, or tokens, that end an answer"}
+    )
+    position_encoding: str = field(
+        default="rope", metadata={"explain": "'rope', or 'xpos': RoPE's scores, fading with the distance"}
+    )
+    xpos_scale_base: int = field(
+        default=512,
+        metadata={"explain": "xPos: tokens of distance after which a channel's score has faded by its factor"},
+    )
+    attention_window: int = field(
+        default=0,
+        metadata={
+            "explain": "tokens of a block, a multiple of 64: attention reaches its own and the neighbours; 0: all"
+        },
+    )
+    shared_stacks: bool = field(default=False, metadata={"explain": "L and H are one stack, as in TRM"})
+    H_layers: int | None = field(
+        default=None, metadata={"explain": "layers of H where L has others; only hrmcore loads such a model"}
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.eos_token_id, list):  # as JSON and TOML write it
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
-        for field in dataclasses.fields(self):
-            _check_type(field.name, getattr(self, field.name), str(field.type))
+        for f in dataclasses.fields(self):
+            _check_type(f.name, getattr(self, f.name), str(f.type))
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"config: {name} must be at least 1, got {getattr(self, name)}")
@@ -117,7 +142,7 @@ class HRMConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> HRMConfig:
         """Build from a mapping; an unknown or missing key is a ValueError that names it."""
-        known = {field.name for field in dataclasses.fields(cls)}
+        known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"config: unknown key {unknown[0]!r}; the keys are {', '.join(sorted(known))}")
         required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hrmcore import optim, planner
@@ -20,21 +20,23 @@ TOLERANCE = 1e-5  # relative change of the loss on a fixed batch that a growth m
 class GrowStage:
     """One `[[grow]]` table: from `at_tokens` on, the sizes that are given. The others stay.
 
-    The learning rate rises anew over `warmup_steps` steps; `mode`, `mask_steps` and `interleaved` are those of Growth.
+    `mode`, `mask_steps` and `interleaved` are those of Growth.
     The vocabulary is the tokenizer's and the loss would not stay the same with more cycles, so neither grows in a run.
     """
 
-    at_tokens: int
-    hidden_size: int | None = None
-    num_layers_per_stack: int | None = None
-    L_layers: int | None = None
-    H_layers: int | None = None
-    intermediate_size: int | None = None
-    num_attention_heads: int | None = None
-    warmup_steps: int = 100
-    mode: str = "zero"
-    mask_steps: int = 0
-    interleaved: bool = False
+    at_tokens: int = field(metadata={"explain": "tokens after which the model grows"})
+    hidden_size: int | None = field(default=None, metadata={"explain": "the larger width"})
+    num_layers_per_stack: int | None = field(default=None, metadata={"explain": "layers of L and of H alike"})
+    L_layers: int | None = field(default=None, metadata={"explain": "layers of L alone"})
+    H_layers: int | None = field(default=None, metadata={"explain": "layers of H alone"})
+    intermediate_size: int | None = field(default=None, metadata={"explain": "more units of the FFN"})
+    num_attention_heads: int | None = field(default=None, metadata={"explain": "more heads"})
+    warmup_steps: int = field(default=100, metadata={"explain": "steps over which the learning rate rises anew"})
+    mode: str = field(
+        default="zero", metadata={"explain": "'zero': new entries begin without effect; 'masked': random ones fade in"}
+    )
+    mask_steps: int = field(default=0, metadata={"explain": "steps that mode masked takes"})
+    interleaved: bool = field(default=False, metadata={"explain": "new layers between the old ones, not on top"})
 
     def growth(self, config: HRMConfig, seed: int) -> Growth:
         """From the config before this stage. Raises ValueError where that is not growing."""

@@ -259,23 +259,23 @@ def explain() -> str:
     lines = []
     for f in dataclasses.fields(TrainConfig):
         if f.name != "model":
-            lines.append(f"{f.name:<17} {_default(f):<20} {f.metadata['explain']}")
+            lines.append(_line(f, 17))
     lines.append("\nwhere the default follows the optimizer ('-': it has no such key)")
     names = [f.name for f in dataclasses.fields(TrainConfig) if any(f.name in own for own in OPTIMIZERS.values())]
     lines.append(f"{'':<17} " + " ".join(f"{name:<15}" for name in OPTIMIZERS))
     for name in names:
         values = (str(list(v) if isinstance(v := own.get(name, "-"), tuple) else v) for own in OPTIMIZERS.values())
         lines.append(f"{name:<17} " + " ".join(f"{value:<15}" for value in values).rstrip())
-    lines.append(
-        "\n[model]  the keys of HRMConfig; vocab_size and eos_token_id are the tokenizer's; none with init_from"
-    )
-    for f in dataclasses.fields(HRMConfig):
-        if f.name not in ("vocab_size", "eos_token_id"):
-            default = "(required)" if f.default is dataclasses.MISSING else f"default {f.default!r}"
-            lines.append(f"{f.name:<24} {default}")
+    filled_in = ("vocab_size", "eos_token_id", "pad_token_id")
+    lines.append(f"\n[model]  the keys of HRMConfig; {', '.join(filled_in)} follow the tokenizer; none with init_from")
+    lines += [_line(f, 24) for f in dataclasses.fields(HRMConfig) if f.name not in filled_in]
     lines.append("\n[[grow]]  a larger model from at_tokens on; sizes that are left out stay")
-    lines += [f"{f.name:<24} {_default(f)}" for f in dataclasses.fields(GrowStage)]
+    lines += [_line(f, 24) for f in dataclasses.fields(GrowStage)]
     return "\n".join(lines)
+
+
+def _line(f: dataclasses.Field[Any], width: int) -> str:
+    return f"{f.name:<{width}} {_default(f):<20} {f.metadata['explain']}"
 
 
 def _default(f: dataclasses.Field[Any]) -> str:
