@@ -19,7 +19,7 @@ examples:
   hrmcore plan --size XL --tokens 60e9 --gpu H100 --count 16 --utilization 0.38 --price 2
   hrmcore plan checkpoint/ --tokens 1e9 --prompt-tokens 120 --response-tokens 180 --json
   hrmcore plan --size L --stage 20e9:XL --tokens 60e9 --count 8
-  hrmcore plan run.toml --measure
+  hrmcore plan run.toml --measure      with its [[grow]] stages, for this machine
 """
 
 
@@ -49,9 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what the run would cost."""
-    name = args.size or args.model
-    config, settings = _model(name)
-    stages = [Stage(0, name, config), *(_stage(text) for text in args.stage)]
+    stages, settings = _stages(args.size or args.model)
+    stages += [_stage(text) for text in args.stage]
     given = {"tokens": args.tokens, "batch_tokens": args.batch_tokens}
     settings |= {key: value for key, value in given.items() if value is not None}
     if "tokens" not in settings:
@@ -71,16 +70,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _model(name: str) -> tuple[HRMConfig, dict[str, Any]]:
-    """The configuration of a size, a checkpoint or a run file, and what a run file says of the budget."""
+def _stages(name: str) -> tuple[list[Stage], dict[str, Any]]:
+    """A size, a checkpoint or a run file with its [[grow]] tables as stages, and what the file says of the budget."""
     if name in PRESETS:
-        return HRMConfig.preset(name), {}
+        return [Stage(0, name, HRMConfig.preset(name))], {}
     if name.endswith(".toml"):
+        from hrmcore.growth_stages import growths_of
         from hrmcore.run_config import read_config as read_run
 
         run_file = read_run(name)
         horizon = Horizon(run_file.horizon_first, run_file.horizon_last, run_file.horizon_fraction)
-        return run_file.model, {
+        growths = growths_of(run_file.grow, run_file.model, run_file.seed)
+        grown = [
+            Stage(table.at_tokens, f"[[grow]] {number}", growth.after)
+            for number, (table, growth) in enumerate(zip(run_file.grow, growths, strict=True), 1)
+        ]
+        return [Stage(0, "[model]", run_file.model), *grown], {
             "tokens": run_file.steps * run_file.accumulate * run_file.batch_tokens,
             "batch_tokens": run_file.batch_tokens,
             "precision": run_file.precision,
@@ -89,7 +94,7 @@ def _model(name: str) -> tuple[HRMConfig, dict[str, Any]]:
     from hrmcore.checkpoint import CONFIG_FILE, read_config, resolve
 
     path = Path(name)
-    return read_config(path.parent if path.name == CONFIG_FILE else resolve(name)), {}
+    return [Stage(0, name, read_config(path.parent if path.name == CONFIG_FILE else resolve(name)))], {}
 
 
 def _stage(text: str) -> Stage:
@@ -100,7 +105,7 @@ def _stage(text: str) -> Stage:
         tokens = math.nan
     if not (name and math.isfinite(tokens)):
         raise ValueError(f"--stage must be TOKENS:SIZE, as in 20e9:XL, got {text!r}")
-    return Stage(tokens, name, _model(name)[0])
+    return Stage(tokens, name, _stages(name)[0][0].config)
 
 
 def _record(prompt: float | None, response: float | None) -> Record | None:
@@ -205,6 +210,8 @@ def _stage_line(planned: Plan, stage: StagePlan) -> str:
 
 
 def _time(hours: float) -> str:
+    if hours < 1:
+        return f"{60 * hours:.3g} minutes" if hours > 1 / 60 else f"{3600 * hours:.3g} seconds"
     return f"{hours:.1f} hours" if hours < 48 else f"{hours:.1f} hours ({hours / 24:.1f} days)"
 
 

@@ -317,17 +317,31 @@ def plan(stages: Sequence[Stage], budget: Budget) -> Plan:
 
     Without a mean record in the budget, the head and attention terms are left out of the FLOPs (published training
     costs leave them out, too), and memory supposes that every token is supervised. Raises ValueError when the stages
-    do not start at 0, rise, and end before the run does.
+    do not start at 0, rise, and end before the run does, or when one would shrink.
     """
     starts = [stage.start for stage in stages]
     shares = [bound / budget.tokens for bound in (*starts, budget.tokens)]
     if starts[:1] != [0] or any(not low < high for low, high in itertools.pairwise(shares)):
         shown = ", ".join(f"{start:g}" for start in starts[1:])
         raise ValueError(f"stages must start at rising token counts between 0 and {budget.tokens:g}, got {shown}")
+    for before, after in itertools.pairwise(stages):
+        _check_growth(before, after)
     ends = [*starts[1:], budget.tokens]
     planned = tuple(_plan_stage(stage, end, budget) for stage, end in zip(stages, ends, strict=True))
     whole = _flops(stages[-1].config, 0.0, budget.tokens, budget)
     return Plan(budget, planned, _sum([stage.flops for stage in planned]), whole)
+
+
+def _check_growth(before: Stage, after: Stage) -> None:
+    small, large = before.config, after.config
+    sizes = {
+        name: (getattr(small, name), getattr(large, name))
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim")
+    }
+    sizes |= dict(zip(("L's layers", "H's layers"), zip(small.depths, large.depths, strict=True), strict=True))
+    for name, (old, new) in sizes.items():
+        if new < old:
+            raise ValueError(f"stage {after.name}: {name} would shrink from {old} to {new}; models only grow")
 
 
 def _plan_stage(stage: Stage, end: float, budget: Budget) -> StagePlan:

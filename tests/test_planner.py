@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ from hrmcore.planner import (
     plan,
     training_flops,
 )
-from hrmcore.run_config import TrainConfig, horizon
+from hrmcore.run_config import TrainConfig, horizon, read_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -314,6 +315,28 @@ def test_a_run_file_says_the_rest(checkpoint: Path, tmp_path: Path, capsys: pyte
     assert planned(capsys, str(run_file), "--tokens", "7", "--batch-tokens", "3")["tokens"] == 7
 
 
+def test_a_run_files_growth_is_planned(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(
+        f'train_files = ["a.jsonl"]\ntokenizer = "{checkpoint}"\nout = "out"\nsteps = 100\nbatch_tokens = 512\n'
+        "[model]\nhidden_size = 32\nintermediate_size = 48\nnum_layers_per_stack = 1\nnum_attention_heads = 2\n"
+        "head_dim = 16\n[[grow]]\nat_tokens = 20000\nhidden_size = 64\n"
+        "[[grow]]\nat_tokens = 30000\nnum_layers_per_stack = 3\n"
+    )
+    result = planned(capsys, str(run_file))
+    small = read_config(run_file).model
+    wide = small.replace(hidden_size=64, embedding_scale=None)
+    deep = wide.replace(num_layers_per_stack=3)
+    assert [stage["parameters"] for stage in result["stages"]] == [parameters(shape) for shape in (small, wide, deep)]
+    assert [stage["tokens"] for stage in result["stages"]] == [20000, 10000, 21200]
+    assert result["parameters"] == parameters(deep)
+    assert result["flops"] < result["from_scratch_flops"]
+    assert hrmcore("plan", str(run_file)) == 0
+    out = capsys.readouterr().out
+    assert f"[[grow]] 2   {parameters(deep):,} parameters, 2.12e+04 tokens" in out
+    assert re.search(r"^time +[\d.]+ seconds on", out, re.M)
+
+
 def test_a_table_shows_what_json_holds(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["plan", "--size", "L", "--stage", "20e9:XL", "--count", "8", *PUBLISHED]
     assert hrmcore(*arguments) == 0
@@ -364,6 +387,7 @@ def test_this_machine_can_be_measured() -> None:
         (["--size", "B", "--tokens", "9", "--stage", "x:L"], "--stage must be TOKENS:SIZE"),
         (["--size", "B", "--tokens", "9", "--stage", "9:L"], "stages must start at rising token counts"),
         (["--size", "B", "--tokens", "9", "--stage", "5:L", "--stage", "4:XL"], "rising token counts"),
+        (["--size", "L", "--tokens", "9", "--stage", "5:B"], "stage B: hidden_size would shrink from 1280 to 1024"),
         (["--size", "B", "--tokens", "9", "--stage", "5:no/such/folder"], "no/such/folder: no such folder"),
         (["no/such/folder", "--tokens", "9"], "no/such/folder: no such folder"),
         (["no/such/config.json", "--tokens", "9"], "no/such/config.json: no such file"),
