@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "core/isa.h"
 #include "core/tensor.h"
@@ -26,6 +27,8 @@ typedef float vfloat __attribute__((vector_size(lanes * 4)));
 typedef std::int32_t vint __attribute__((vector_size(lanes * 4)));
 typedef std::uint32_t vuint __attribute__((vector_size(lanes * 4)));
 typedef std::uint16_t vhalf __attribute__((vector_size(lanes * 2)));
+typedef std::int16_t vshort __attribute__((vector_size(lanes * 2)));
+typedef std::int8_t vbyte __attribute__((vector_size(lanes)));
 
 struct bf16 {
   std::uint16_t bits;
@@ -45,6 +48,14 @@ HRMCORE_INLINE vfloat load(const bf16* p) {
   vhalf h;
   __builtin_memcpy(&h, p, sizeof(h));
   return (vfloat)(__builtin_convertvector(h, vuint) << 16);
+}
+
+// By way of every width between: GCC 12 widens by more than twice element by element.
+HRMCORE_INLINE vfloat load(const std::int8_t* p) {
+  vbyte bytes;
+  __builtin_memcpy(&bytes, p, sizeof(bytes));
+  const vint wide = __builtin_convertvector(__builtin_convertvector(bytes, vshort), vint);
+  return __builtin_convertvector(wide, vfloat);
 }
 
 // Round to nearest even; a NaN stays a NaN.
@@ -72,25 +83,30 @@ HRMCORE_INLINE void store_part(T* p, vfloat v, std::int64_t count) {
   for (int i = 0; i < count; ++i) p[i] = buffer[i];
 }
 
-HRMCORE_INLINE float sum(vfloat v) {
-  float total[lanes];
-  store(total, v);
-  for (int width = lanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) total[i] += total[i + width];
+// The first lane joined with all others, by halves. Shuffles, since a loop over an array waits for its
+// stores.
+template <int width, class Join, int... lane>
+HRMCORE_INLINE float fold(vfloat v, const Join& join, std::integer_sequence<int, lane...> every) {
+  const vfloat joined = join(v, __builtin_shufflevector(v, v, ((lane + width) % lanes)...));
+  if constexpr (width == 1) {
+    return joined[0];
+  } else {
+    return fold<width / 2>(joined, join, every);
   }
-  return total[0];
 }
 
-HRMCORE_INLINE float max(vfloat v) {
-  float top[lanes];
-  store(top, v);
-  for (int width = lanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) top[i] = top[i] > top[i + width] ? top[i] : top[i + width];
-  }
-  return top[0];
+HRMCORE_INLINE float sum(vfloat v) {
+  const auto add = [](vfloat a, vfloat b) __attribute__((always_inline)) { return a + b; };
+  return fold<lanes / 2>(v, add, std::make_integer_sequence<int, lanes>());
 }
 
 HRMCORE_INLINE vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }
+
+HRMCORE_INLINE float max(vfloat v) {
+  const auto greater = [](vfloat a, vfloat b) __attribute__((always_inline)) { return max(a, b); };
+  return fold<lanes / 2>(v, greater, std::make_integer_sequence<int, lanes>());
+}
+
 HRMCORE_INLINE vfloat min(vfloat a, vfloat b) { return a < b ? a : b; }
 
 // e^x to about 1 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, a degree-6 polynomial in r. Saturates instead of

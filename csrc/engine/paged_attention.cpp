@@ -102,19 +102,6 @@ void store_value(const CacheShape& shape, std::byte* values, std::int64_t row, c
   }
 }
 
-typedef std::int8_t vbytes __attribute__((vector_size(lanes)));
-
-template <class T>
-HRMCORE_INLINE vfloat load_value(const T* p) {
-  if constexpr (sizeof(T) == 1) {
-    vbytes bytes;
-    __builtin_memcpy(&bytes, p, sizeof(bytes));
-    return __builtin_convertvector(bytes, vfloat);
-  } else {
-    return load(p);
-  }
-}
-
 struct QueryTile {
   alignas(64) float query[query_tile][most_head_channels];
   alignas(
@@ -160,7 +147,7 @@ HRMCORE_INLINE void mix_part(QueryTile& tile, int first, const T* values, std::i
   for (std::int64_t j = 0; j < keys; ++j) {
     vfloat value[vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) value[v] = load_value(values + j * channels + channel + v * lanes);
+    for (int v = 0; v < vectors; ++v) value[v] = load(values + j * channels + channel + v * lanes);
 #pragma GCC unroll 4
     for (int q = 0; q < queries; ++q) {
       const vfloat weight = splat(tile.weight[first + q][j]);

@@ -8,16 +8,6 @@ namespace {
 constexpr std::int64_t key_tiles = prefix_keys / lanes, key_groups = prefix_keys / group_columns;
 constexpr std::int64_t group_tiles = group_columns / lanes;
 
-// One value of all lanes, by halves.
-template <class Join>
-HRMCORE_INLINE float fold(vfloat v, const Join& join) {
-  v = join(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-  v = join(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
-  v = join(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
-  v = join(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
-  return v[0];
-}
-
 // The scratch, and what else is known of each query.
 struct Room {
   std::byte* queries;  // [bands][channel groups] tiles
@@ -94,10 +84,7 @@ HRMCORE_INLINE vuint value_bits(const std::byte* values, std::int64_t index) {
     __builtin_memcpy(&halves, values + 2 * index, sizeof(halves));
     return __builtin_convertvector(halves, vuint);
   }
-  typedef std::int8_t vbytes __attribute__((vector_size(lanes)));
-  vbytes bytes;
-  __builtin_memcpy(&bytes, values + index, sizeof(bytes));
-  return (vuint) __builtin_convertvector(bytes, vfloat) >> 16;
+  return (vuint)load(reinterpret_cast<const std::int8_t*>(values) + index) >> 16;
 }
 
 // Values in pairs of keys. Those that no one may see are zero, whatever the cache holds there.
@@ -134,8 +121,7 @@ HRMCORE_INLINE void soften(const Part& part, Room& room, std::int64_t query, std
     scores[key / lanes * tile_floats + key % lanes] = -__builtin_inff();
   vfloat most = load(scores);
   for (std::int64_t tile = 1; tile < tiles; ++tile) most = max(most, load(scores + tile * tile_floats));
-  const float here = fold(most, [](vfloat a, vfloat b) __attribute__((always_inline)) { return max(a, b); }),
-              before = room.top[query];
+  const float here = max(most), before = room.top[query];
   const float top = here > before ? here : before;
   vfloat total = {};
   std::byte* line =
@@ -152,8 +138,7 @@ HRMCORE_INLINE void soften(const Part& part, Room& room, std::int64_t query, std
     put_pair(weights[0], weights[1], line);
   }
   const vfloat decay = exp(splat(before - top));
-  room.total[query] = room.total[query] * decay[0] +
-                      fold(total, [](vfloat a, vfloat b) __attribute__((always_inline)) { return a + b; });
+  room.total[query] = room.total[query] * decay[0] + sum(total);
   room.top[query] = top;
   if (before == top || before == -__builtin_inff()) return;
   float* sums = room.sums + query / band_rows * part.channel_tiles * tile_floats + query % band_rows * lanes;

@@ -6,8 +6,6 @@
 
 namespace hrmcore::HRMCORE_ISA {
 
-typedef std::int8_t vbyte __attribute__((vector_size(lanes)));
-
 constexpr int group_vectors = static_cast<int>(group_columns) / lanes;
 
 // q = round(x / scale) with scale = max |x| / 127; an all-zero group has scale 0.
