@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hrmcore import plots
 from hrmcore.generate import printable
 
 if TYPE_CHECKING:
@@ -45,11 +45,10 @@ def run(args: argparse.Namespace) -> int:
     """Look at one token of the answer to one prompt."""
     if args.answer_token < 1 or args.max_new_tokens < 1:
         raise ValueError("--answer-token and --max-new-tokens must be at least 1")
-    for path in (args.out, args.plot):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise ValueError(f"{path}: no such folder")
-    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("matplotlib is not installed; `pip install hrmcore[bench]` brings it")
+    if args.out is not None and not args.out.resolve().parent.is_dir():
+        raise ValueError(f"{args.out}: no such folder")
+    if args.plot is not None:
+        plots.check(args.plot)
     model, tokenizer = _load(args.model, args.threads)
     prompt = tokenizer.prompt(args.prompt, args.condition)
     most = args.max_new_tokens if args.watch else args.answer_token
@@ -64,8 +63,6 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         args.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if args.plot is not None:
-        from hrmcore import plots
-
         plots.lens(report, args.plot)
     return 0
 

@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from hrmcore import plots
+
 EXAMPLE = """\
 examples:
   hrmcore plot run/                     writes run/curves.png
@@ -22,10 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw what the run has recorded so far."""
-    from hrmcore import plots
-
     out = args.out or args.run / "curves.png"
-    plots.training(read_metrics(args.run / "metrics.jsonl"), out)
+    rows = read_metrics(args.run / "metrics.jsonl")
+    plots.check(out)
+    plots.training(rows, out)
     print(out)
     return 0
 

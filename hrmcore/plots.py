@@ -9,6 +9,19 @@ from typing import Any
 COLOURS = {"float32": "#3b6ea5", "bfloat16": "#d98032"}
 
 
+def check(path: Path) -> None:
+    """For a command to call before its work: raises ValueError when no picture can be written under this name."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ModuleNotFoundError:
+        raise ValueError("matplotlib is not installed; `pip install hrmcore[bench]` brings it") from None
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise ValueError(f"{path}: a picture's name must end in one of {', '.join(f'.{kind}' for kind in known)}")
+    if not path.resolve().parent.is_dir():
+        raise ValueError(f"{path}: no such folder")
+
+
 def _figure(rows: int, columns: int, size: tuple[float, float], heights: list[float] | None = None) -> Any:
     """A figure and its axes, drawn without a display; `heights` are those of the rows, in proportion."""
     try:

@@ -277,6 +277,8 @@ def test_tokens_have_names(engine: Engine) -> None:
         (["x", "--model", "MODEL", "--answer-token", "0"], "must be at least 1"),
         (["x", "--model", "MODEL", "--threads", "0"], "threads must be"),
         (["x", "--model", "MODEL", "--out", "no/such/folder/x.json"], "no such folder"),
+        (["x", "--model", "MODEL", "--plot", "no/such/folder/x.png"], "no such folder"),
+        (["x", "--model", "MODEL", "--plot", "lens"], "lens: a picture's name must end in one of"),
         (["1 " * 3000, "--model", "MODEL"], "leaves no room in the context of 2048 tokens"),
     ],
 )

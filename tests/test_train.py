@@ -542,6 +542,18 @@ def test_the_curves_are_drawn(run_file: Path, capsys: pytest.CaptureFixture[str]
     assert main(["plot", config.out + "/nothing"]) == 2
 
 
+def test_plot_says_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    assert main(["plot", str(tmp_path), "--out", str(tmp_path / "curves.docx")]) == 2
+    assert "curves.docx: a picture's name must end in one of" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    assert main(["plot", str(tmp_path)]) == 2
+    said = "hrmcore plot: matplotlib is not installed; `pip install hrmcore[bench]` brings it\n"
+    assert capsys.readouterr().err == said
+
+
 def test_the_pairs_that_attention_sees_are_counted(trainer: Trainer) -> None:
     batch = next(trainer._stream)
     seen = 0

@@ -6,8 +6,9 @@ import argparse
 import json
 from pathlib import Path
 
+from hrmcore import plots
 from hrmcore.evals import iq, reasoning_gym
-from hrmcore.evals.harness import Task, evaluate, records_task, report, require_extra, table
+from hrmcore.evals.harness import Task, evaluate, records_task, report, table
 
 EXAMPLE = f"""\
 examples:
@@ -56,11 +57,10 @@ def run(args: argparse.Namespace) -> int:
     if args.n < 1:
         raise ValueError(f"--n must be at least 1, got {args.n}")
     chosen = choose(args.tasks, args.n, args.seed, _noise(args.noise))
-    for path in (args.out, args.plot):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise ValueError(f"{path}: no such folder")
+    if args.out is not None and not args.out.resolve().parent.is_dir():
+        raise ValueError(f"{args.out}: no such folder")
     if args.plot is not None:
-        require_extra("matplotlib", "bench")
+        plots.check(args.plot)
     runner = make_runner(
         args.model, args.transformers, args.endpoint, args.dtype, args.threads, args.max_new_tokens, args.seed
     )
@@ -70,8 +70,6 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         args.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if args.plot is not None:
-        from hrmcore import plots
-
         plots.evals(result, args.plot)
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -56,7 +57,7 @@ class TransformersRunner:
         self.name = path
         self._max_new_tokens = max_new_tokens
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True)
+        model = _pretrained(transformers.AutoModelForCausalLM, path, dtype="auto")
         self._model = model.to(self._device).eval()
         self._framing = None
         if model.config.model_type == "hrm_text":
@@ -65,7 +66,7 @@ class TransformersRunner:
 
             self._framing = Tokenizer.load(resolve(path))
         else:
-            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+            self._tokenizer = _pretrained(transformers.AutoTokenizer, path)
 
     def answer(self, prompts: Sequence[str], condition: str) -> list[str | None]:
         encoded = [self._encode(prompt, condition) for prompt in prompts]
@@ -115,6 +116,19 @@ class TransformersRunner:
         return self._framing.decode(ids[:end])
 
 
+def _pretrained(kind: Any, path: str, **options: Any) -> Any:
+    """What the transformers library loads. Raises ValueError, on one line, whatever it raises on a bad model."""
+    try:
+        return kind.from_pretrained(path, local_files_only=True, **options)
+    except Exception as error:
+        if isinstance(error, OSError) and not Path(path).expanduser().is_dir():
+            raise ValueError(f"{path}: no such folder, and no such model in the hub's local cache") from None
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{path}: transformers cannot load it ({why}); without --transformers our engine does"
+        ) from None
+
+
 class EndpointRunner:
     """An endpoint that speaks OpenAI's chat completions (our own server, vLLM, llama.cpp, a hosted model).
 
@@ -157,9 +171,15 @@ class EndpointRunner:
             raise ConnectionError(f"{self._url} refused with status {error.status_code}: {error.message}") from None
         except openai.OpenAIError as error:
             raise ConnectionError(f"{self._url}: {error}") from None
-        if not completion.choices:
-            raise ConnectionError(f"{self._url} sent a completion without choices; is it an OpenAI-compatible server?")
-        return completion.choices[0].message.content or ""
+        except ValueError as error:
+            raise ConnectionError(f"{self._url} sent what is not JSON ({error})") from None
+        try:
+            content: Any = completion.choices[0].message.content or ""  # None is an answer without words
+        except (AttributeError, IndexError, TypeError):  # the client takes whatever JSON comes
+            content = None
+        if not isinstance(content, str):
+            raise ConnectionError(f"{self._url} sent an answer without choices; is it an OpenAI-compatible server?")
+        return content
 
 
 def _batches(indices: Sequence[int]) -> Iterator[Sequence[int]]:
