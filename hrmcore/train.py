@@ -141,6 +141,7 @@ class Trainer:
             if self.world.leads and model is not None:
                 # The run file asked for xPos, if this is xPos; the checkpoint says so, and hrmcore loads it.
                 save_model(model, folder, dtype=half, tokenizer_folder=tokenizer, allow_xpos=True)
+        self._say(f"{folder}: the model, for hrmcore generate, eval, inspect and grow")
 
     def evaluate(self) -> dict[str, float]:
         """Held-out loss and share of right answers, of the averaged weights; empty without held-out records."""
@@ -379,7 +380,7 @@ class Trainer:
         tokens = config.steps * config.accumulate * config.batch_tokens
         schedule, from_scratch = self.growing.flops(tokens, record, course)
         part = f"{schedule / from_scratch:.0%} of its last model from scratch"
-        self._say(f"the schedule of {len(config.grow)} growths takes {schedule:.3g} FLOPs, {part}")
+        self._say(f"the schedule with its growths takes {schedule:.3g} FLOPs, {part}")
         return schedule, from_scratch
 
     def save(self) -> None:
@@ -440,6 +441,7 @@ class Trainer:
         self.step, self.tokens, self.skipped = (int(metadata[key]) for key in ("step", "tokens", "skipped"))
         self._saved = self.step
         self.typical_loss = json.loads(metadata.get("typical_loss", "null"))
+        self._say(f"going on after step {self.step} of {self.config.steps}, where {path} stands")
         epoch, batch = json.loads(metadata["data_position"])
         self._stream = BatchStream(self.corpus, self.config.batch_tokens, self.config.seed, (epoch, batch))
 

@@ -456,8 +456,11 @@ def test_the_command_fails_with_one_line_when_training_diverges(
 
 def test_the_command_trains_and_names_mistakes(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(run_file)]) == 0
-    assert len(metrics(Path(read_config(run_file).out))) == 12
-    capsys.readouterr()
+    out = Path(read_config(run_file).out)
+    assert len(metrics(out)) == 12
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"{out}/checkpoint: the model")
+    assert main(["train", str(run_file)]) == 0
+    assert f"going on after step 12 of 12, where {state_path(out, 12)} stands" in capsys.readouterr().err
     assert main(["train", str(rewrite(run_file, "steps = 12", "steps = 0"))]) == 2
     assert capsys.readouterr().err == f"hrmcore train: {run_file}: train config: steps must be at least 1, got 0\n"
     assert main(["train", str(run_file.with_name("missing.toml"))]) == 2

@@ -125,7 +125,7 @@ def _pretrained(kind: Any, path: str, **options: Any) -> Any:
             raise ValueError(f"{path}: no such folder, and no such model in the hub's local cache") from None
         why = f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{path}: transformers cannot load it ({why}); without --transformers our engine does"
+            f"{path}: transformers cannot load it ({why}); a model of hrmcore runs without --transformers"
         ) from None
 
 
