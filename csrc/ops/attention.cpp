@@ -186,32 +186,14 @@ void write_output(const AttentionForward& args, const Sequence& sequence, const 
   }
 }
 
-// Scores of a tile (keys x query_block): where it has keys on both sides of a query, `scores` is what each
-// element's side gives.
-template <class T>
-float* score_tile(const AttentionForward& args, const Sequence& sequence, const Block& block,
-                  const Fading* fading, std::int64_t key, std::int64_t keys,
-                  const float (*q_columns)[max_width * query_block], float* tile,
-                  float (*scores)[key_tile * query_block]) {
-  const std::int64_t width = args.q.shape[2];
-  const Sides sides = sides_of(fading, block, key, keys);
-  for (int side = sides.first; side <= sides.last; ++side) {
-    const Rows k = stage_keys(sequence.key_rows<T>(args.k, key), args.k.strides[0], block, key, keys, width,
-                              fading, side, tile);
-    multiply({k.data, k.stride, 1, q_columns[side], query_block, scores[side], query_block, keys,
-              block.vectors, width, false});
-  }
-  if (sides.both()) take_sides(block, key, keys, scores[0], scores[1]);
-  return scores[sides.first];
-}
-
 template <class T>
 void forward_block(const AttentionForward& args, const Sequence& sequence, const Fading* fading,
                    std::int64_t first) {
   alignas(64) float q_columns[2][max_width * query_block];  // for the keys of each side
   alignas(64) float sums[query_block * max_width];
-  alignas(64) float tile[key_tile * max_width];
+  KeyTile tile;
   alignas(64) float side_scores[2][key_tile * query_block];
+  float* scores = side_scores[0];
   Softmax softmax;
   for (int i = 0; i < query_block; ++i) {
     softmax.top[i] = minus_infinity;
@@ -221,19 +203,20 @@ void forward_block(const AttentionForward& args, const Sequence& sequence, const
   const std::int64_t width = args.q.shape[2], length = padded(width);
   for (int side = 0; side <= last_side(fading, block); ++side) {
     const Rows q = stage_queries(sequence.query_rows<T>(args.q, first), args.q.strides[0], block, width,
-                                 fading, side, tile);
+                                 fading, side, tile.rows[0]);
     transpose(q, block.rows, width, 1.0f / __builtin_sqrtf(static_cast<float>(width)), q_columns[side]);
   }
   for (std::int64_t key = block.first_key; key < block.keys; key += key_tile) {
     const std::int64_t keys = block.keys - key < key_tile ? block.keys - key : key_tile;
     const bool more = key > block.first_key;
-    float* scores = score_tile<T>(args, sequence, block, fading, key, keys, q_columns, tile, side_scores);
+    score_tile(sequence.key_rows<T>(args.k, key), args.k.strides[0], block, fading, key,
+               sides_of(fading, block, key, keys), width, q_columns, tile, side_scores);
     hide(block, key, keys, scores);
     if (update_softmax(block.vectors, keys, scores, softmax) && more)
       decay_rows(softmax, block.rows, length, sums);
-    const Rows v = stage(sequence.key_rows<T>(args.v, key), args.v.strides[0], keys, width, tile);
+    const Rows v = stage(sequence.key_rows<T>(args.v, key), args.v.strides[0], keys, width, tile.rows[0]);
     multiply(
-        {scores, 1, query_block, v.data, v.stride, sums, length, block.rows, length / lanes, keys, more});
+        {scores, 1, query_block, v.data, v.stride, sums, length, block.rows, length / lanes, keys, more, {}});
   }
   write_output<T>(args, sequence, block, softmax, sums);
 }

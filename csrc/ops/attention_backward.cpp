@@ -54,12 +54,14 @@ void softmax_backward(std::int64_t vectors, std::int64_t keys, float scale, cons
   }
 }
 
-// sums (keys x width, in the caller's memory) += weights (keys x queries) rows (queries x width).
+// sums (keys x width, in the caller's memory) += weights (keys x queries) rows (queries x width), times
+// `factors`.
 void add_product(const float* weights, const Rows& rows, std::int64_t keys, std::int64_t queries,
-                 std::int64_t width, float* sums, std::int64_t sums_stride, float* scratch) {
+                 std::int64_t width, const Factors& factors, float* sums, std::int64_t sums_stride,
+                 float* scratch) {
   const std::int64_t length = padded(width);
   Product product{weights, query_block,    1,       rows.data, rows.stride, sums, sums_stride,
-                  keys,    length / lanes, queries, true};
+                  keys,    length / lanes, queries, true,      factors};
   if (length == width) {
     multiply(product);
     return;
@@ -77,41 +79,29 @@ void add_product(const float* weights, const Rows& rows, std::int64_t keys, std:
   }
 }
 
-// sums (keys x width) += fading of each key to the queries' edge * (weights (keys x queries) rows): what
-// stage_keys did, transposed.
-void add_faded_product(const float* weights, const Rows& rows, std::int64_t keys, const Block& block,
-                       std::int64_t width, std::int64_t key, const Fading& fading, int side, float* sums,
-                       std::int64_t sums_stride, float* scratch) {
-  const std::int64_t length = padded(width);
-  multiply({weights, query_block, 1, rows.data, rows.stride, scratch, length, keys, length / lanes,
-            block.rows, false});
-  alignas(64) float factor[max_width];
-  fade_between(fading, block, key, width, side, factor);
-  fade(scratch, length, keys, length, fading, key_edge[side], factor, scratch);
-  for (std::int64_t row = 0; row < keys; ++row) {
-    float* sum = sums + row * sums_stride;
+// Writes the gradient of the block's queries: that of the rows which stage_queries made, from the keys of
+// each side.
+template <class T>
+void write_grad_q(const AttentionBackward& args, const Sequence& sequence, const Block& block,
+                  const Fading* fading, const float (*grads)[query_block * max_width]) {
+  const std::int64_t width = args.q.shape[2], length = padded(width);
+  const bool both = last_side(fading, block) == 1;
+  for (std::int64_t row = 0; row < block.rows; ++row) {
+    T* grad_q = sequence.query_rows<T>(args.grad_q, block.first + row);
     for (std::int64_t column = 0; column < width; column += lanes) {
-      store_columns(sum, column, width,
-                    load_columns(sum, column, width) + load(scratch + row * length + column));
+      const std::int64_t cell = row * length + column;
+      vfloat grad = load(grads[0] + cell);
+      if (fading != nullptr) grad *= load(fading->power(row - query_edge[0]) + column);
+      if (both) grad += load(grads[1] + cell) * load(fading->power(query_edge[1] - row) + column);
+      store_columns(grad_q, column, width, grad);
     }
   }
-}
-
-// The gradient of the rows that stage_queries made, summed over the sides, in those of side 0.
-void join_sides(const Fading& fading, const Block& block, std::int64_t width,
-                float (*grads)[query_block * max_width]) {
-  const std::int64_t length = padded(width);
-  for (int side = 0; side <= last_side(&fading, block); ++side)
-    fade(grads[side], length, block.rows, length, fading, query_edge[side], nullptr, grads[side]);
-  if (last_side(&fading, block) == 0) return;
-  for (std::int64_t i = 0; i < block.rows * length; i += lanes)
-    store(grads[0] + i, load(grads[0] + i) + load(grads[1] + i));
 }
 
 template <class T>
 void backward_block(const AttentionBackward& args, const Sequence& sequence, const Fading* fading,
                     std::int64_t first) {
-  alignas(64) float tile[key_tile * max_width];
+  KeyTile tile;
   alignas(64) float scratch[key_tile * max_width];
   alignas(64) float scores[2][key_tile * query_block];
   alignas(64) float grads[2][key_tile * query_block];
@@ -126,55 +116,55 @@ void backward_block(const AttentionBackward& args, const Sequence& sequence, con
     transpose(q[side], block.rows, width, scale, buffer.q_columns[side]);
   }
   bool more[2] = {false, false};
-  if (fading != nullptr) {
-    more[0] = more[1] = true;
-    __builtin_memset(buffer.grad_q, 0, sizeof(buffer.grad_q));
-  }
   ungate<T>(args, sequence, block, buffer);
   const Rows grad_o{buffer.grad_o, length};
   transpose(grad_o, block.rows, width, 1.0f, buffer.grad_o_columns);
   for (std::int64_t key = block.first_key; key < block.keys; key += key_tile) {
     const std::int64_t keys = block.keys - key < key_tile ? block.keys - key : key_tile;
+    const Rows v = stage(sequence.key_rows<T>(args.v, key), args.v.strides[0], keys, width, tile.rows[0]);
+    multiply({v.data,
+              v.stride,
+              1,
+              buffer.grad_o_columns,
+              query_block,
+              grads[0],
+              query_block,
+              keys,
+              block.vectors,
+              width,
+              false,
+              {}});
     const Sides sides = sides_of(fading, block, key, keys);
-    const T* key_rows = sequence.key_rows<T>(args.k, key);
-    const Rows v = stage(sequence.key_rows<T>(args.v, key), args.v.strides[0], keys, width, tile);
-    float *weights = scores[sides.first], *d_scores = grads[sides.first];
-    multiply({v.data, v.stride, 1, buffer.grad_o_columns, query_block, d_scores, query_block, keys,
-              block.vectors, width, false});
-    Rows k;
-    for (int side = sides.first; side <= sides.last; ++side) {
-      k = stage_keys(key_rows, args.k.strides[0], block, key, keys, width, fading, side, tile);
-      multiply({k.data, k.stride, 1, buffer.q_columns[side], query_block, scores[side], query_block, keys,
-                block.vectors, width, false});
-    }
-    if (sides.both()) take_sides(block, key, keys, scores[0], scores[1]);
-    hide(block, key, keys, weights);
-    softmax_backward(block.vectors, keys, scale, buffer, weights, d_scores);
-    if (sides.both()) part_sides(block, key, keys, grads[0], grads[1]);
-    for (int side = sides.first; side <= sides.last; ++side) {
-      if (sides.both())
-        k = stage_keys(key_rows, args.k.strides[0], block, key, keys, width, fading, side, tile);
-      multiply({grads[side], 1, query_block, k.data, k.stride, buffer.grad_q[side], length, block.rows,
-                length / lanes, keys, more[side]});
+    score_tile(sequence.key_rows<T>(args.k, key), args.k.strides[0], block, fading, key, sides, width,
+               buffer.q_columns, tile, scores);
+    hide(block, key, keys, scores[0]);
+    softmax_backward(block.vectors, keys, scale, buffer, scores[0], grads[0]);
+    if (sides.both()) part_sides(block, key, sides.span[1], grads[0], grads[1]);
+    for (int side = 0; side < 2; ++side) {
+      const Span& span = sides.span[side];
+      if (span.empty()) continue;
+      const Rows& k = tile.side[side];
+      const float* d_scores = grads[sides.both() ? side : 0] + span.begin * query_block;
+      multiply({d_scores,
+                1,
+                query_block,
+                k.data,
+                k.stride,
+                buffer.grad_q[side],
+                length,
+                block.rows,
+                length / lanes,
+                span.count(),
+                more[side],
+                {}});
       more[side] = true;
-      float* grad_k = sequence.key_rows<float>(args.grad_k, key);
-      if (fading == nullptr) {
-        add_product(grads[0], q[0], keys, block.rows, width, grad_k, args.grad_k.strides[0], scratch);
-      } else {
-        add_faded_product(grads[side], q[side], keys, block, width, key, *fading, side, grad_k,
-                          args.grad_k.strides[0], scratch);
-      }
+      add_product(d_scores, q[side], span.count(), block.rows, width, tile.factors(fading, span, side),
+                  sequence.key_rows<float>(args.grad_k, key + span.begin), args.grad_k.strides[0], scratch);
     }
-    add_product(weights, grad_o, keys, block.rows, width, sequence.key_rows<float>(args.grad_v, key),
+    add_product(scores[0], grad_o, keys, block.rows, width, {}, sequence.key_rows<float>(args.grad_v, key),
                 args.grad_v.strides[0], scratch);
   }
-  if (fading != nullptr) join_sides(*fading, block, width, buffer.grad_q);
-  for (std::int64_t row = 0; row < block.rows; ++row) {
-    T* grad_q = sequence.query_rows<T>(args.grad_q, first + row);
-    for (std::int64_t column = 0; column < width; column += lanes) {
-      store_columns(grad_q, column, width, load(buffer.grad_q[0] + row * length + column));
-    }
-  }
+  write_grad_q<T>(args, sequence, block, fading, buffer.grad_q);
 }
 
 void clear_rows(float* rows, std::int64_t stride, std::int64_t count, std::int64_t width) {

@@ -4,9 +4,9 @@
 // xPos fades channel c of a score by exp(rate_c * distance). The distance is cut at the edge of the tile that
 // faces the queries and at the edge of the block that faces the keys: a key is scaled by what lies between it
 // and the edges, a query by its own part, so no factor grows with the length. Within the tile that holds the
-// queries the edges stand the wrong way round and factors reach exp(-rate * 94), 1.26 at scale base 512. A
-// tile with keys on both sides of a query is scored for both, and each element takes the side that its key is
-// on.
+// queries the edges stand the wrong way round and factors reach exp(-rate * 94), 1.26 at scale base 512. Keys
+// of a tile that stand before some query and after another are scored for both sides, and each element takes
+// the side that its key is on.
 #pragma once
 
 #include <utility>
@@ -24,8 +24,16 @@ constexpr int block_rows = lanes == 16 ? 8 : 6;  // register blocking: block_row
 constexpr int block_vectors = 2;
 constexpr float minus_infinity = -__builtin_inff();
 
-// C (rows x vectors * lanes) = A (rows x depth) B (depth x vectors * lanes), or += where add is set. A is
-// read through any two strides, so a transposed A costs nothing; the rows of B and C are contiguous.
+// What row r, column c of a product is multiplied by: rows[r * stride + c] * columns[c].
+struct Factors {
+  const float* rows;  // null: by nothing
+  std::int64_t stride;
+  const float* columns;
+};
+
+// C (rows x vectors * lanes) = A (rows x depth) B (depth x vectors * lanes), times its factors, or += where
+// add is set. A is read through any two strides, so a transposed A costs nothing; the rows of B and C are
+// contiguous.
 struct Product {
   const float* a;
   std::int64_t a_row, a_column;
@@ -35,29 +43,39 @@ struct Product {
   std::int64_t c_row;
   std::int64_t rows, vectors, depth;
   bool add;
+  Factors factors;
 };
 
 // A cell is one accumulator. Spelled out one by one, not as loops, so that all of them stay in registers.
 template <int vectors, int... cell>
-HRMCORE_INLINE void multiply_cells(const Product& p, const float* a, const float* b, float* c,
+HRMCORE_INLINE void multiply_cells(const Product& p, std::int64_t row, std::int64_t column,
                                    std::integer_sequence<int, cell...>) {
   vfloat total[] = {(static_cast<void>(cell), vfloat{})...};
   const std::int64_t a_row = p.a_row, a_column = p.a_column, b_row = p.b_row, c_row = p.c_row;
+  const float *a = p.a + row * a_row, *b = p.b + column;
   for (std::int64_t step = p.depth; step > 0; --step) {
     ((total[cell] += splat(a[cell / vectors * a_row]) * load(b + cell % vectors * lanes)), ...);
     a += a_column;
     b += b_row;
   }
+  if (p.factors.rows != nullptr) {
+    const std::int64_t stride = p.factors.stride;
+    const float *rows = p.factors.rows + row * stride + column, *columns = p.factors.columns + column;
+    ((total[cell] *=
+      load(rows + cell / vectors * stride + cell % vectors * lanes) * load(columns + cell % vectors * lanes)),
+     ...);
+  }
+  float* c = p.c + row * c_row + column;
   if (p.add) ((total[cell] += load(c + cell / vectors * c_row + cell % vectors * lanes)), ...);
   (store(c + cell / vectors * c_row + cell % vectors * lanes, total[cell]), ...);
 }
 
 template <int rows, int vectors>
-void multiply_block(const Product& p, const float* a, const float* b, float* c) {
-  multiply_cells<vectors>(p, a, b, c, std::make_integer_sequence<int, rows * vectors>());
+void multiply_block(const Product& p, std::int64_t row, std::int64_t column) {
+  multiply_cells<vectors>(p, row, column, std::make_integer_sequence<int, rows * vectors>());
 }
 
-using BlockProduct = void (*)(const Product&, const float*, const float*, float*);
+using BlockProduct = void (*)(const Product&, std::int64_t row, std::int64_t column);
 
 struct BlockTable {
   BlockProduct entry[block_vectors][block_rows];
@@ -78,8 +96,7 @@ inline void multiply(const Product& p) {
     for (std::int64_t block = blocks; block > 0; --block) {
       const std::int64_t rows =
           (p.rows - row + block - 1) / block;  // even blocks: a lone last row would be slow
-      block_table.entry[vectors - 1][rows - 1](p, p.a + row * p.a_row, p.b + vector * lanes,
-                                               p.c + row * p.c_row + vector * lanes);
+      block_table.entry[vectors - 1][rows - 1](p, row, vector * lanes);
       row += rows;
     }
   }
@@ -249,51 +266,64 @@ inline void hide(const Block& block, std::int64_t first_key, std::int64_t keys, 
 
 // How xPos fades each channel over a distance.
 struct Fading {
+  std::int64_t length;  // of a row: the padded head_dim
+  std::int64_t period;  // after so many channels, a number of whole vectors, the rates repeat
   alignas(64) float rate[max_width];
-  alignas(64) float power[key_tile][max_width];  // over the distances within a tile
+  alignas(64) float powers[key_tile * max_width];  // over the distances within a tile
 
   void fill(const TensorView& rates) {
     const std::int64_t half = rates.shape[0], width = 2 * half;
-    for (std::int64_t c = 0; c < padded(width); ++c)
+    length = padded(width);
+    period = half % lanes == 0 ? half : length;
+    for (std::int64_t c = 0; c < length; ++c)
       rate[c] = c < width ? rates.as<float>()[c % half * rates.strides[0]] : 0.0f;
-    for (std::int64_t distance = 0; distance < key_tile; ++distance) {
-      for (std::int64_t c = 0; c < padded(width); c += lanes)
-        store(power[distance] + c, exp(load(rate + c) * static_cast<float>(distance)));
-    }
+    for (std::int64_t distance = 0; distance < key_tile; ++distance)
+      over(distance, powers + distance * length);
   }
+  const float* power(std::int64_t distance) const { return powers + distance * length; }
   // What is too small to count beside anything else is zero, so that no product with it is denormal.
-  void over(std::int64_t distance, std::int64_t width, float* factor) const {
-    for (std::int64_t c = 0; c < width; c += lanes) {
+  void over(std::int64_t distance, float* factor) const {
+    for (std::int64_t c = 0; c < period; c += lanes) {
       const vfloat exponent = load(rate + c) * static_cast<float>(distance);
-      store(factor + c, exponent < -64.0f ? vfloat{} : exp(exponent));
+      const vfloat faded = exponent < -64.0f ? vfloat{} : exp(exponent);
+      for (std::int64_t same = c; same < length; same += period) store(factor + same, faded);
     }
   }
 };
 
-// On which sides of its queries the visible keys of a tile lie: before (0: none of them after a query), after
-// (1), or on both.
-struct Sides {
-  int first, last;
-  bool both() const { return first != last; }
+// Rows of a tile.
+struct Span {
+  std::int64_t begin, end;
+  std::int64_t count() const { return end - begin; }
+  bool empty() const { return begin >= end; }
 };
+
+// The keys of a tile that some query of the block sees before itself, its own among them (0), and those that
+// some query sees after itself (1). Without fading all are on side 0.
+struct Sides {
+  Span span[2];
+  bool both() const { return !span[0].empty() && !span[1].empty(); }
+};
+
+HRMCORE_INLINE Sides sides_of(const Fading* fading, const Block& block, std::int64_t key, std::int64_t keys) {
+  if (fading == nullptr) return {{{0, keys}, {0, 0}}};
+  const auto inside = [&](std::int64_t row) { return row < 0 ? 0 : row < keys ? row : keys; };
+  const std::int64_t own = block.position - key;
+  return {{{0, inside(own + block.rows)}, {inside(own + 1), inside(block.limits[0] - key)}}};
+}
 
 // The sides that a block's keys can be on are 0 up to this one.
 HRMCORE_INLINE int last_side(const Fading* fading, const Block& block) {
   return fading != nullptr && block.limits[0] > block.position + 1 ? 1 : 0;
 }
 
-HRMCORE_INLINE Sides sides_of(const Fading* fading, const Block& block, std::int64_t key, std::int64_t keys) {
-  if (last_side(fading, block) == 0 || key + keys - 1 <= block.position) return {0, 0};
-  return {key < block.position + block.rows ? 0 : 1, 1};
-}
-
 // row i of the result = row i of `rows` times the fading over |start - i|, times `factor` where there is one.
 template <class T>
 HRMCORE_INLINE Rows fade(const T* rows, std::int64_t stride, std::int64_t count, std::int64_t width,
                          const Fading& fading, std::int64_t start, const float* factor, float* buffer) {
-  const std::int64_t length = padded(width);
+  const std::int64_t length = fading.length;
   for (std::int64_t row = 0; row < count; ++row) {
-    const float* power = fading.power[row < start ? start - row : row - start];
+    const float* power = fading.power(row < start ? start - row : row - start);
     for (std::int64_t column = 0; column < width; column += lanes) {
       vfloat faded = load_columns(rows + row * stride, column, width) * load(power + column);
       if (factor != nullptr) faded *= load(factor + column);
@@ -314,30 +344,41 @@ HRMCORE_INLINE Rows stage_queries(const T* rows, std::int64_t stride, const Bloc
   return fade(rows, stride, block.rows, width, *fading, query_edge[side], nullptr, buffer);
 }
 
-// The fading from the edge of the tile that starts with `key` to the edge of the block.
-HRMCORE_INLINE void fade_between(const Fading& fading, const Block& block, std::int64_t key,
-                                 std::int64_t width, int side, float* factor) {
-  const std::int64_t edge = key + key_edge[side], query = block.position + query_edge[side];
-  fading.over(side == 0 ? query - edge : edge - query, width, factor);
-}
+// The keys of a tile as the queries of a block see them from each side, from the first of the side's span on.
+struct KeyTile {
+  Rows side[2];
+  alignas(64) float rows[2][key_tile * max_width];
+  alignas(64) float factor[2][max_width];  // the fading from the edge of the tile to the edge of the block
 
-// The keys of a tile for queries whose `side` they are on.
-template <class T>
-HRMCORE_INLINE Rows stage_keys(const T* rows, std::int64_t stride, const Block& block, std::int64_t key,
-                               std::int64_t keys, std::int64_t width, const Fading* fading, int side,
-                               float* buffer) {
-  if (fading == nullptr) return stage(rows, stride, keys, width, buffer);
-  alignas(64) float factor[max_width];
-  fade_between(*fading, block, key, width, side, factor);
-  return fade(rows, stride, keys, width, *fading, key_edge[side], factor, buffer);
-}
+  template <class T>
+  void stage_side(const T* k, std::int64_t stride, const Block& block, std::int64_t key, const Span& span,
+                  std::int64_t width, const Fading* fading, int which) {
+    const T* first = k + span.begin * stride;
+    if (fading == nullptr) {
+      side[which] = stage(first, stride, span.count(), width, rows[which]);
+      return;
+    }
+    const std::int64_t edge = key + key_edge[which], query = block.position + query_edge[which];
+    fading->over(which == 0 ? query - edge : edge - query, factor[which]);
+    side[which] = fade(first, stride, span.count(), width, *fading, key_edge[which] - span.begin,
+                       factor[which], rows[which]);
+  }
+  // What the fading of the keys of a side multiplies their gradients by.
+  Factors factors(const Fading* fading, const Span& span, int which) const {
+    if (fading == nullptr) return {};
+    const std::int64_t edge = key_edge[which];
+    const std::int64_t distance = edge > span.begin ? edge - span.begin : span.begin - edge;
+    return {fading->power(distance), which == 0 ? -fading->length : fading->length, factor[which]};
+  }
+};
 
-// Calls f(cell, after) for each vector of a (keys x query_block) tile; `after` marks keys after their query.
+// Calls f(cell, after) for each vector of those rows of a (keys x query_block) tile; `after` marks keys after
+// their query.
 template <class F>
-HRMCORE_INLINE void for_sides(const Block& block, std::int64_t first_key, std::int64_t keys, const F& f) {
+HRMCORE_INLINE void for_sides(const Block& block, std::int64_t first_key, const Span& span, const F& f) {
   alignas(64) std::int32_t position[query_block];
   for (int row = 0; row < query_block; ++row) position[row] = static_cast<std::int32_t>(block.position + row);
-  for (std::int64_t key = 0; key < keys; ++key) {
+  for (std::int64_t key = span.begin; key < span.end; ++key) {
     const vint index = static_cast<std::int32_t>(first_key + key) - vint{};
     for (std::int64_t v = 0; v < block.vectors; ++v) {
       vint own;
@@ -348,22 +389,50 @@ HRMCORE_INLINE void for_sides(const Block& block, std::int64_t first_key, std::i
 }
 
 // `before` keeps the scores of the keys that are not after their query and takes the others from `after`.
-inline void take_sides(const Block& block, std::int64_t first_key, std::int64_t keys, float* before,
+inline void take_sides(const Block& block, std::int64_t first_key, const Span& span, float* before,
                        const float* after) {
-  for_sides(block, first_key, keys, [&](std::int64_t cell, vint is_after) __attribute__((always_inline)) {
+  for_sides(block, first_key, span, [&](std::int64_t cell, vint is_after) __attribute__((always_inline)) {
     store(before + cell, is_after ? load(after + cell) : load(before + cell));
   });
 }
 
 // Leaves in `before` what belongs to keys that are not after their query, the rest in `after`, zeros
 // elsewhere.
-inline void part_sides(const Block& block, std::int64_t first_key, std::int64_t keys, float* before,
+inline void part_sides(const Block& block, std::int64_t first_key, const Span& span, float* before,
                        float* after) {
-  for_sides(block, first_key, keys, [&](std::int64_t cell, vint is_after) __attribute__((always_inline)) {
+  for_sides(block, first_key, span, [&](std::int64_t cell, vint is_after) __attribute__((always_inline)) {
     const vfloat all = load(before + cell);
     store(before + cell, is_after ? vfloat{} : all);
     store(after + cell, is_after ? all : vfloat{});
   });
+}
+
+// Scores of a tile (keys x query_block) into scores[0]. `k`: its first key's row.
+template <class T>
+HRMCORE_INLINE void score_tile(const T* k, std::int64_t stride, const Block& block, const Fading* fading,
+                               std::int64_t key, const Sides& sides, std::int64_t width,
+                               const float (*q_columns)[max_width * query_block], KeyTile& tile,
+                               float (*scores)[key_tile * query_block]) {
+  for (int side = 0; side < 2; ++side) {
+    const Span& span = sides.span[side];
+    if (span.empty()) continue;
+    tile.stage_side(k, stride, block, key, span, width, fading, side);
+    const Rows& rows = tile.side[side];
+    float* to = scores[sides.both() ? side : 0] + span.begin * query_block;
+    multiply({rows.data,
+              rows.stride,
+              1,
+              q_columns[side],
+              query_block,
+              to,
+              query_block,
+              span.count(),
+              block.vectors,
+              width,
+              false,
+              {}});
+  }
+  if (sides.both()) take_sides(block, key, sides.span[1], scores[0], scores[1]);
 }
 
 inline const Fading* fill_fading(const TensorView& rates, Fading& fading) {
