@@ -43,7 +43,10 @@ def hutchinson(
         optimizer.update_hessian(loss, generator=generator)
 
 
-def generator_of(seed: int, step: int, rank: int = 0) -> torch.Generator:
-    """The random numbers of a step's curvature sample on a rank; no state is needed to have them again."""
+def generator_of(seed: int, step: int, rank: int = 0, device: torch.device | None = None) -> torch.Generator:
+    """The random numbers of a step's curvature sample on a rank; no state is needed to have them again.
+
+    On a CUDA device they are others than on the CPU.
+    """
     mixed = np.random.SeedSequence([seed, step, rank]).generate_state(1)  # torch takes the lower 32 bits of a seed only
-    return torch.Generator().manual_seed(int(mixed[0]))
+    return torch.Generator(device or "cpu").manual_seed(int(mixed[0]))

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hrmcore import _C
+from hrmcore.ops.backend import require_cuda
 
 
 class World:
@@ -27,11 +28,15 @@ class World:
     Every rank must call the same methods in the same order. They raise ConnectionError when another rank has ended.
     """
 
-    def __init__(self) -> None:
-        """Meet the other ranks. Raises ValueError when the environment names only a part of what that takes."""
+    def __init__(self, device: str = "cpu") -> None:
+        """Meet the other ranks; `device` ("cpu" or "cuda") is what this one computes on.
+
+        Raises ValueError when the environment names only a part of what that takes, or when there is no such device.
+        """
+        self.device = _device_of_rank(device)
         self.ranks = int(os.environ.get("WORLD_SIZE", "1"))
         if self.ranks > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         self.rank = dist.get_rank() if self.ranks > 1 else 0
 
     @property
@@ -104,6 +109,23 @@ class World:
                 f"rank {self.rank} of {self.ranks}: another process of this run has ended or cannot be reached; its "
                 f"own message says why ({str(error).splitlines()[0].split('. ')[0]})"
             ) from None
+
+
+def _device_of_rank(device: str) -> torch.device:
+    """The CPU, or the GPU of this process's number on its machine, which becomes the current one."""
+    if device == "cpu":
+        return torch.device("cpu")
+    try:
+        require_cuda()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= count:
+        raise ValueError(
+            f"device 'cuda': process {number} of this machine has no GPU, for there are {count}; start {count}"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def local(tensor: Tensor) -> Tensor:

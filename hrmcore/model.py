@@ -267,7 +267,8 @@ class HRM(nn.Module):
 
     @torch.no_grad()
     def likeliest(self, batch: PackedBatch) -> Tensor:
-        """The likeliest token (R) int64 after each supervised position of a packed batch."""
+        """The likeliest token (R) int64 after each supervised position of a packed batch, from whatever device."""
+        batch = batch.to(self.lm_head.weight.device)
         prefix = batch.prefix if self.config.prefix_lm else torch.zeros_like(batch.prefix)
         final = self.hidden(batch.ids, Layout(batch.offsets, prefix, batch.positions))
         return torch.cat([self.lm_head(final[rows]).argmax(-1) for rows in batch.supervised.split(_ROWS)])

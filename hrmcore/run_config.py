@@ -77,6 +77,7 @@ class TrainConfig:
     horizon_first: int = _key("gradient horizon K at the start (model.md)", 2)
     horizon_last: int = _key("gradient horizon K after its warm-up", 5)
     horizon_fraction: float = _key("share of the steps over which K rises", 0.2)
+    device: str = _key("'cpu' or 'cuda'; of several processes on one machine each takes a GPU of its own", "cpu")
     parallel: str = _key(
         "several processes: 'data', each holds the whole model, or 'sharded', each its part of it (FSDP2)", "data"
     )
@@ -113,6 +114,7 @@ class TrainConfig:
             )
         self._choose("schedule", ("constant", "cosine"))
         self._choose("precision", ("float32", "bfloat16"))
+        self._choose("device", ("cpu", "cuda"))
         self._choose("parallel", ("data", "sharded"))
         if self.parallel == "sharded" and (self.grow or self.optimizer == "sophia-h"):
             who = "[[grow]]" if self.grow else "sophia-h"

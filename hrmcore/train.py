@@ -46,11 +46,11 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.out = Path(config.out)
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.world = World()
+        self.world = World(config.device)
         self._held = contextlib.ExitStack()
         self._held.callback(self.world.close)
         try:
+            self.out.mkdir(parents=True, exist_ok=True)
             if self.world.leads:
                 self._held.enter_context(lock(self.out))
             self._prepare()
@@ -70,7 +70,7 @@ class Trainer:
         self.growing = GrowthSchedule(config.grow, config.model, config.seed)
         self._growth_flops = self._cost_of_growing()
         self._say(self._needs())
-        self.model = self._first_model()
+        self.model = self._first_model().to(self.world.device)
         if self._sharded:
             sharding.shard(self.model, self.world, config.precision)
         self.optimizer = make_optimizer(config, self.model)
@@ -259,11 +259,12 @@ class Trainer:
     def _sample_curvature(self, sophia: optim.Sophia, batches: Sequence[PackedBatch], k: int) -> None:
         seed = self.config.seed
         if sophia.variant == "H":  # the ranks would need one direction and the sum of their products: each does it all
-            curvature.hutchinson(sophia, self.model, batches, k, curvature.generator_of(seed, self.step))
+            generator = curvature.generator_of(seed, self.step, device=self.world.device)
+            curvature.hutchinson(sophia, self.model, batches, k, generator)
             return
         sophia.zero_grad(set_to_none=True)
         labels = sum(len(batch.targets) for batch in batches)
-        generator = curvature.generator_of(seed, self.step, self.world.rank)
+        generator = curvature.generator_of(seed, self.step, self.world.rank, self.world.device)
         with self._precision():
             curvature.gauss_newton_bartlett(self.model, self._shares(batches), labels, k, generator)
         self._sum_gradients()
@@ -298,7 +299,7 @@ class Trainer:
             return nullcontext()
         # Without the cache: torch would keep the weight copy of a visit that ran without autograd, and the visits
         # that carry gradient would then find a copy that leads nowhere.
-        return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
+        return torch.autocast(self.world.device.type, dtype=torch.bfloat16, cache_enabled=False)
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -319,7 +320,7 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "flops": flops.total,
             "mfu": flops.total / seconds / (self.world.ranks * self._peak),
-            "memory": _peak_memory(),
+            "memory": _peak_memory(self.world.device),
         }
 
     def _visible_pairs(self, batch: PackedBatch) -> float:
@@ -332,7 +333,7 @@ class Trainer:
 
     @functools.cached_property
     def _peak(self) -> float:
-        return microbench.peak_flops(self.config.precision)
+        return microbench.peak_flops(self.config.precision, device=str(self.world.device))
 
     def _say(self, line: str) -> None:
         if self.world.leads:
@@ -363,10 +364,11 @@ class Trainer:
         need = planner.memory(model, config.horizon_last, tokens, supervised, holders, config.precision)
         average = need.weights if config.ema else 0.0
         state = need.weights + need.optimizer + average
+        more = "more" if self.world.device.type == "cpu" else "of main memory"
         return (
             f"{planner.parameters(model) / 1e6:.2f} M parameters; about {(need.peak + average) / 1e9:.2f} GB at "
-            f"a step's peak, torch and the data aside, and {state / 1e9:.2f} GB more while a state is written; "
-            f"{_available_memory() / 1e9:.2f} GB are free"
+            f"a step's peak, torch and the data aside, and {state / 1e9:.2f} GB {more} while a state is written; "
+            f"{_available_memory(self.world.device) / 1e9:.2f} GB are free"
         )
 
     def _cost_of_growing(self) -> tuple[float, float]:
@@ -452,7 +454,7 @@ class Trainer:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         if self.growing.config != self.model.config:
-            self.model = HRM(self.growing.config)
+            self.model = HRM(self.growing.config).to(self.world.device)
             self.optimizer = make_optimizer(self.config, self.model)
 
     def _restore(self, path: Path) -> None:
@@ -515,14 +517,18 @@ def _shown(metrics: Mapping[str, float]) -> str:
     return ", ".join(parts)
 
 
-def _peak_memory() -> int:
-    """The most memory this process has held, in bytes."""
+def _peak_memory(device: torch.device) -> int:
+    """The most memory this process has held, in bytes; on a GPU, what its tensors there have."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return held if sys.platform == "darwin" else 1024 * held
 
 
-def _available_memory() -> int:
-    """Bytes of memory that can still be taken."""
+def _available_memory(device: torch.device) -> int:
+    """Bytes of the device's memory that can still be taken."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     info = Path("/proc/meminfo")
     for line in info.read_text(encoding="ascii").splitlines() if info.exists() else ():
         if line.startswith("MemAvailable:"):

@@ -230,7 +230,7 @@ class StateWriter:
     def save(self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Copy the tensors as they are now, then write them while the caller goes on."""
         self.finish()
-        copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        copies = {name: _copy(tensor.detach()) for name, tensor in tensors.items()}
         self._thread = threading.Thread(target=self._write, args=(step, copies, dict(metadata)), name="state writer")
         self._thread.start()
 
@@ -258,6 +258,11 @@ class StateWriter:
                 remove_old(self._folder, self._keep, self._keep_every)
         except BaseException as error:
             self._error = error
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """In main memory, but for a rank's part of a sharded tensor, which is small and whose writer knows its device."""
+    return tensor.clone() if isinstance(tensor, DTensor) else tensor.to("cpu", copy=True)
 
 
 def completed(metadata: Mapping[str, str]) -> Callable[[Mapping[str, Any], str], dict[str, str]]:

@@ -53,7 +53,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the measurement of the machine's peak, which the MFU alone needs."""
-    monkeypatch.setattr(microbench, "peak_flops", lambda precision: 1e12)
+    monkeypatch.setattr(microbench, "peak_flops", lambda precision, device: 1e12)
 
 
 @pytest.fixture(params=_C.supported_isas())

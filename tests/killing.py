@@ -105,7 +105,9 @@ def mutate(name: str) -> None:
 
 def main(run_file: str, kills: int, mutation: str | None = None) -> None:
     torch.set_num_threads(1)
-    microbench.peak_flops = lambda *_: 1e12  # a tenth of a second in every trainer's life, for a figure not needed here
+    microbench.peak_flops = lambda *_, **__: (
+        1e12
+    )  # a tenth of a second in every trainer's life, for a figure not needed here
     _C.set_num_threads(1)
     config = read_config(run_file)
     start = time.perf_counter()

@@ -25,7 +25,7 @@ from hrmcore.distributed import local
 from hrmcore.model import HRM
 from hrmcore.train import Trainer
 
-microbench.peak_flops = lambda precision: 1e12
+microbench.peak_flops = lambda precision, device: 1e12
 plain, plain_export, plain_replace = HRM.loss, Trainer.export, os.replace
 held = 0
 
