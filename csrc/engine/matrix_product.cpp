@@ -5,14 +5,17 @@
 namespace hrmcore::HRMCORE_ISA {
 namespace {
 
-// Asks for the next chunk while this one is multiplied: `part` of `parts` pieces of it.
-HRMCORE_INLINE void prefetch_part(const std::byte* from, std::int64_t bytes, std::int64_t part,
-                                  std::int64_t parts) {
-  const std::int64_t begin = bytes / 64 * part / parts, end = bytes / 64 * (part + 1) / parts;
-  for (std::int64_t line = begin; line < end; ++line) __builtin_prefetch(from + 64 * line, 0, 2);
+// Weights on their way from memory, a few lines with each product of tiles: a burst of them would fill the
+// line fill buffers, which the tiles need, too.
+struct Fetching {
+  const std::byte *next = nullptr, *end = nullptr;
+};
+
+HRMCORE_INLINE void fetch_lines(Fetching& f, std::int64_t lines) {
+  for (; lines > 0 && f.next < f.end; --lines, f.next += 64) __builtin_prefetch(f.next, 0, 2);
 }
 
-// The chunks of a call in their order: all panels of the first 16 groups, then of the next.
+// The chunks of a call in their order: all panels of the first groups, then of the next.
 struct Walk {
   const MatrixProduct& args;
   std::int64_t panels;
@@ -49,11 +52,17 @@ void walk_chunks(const MatrixProduct& args) {
     if (step + 1 < steps) begin_widening(step + 1);
     const std::int64_t multiplications = 2 * pairs * groups;
     const std::int64_t pace = (widening.quarters() + multiplications - 1) / multiplications;
-    const auto widen_some = [&]() __attribute__((always_inline)) {
+    Fetching ahead;
+    if (step + 2 < steps) {
+      ahead.next = walk.weights(step + 2);
+      ahead.end = ahead.next + walk.groups(step + 2) * group_bytes(packing);
+    }
+    const std::int64_t lines = ((ahead.end - ahead.next) / 64 + multiplications - 1) / multiplications;
+    const auto meanwhile = [&]() __attribute__((always_inline)) {
+      fetch_lines(ahead, lines);
       const std::int64_t end = widening.next + pace;
       widen_to<packing>(widening, end < widening.quarters() ? end : widening.quarters());
     };
-    const std::byte* ahead = step + 2 < steps ? walk.weights(step + 2) : nullptr;
     for (int half = 0; half < 2; ++half) {
       Block block{args.x.tile(args.band_begin, walk.first_group(step)),
                   rooms[step % 2] + 2 * half * groups * tile_bytes,
@@ -64,12 +73,10 @@ void walk_chunks(const MatrixProduct& args) {
                   panel_tiles * tile_floats,
                   step >= walk.panels};
       for (std::int64_t pair = 0; pair < pairs; ++pair) {
-        if (ahead != nullptr)
-          prefetch_part(ahead, walk.groups(step + 2) * group_bytes(packing), half * pairs + pair, 2 * pairs);
         if (2 * pair + 1 < bands) {
-          multiply_block<2>(block, widen_some);
+          multiply_block<2>(block, meanwhile);
         } else {
-          multiply_block<1>(block, widen_some);
+          multiply_block<1>(block, meanwhile);
         }
         block.x += 2 * block.x_step;
         block.sums += 2 * block.sums_step;

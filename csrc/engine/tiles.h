@@ -2,7 +2,7 @@
 // products. T tokens, D width, F ffn width.
 //
 // A tile is 16 rows of 32 columns (one group), 1 KiB in one piece; 16 rows are a band. The tiles that a
-// product reads together lie together: [chunk of 16 groups][band][group][16 rows][32 columns], the last chunk
+// product reads together lie together: [chunk of 8 groups][band][group][16 rows][32 columns], the last chunk
 // with what is left. Sums come as tiles of 16 rows by 16 columns in float32: [panel][band][4 tiles][16][16].
 #pragma once
 
@@ -14,7 +14,8 @@ namespace hrmcore {
 constexpr std::int64_t band_rows = 16;
 constexpr std::int64_t tile_line_bytes = 64;
 constexpr std::int64_t tile_bytes = band_rows * tile_line_bytes;
-constexpr std::int64_t tile_chunk_groups = 16;  // so much of half a panel stays in the first-level cache
+// Half a panel of a chunk stays in the first-level cache while the bands of x stream past it.
+constexpr std::int64_t tile_chunk_groups = 8;
 
 [[maybe_unused]] static std::int64_t bands_of(std::int64_t rows) {
   return (rows + band_rows - 1) / band_rows;
