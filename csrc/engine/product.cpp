@@ -32,27 +32,37 @@ constexpr std::int64_t bytes_of(Cells cells) {
   return slabs_of(cells) * slab_bytes + (is_float(cells) ? 0 : scale_bytes);
 }
 
-// The share of the following chunk that a tile prefetches: of n tiles, tile i takes groups i, i + n, ...
+// What a tile asks for while it multiplies. Of n tiles, tile i fetches the slabs i, i + n, ... of the chunk
+// behind this one from memory, into the second-level cache: asked for the first level, they would wait in its
+// few line fill buffers, and in a burst of them what is needed now would, too. The first tile then fetches
+// its own slabs from there a little ahead.
 struct Ahead {
-  const char* base;
-  std::int64_t first, step;
+  std::int64_t distance;  // to the chunk behind this one, bytes; 0: fetch nothing
+  std::int64_t skip, step;
+  bool first;
 };
 
-HRMCORE_INLINE void prefetch_group(const Ahead& ahead, std::int64_t group, std::int64_t bytes) {
-  if (ahead.base == nullptr || group % ahead.step != ahead.first) return;
-  for (std::int64_t line = 0; line < bytes; line += 64) {
-    __builtin_prefetch(ahead.base + group * bytes + line, 0, 3);
+constexpr std::int64_t near_bytes = 1024;
+
+HRMCORE_INLINE void fetch(const std::byte* from, std::int64_t bytes, Ahead& ahead) {
+  if (ahead.distance == 0) return;
+  if (ahead.first) {
+    for (std::int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + near_bytes + line, 0, 3);
   }
+  if (ahead.skip-- > 0) return;
+  ahead.skip = ahead.step - 1;
+  for (std::int64_t line = 0; line < bytes; line += 64)
+    __builtin_prefetch(from + ahead.distance + line, 0, 2);
 }
 
 template <Cells cells, int tokens>
-void float_tile(const ChunkProduct& c, const std::byte* w, const std::byte* x, float* out,
-                const Ahead& ahead) {
+void float_tile(const ChunkProduct& c, const std::byte* w, const std::byte* x, float* out, Ahead ahead) {
   constexpr int columns = group_columns / slabs_of(cells);  // in a cell
   vfloat sums[tokens][vectors] = {};
+  const std::byte* whole = c.weights;
   for (std::int64_t group = 0; group < c.groups; ++group) {
-    prefetch_group(ahead, group, bytes_of(cells));
-    for (int slab = 0; slab < slabs_of(cells); ++slab, w += slab_bytes) {
+    for (int slab = 0; slab < slabs_of(cells); ++slab, w += slab_bytes, whole += slab_bytes) {
+      fetch(whole, slab_bytes, ahead);
 #pragma GCC unroll 2
       for (int column = 0; column < columns; ++column) {
         vfloat weight[vectors];
@@ -82,7 +92,7 @@ void float_tile(const ChunkProduct& c, const std::byte* w, const std::byte* x, f
 }
 
 template <Cells cells, int tokens>
-void int_tile(const ChunkProduct& c, const std::byte* w, const std::byte* x, float* out, const Ahead& ahead) {
+void int_tile(const ChunkProduct& c, const std::byte* w, const std::byte* x, float* out, Ahead ahead) {
   constexpr int parts = cells == Cells::nibbles ? 2 : 1;  // of a cell, four columns each
   constexpr std::int32_t offset = cells == Cells::bytes ? 128 : 8;
   vfloat sums[tokens][vectors];
@@ -95,8 +105,8 @@ void int_tile(const ChunkProduct& c, const std::byte* w, const std::byte* x, flo
   }
   // Scales close a group and take 2 bytes a row, where a slab takes 4.
   const std::byte* scales = c.weights + slabs_of(cells) * slab_bytes + (w - c.weights) / 2;
+  const std::byte* whole = c.weights;
   for (std::int64_t group = 0; group < c.groups; ++group) {
-    prefetch_group(ahead, group, bytes_of(cells));
     const QuantGroup* row[tokens];
     vint dots[tokens][vectors];
 #pragma GCC unroll 8
@@ -106,7 +116,8 @@ void int_tile(const ChunkProduct& c, const std::byte* w, const std::byte* x, flo
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) dots[t][v] = start;
     }
-    for (int slab = 0; slab < slabs_of(cells); ++slab) {
+    for (int slab = 0; slab < slabs_of(cells); ++slab, whole += slab_bytes) {
+      fetch(whole, slab_bytes, ahead);
 #pragma GCC unroll 2
       for (int part = 0; part < parts; ++part) {
         vint weight[vectors];
@@ -123,6 +134,8 @@ void int_tile(const ChunkProduct& c, const std::byte* w, const std::byte* x, flo
         }
       }
     }
+    fetch(whole, scale_bytes, ahead);
+    whole += scale_bytes;
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
       const vfloat scale = load(reinterpret_cast<const bf16*>(scales) + v * lanes);
@@ -157,14 +170,15 @@ template <Cells cells>
 void multiply_cells(const ChunkProduct& c) {
   constexpr int most = is_float(cells) ? float_tokens : int_tokens;
   const std::int64_t tiles = (c.tokens + most - 1) / most * (panel_rows / tile_rows);
-  Ahead ahead{c.prefetch, 0, tiles < c.groups ? tiles : c.groups};
+  Ahead ahead{c.streams ? c.groups * bytes_of(cells) : 0, 0, tiles, true};
   for (std::int64_t token = 0; token < c.tokens; token += most) {
     const std::byte* x = c.x + token * c.x_row_bytes;
     for (std::int64_t row = 0; row < panel_rows; row += tile_rows) {
       float* out = c.out + token * c.out_stride + row;
       tile<cells, most>(c.tokens - token < most ? c.tokens - token : most, c, c.weights + 4 * row, x, out,
                         ahead);
-      if (++ahead.first == ahead.step) ahead.base = nullptr;
+      ahead.first = false;
+      ++ahead.skip;
     }
   }
 }
@@ -219,9 +233,8 @@ void packed_product(const PackedProduct& args) noexcept {
       float* out = args.out + (panel - args.panel_begin) * panel_rows;
       ChunkProduct chunk{weights,          groups,      args.x + group * x_bytes,
                          args.x_row_bytes, args.tokens, out,
-                         args.out_stride,  group > 0,   nullptr};
+                         args.out_stride,  group > 0,   !expands};
       if (!expands) {
-        chunk.prefetch = reinterpret_cast<const char*>(weights + groups * weight_bytes);
         multiply_chunk(w.packing, chunk);
         continue;
       }

@@ -16,7 +16,7 @@ struct ChunkProduct {
   float* out;  // [tokens][64]
   std::int64_t out_stride;
   bool accumulate;  // f32, bf16: add the finished chunk to out; int8, int4: continue the chain that out holds
-  const char* prefetch;  // where the bytes that follow this chunk lie, or null
+  bool streams;     // the weights come from memory, the following chunk's right behind them
 };
 
 void multiply_chunk(Packing packing, const ChunkProduct& chunk) noexcept;
