@@ -299,6 +299,7 @@ grow_files(tiny, out + "-tiny", {"intermediate_size": 64})  # what is imported a
 before = peak()
 if how == "files":
     grow_files(source, out, {"hidden_size": 1024})
+    grow_files(source + "/state.safetensors", out + "-state", {"hidden_size": 1024})
 else:
     hrmcore.grow(hrmcore.HRM.from_pretrained(source), hidden_size=1024).save_pretrained(out)
 print(peak() - before)
@@ -307,7 +308,10 @@ print(peak() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of resident memory from /proc")
 def test_growing_files_holds_one_model_and_one_tensor(checkpoint: Path, tmp_path: Path) -> None:
-    """The source's mapped pages and one tensor, not two models; the same growth in memory goes beyond the bound."""
+    """The source's mapped pages and one tensor, not two models; the same growth in memory goes beyond the bound.
+
+    A training state, three times as large with AdamW's moments and read tensor by tensor, stays within it as well.
+    """
     config = HRMConfig(
         vocab_size=256,
         hidden_size=256,
@@ -317,8 +321,12 @@ def test_growing_files_holds_one_model_and_one_tensor(checkpoint: Path, tmp_path
         head_dim=64,
     )
     torch.manual_seed(0)
-    HRM(config).save_pretrained(tmp_path / "source")
+    source = HRM(config)
+    source.save_pretrained(tmp_path / "source")
+    metadata = {"step": "7", "optimizer": "adamw", "model_config": json.dumps(config.to_dict())}
+    save_state(tmp_path / "source" / "state.safetensors", tensors_of(source, optim.AdamW(source.parameters())), metadata)
     model = (tmp_path / "source" / "model.safetensors").stat().st_size
+    assert (tmp_path / "source" / "state.safetensors").stat().st_size > 2.9 * model
     tensor = 4 * 2 * 1024 * 1024  # gate_up_proj, once grown
     bound = model + 4 * tensor  # the new entries, the grown tensor, and room for the allocator
 
