@@ -324,7 +324,9 @@ def test_growing_files_holds_one_model_and_one_tensor(checkpoint: Path, tmp_path
     source = HRM(config)
     source.save_pretrained(tmp_path / "source")
     metadata = {"step": "7", "optimizer": "adamw", "model_config": json.dumps(config.to_dict())}
-    save_state(tmp_path / "source" / "state.safetensors", tensors_of(source, optim.AdamW(source.parameters())), metadata)
+    save_state(
+        tmp_path / "source" / "state.safetensors", tensors_of(source, optim.AdamW(source.parameters())), metadata
+    )
     model = (tmp_path / "source" / "model.safetensors").stat().st_size
     assert (tmp_path / "source" / "state.safetensors").stat().st_size > 2.9 * model
     tensor = 4 * 2 * 1024 * 1024  # gate_up_proj, once grown

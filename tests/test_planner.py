@@ -19,6 +19,7 @@ from hrmcore import cli
 from hrmcore.config import PRESETS, HRMConfig
 from hrmcore.data import PackedBatch
 from hrmcore.model import HRM, graded_visits
+from hrmcore.ops import cross_entropy
 from hrmcore.ops.backend import reference_ops
 from hrmcore.plan import measure
 from hrmcore.planner import (
@@ -166,6 +167,25 @@ def test_activations_are_what_autograd_keeps(horizon_k: int, precision: str) -> 
         model.loss(packed, horizon=horizon_k)
     estimate = memory(shape, horizon_k, len(packed.ids), 0.5, 1, precision)
     assert estimate.activations == pytest.approx(sum(kept.values()), rel=0.02)
+
+
+def test_a_step_holds_no_matrix_of_all_pairs_and_no_full_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest tensor of a step on one long sequence; on the reference ops it is one or the other."""
+    length = 2048
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 128 * length)
+    shape = config(vocab_size=length, num_layers_per_stack=1, L_cycles=1, max_position_embeddings=length)
+    model, packed = HRM(shape), batch(shape, [length], [length // 2])
+
+    def largest() -> int:
+        with torch.profiler.profile(profile_memory=True) as profile:
+            model.loss(packed, horizon=2).backward()
+        events = profile.profiler.kineto_results.events()
+        return max(event.nbytes() for event in events if event.name() == "[memory]")
+
+    logits = 4 * len(packed.targets) * length  # half as large as all pairs
+    assert largest() < logits / 2
+    with reference_ops():
+        assert largest() >= 4 * length**2
 
 
 PEAK = """
