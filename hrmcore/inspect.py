@@ -103,7 +103,7 @@ def _report(model: HRM, tokenizer: Tokenizer, prompt: list[int], args: argparse.
         "model": str(args.model or "the embedded model"),
         "prompt": args.prompt,
         "condition": args.condition,
-        "answered": tokenizer.decode(answered),
+        "answered": tokenizer.decode_answer(answered),
         "answer": name(tokenizer, seen.answer),
         "H_cycles": model.config.H_cycles,
         "L_cycles": model.config.L_cycles,
@@ -174,8 +174,8 @@ def _watch(model: HRM, tokenizer: Tokenizer, prompt: list[int], most: int, show:
         for h, l, token, probability in visits(model, [*prompt, *answered], len(prompt)):  # noqa: E741
             visit = visit_name(h, "L" if l < model.config.L_cycles else "H", l)
             said.append(f"{visit} {name(tokenizer, token)} {probability:.0%}")
-            show(printable(tokenizer.decode(answered)), said, False)
-        show(printable(tokenizer.decode(answered)), said, True)
+            show(printable(tokenizer.decode_answer(answered)), said, False)
+        show(printable(tokenizer.decode_answer(answered)), said, True)
         if token in ends:
             return
         answered.append(token)

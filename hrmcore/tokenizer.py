@@ -166,6 +166,10 @@ class Tokenizer:
                 raise ValueError(f"token ids must be in [0, {self.vocab_size}), got {i}")
         return self.backend.decode(plain)
 
+    def decode_answer(self, ids: Iterable[int]) -> str:
+        """`decode` of what a model answers, whose head may have more rows than there are words: those are left out."""
+        return self.decode(i for i in ids if i < self.vocab_size)
+
     def conditions(self, condition: str) -> list[int]:
         """The ids of one or several comma-separated conditions. Raises ValueError on one that is unknown."""
         names = [name.strip() for name in condition.split(",")]
@@ -194,7 +198,9 @@ class PieceDecoder:
         self._shown = ""
 
     def push(self, token: int) -> str:
-        """The text that is certain after this token; empty while a character is incomplete."""
+        """The text that is certain after this token; empty while a character is incomplete, or for no word's row."""
+        if token >= self._tokenizer.vocab_size:
+            return ""
         self._pending.append(token)
         text = self._tokenizer.decode(self._pending)
         # The bytes of an incomplete character, at most three, read as U+FFFD until the rest of it comes.

@@ -209,6 +209,14 @@ def test_a_character_is_shown_with_its_last_byte_and_not_before(tokenizer: Token
     assert streamed(tokenizer, ids[:3])[-1] != ""
 
 
+def test_a_row_that_no_word_belongs_to_is_no_text(tokenizer: Tokenizer) -> None:
+    ids, beyond = tokenizer.encode("größer"), tokenizer.vocab_size
+    answered = [i for token in ids for i in (token, beyond, beyond + 99)]
+    decoder = PieceDecoder(tokenizer)
+    assert "".join([*map(decoder.push, answered), decoder.finish()]) == "größer"
+    assert tokenizer.decode_answer(answered) == "größer"
+
+
 def test_endless_broken_bytes_are_shown_as_they_come(tokenizer: Tokenizer) -> None:
     last = tokenizer.encode("\U0010ffff")[-1]
     decoder = PieceDecoder(tokenizer)

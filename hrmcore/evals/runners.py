@@ -113,7 +113,7 @@ class TransformersRunner:
         if self._framing is None:
             return str(self._tokenizer.decode(ids, skip_special_tokens=True))
         end = next((index for index, token in enumerate(ids) if token in self._ends()), len(ids))
-        return self._framing.decode(ids[:end])
+        return self._framing.decode_answer(ids[:end])
 
 
 def _pretrained(kind: Any, path: str, **options: Any) -> Any:

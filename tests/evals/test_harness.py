@@ -14,11 +14,14 @@ import pytest
 import torch
 
 from hrmcore import cli
-from hrmcore.engine import Engine
+from hrmcore.checkpoint import save_model
+from hrmcore.engine import Engine, load
 from hrmcore.evals import iq, reasoning_gym
 from hrmcore.evals.harness import Question, Task, evaluate, records_task, table, tally, wilson
 from hrmcore.evals.runners import EngineRunner, TransformersRunner
+from hrmcore.growth import grow
 from hrmcore.growth_files import grow_files
+from hrmcore.model import HRM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -125,6 +128,29 @@ def test_transformers_gives_our_engines_answers(checkpoint: Path) -> None:
     theirs = TransformersRunner(str(checkpoint), max_new_tokens=12).answer([*prompts, "1 " * 3000], "direct")
     assert theirs == [*ours, None]
     assert len(set(ours)) > 1
+
+
+def test_rows_of_the_head_that_no_word_belongs_to_are_no_text(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a checkpoint whose vocabulary is padded, or was grown: such a row may well be the likeliest."""
+    model = HRM.from_pretrained(checkpoint)
+    known = model.config.vocab_size
+    padded = grow(model, vocab_size=known + 8)
+    with torch.no_grad():
+        padded.lm_head.weight[known:] = 4 * padded.lm_head.weight[10:18]
+    save_model(padded, tmp_path, tokenizer_folder=checkpoint)
+    engine = load(tmp_path, dtype="float32")
+    assert engine.tokenizer is not None
+    prompt = engine.tokenizer.prompt("what is 3 plus 4?")
+    tokens = list(engine.tokens(prompt, max_new_tokens=12))
+    assert {token < known for token in tokens} == {True, False}
+    text = engine.tokenizer.decode([token for token in tokens if token < known])
+    assert engine.generate("what is 3 plus 4?", max_new_tokens=12) == text
+    assert TransformersRunner(str(tmp_path), 12).answer(["what is 3 plus 4?"], "direct") == [text]
+    options = ["--model", str(tmp_path), "--watch", "--max-new-tokens", "12"]
+    assert hrmcore("inspect", "what is 3 plus 4?", *options) == 0
+    assert f"#{next(token for token in tokens if token >= known)} " in capsys.readouterr().out
 
 
 def test_any_transformers_model_answers(tmp_path: Path) -> None:
