@@ -2,7 +2,7 @@
 
 python bench/extrapolation.py --out runs/out/extrapolation          # some 15 minutes; what is there is not repeated
 python bench/extrapolation.py --toy --out /tmp/toy                  # a smoke test, seconds
-python bench/extrapolation.py --cost                                # only what xPos costs beside RoPE, alternating
+python bench/extrapolation.py --cost                                # only what xPos costs beside RoPE, in two minutes
 python bench/extrapolation.py --long                                # only how far the engine is off at 65,536 tokens
 
 The text is an endless stream of words from a fixed Markov chain, with facts ("K name value") that are asked for within
@@ -107,21 +107,24 @@ class Text:
         return [*fact, *self.words(distance - 2), ASK, FIRST_NAME + name], FIRST_VALUE + value
 
 
-def config(form: str, scale: Scale) -> HRMConfig:
+def shaped(form: str, width: int, ffn: int, layers: int, heads: int, head_dim: int, **others: Any) -> HRMConfig:
     return HRMConfig(
         vocab_size=VOCABULARY,
-        hidden_size=scale.width,
-        intermediate_size=256,
-        num_layers_per_stack=1,
-        num_attention_heads=3,
-        head_dim=32,
-        H_cycles=2,
-        L_cycles=2,
-        max_position_embeddings=4096,  # of RoPE's table: all are trained on 128 tokens only
-        prefix_lm=False,
+        hidden_size=width,
+        intermediate_size=ffn,
+        num_layers_per_stack=layers,
+        num_attention_heads=heads,
+        head_dim=head_dim,
         position_encoding="rope" if form == "rope" else "xpos",
         attention_window=WINDOW if form == "xpos+window" else 0,
+        **others,
     )
+
+
+def config(form: str, scale: Scale) -> HRMConfig:
+    """Of what is trained. RoPE's table is as long as the evaluation needs; all are trained on 128 tokens only."""
+    cycles = {"H_cycles": 2, "L_cycles": 2}
+    return shaped(form, scale.width, 256, 1, 3, 32, max_position_embeddings=4096, prefix_lm=False, **cycles)
 
 
 def batch_of(text: Text, scale: Scale, length: int = TRAINED) -> PackedBatch:
@@ -201,51 +204,65 @@ def run(out: Path, scale: Scale) -> list[dict[str, Any]]:
     return results
 
 
-def alternate(first: Callable[[], object], second: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """The least seconds of each, taken in turns."""
-    least = [math.inf, math.inf]
-    for _ in range(rounds + 1):  # the first round warms up, and a least time does not mind
-        for which, call in enumerate((first, second)):
-            started = time.perf_counter()
-            call()
-            least[which] = min(least[which], time.perf_counter() - started)
-    return least[0], least[1]
+COMPARED = ("rope", "xpos", "rope")  # the second RoPE shows what a difference of nothing looks like
 
 
-def cost(rounds: int) -> dict[str, dict[str, float]]:
-    """xPos beside RoPE: a training step, and a decoded token at two contexts with an int8 cache; seconds and ratio."""
+def compare(prepare: Callable[[], list[Callable[[], object]]], rounds: int, seconds: float) -> dict[str, Any]:
+    """xPos beside RoPE, and one RoPE beside the other: seconds, and ratios with their 95% intervals.
+
+    A round calls the three that `prepare` makes there and back, so that what drifts meets all alike; the ratios are
+    medians over rounds, their intervals bootstrapped. Takes so many seconds, and prepares anew every so many rounds.
+    """
+    taken: list[NDArray[np.float64]] = []
+    started = time.perf_counter()
+    while not taken or time.perf_counter() - started < seconds:
+        calls = prepare()
+        for call in calls:
+            call()  # warms up
+        for _ in range(rounds):
+            spent = np.zeros(len(calls))
+            for which in (0, 1, 2, 2, 1, 0):
+                begun = time.perf_counter()
+                calls[which]()
+                spent[which] += time.perf_counter() - begun
+            taken.append(spent / 2)
+    rope, xpos, again = np.array(taken).T
+    found: dict[str, Any] = {"rope_seconds": float(np.median(rope)), "rounds": len(taken)}
+    for name, ratios in (("ratio", 2 * xpos / (rope + again)), ("control", again / rope)):
+        drawn = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
+        interval = np.quantile(np.median(drawn, 1), (0.025, 0.975)).tolist()
+        found |= {name: float(np.median(ratios)), f"{name}_interval": interval}
+    return found
+
+
+def cost(seconds: float) -> dict[str, dict[str, Any]]:
+    """xPos beside RoPE, each for so long: a training step, and a decoded token at two contexts with an int8 cache."""
     torch.manual_seed(0)
-    shape = HRMConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=768,
-        num_layers_per_stack=2,
-        num_attention_heads=4,
-        head_dim=64,
-        prefix_lm=True,
-    )
-    forms = (shape, shape.replace(position_encoding="xpos"))
-    scale = Scale(sequences=8)
-    batch = batch_of(Text(3), scale, length=256)
+    models = [HRM(shaped(form, 256, 768, 2, 4, 64)) for form in COMPARED]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    batch = batch_of(Text(3), Scale(sequences=2), length=256)
     batch.prefix.fill_(100)
-    models = [HRM(form) for form in forms]
     steps = [lambda model=model: model.loss(batch, horizon=5).backward() for model in models]  # type: ignore[misc]
-    found = {"training step, 8 x 256 tokens": alternate(steps[0], steps[1], rounds)}
+    found = {"training step, 2 x 256 tokens": compare(lambda: steps, 3, seconds)}
     with tempfile.TemporaryDirectory() as folder:
         for index, model in enumerate(models):
             model.save_pretrained(Path(folder) / str(index), allow_xpos=True)
-        engines = [hrmcore.load(Path(folder) / str(i), dtype="int8", kv_dtype="int8") for i in range(2)]
+        engines = [hrmcore.load(Path(folder) / str(i), dtype="int8", kv_dtype="int8") for i in range(len(models))]
     for context in (256, 2048):
-        calls = []
-        for engine in engines:
-            ids: NDArray[np.int64] = np.arange(context) % VOCABULARY
-            tokens = engine.tokens(ids, prefix_length=100, max_new_tokens=100 * rounds, ignore_eos=True)
-            next(tokens)
-            calls.append(lambda tokens=tokens: next(tokens))  # type: ignore[misc]
-        found[f"decoded token, {context} tokens in the cache"] = alternate(calls[0], calls[1], 30 * rounds)
-    return {
-        name: {"rope_seconds": rope, "xpos_seconds": xpos, "ratio": xpos / rope} for name, (rope, xpos) in found.items()
-    }
+        ids: NDArray[np.int64] = np.arange(context) % VOCABULARY
+
+        def answers(ids: NDArray[np.int64] = ids) -> list[Callable[[], object]]:
+            tokens = [engine.tokens(ids, 100, max_new_tokens=100, ignore_eos=True) for engine in engines]
+            return [lambda stream=stream: next(stream) for stream in tokens]  # type: ignore[misc]
+
+        found[f"decoded token, {context} tokens in the cache"] = compare(answers, 49, seconds)
+    return found
+
+
+def percent(line: dict[str, Any], name: str) -> str:
+    low, high = line[f"{name}_interval"]
+    return f"{line[name] - 1:+.1%} (95%: {low - 1:+.1%} to {high - 1:+.1%})"
 
 
 LONG = 65_536  # tokens, as many as an xPos model takes
@@ -259,16 +276,7 @@ def long(tokens: int, unwindowed: int) -> list[dict[str, Any]]:
     An untrained model of 8 visits of a layer, the first half of the input being its prefix. With the window a visit
     reaches at most 127 tokens back, so the last logits depend on the last thousand tokens alone, in both.
     """
-    shape = HRMConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_layers_per_stack=1,
-        num_attention_heads=2,
-        head_dim=32,
-        max_position_embeddings=TRAINED,
-        position_encoding="xpos",
-    )
+    shape = shaped("xpos", 64, 128, 1, 2, 32, max_position_embeddings=TRAINED)
     cases = [(tokens // 16, WINDOW), (tokens, WINDOW), (unwindowed // 16, 0), (unwindowed, 0)]
     found = []
     for dtype, kv_dtype in (("int8", "int8"), ("float32", "float32")):
@@ -335,9 +343,11 @@ def main() -> int:
         print(json.dumps(long(2048, 512) if arguments.toy else long(LONG, LONG_UNWINDOWED)))
         return 0
     scale = TOY if arguments.toy else Scale(steps=arguments.steps)
-    report: dict[str, Any] = {"cost": cost(1 if arguments.toy else 20)}
+    report: dict[str, Any] = {"cost": cost(0 if arguments.toy else 35)}
     for name, line in report["cost"].items():
-        print(f"{name:<42} rope {1e3 * line['rope_seconds']:.3f} ms, xpos {line['ratio'] - 1:+.1%}")
+        seconds, rounds = line["rope_seconds"], line["rounds"]
+        print(f"{name}, {rounds} rounds: rope {1e3 * seconds:.3f} ms, xpos {percent(line, 'ratio')}")
+        print(f"    and rope beside itself {percent(line, 'control')}")
     if not arguments.cost:
         arguments.out.mkdir(parents=True, exist_ok=True)
         results = run(arguments.out, scale)

@@ -91,8 +91,11 @@ void write_grad_q(const AttentionBackward& args, const Sequence& sequence, const
     for (std::int64_t column = 0; column < width; column += lanes) {
       const std::int64_t cell = row * length + column;
       vfloat grad = load(grads[0] + cell);
-      if (fading != nullptr) grad *= load(fading->power(row - query_edge[0]) + column);
-      if (both) grad += load(grads[1] + cell) * load(fading->power(query_edge[1] - row) + column);
+      if (fading != nullptr) {
+        const std::int64_t same = column < fading->period ? column : column - fading->period;
+        grad *= load(fading->power(row - query_edge[0]) + same);
+        if (both) grad += load(grads[1] + cell) * load(fading->power(query_edge[1] - row) + same);
+      }
       store_columns(grad_q, column, width, grad);
     }
   }

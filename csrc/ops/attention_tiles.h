@@ -24,11 +24,13 @@ constexpr int block_rows = lanes == 16 ? 8 : 6;  // register blocking: block_row
 constexpr int block_vectors = 2;
 constexpr float minus_infinity = -__builtin_inff();
 
-// What row r, column c of a product is multiplied by: rows[r * stride + c] * columns[c].
+// What row r, column c of a product is multiplied by: rows[r * stride + c] * columns[c]; from column `period`
+// on by the same again.
 struct Factors {
   const float* rows;  // null: by nothing
   std::int64_t stride;
   const float* columns;
+  std::int64_t period;
 };
 
 // C (rows x vectors * lanes) = A (rows x depth) B (depth x vectors * lanes), times its factors, or += where
@@ -59,8 +61,9 @@ HRMCORE_INLINE void multiply_cells(const Product& p, std::int64_t row, std::int6
     b += b_row;
   }
   if (p.factors.rows != nullptr) {
-    const std::int64_t stride = p.factors.stride;
-    const float *rows = p.factors.rows + row * stride + column, *columns = p.factors.columns + column;
+    const std::int64_t stride = p.factors.stride, period = p.factors.period;
+    const std::int64_t same = column < period ? column : column - period;
+    const float *rows = p.factors.rows + row * stride + same, *columns = p.factors.columns + same;
     ((total[cell] *=
       load(rows + cell / vectors * stride + cell % vectors * lanes) * load(columns + cell % vectors * lanes)),
      ...);
@@ -264,29 +267,27 @@ inline void hide(const Block& block, std::int64_t first_key, std::int64_t keys, 
   }
 }
 
-// How xPos fades each channel over a distance.
+// How xPos fades each channel over a distance. From channel `period` on the factors repeat and are not stored
+// again.
 struct Fading {
-  std::int64_t length;  // of a row: the padded head_dim
-  std::int64_t period;  // after so many channels, a number of whole vectors, the rates repeat
+  std::int64_t period;
   alignas(64) float rate[max_width];
   alignas(64) float powers[key_tile * max_width];  // over the distances within a tile
 
   void fill(const TensorView& rates) {
     const std::int64_t half = rates.shape[0], width = 2 * half;
-    length = padded(width);
-    period = half % lanes == 0 ? half : length;
-    for (std::int64_t c = 0; c < length; ++c)
+    period = half % (block_vectors * lanes) == 0 ? half : padded(width);
+    for (std::int64_t c = 0; c < period; ++c)
       rate[c] = c < width ? rates.as<float>()[c % half * rates.strides[0]] : 0.0f;
     for (std::int64_t distance = 0; distance < key_tile; ++distance)
-      over(distance, powers + distance * length);
+      over(distance, powers + distance * period);
   }
-  const float* power(std::int64_t distance) const { return powers + distance * length; }
+  const float* power(std::int64_t distance) const { return powers + distance * period; }
   // What is too small to count beside anything else is zero, so that no product with it is denormal.
   void over(std::int64_t distance, float* factor) const {
     for (std::int64_t c = 0; c < period; c += lanes) {
       const vfloat exponent = load(rate + c) * static_cast<float>(distance);
-      const vfloat faded = exponent < -64.0f ? vfloat{} : exp(exponent);
-      for (std::int64_t same = c; same < length; same += period) store(factor + same, faded);
+      store(factor + c, exponent < -64.0f ? vfloat{} : exp(exponent));
     }
   }
 };
@@ -317,17 +318,29 @@ HRMCORE_INLINE int last_side(const Fading* fading, const Block& block) {
   return fading != nullptr && block.limits[0] > block.position + 1 ? 1 : 0;
 }
 
-// row i of the result = row i of `rows` times the fading over |start - i|, times `factor` where there is one.
+// row i of the result = row i of `rows` times the fading over |start - i| times `factor`; start <= 0 or
+// start >= count - 1. Columns are the outer loop: a column's factor, and where the factors repeat its power,
+// serve from a register.
 template <class T>
 HRMCORE_INLINE Rows fade(const T* rows, std::int64_t stride, std::int64_t count, std::int64_t width,
                          const Fading& fading, std::int64_t start, const float* factor, float* buffer) {
-  const std::int64_t length = fading.length;
-  for (std::int64_t row = 0; row < count; ++row) {
-    const float* power = fading.power(row < start ? start - row : row - start);
-    for (std::int64_t column = 0; column < width; column += lanes) {
-      vfloat faded = load_columns(rows + row * stride, column, width) * load(power + column);
-      if (factor != nullptr) faded *= load(factor + column);
-      store(buffer + row * length + column, faded);
+  const std::int64_t length = padded(width), period = fading.period;
+  const std::int64_t step = start > 0 ? -period : period;
+  for (std::int64_t column = 0; column < period; column += lanes) {
+    const vfloat all = load(factor + column);
+    const float* power = fading.power(start > 0 ? start : -start) + column;
+    if (period < length) {  // whole vectors
+      for (std::int64_t row = 0; row < count; ++row) {
+        const vfloat faded = load(power + row * step) * all;
+        const T* from = rows + row * stride + column;
+        float* to = buffer + row * length + column;
+        store(to, load(from) * faded);
+        store(to + period, load(from + period) * faded);
+      }
+    } else {
+      for (std::int64_t row = 0; row < count; ++row)
+        store(buffer + row * length + column,
+              load_columns(rows + row * stride, column, width) * load(power + row * step) * all);
     }
   }
   return {buffer, length};
@@ -341,7 +354,7 @@ template <class T>
 HRMCORE_INLINE Rows stage_queries(const T* rows, std::int64_t stride, const Block& block, std::int64_t width,
                                   const Fading* fading, int side, float* buffer) {
   if (fading == nullptr) return stage(rows, stride, block.rows, width, buffer);
-  return fade(rows, stride, block.rows, width, *fading, query_edge[side], nullptr, buffer);
+  return fade(rows, stride, block.rows, width, *fading, query_edge[side], fading->power(0), buffer);
 }
 
 // The keys of a tile as the queries of a block see them from each side, from the first of the side's span on.
@@ -366,9 +379,9 @@ struct KeyTile {
   // What the fading of the keys of a side multiplies their gradients by.
   Factors factors(const Fading* fading, const Span& span, int which) const {
     if (fading == nullptr) return {};
-    const std::int64_t edge = key_edge[which];
-    const std::int64_t distance = edge > span.begin ? edge - span.begin : span.begin - edge;
-    return {fading->power(distance), which == 0 ? -fading->length : fading->length, factor[which]};
+    const std::int64_t period = fading->period;
+    if (which == 0) return {fading->power(key_edge[0] - span.begin), -period, factor[0], period};
+    return {fading->power(span.begin - key_edge[1]), period, factor[1], period};
   }
 };
 
