@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError) as error:
-        print(f"hrmcore {args.command}: {explain(error)}", file=sys.stderr)
+        print(f"hrmcore {args.command}: {explain(error).removeprefix(f'{args.command}: ')}", file=sys.stderr)
         return 2
     except FloatingPointError as error:  # a training run has gone wrong, whatever was given
         print(f"hrmcore {args.command}: {explain(error)}", file=sys.stderr)

@@ -56,6 +56,10 @@ def run(args: argparse.Namespace) -> int:
     if args.cycles:
         sizes |= {"H_cycles": args.cycles[0], "L_cycles": args.cycles[1]}
     names = ("change_function", "interleaved", "mode", "mask_steps", "seed")
+    if not sizes:
+        raise ValueError(f"say what grows: {', '.join(_SIZES.values())} or --cycles")
+    if args.cycles and not args.change_function:
+        raise ValueError("other cycles change what the model computes; if that is meant, add --change-function")
     growth = grow_files(args.checkpoint, args.out, sizes, **{name: getattr(args, name) for name in names})
     before, after = (planner.parameters(config) / 1e6 for config in (growth.before, growth.after))
     print(f"{args.out}: {before:.2f} M -> {after:.2f} M parameters")

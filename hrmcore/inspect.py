@@ -52,8 +52,8 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = _load(args.model, args.threads)
     prompt = tokenizer.prompt(args.prompt, args.condition)
     most = args.max_new_tokens if args.watch else args.answer_token
-    if len(prompt) + most > model.config.max_position_embeddings:
-        context = model.config.max_position_embeddings
+    context = model.config.context
+    if len(prompt) + most > context:
         raise ValueError(f"the prompt has {len(prompt)} tokens and leaves no room in the context of {context} tokens")
     if args.watch:
         _watch(model, tokenizer, prompt, most, _rewrite if sys.stdout.isatty() else _append)

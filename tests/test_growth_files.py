@@ -204,11 +204,14 @@ def test_a_state_carries_mode_masked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--hidden-size", "16"], "grow: hidden_size would shrink from 32 to 16; models only grow"),
+        (["--hidden-size", "16"], "hrmcore grow: hidden_size would shrink from 32 to 16; models only grow"),
         (["--heads", "3"], "config: hidden_size 32 must be a multiple of num_attention_heads 3"),
-        (["--cycles", "3", "3"], "cycles change the model's function; if that is meant, ask for change_function"),
+        (
+            ["--cycles", "3", "3"],
+            "other cycles change what the model computes; if that is meant, add --change-function",
+        ),
         (["--ffn", "many"], "argument --ffn: invalid int value: 'many'"),
-        ([], "grow: no size differs; give one of"),
+        ([], "grow: say what grows: --hidden-size, --layers"),
         (["--ffn", "64", "--mode", "masked", "--mask-steps", "3"], "a checkpoint cannot carry mode 'masked'"),
         (["--ffn", "64", "--mode", "gentle"], "grow: mode must be one of zero, masked, got 'gentle'"),
     ],

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 
 import hrmcore
 from hrmcore.cli import main
+from hrmcore.evals.lm_eval import HRMCoreLM
 from hrmcore.model import HRM
 from hrmcore.run_config import read_config
 from hrmcore.tokenizer import train_tokenizer
@@ -80,6 +82,18 @@ def test_a_plain_export_of_it_is_refused(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"position_encoding is 'xpos': readers of the hrm_text format would compute"):
         model.save_pretrained(tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
+
+
+def test_it_is_inspected_and_evaluated_beyond_its_training_length(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    question = "repeat alpha beta " * 20
+    assert main(["inspect", question, "--model", str(trained / "grown")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("H2 ")
+    lm = HRMCoreLM(str(trained / "grown"), dtype="float32")
+    asked = [Instance("loglikelihood", {}, (context, " beta"), 0) for context in (question, "alpha " + question)]
+    short, long = lm.loglikelihood(asked, disable_tqdm=True)
+    assert short != long  # nothing was cut off
 
 
 # Of bfloat16 weights, as the trainer exports them: float32 and bfloat16 hold them exactly.

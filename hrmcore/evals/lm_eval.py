@@ -52,7 +52,7 @@ class HRMCoreLM(LM):
         self._tokenizer = self._engine.tokenizer
         self._condition = condition
         self._opening = [self._tokenizer.boq, *self._tokenizer.conditions(condition)]
-        self._context = self._engine.config.max_position_embeddings
+        self._context = self._engine.config.context
 
     @property
     def tokenizer_name(self) -> str:
