@@ -98,10 +98,14 @@ def key_table(config: HRMConfig) -> Iterator[Key]:
 def resolve(source: str | Path) -> Path:
     """The folder of a checkpoint: a local one, or the snapshot of a hub id `owner/name` in the local cache.
 
-    Nothing is downloaded. Raises FileNotFoundError when there is neither, ValueError when `source` is a file.
+    Nothing is downloaded. Raises FileNotFoundError when there is neither, or the folder of a run around its
+    checkpoint, ValueError when `source` is a file.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
+        exported = folder / "checkpoint"
+        if (exported / CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).exists():
+            raise FileNotFoundError(f"{source}: a run folder; its model is {exported}")
         return folder
     if folder.exists():
         raise ValueError(f"{source}: a checkpoint is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, this is a file")

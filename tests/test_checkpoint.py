@@ -354,6 +354,9 @@ def test_resolve_local_folders_and_what_is_none(folder: Path, monkeypatch: pytes
     for missing in (folder / "gone", "/no/such/folder", "../gone", "gone", "a/b/c"):
         with pytest.raises(FileNotFoundError, match="no such folder"):
             resolve(missing)
+    run = folder.rename(folder.parent / "checkpoint").parent
+    with pytest.raises(FileNotFoundError, match=rf"^{run}: a run folder; its model is {run}/checkpoint$"):
+        resolve(run)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(FileNotFoundError, match="pip install huggingface_hub"):
         resolve("owner/name")
