@@ -1,19 +1,10 @@
 #include "engine/matrix_product.h"
 
+#include "engine/fetching.h"
 #include "engine/matrix_unit.h"
 
 namespace hrmcore::HRMCORE_ISA {
 namespace {
-
-// Weights on their way from memory, a few lines with each product of tiles: a burst of them would fill the
-// line fill buffers, which the tiles need, too.
-struct Fetching {
-  const std::byte *next = nullptr, *end = nullptr;
-};
-
-HRMCORE_INLINE void fetch_lines(Fetching& f, std::int64_t lines) {
-  for (; lines > 0 && f.next < f.end; --lines, f.next += 64) __builtin_prefetch(f.next, 0, 2);
-}
 
 // The chunks of a call in their order: all panels of the first groups, then of the next.
 struct Walk {

@@ -1,5 +1,6 @@
 #include "engine/paged_attention.h"
 
+#include "engine/fetching.h"
 #include "engine/lanes.h"
 #include "engine/quantise.h"
 #include "engine/tile.h"
@@ -136,56 +137,71 @@ void soften(QueryTile& tile, int query, std::int64_t visible) {
 
 template <class T, int queries, int vectors>
 HRMCORE_INLINE void mix_part(QueryTile& tile, int first, const T* values, std::int64_t channels,
-                             std::int64_t channel, std::int64_t keys) {
+                             std::int64_t channel, std::int64_t keys, Fetching& ahead) {
+  constexpr std::int64_t lines = (sizeof(T) * vectors * lanes + 63) / 64;  // of a key's part
   vfloat sums[queries][vectors];
 #pragma GCC unroll 4
   for (int q = 0; q < queries; ++q) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v)
       sums[q][v] = load(tile.out[first + q] + channel + v * lanes) * tile.decay[first + q];
   }
   for (std::int64_t j = 0; j < keys; ++j) {
+    fetch_lines(ahead, lines);
     vfloat value[vectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) value[v] = load(values + j * channels + channel + v * lanes);
 #pragma GCC unroll 4
     for (int q = 0; q < queries; ++q) {
       const vfloat weight = splat(tile.weight[first + q][j]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) sums[q][v] = fma(weight, value[v], sums[q][v]);
     }
   }
 #pragma GCC unroll 4
   for (int q = 0; q < queries; ++q) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) store(tile.out[first + q] + channel + v * lanes, sums[q][v]);
   }
 }
 
-// out = out * decay + weights * values, for all queries of the tile.
+template <class T, int queries, int vectors>
+void mix_channels(QueryTile& tile, int first, const T* values, std::int64_t channels, std::int64_t keys,
+                  Fetching& ahead) {
+  for (std::int64_t channel = 0; channel < channels; channel += vectors * lanes)
+    mix_part<T, queries, vectors>(tile, first, values, channels, channel, keys, ahead);
+}
+
+// out = out * decay + weights * values, for all queries of the tile. A query alone needs more channels at a
+// time for as many independent sums, and reads its values in order then.
 template <class T>
-void mix(QueryTile& tile, int queries, const T* values, std::int64_t channels, std::int64_t keys) {
-  constexpr int vectors = 32 / lanes < 4 ? 32 / lanes : 4;
-  for (std::int64_t channel = 0; channel < channels; channel += vectors * lanes) {
-    int q = 0;
-    for (; q + 4 <= queries; q += 4) mix_part<T, 4, vectors>(tile, q, values, channels, channel, keys);
-    for (; q < queries; ++q) mix_part<T, 1, vectors>(tile, q, values, channels, channel, keys);
+void mix(QueryTile& tile, int queries, const T* values, std::int64_t channels, std::int64_t keys,
+         Fetching& ahead) {
+  constexpr int vectors = 32 / lanes < 4 ? 32 / lanes : 4, wide = lanes == 16 ? 8 : vectors;
+  int q = 0;
+  for (; q + 4 <= queries; q += 4) mix_channels<T, 4, vectors>(tile, q, values, channels, keys, ahead);
+  for (; q < queries; ++q) {
+    if (channels % (wide * lanes) == 0) {
+      mix_channels<T, 1, wide>(tile, q, values, channels, keys, ahead);
+    } else {
+      mix_channels<T, 1, vectors>(tile, q, values, channels, keys, ahead);
+    }
   }
 }
 
 void mix_values(const CacheShape& shape, QueryTile& tile, int queries, const std::byte* values,
-                std::int64_t keys) {
+                std::int64_t keys, Fetching& ahead) {
   const std::int64_t channels = shape.channels();
   if (shape.packing == Packing::f32) {
-    mix(tile, queries, reinterpret_cast<const float*>(values), channels, keys);
+    mix(tile, queries, reinterpret_cast<const float*>(values), channels, keys, ahead);
   } else if (shape.packing == Packing::bf16) {
-    mix(tile, queries, reinterpret_cast<const bf16*>(values), channels, keys);
+    mix(tile, queries, reinterpret_cast<const bf16*>(values), channels, keys, ahead);
   } else {
     const auto* scales = reinterpret_cast<const float*>(values + block_tokens * channels);
     for (int q = 0; q < queries; ++q) {
       for (std::int64_t j = 0; j < keys; ++j) tile.weight[q][j] *= scales[j];
     }
-    mix(tile, queries, reinterpret_cast<const std::int8_t*>(values), channels, keys);
+    mix(tile, queries, reinterpret_cast<const std::int8_t*>(values), channels, keys, ahead);
   }
 }
 
@@ -200,12 +216,14 @@ HRMCORE_INLINE ChunkProduct product_of(const CacheShape& shape, const std::byte*
   return scores;
 }
 
-// Scores of float queries [queries][most_head_channels] against keys of one packing.
-void score_floats(const CacheShape& shape, Packing packing, const std::byte* keys, const float* query,
-                  int queries, float* out) {
+// Scores of float queries [queries][most_head_channels] against keys of one packing. `streams`: the keys lie
+// in the cache, their block's values right behind them.
+void score_floats(const CacheShape& shape, Packing packing, const std::byte* keys, bool streams,
+                  const float* query, int queries, float* out) {
   ChunkProduct scores = product_of(shape, keys, queries, out);
   scores.x = reinterpret_cast<const std::byte*>(query);
   scores.x_row_bytes = most_head_channels * sizeof(float);
+  scores.streams = streams;
   multiply_chunk(packing, scores);
 }
 
@@ -220,12 +238,13 @@ void quantise_queries(const CacheShape& shape, const float (*query)[most_head_ch
 void score_cached(const CacheShape& shape, const std::byte* keys, int queries,
                   const float (*query)[most_head_channels], QueryTile& tile) {
   if (shape.packing != Packing::int8) {
-    score_floats(shape, shape.packing, keys, query[0], queries, tile.weight[0]);
+    score_floats(shape, shape.packing, keys, true, query[0], queries, tile.weight[0]);
     return;
   }
   ChunkProduct scores = product_of(shape, keys, queries, tile.weight[0]);
   scores.x = reinterpret_cast<const std::byte*>(tile.quantised);
   scores.x_row_bytes = sizeof(tile.quantised[0]);
+  scores.streams = true;
   multiply_chunk(shape.packing, scores);
 }
 
@@ -289,8 +308,8 @@ void score_after(const Attend& args, const std::byte* keys, std::int64_t block, 
   fade_queries(*args.fading, shape.channels(), queries, inner, outer, tile);
   expand_keys(shape, keys, *args.fading, tile.panel);
   alignas(64) float scores[query_tile][block_tokens];
-  score_floats(shape, Packing::f32, reinterpret_cast<const std::byte*>(tile.panel), tile.faded[0], queries,
-               scores[0]);
+  score_floats(shape, Packing::f32, reinterpret_cast<const std::byte*>(tile.panel), false, tile.faded[0],
+               queries, scores[0]);
   for (int q = 0; q < queries; ++q) {
     const std::int64_t first = position + q + 1 - block * block_tokens;
     for (std::int64_t row = first > 0 ? first : 0; row < block_tokens; ++row)
@@ -339,9 +358,16 @@ void attend_tile(const Attend& args, std::int64_t first, int queries, QueryTile&
     most = most < (own + 2) * window ? most : (own + 2) * window;
     block = own > 0 ? (own - 1) * window / block_tokens : 0;
   }
+  const auto keys_of = [&](std::int64_t index) __attribute__((always_inline)) {
+    return args.blocks[index] + args.slot * shape.slot_bytes() + args.head * shape.head_bytes();
+  };
   for (; block * block_tokens < most; ++block) {
-    const std::byte* keys =
-        args.blocks[block] + args.slot * shape.slot_bytes() + args.head * shape.head_bytes();
+    const std::byte* keys = keys_of(block);
+    Fetching ahead;
+    if ((block + 1) * block_tokens < most) {
+      ahead.next = keys_of(block + 1);
+      ahead.end = ahead.next + shape.key_bytes();
+    }
     if (args.fading == nullptr) {
       score_cached(shape, keys, queries, tile.query, tile);
     } else {
@@ -353,7 +379,8 @@ void attend_tile(const Attend& args, std::int64_t first, int queries, QueryTile&
       soften(tile, q, (seen < most ? seen : most) - block * block_tokens);
     }
     const std::int64_t left = most - block * block_tokens;
-    mix_values(shape, tile, queries, keys + shape.key_bytes(), left < block_tokens ? left : block_tokens);
+    mix_values(shape, tile, queries, keys + shape.key_bytes(), left < block_tokens ? left : block_tokens,
+               ahead);
   }
   for (int q = 0; q < queries; ++q) {
     float* gate = tile.query[q];
