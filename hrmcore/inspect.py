@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -182,8 +183,11 @@ def _watch(model: HRM, tokenizer: Tokenizer, prompt: list[int], most: int, show:
 
 
 def _rewrite(answered: str, said: list[str], last: bool) -> None:
-    """On a terminal: one line a token, rewritten as the visits come."""
+    """On a terminal: one line a token, rewritten as the visits come; only a finished one may take several rows."""
     line = f"{answered[-24:]!r:>28}  " + "  ".join(said)
+    columns = shutil.get_terminal_size().columns
+    if not last and len(line) >= columns:
+        line = "…" + line[2 - columns :]
     print(f"\r\x1b[K{line}", end="\n" if last else "", flush=True)
 
 

@@ -253,6 +253,12 @@ def test_watching_ends_with_the_engines_answer(
     assert out.count("\n") == 2
     assert out.count("\r") == 2 * (6 + 1)  # once a visit, and the finished line
     assert lines[1].split("  ", 1)[1] in out
+    monkeypatch.setenv("COLUMNS", "60")
+    assert hrmcore("inspect", QUESTION, "--model", str(checkpoint), "--watch", "--max-new-tokens", "1") == 0
+    *rewritten, whole = capsys.readouterr().out.replace("\x1b[K", "").split("\r")[1:]
+    assert max(map(len, rewritten)) == 59  # a row that is full cannot be rewritten
+    assert rewritten[-1].startswith("…")
+    assert len(whole) > 60
 
 
 def test_tokens_have_names(engine: Engine) -> None:
