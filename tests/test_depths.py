@@ -23,8 +23,8 @@ from hrmcore.packed import PackedRunner, convert
 from hrmcore.planner import activation_elements, layer_weights, memory, parameters, training_flops
 from hrmcore.run_config import read_config
 from hrmcore.runner import TorchRunner
-from hrmcore.tokenizer import train_tokenizer
 from hrmcore.train import Trainer
+from runs import repetitions, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -237,32 +237,9 @@ def test_the_lens_shows_every_layer_of_every_visit(config: HRMConfig, tmp_path: 
 
 
 def test_a_run_grows_one_stack_and_its_files_grow_the_other(tmp_path: Path) -> None:
-    words = ("alpha", "beta", "gamma", "delta")
-    lines = [json.dumps({"instruction": f"repeat {a} {b}", "response": f"{a} {b}"}) for a in words for b in words]
-    (tmp_path / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    train_tokenizer((f"repeat {word}" for word in words), tmp_path / "tokenizer", vocab_size=300)
-    path = tmp_path / "run.toml"
-    path.write_text(
-        f"""
-train_files = ["{tmp_path}/train.jsonl"]
-tokenizer = "{tmp_path}/tokenizer"
-out = "{tmp_path}/run"
-steps = 6
-batch_tokens = 256
-horizon_first = 5
-[model]
-hidden_size = 32
-intermediate_size = 40
-num_layers_per_stack = 1
-num_attention_heads = 2
-head_dim = 16
-max_position_embeddings = 64
-[[grow]]
-at_tokens = 500
-L_layers = 2
-""",
-        encoding="utf-8",
-    )
+    stages = "[[grow]]\nat_tokens = 500\nL_layers = 2\n"
+    keys = {"steps": 6, "batch_tokens": 256, "horizon_first": 5, "out": f"{tmp_path}/run"}
+    path = write_run(tmp_path, repetitions(("alpha", "beta", "gamma", "delta")), stages=stages, **keys)
     trainer = Trainer(read_config(path))
     trainer.run()
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

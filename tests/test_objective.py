@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +12,9 @@ from torch.nn.functional import cross_entropy
 from hrmcore.data import Rejected, encode, read_records
 from hrmcore.model import HRM
 from hrmcore.run_config import explain, read_config
-from hrmcore.tokenizer import Tokenizer, train_tokenizer
+from hrmcore.tokenizer import Tokenizer
 from hrmcore.train import Trainer
+from runs import repetitions, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,33 +23,9 @@ WORDS = ("alpha", "beta", "gamma", "delta", "omega")
 
 @pytest.fixture
 def run_file(tmp_path: Path) -> Path:
-    lines = [json.dumps({"instruction": f"repeat {a} {b}", "response": f"{a} {b}"}) for a in WORDS for b in WORDS]
-    (tmp_path / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    train_tokenizer((f"repeat {word}" for word in WORDS), tmp_path / "tokenizer", vocab_size=300)
-    path = tmp_path / "run.toml"
-    path.write_text(
-        f"""
-train_files = ["{tmp_path}/train.jsonl"]
-heldout_files = ["{tmp_path}/train.jsonl"]
-tokenizer = "{tmp_path}/tokenizer"
-out = "{tmp_path}/out"
-objective = "all"
-steps = 2
-batch_tokens = 2048
-check_records = 0
-eval_every = 1
-ema = 0
-[model]
-hidden_size = 32
-intermediate_size = 64
-num_layers_per_stack = 1
-num_attention_heads = 2
-head_dim = 16
-prefix_lm = false
-""",
-        encoding="utf-8",
-    )
-    return path
+    keys: dict[str, Any] = {"objective": "all", "steps": 2, "batch_tokens": 2048, "check_records": 0, "eval_every": 1}
+    heldout = [str(tmp_path / "train.jsonl")]
+    return write_run(tmp_path, repetitions(WORDS), model={"prefix_lm": False}, heldout_files=heldout, ema=0, **keys)
 
 
 def losses_by_logits(model: HRM, folder: Path) -> tuple[float, float]:

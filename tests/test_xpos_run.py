@@ -14,8 +14,8 @@ from hrmcore.cli import main
 from hrmcore.evals.lm_eval import HRMCoreLM
 from hrmcore.model import HRM
 from hrmcore.run_config import read_config
-from hrmcore.tokenizer import train_tokenizer
 from hrmcore.train import Trainer
+from runs import repetitions, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,36 +28,10 @@ LONG = 200  # tokens, of a model trained on 64 with a window of 64
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run that grew in width, and `grown`, which grew from its checkpoint in depth."""
     folder = tmp_path_factory.mktemp("xpos")
-    lines = [json.dumps({"instruction": f"repeat {a} {b}", "response": f"{a} {b}"}) for a in WORDS for b in WORDS]
-    (folder / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    train_tokenizer((f"repeat {word}" for word in WORDS), folder / "tokenizer", vocab_size=300)
-    path = folder / "run.toml"
-    path.write_text(
-        f"""
-train_files = ["{folder}/train.jsonl"]
-heldout_files = ["{folder}/train.jsonl"]
-tokenizer = "{folder}/tokenizer"
-out = "{folder}/run"
-steps = 12
-batch_tokens = 256
-learning_rate = 5e-3
-warmup_steps = 2
-[model]
-hidden_size = 32
-intermediate_size = 40
-num_layers_per_stack = 1
-num_attention_heads = 2
-head_dim = 16
-max_position_embeddings = 64
-position_encoding = "xpos"
-xpos_scale_base = 64
-attention_window = 64
-[[grow]]
-at_tokens = 1000
-hidden_size = 48
-""",
-        encoding="utf-8",
-    )
+    xpos = {"position_encoding": "xpos", "xpos_scale_base": 64, "attention_window": 64, "intermediate_size": 40}
+    stages = "[[grow]]\nat_tokens = 1000\nhidden_size = 48\n"
+    keys = {"steps": 12, "batch_tokens": 256, "learning_rate": 5e-3, "warmup_steps": 2, "out": f"{folder}/run"}
+    path = write_run(folder, repetitions(WORDS), model=xpos, stages=stages, **keys)
     Trainer(read_config(path)).run()
     assert main(["grow", str(folder / "run" / "checkpoint"), str(folder / "grown"), "--layers", "2"]) == 0
     return folder

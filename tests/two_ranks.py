@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import runs
 from hrmcore.run_config import TrainConfig
 from hrmcore.training_state import state_path
 
@@ -29,31 +30,8 @@ STEPS = 50
 
 def write_run(folder: Path, tokenizer: Path, **keys: object) -> Path:
     """A run file in a folder of its own, for a model of 30,000 parameters."""
-    folder.mkdir(parents=True)
-    (folder / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS), encoding="utf-8")
-    values: dict[str, object] = {
-        "train_files": [f"{folder}/train.jsonl"],
-        "tokenizer": str(tokenizer),
-        "out": f"{folder}/out",
-        "steps": STEPS,
-        "batch_tokens": 256,
-        "accumulate": 2,
-        "optimizer": "adamw",
-        "warmup_steps": 5,
-        "seed": 7,
-    } | keys
-    model = """
-[model]
-hidden_size = 32
-intermediate_size = 64
-num_layers_per_stack = 1
-num_attention_heads = 2
-head_dim = 16
-max_position_embeddings = 64
-"""
-    path = folder / "run.toml"
-    path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()) + model)
-    return path
+    usual = {"steps": STEPS, "batch_tokens": 256, "accumulate": 2, "optimizer": "adamw", "warmup_steps": 5, "seed": 7}
+    return runs.write_run(folder, RECORDS, tokenizer, **usual | keys)
 
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}

@@ -1,0 +1,54 @@
+"""What a test needs to train: records, a tokenizer and a run file, in a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hrmcore.tokenizer import train_tokenizer
+
+MODEL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_layers_per_stack": 1,
+    "num_attention_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+}
+
+Record = dict[str, str]
+
+
+def repetitions(words: Sequence[str]) -> list[Record]:
+    """Two words to be repeated, in every pair."""
+    return [{"instruction": f"repeat {a} {b}", "response": f"{a} {b}"} for a in words for b in words]
+
+
+def write_run(
+    folder: Path,
+    records: Sequence[Record],
+    tokenizer: Path | None = None,
+    model: Mapping[str, Any] | None = None,
+    stages: str = "",
+    **keys: Any,
+) -> Path:
+    """A run file in `folder`, its records beside it, with `keys` and what `model` changes of MODEL.
+
+    Without a tokenizer one of 300 tokens is made of the instructions. `stages` is the text of [[grow]] tables.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    data = folder / "train.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    if tokenizer is None:
+        tokenizer = folder / "tokenizer"
+        train_tokenizer((record["instruction"] for record in records), tokenizer, vocab_size=300)
+    keys = {"train_files": [str(data)], "tokenizer": str(tokenizer), "out": f"{folder}/out"} | keys
+    path = folder / "run.toml"
+    path.write_text(f"{_toml(keys)}[model]\n{_toml(MODEL | dict(model or {}))}{stages}", encoding="utf-8")
+    return path
+
+
+def _toml(table: Mapping[str, Any]) -> str:
+    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
