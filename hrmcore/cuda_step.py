@@ -60,6 +60,7 @@ class Traffic:
     weights: int
     cache: int
     activations: int
+    activations_once: int  # those that nobody has asked for in the same phase
 
     @property
     def floor(self) -> int:
@@ -69,6 +70,11 @@ class Traffic:
     @property
     def total(self) -> int:
         return self.floor + self.activations
+
+    @property
+    def from_memory(self) -> int:
+        """What comes from memory when a cache holds what a phase's blocks all ask for: a few KB a request."""
+        return self.floor + self.activations_once
 
 
 def traffic(config: HRMConfig, positions: Sequence[int], blocks: int, dtype: str = "bfloat16") -> Traffic:
@@ -93,35 +99,67 @@ def traffic(config: HRMConfig, positions: Sequence[int], blocks: int, dtype: str
         for rows, columns in ((4 * attention, width), (width, attention), (2 * ffn, width), (width, ffn))
     )
     cache = 0  # of one layer, as all that follows
-    parts_read = attention_read = 0
+    parts_read = attention_read = attention_once = 0
+    faded = config.position_encoding != "rope"
     for position in positions:
         window = config.attention_window
         first = max(0, (position // window - 1) * window) // block if window else 0
         seen = position // block + 1 - first
         parts = min(-(-seen // 4), 4)
+        joined = 4 * parts if parts > 1 else 0  # the parts' weights, of one head
         cache += 4 * attention * (position + 1 - first * block)
-        rates = 0 if config.position_encoding == "rope" else 32
-        attention_read += heads * (4 * threads * 4 + parts * (threads * (32 + rates) + 4 * config.head_dim))
-        attention_read += heads * seen * threads * 4
-        parts_read += active(width) * attention // 8 * (4 + 20 * parts)
-    between = requests * (active(4 * attention) * 2 * width + 18 * attention)
+        attention_read += parts * (8 * attention + 32 * heads * threads * faded) + 4 * heads * seen * threads // 32
+        parts_read += active(width) * attention // 8 * (16 * parts + joined)
+        attention_once += 8 * attention + 4 * seen + 2 * attention * parts + heads * joined
+    between = requests * (active(4 * attention) * 2 * width + 8 * attention)
     others = active(2 * ffn) * 2 * width + active(width) * 2 * ffn + 8 * width
     per_layer = between + attention_read + parts_read + requests * others
-    entering = blocks * requests * 12 * width - requests * active(4 * attention) * 2 * width
-    first_entering = blocks * requests * (6 * width + width // 2) - blocks * requests * 12 * width
-    head = requests * active(config.vocab_size) * 2 * width
+    per_layer_once = attention_once + 2 * config.head_dim * faded + 4 * config.head_dim * len(set(positions))
+    per_layer_once += requests * (2 * width + 2 * width + 2 * ffn + 8 * width)
+    entering = 8 * requests * width  # beyond the bfloat16 copy that every other layer begins with
+    entering_read = blocks * requests * 10 * width - requests * active(4 * attention) * 2 * width
+    first_entering = requests * (2 * width + 4) + 4 * width - 10 * requests * width
+    first_entering_read = blocks * requests * (6 * width + width // 2) - blocks * requests * 10 * width
+    places = 8 * requests
     return Traffic(
         weights=config.cache_slots * layer + matrix_bytes(config.vocab_size, width, head_dtype),
         cache=config.cache_slots * cache,
-        activations=config.cache_slots * per_layer + config.visits * entering + first_entering + head,
+        activations=config.cache_slots * per_layer
+        + config.visits * entering_read
+        + first_entering_read
+        + requests * active(config.vocab_size) * 2 * width
+        + blocks * places,
+        activations_once=config.cache_slots * per_layer_once
+        + config.visits * entering
+        + first_entering
+        + 2 * requests * width
+        + places,
     )
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A step's launches in a CUDA graph, and the operands that it reads and writes."""
+
+    tokens: Tensor
+    positions: Tensor
+    tables: Tensor
+    logits: Tensor
+    graph: torch.cuda.CUDAGraph
+
+    def replay(self, tokens: Tensor, positions: Tensor, tables: Tensor) -> Tensor:
+        self.tokens.copy_(tokens)
+        self.positions.copy_(positions)
+        self.tables.copy_(tables)
+        self.graph.replay()
+        return self.logits.clone()
 
 
 class CudaStep:
     """One model's decode step: `step(tokens, positions, tables, kv)` gives the logits (B, V) float32.
 
-    `form` is "persistent" (one cooperative launch) or "graph" (a launch a phase, for the caller to capture: a step
-    reads nothing on the host, so `with torch.cuda.graph(g): logits = step(...)` records it); the bits are the same.
+    `form` is "persistent" (one cooperative launch) or "graph" (a launch a phase, on a GPU captured as a CUDA graph at
+    the first step of a shape and replayed from then on); the bits are the same.
     `blocks` is the grid, 0 for one block a multiprocessor; `dtype` that of the weights: bfloat16, int8 or int4. Raises
     ValueError on a model that the kernels do not take: head_dim other than 16, 32, 64 or 128, widths that are no
     multiple of 16.
@@ -141,6 +179,8 @@ class CudaStep:
             raise ValueError(f"the decode step on CUDA takes weights in {', '.join(DTYPES)}, got {dtype!r}")
         self.config: HRMConfig = config
         self.form = form
+        self._graphs: dict[tuple[int, int], _Captured] = {}  # by the requests and the tables' length
+        self._graphs_cache: int | None = None  # where the cache lies that they work on
         self.weights = pack(model, dtype)
         self._embedding = model.embed_tokens.weight.detach().to(torch.bfloat16)
         device = self.weights.device
@@ -178,9 +218,28 @@ class CudaStep:
         numbers of each request's blocks of 64 rows; kv is (slots, 2, rows, H, d) bfloat16. Values out of range are
         taken to be the nearest in range.
         """
+        if self.form == "graph" and tokens.is_cuda:
+            return self._replayed(tokens, positions, tables, kv)
         logits = torch.empty(len(tokens), self.config.vocab_size, device=tokens.device)
         self._launch(tokens, positions, tables, kv, logits)
         return logits
+
+    def _replayed(self, tokens: Tensor, positions: Tensor, tables: Tensor, kv: Tensor) -> Tensor:
+        if self._graphs_cache != kv.data_ptr():
+            self._graphs.clear()
+            self._graphs_cache = kv.data_ptr()
+        length = 1 << (tables.shape[1] - 1).bit_length()  # so that growing sequences meet few shapes
+        key = (len(tokens), length)
+        tables = torch.nn.functional.pad(tables, (0, length - tables.shape[1]))
+        if key not in self._graphs:
+            logits = torch.empty(len(tokens), self.config.vocab_size, device=tokens.device)
+            captured = _Captured(tokens.clone(), positions.clone(), tables.clone(), logits, torch.cuda.CUDAGraph())
+            operands = captured.tokens, captured.positions, captured.tables, kv, logits
+            self._launch(*operands)  # loads the kernels, which a capture must not; the replay does the same again
+            with torch.cuda.graph(captured.graph):
+                self._launch(*operands)
+            self._graphs[key] = captured
+        return self._graphs[key].replay(tokens, positions, tables)
 
     def _launch(self, tokens: Tensor, positions: Tensor, tables: Tensor, kv: Tensor, logits: Tensor) -> None:
         given = {"tokens": tokens, "positions": positions, "tables": tables, "kv": kv, "logits": logits}

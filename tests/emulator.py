@@ -56,7 +56,7 @@ def same_bits_for_every_schedule(compute: Callable[[], Sequence[Tensor]]) -> boo
 
 def counters() -> dict[str, int]:
     """What all launches since the last call did."""
-    names = ("launches", "bytes_read", "bytes_written", "block_barriers", "grid_barriers")
+    names = ("launches", "bytes_read", "bytes_written", "block_barriers", "grid_barriers", "bytes_read_first")
     numbers = (ctypes.c_uint64 * len(names))()
     library.hrmcore_test_counters(numbers)
     return dict(zip(names, numbers, strict=True))

@@ -5,7 +5,9 @@ Shapes: B requests, V vocabulary, R rows and K columns of a matrix.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,41 @@ def test_both_forms_every_schedule_grid_and_company_give_the_same_bits(tmp_path:
     assert error(logits, theirs) < TOLERANCE
 
 
+def test_the_graph_form_is_captured_once_a_shape_and_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a graph that keeps its launches' operands and runs them again: the bits of launches without one."""
+    model = random_model(num_layers_per_stack=1, H_cycles=1, L_cycles=1)
+    requests = Requests(model, [62, 5], tmp_path)
+    launch, graphs = CudaStep._launch, []
+
+    class Graph:
+        def __init__(self) -> None:
+            graphs.append(self)
+
+        def replay(self) -> None:
+            launch(*self.operands)
+
+    @contextlib.contextmanager
+    def capture(graph: Graph) -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(CudaStep, "_launch", lambda *operands: setattr(graph, "operands", operands))
+            yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    plain, captured, kv = CudaStep(model, "graph", 2), CudaStep(model, "graph", 2), requests.kv.clone()
+    with emulated_cuda():
+        for turn in range(3):  # the first request crosses into its second block of the cache
+            tokens, positions = torch.tensor([turn, 7 - turn], dtype=torch.int32), requests.positions + turn
+            tables = requests.tables[:, : 2 + turn].contiguous()
+            expected = plain(tokens, positions, tables, requests.kv)
+            assert torch.equal(captured._replayed(tokens, positions, tables, kv), expected)
+            assert torch.equal(kv.view(torch.int16), requests.kv.view(torch.int16))
+        assert len(graphs) == 2  # tables of 2, and of up to 4 blocks
+        captured._replayed(tokens[:1], positions[:1], tables[:1].contiguous(), kv)
+        captured._replayed(tokens, positions, tables, kv.clone())
+    assert len(graphs) == 4
+
+
 def test_a_token_is_one_launch_and_five_barriers_a_layer(tmp_path: Path) -> None:
     model = random_model()
     requests = Requests(model, [5], tmp_path)
@@ -162,24 +199,38 @@ def test_a_token_is_one_launch_and_five_barriers_a_layer(tmp_path: Path) -> None
     assert 5 * HRMConfig.preset("XL").cache_slots <= 642
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
-def test_the_bytes_read_are_those_of_the_plan(dtype: str, tmp_path: Path) -> None:
-    model = random_model(num_layers_per_stack=2, H_cycles=1, L_cycles=1, attention_window=128)
+@pytest.mark.parametrize(
+    ("dtype", "changes"),
+    [("bfloat16", {"attention_window": 128}), ("int8", {"position_encoding": "xpos"}), ("int4", {})],
+)
+def test_the_bytes_read_are_those_of_the_plan(dtype: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """What blocks ask for, and what of it nobody has asked for before in its phase."""
+    model = random_model(num_layers_per_stack=2, H_cycles=1, L_cycles=1, **changes)
     requests = Requests(model, [400, 5], tmp_path)
     counters()
     requests.advance(CudaStep(model, blocks=7, dtype=dtype), [1, 2])
-    assert counters()["bytes_read"] == traffic(model.config, [400, 5], 7, dtype).total
+    counted, planned = counters(), traffic(model.config, [400, 5], 7, dtype)
+    assert counted["bytes_read"] == planned.total
+    assert counted["bytes_read_first"] == planned.from_memory
 
 
 def test_one_request_of_the_1b_model_reads_little_but_weights() -> None:
     config = HRMConfig.preset("XL")
-    for position in (100, 511):
+    for position in (100, 511, 768, 1023, 4000):
         read = traffic(config, [position], blocks=132)
         assert read.weights == 2 * (
             config.cache_slots * (4 + 1) * 1536**2 + config.cache_slots * 3 * 1536 * 4096 + 65536 * 1536
         )
         assert read.cache == config.cache_slots * 4 * config.attention_width * (position + 1)
         assert read.total <= 1.05 * read.floor
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("requests", [1, 8])
+def test_the_1b_model_takes_little_but_weights_and_cache_from_memory(dtype: str, requests: int) -> None:
+    for position in (0, 100, 1023, 4000):
+        read = traffic(HRMConfig.preset("XL"), range(position, position + requests), blocks=132, dtype=dtype)
+        assert read.floor < read.from_memory <= 1.02 * read.floor
 
 
 def test_fragments_meet_their_activations() -> None:

@@ -113,6 +113,7 @@ def test_what_a_launch_does_is_counted() -> None:
         "bytes_written": 56,
         "block_barriers": 0,
         "grid_barriers": 1,
+        "bytes_read_first": 28,
     }
 
 

@@ -21,6 +21,7 @@ __global__ void __launch_bounds__(step_threads, 1) run(Call call) {
   WeightStream<packing, stages> stream(call.ring_offset);
   WeightStream<head_packing(packing), stages> head(call.ring_offset);
   Place at = call.first;
+  load_places(step);
   if (at.phase == Phase::head) {
     head.begin(step.head_matrix());
   } else if (at.phase != Phase::attention) {
@@ -41,10 +42,10 @@ __global__ void __launch_bounds__(step_threads, 1) run(Call call) {
   run_head(step, head);
 }
 
-// What the attention exchanges: of each group of lanes, d outputs, the highest score and the sum.
+// What the attention exchanges: of each group of lanes, d outputs, the highest score and the sum; the query.
 int exchange_bytes(const Step& step) {
   const int groups = step_threads * 8 / step.head_dim;
-  return groups * (step.head_dim + 2) * static_cast<int>(sizeof(float));
+  return (groups * (step.head_dim + 2) + step.head_dim) * static_cast<int>(sizeof(float));
 }
 
 int activation_bytes(const Step& step) {

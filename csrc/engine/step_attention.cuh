@@ -13,14 +13,30 @@ constexpr int most_groups_in_flight = 4;  // keys of a group that are loaded tog
 
 __device__ __forceinline__ int clamped(int value, int count) { return max(0, min(value, count - 1)); }
 
-__device__ __forceinline__ int position_of(const Step& step, int column) {
-  return clamped(load_one(step.positions + column), min(step.table_length * cache_block, step.rotations));
+// A block of a request's table.
+__device__ __forceinline__ int block_of(const Step& step, int column, int number) {
+  return clamped(load_one(step.tables + column * step.table_length + number), step.cache_blocks);
 }
 
-// The row of the cache that holds a request's token.
-__device__ __forceinline__ std::int64_t cache_row(const Step& step, int column, int position) {
-  const int block = load_one(step.tables + column * step.table_length + position / cache_block);
-  return static_cast<std::int64_t>(clamped(block, step.cache_blocks)) * cache_block + position % cache_block;
+// Where the requests' new tokens stand, and the rows of the cache that they get: read once a launch.
+static_assert(most_columns * (sizeof(std::int64_t) + sizeof(int)) <= activations_offset - places_offset, "");
+__device__ __forceinline__ SharedArray<std::int64_t> new_rows() {
+  return shared_array<std::int64_t>(places_offset);
+}
+__device__ __forceinline__ SharedArray<int> positions() {
+  return shared_array<int>(places_offset + most_columns * static_cast<int>(sizeof(std::int64_t)));
+}
+__device__ __forceinline__ void load_places(const Step& step) {
+  const int column = static_cast<int>(threadIdx.x);
+  if (column < step.columns) {
+    const int position =
+        clamped(load_one(step.positions + column), min(step.table_length * cache_block, step.rotations));
+    positions()[column] = position;
+    new_rows()[column] =
+        static_cast<std::int64_t>(block_of(step, column, position / cache_block)) * cache_block +
+        position % cache_block;
+  }
+  __syncthreads();
 }
 
 // Keys (which = 0) or values (1) of a slot: (tokens, attention width).
@@ -45,7 +61,7 @@ __device__ __forceinline__ Parts parts_of(const Step& step, int position) {
 
 // One part of one head of one request: writes its gated output and the logarithm of its weight.
 __device__ __forceinline__ void attend_part(const Step& step, int slot, int column, int head, int part) {
-  const int position = position_of(step, column), d = step.head_dim, lanes = d / 8;
+  const int position = positions()[column], d = step.head_dim, lanes = d / 8;
   const Parts parts = parts_of(step, position);
   if (part >= parts.count) return;
   const int width = step.attention_width(), groups = step_threads / lanes;
@@ -53,17 +69,26 @@ __device__ __forceinline__ void attend_part(const Step& step, int slot, int colu
             channel = static_cast<int>(threadIdx.x) % lanes * 8;
   const bf16 *keys = cache_of(step, slot, 0) + head * d + channel,
              *values = cache_of(step, slot, 1) + head * d + channel;
-  Floats<8> q = load<8>(step.q + column * width + head * d + channel), rates{};
-  const float scale = 1.0f / sqrtf(static_cast<float>(d));
+  const SharedArray<float> tops = shared_array<float>(activations_offset), totals = tops + groups,
+                           outs = totals + groups, query = outs + groups * d;
+  const int mine = static_cast<int>(threadIdx.x);  // the channel that this thread brings and takes away
+  if (mine < d) {
+    query[mine] = load<1>(step.q + column * width + head * d + mine)[0] / sqrtf(static_cast<float>(d));
+  }
+  __syncthreads();
+  Floats<8> q, rates{};
 #pragma unroll
-  for (int i = 0; i < 8; ++i) q[i] *= scale;
+  for (int i = 0; i < 8; ++i) q[i] = query[channel + i];
   if (step.rates != nullptr) rates = load<8>(step.rates + channel % (d / 2));
 
   Floats<8> out{};
   float top = -__builtin_inff(), total = 0;
-  const int end = parts.begin(part + 1);
-  for (int block = parts.begin(part); block < end; ++block) {
-    const std::int64_t row = cache_row(step, column, block * cache_block);
+  const int begin = parts.begin(part), end = parts.begin(part + 1);
+  int ahead = 0;  // this lane's of the next 32 blocks
+  for (int block = begin; block < end; ++block) {
+    const int turn = (block - begin) % 32;
+    if (turn == 0 && block + step_lane() < end) ahead = block_of(step, column, block + step_lane());
+    const std::int64_t row = static_cast<std::int64_t>(__shfl_sync(0xffffffffu, ahead, turn)) * cache_block;
     Packed<bf16, 8> k[most_groups_in_flight], v[most_groups_in_flight];
     float score[most_groups_in_flight];
 #pragma unroll
@@ -104,29 +129,27 @@ __device__ __forceinline__ void attend_part(const Step& step, int slot, int colu
     top = highest;
   }
 
-  const SharedArray<float> tops = shared_array<float>(activations_offset), totals = tops + groups,
-                           outs = totals + groups;
 #pragma unroll
-  for (int c = 0; c < 8; ++c) outs[group * d + channel + c] = out[c];
+  for (int i = 0; i < 8; ++i) outs[group * d + channel + i] = out[i];
   if (channel == 0) {
     tops[group] = top;
     totals[group] = total;
   }
   __syncthreads();
-  const int c = static_cast<int>(threadIdx.x);
-  if (c < d) {
+  if (mine < d) {
     float highest = -__builtin_inff(), sum = 0, value = 0;
     for (int g = 0; g < groups; ++g) highest = fmaxf(highest, tops[g]);
     for (int g = 0; g < groups; ++g) {
       const float weight = expf(tops[g] - highest);
       sum += weight * totals[g];
-      value += weight * outs[g * d + c];
+      value += weight * outs[g * d + mine];
     }
-    const float gate = load<1>(step.gate + column * width + head * d + c)[0];
+    const float gate = load<1>(step.gate + column * width + head * d + mine)[0];
     const int row = column * step_parts + part;
-    store<1>(static_cast<bf16*>(step.parts) + row * width + head * d + c,
+    store<1>(static_cast<bf16*>(step.parts) + row * width + head * d + mine,
              Floats<1>{{value / sum / (1.0f + expf(-gate))}});
-    if (c == 0) store<1>(step.weights_of_parts + row * step.heads + head, Floats<1>{{highest + logf(sum)}});
+    if (mine == 0)
+      store<1>(step.weights_of_parts + row * step.heads + head, Floats<1>{{highest + logf(sum)}});
   }
   __syncthreads();
 }
@@ -142,6 +165,8 @@ __device__ __forceinline__ void attend(const Step& step, int slot) {
 // Eight channels of a request's attention, its parts joined in order.
 __device__ __forceinline__ Floats<8> joined_parts(const Step& step, int column, int parts, int k) {
   const int head = k / step.head_dim, width = step.attention_width();
+  const bf16* rows = static_cast<const bf16*>(step.parts) + column * step_parts * width + k;
+  if (parts == 1) return load<8>(rows);
   float weights[step_parts], highest = -__builtin_inff(), sum = 0;
 #pragma unroll
   for (int part = 0; part < step_parts; ++part) {
@@ -158,8 +183,7 @@ __device__ __forceinline__ Floats<8> joined_parts(const Step& step, int column, 
   for (int part = 0; part < step_parts; ++part) {
     if (part >= parts) continue;
     const float weight = expf(weights[part] - highest) / sum;
-    const Floats<8> values =
-        load<8>(static_cast<const bf16*>(step.parts) + (column * step_parts + part) * width + k);
+    const Floats<8> values = load<8>(rows + part * width);
 #pragma unroll
     for (int c = 0; c < 8; ++c) out[c] += weight * values[c];
   }

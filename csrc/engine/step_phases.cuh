@@ -56,8 +56,8 @@ __device__ __forceinline__ Floats<8> stream_of_first_visit(const Step& step, int
   return slow;
 }
 
-// The stream that enters a visit: the state that the visit before left, its norm taken now, plus the other
-// one. Each block computes all of it; one writes it down.
+// The stream that enters a visit: the state that the visit before left, its norm taken now (from the bfloat16
+// copy, as every norm), plus the other one. Each block computes all of it; one writes it down.
 __device__ __forceinline__ void enter_visit(const Step& step, int visit, int padded) {
   const bool first = visit == 0, slow_before = !first && step.is_slow(visit - 1);
   const float* before = step.streams[(visit + 1) % 2];
@@ -67,7 +67,7 @@ __device__ __forceinline__ void enter_visit(const Step& step, int visit, int pad
     for (int column = 0; column < step.columns; ++column) {
       float square = 0;
       for (int k = 8 * static_cast<int>(threadIdx.x); k < step.width; k += 8 * step_threads) {
-        const Floats<8> u = load<8>(before + column * step.width + k);
+        const Floats<8> u = load<8>(static_cast<const bf16*>(step.x) + column * step.width + k);
 #pragma unroll
         for (int i = 0; i < 8; ++i) square += u[i] * u[i];
       }
@@ -120,9 +120,8 @@ __device__ __forceinline__ void finish_gqkv(const Step& step, int slot, int tile
     store<1>(step.gate + column * width + partner, Floats<1>{{high}});
     return;
   }
-  const int position = position_of(step, column);
   if (kind < 3) {
-    const float* angles = step.rope + static_cast<std::int64_t>(position) * d + i;
+    const float* angles = step.rope + static_cast<std::int64_t>(positions()[column]) * d + i;
     const float cosine = load<1>(angles)[0], sine = load<1>(angles + d / 2)[0], before = low;
     low = low * cosine - high * sine;
     high = high * cosine + before * sine;
@@ -132,7 +131,7 @@ __device__ __forceinline__ void finish_gqkv(const Step& step, int slot, int tile
     store<1>(step.q + column * width + partner, Floats<1>{{high}});
     return;
   }
-  bf16* cached = cache_of(step, slot, kind - 2) + cache_row(step, column, position) * width;
+  bf16* cached = cache_of(step, slot, kind - 2) + new_rows()[column] * width;
   store<1>(cached + channel, Floats<1>{{low}});
   store<1>(cached + partner, Floats<1>{{high}});
 }
@@ -172,7 +171,7 @@ __device__ __forceinline__ void run_phase(const Step& step, WeightStream<packing
       break;
     case Phase::o: {
       load_activations<false>(step, step.attention_width(), padded, [&](int request, int k) {
-        return joined_parts(step, request, parts_of(step, position_of(step, request)).count, k);
+        return joined_parts(step, request, parts_of(step, positions()[request]).count, k);
       });
       multiply(step, stream, [&](int tile, int row, int request, float low, float high) {
         add_to_stream(step, at.visit, request, tile * step_tile_rows + row, low);

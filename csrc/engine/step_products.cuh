@@ -14,10 +14,11 @@ namespace hrmcore::cuda {
 constexpr int step_warps = 8, step_threads = 32 * step_warps, most_columns = 8;
 constexpr int partial_floats = step_warps * step_tile_rows * most_columns;
 
-// Shared memory: partial sums of two tiles, the warps' sums of squares for two norms, activations (or what
-// the attention exchanges), rings.
+// Shared memory: partial sums of two tiles, the warps' sums of squares for two norms, where the requests' new
+// tokens stand, activations (or what the attention exchanges), rings.
 constexpr int squares_offset = 2 * partial_floats * 4;
-constexpr int activations_offset = squares_offset + 2 * step_warps * most_columns * 4;
+constexpr int places_offset = squares_offset + 2 * step_warps * most_columns * 4;
+constexpr int activations_offset = places_offset + 128;
 
 __device__ __forceinline__ int step_lane() { return static_cast<int>(threadIdx.x % 32); }
 __device__ __forceinline__ int step_warp() { return static_cast<int>(threadIdx.x / 32); }

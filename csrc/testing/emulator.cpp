@@ -514,6 +514,7 @@ void global_access(const void* address, std::size_t bytes, bool write, Site site
   const Observer who = observer(*machine.current);
   Cell* cells = machine.global.at(first);
   for (std::size_t cell = 0; cell < (bytes + cell_bytes - 1) / cell_bytes; ++cell) {
+    if (!write && cells[cell].unread(who)) machine.counters.bytes_read_first += std::min(bytes, cell_bytes);
     const Conflict conflict = write ? cells[cell].write(who) : cells[cell].read(who);
     if (conflict.found) report(conflict, write, "global memory", site);
   }

@@ -52,9 +52,11 @@ struct Shape {
 constexpr std::size_t max_shared_bytes = 227 << 10;
 
 // What the launches so far did, by count: the bytes that kernels asked of global memory, caches not
-// considered.
+// considered; and of those read the ones that nobody had read since the last grid barrier or launch, which is
+// what comes from memory where a cache holds what blocks read one after the other.
 struct Counters {
-  std::uint64_t launches = 0, bytes_read = 0, bytes_written = 0, block_barriers = 0, grid_barriers = 0;
+  std::uint64_t launches = 0, bytes_read = 0, bytes_written = 0, block_barriers = 0, grid_barriers = 0,
+                bytes_read_first = 0;
 };
 Counters take_counters();  // and starts again from zero
 void set_seed(std::uint64_t seed);

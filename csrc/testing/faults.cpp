@@ -279,7 +279,7 @@ HRMCORE_TEST_ENTRY void hrmcore_test_seed(std::uint64_t seed) { hrmcore::emulato
 
 HRMCORE_TEST_ENTRY void hrmcore_test_counters(std::uint64_t* out) {
   const hrmcore::emulator::Counters c = hrmcore::emulator::take_counters();
-  const std::uint64_t numbers[] = {c.launches, c.bytes_read, c.bytes_written, c.block_barriers,
-                                   c.grid_barriers};
+  const std::uint64_t numbers[] = {c.launches,       c.bytes_read,    c.bytes_written,
+                                   c.block_barriers, c.grid_barriers, c.bytes_read_first};
   std::memcpy(out, numbers, sizeof(numbers));
 }

@@ -34,6 +34,8 @@ struct Conflict {
 class Cell {
  public:
   Conflict read(const Observer& who);
+  // Whether nobody has read it since the last barrier of the grid.
+  bool unread(const Observer& who) const { return read_tick_ < who.with_grid; }
   Conflict write(const Observer& who);
 
  private:

@@ -99,6 +99,7 @@ def test_traffic_on_cuda():
             "bytes_written": x.nbytes,
             "block_barriers": 0,
             "grid_barriers": 0,
+            "bytes_read_first": x.nbytes,
         }
 
 
