@@ -54,7 +54,7 @@ std::unique_ptr<const PagedFading> copied_rates(const TensorView& rates, const M
     const float rate = rates.as<float>()[c];
     if (!(rate >= -0.1f && rate <= 0)) reject("Engine", "rates", "in [-0.1, 0]", std::to_string(rate));
   }
-  return std::make_unique<const PagedFading>(rates.as<float>(), shape.head_dim);
+  return std::make_unique<const PagedFading>(rates.as<float>(), shape.head_dim, shape.positions);
 }
 
 std::int64_t checked_window(std::int64_t window) {

@@ -8,16 +8,22 @@
 namespace hrmcore {
 
 #if defined(HRMCORE_ISA_generic)
-PagedFading::PagedFading(const float* rates, std::int64_t head_dim) {
-  for (std::int64_t c = 0; c < most_head_channels; ++c)
-    rate[c] = c < head_dim ? rates[c % (head_dim / 2)] : 0.0f;
+PagedFading::PagedFading(const float* rates, std::int64_t head_dim, std::int64_t positions) {
+  const std::int64_t channels = groups_of(head_dim) * group_columns,
+                     blocks = (positions + block_tokens - 1) / block_tokens;
+  between.resize(static_cast<std::size_t>(blocks * channels));
   for (std::int64_t c = 0; c < most_head_channels; ++c) {
+    const double rate = c < head_dim ? static_cast<double>(rates[c % (head_dim / 2)]) : 0.0;
+    const auto fade = [rate](std::int64_t distance) {
+      const double exponent = rate * static_cast<double>(distance);
+      return exponent < -64.0 ? 0.0f : static_cast<float>(__builtin_exp(exponent));
+    };
     for (std::int64_t distance = 0; distance < block_tokens; ++distance) {
-      const double exponent = static_cast<double>(rate[c]);
-      over[distance][c] = static_cast<float>(__builtin_exp(exponent * static_cast<double>(distance)));
-      to_start[c][distance] =
-          static_cast<float>(__builtin_exp(exponent * static_cast<double>(2 * distance - block_tokens + 1)));
+      over[distance][c] = fade(distance);
+      to_start[c][distance] = fade(2 * distance - block_tokens + 1);
     }
+    for (std::int64_t apart = 0; c < channels && apart < blocks; ++apart)
+      between[static_cast<std::size_t>(apart * channels + c)] = fade((apart - 1) * block_tokens + 1);
   }
 }
 #endif
@@ -103,12 +109,17 @@ void store_value(const CacheShape& shape, std::byte* values, std::int64_t row, c
   }
 }
 
+using Quantised = QuantGroup[most_head_channels / group_columns];  // one query
+
 struct QueryTile {
   alignas(64) float query[query_tile][most_head_channels];
-  alignas(
-      64) float faded[query_tile][most_head_channels];  // the queries for the block being visited, under xPos
+  // Under xPos: the queries for keys before and after them, faded within their own blocks; and for the blocks
+  // from faded_begin to faded_end, [block][query].
+  alignas(64) float within[2][query_tile][most_head_channels];
+  alignas(64) float faded[query_tile][most_head_channels];
+  std::int64_t faded_begin, faded_end;
   alignas(64) float panel[most_head_channels * block_tokens];  // its keys as float32, faded to its start
-  alignas(64) QuantGroup quantised[query_tile][most_head_channels / group_columns];
+  alignas(64) Quantised quantised[query_tile];
   alignas(64) float weight[query_tile][block_tokens];  // scores, then their exponentials
   alignas(64) float out[query_tile][most_head_channels];
   float top[query_tile], total[query_tile], decay[query_tile];
@@ -228,43 +239,60 @@ void score_floats(const CacheShape& shape, Packing packing, const std::byte* key
 }
 
 void quantise_queries(const CacheShape& shape, const float (*query)[most_head_channels], int queries,
-                      QueryTile& tile) {
+                      Quantised* quantised_queries) {
   for (int q = 0; q < queries; ++q) {
     for (std::int64_t g = 0; g < groups_of(shape.head_dim); ++g)
-      tile.quantised[q][g] = quantised(query[q] + g * group_columns);
+      quantised_queries[q][g] = quantised(query[q] + g * group_columns);
   }
 }
 
 void score_cached(const CacheShape& shape, const std::byte* keys, int queries,
-                  const float (*query)[most_head_channels], QueryTile& tile) {
+                  const float (*query)[most_head_channels], const Quantised* quantised_queries,
+                  QueryTile& tile) {
   if (shape.packing != Packing::int8) {
     score_floats(shape, shape.packing, keys, true, query[0], queries, tile.weight[0]);
     return;
   }
   ChunkProduct scores = product_of(shape, keys, queries, tile.weight[0]);
-  scores.x = reinterpret_cast<const std::byte*>(tile.quantised);
-  scores.x_row_bytes = sizeof(tile.quantised[0]);
+  scores.x = reinterpret_cast<const std::byte*>(quantised_queries);
+  scores.x_row_bytes = sizeof(Quantised);
   scores.streams = true;
   multiply_chunk(shape.packing, scores);
 }
 
-// The tile's queries into `faded`, each over inner[q] + outer[q] tokens, where 0 <= inner[q] < block_tokens.
-// What is too small to count is zero, so that no product with it is denormal. A query's bits depend on its
-// own position alone.
-void fade_queries(const PagedFading& fading, std::int64_t channels, int queries, const std::int64_t* inner,
-                  const std::int64_t* outer, QueryTile& tile) {
-  alignas(64) float factor[most_head_channels];
+// The queries from `position` on, faded to the edge of their own block that faces the keys before (side 0) or
+// after them (1).
+void fade_within(const PagedFading& fading, std::int64_t channels, std::int64_t position, int queries,
+                 int side, QueryTile& tile) {
   for (int q = 0; q < queries; ++q) {
-    if (q == 0 || outer[q] != outer[q - 1]) {
-      for (std::int64_t c = 0; c < channels; c += lanes) {
-        const vfloat exponent = load(fading.rate + c) * static_cast<float>(outer[q]);
-        store(factor + c, exponent < -64.0f ? vfloat{} : exp(exponent));
-      }
-    }
-    for (std::int64_t c = 0; c < channels; c += lanes) {
-      const vfloat within = load(fading.over[inner[q]] + c) * load(factor + c);
-      store(tile.faded[q] + c, load(tile.query[q] + c) * within);
-    }
+    const std::int64_t index = (position + q) % block_tokens;
+    const float* over = fading.over[side == 0 ? index : block_tokens - 1 - index];
+    for (std::int64_t c = 0; c < channels; c += lanes)
+      store(tile.within[side][q] + c, load(tile.query[q] + c) * load(over + c));
+  }
+}
+
+// Those for a block on that side. A query's bits depend on its own position alone.
+void fade_between(const PagedFading& fading, std::int64_t channels, std::int64_t position, int queries,
+                  int side, std::int64_t block, const QueryTile& tile, float (*faded)[most_head_channels]) {
+  for (int q = 0; q < queries; ++q) {
+    const std::int64_t own = (position + q) / block_tokens, apart = own > block ? own - block : block - own;
+    const float* between = &fading.between[static_cast<std::size_t>(apart * channels)];
+    for (std::int64_t c = 0; c < channels; c += lanes)
+      store(faded[q] + c, load(tile.within[side][q] + c) * load(between + c));
+  }
+}
+
+// The queries for the blocks from `block` on that lie before them, for as many as there is room: one at a
+// time the quantisations, long chains of few instructions, would not overlap.
+void fade_ahead(const Attend& args, std::int64_t block, std::int64_t position, int queries, QueryTile& tile) {
+  const std::int64_t own = (position + queries - 1) / block_tokens, full = block + query_tile / queries;
+  tile.faded_begin = block;
+  tile.faded_end = full < own + 1 ? full : own + 1;
+  for (std::int64_t row = 0; block < tile.faded_end; ++block, row += queries) {
+    fade_between(*args.fading, args.shape.channels(), position, queries, 0, block, tile, tile.faded + row);
+    if (args.shape.packing == Packing::int8)
+      quantise_queries(args.shape, tile.faded + row, queries, tile.quantised + row);
   }
 }
 
@@ -300,16 +328,12 @@ void expand_keys(const CacheShape& shape, const std::byte* keys, const PagedFadi
 void score_after(const Attend& args, const std::byte* keys, std::int64_t block, std::int64_t position,
                  int queries, QueryTile& tile) {
   const CacheShape& shape = args.shape;
-  std::int64_t inner[query_tile], outer[query_tile];
-  for (int q = 0; q < queries; ++q) {
-    inner[q] = block_tokens - 1 - (position + q) % block_tokens;
-    outer[q] = (block - (position + q) / block_tokens) * block_tokens - block_tokens + 1;
-  }
-  fade_queries(*args.fading, shape.channels(), queries, inner, outer, tile);
+  alignas(64) float faded[query_tile][most_head_channels];
+  fade_between(*args.fading, shape.channels(), position, queries, 1, block, tile, faded);
   expand_keys(shape, keys, *args.fading, tile.panel);
   alignas(64) float scores[query_tile][block_tokens];
-  score_floats(shape, Packing::f32, reinterpret_cast<const std::byte*>(tile.panel), false, tile.faded[0],
-               queries, scores[0]);
+  score_floats(shape, Packing::f32, reinterpret_cast<const std::byte*>(tile.panel), false, faded[0], queries,
+               scores[0]);
   for (int q = 0; q < queries; ++q) {
     const std::int64_t first = position + q + 1 - block * block_tokens;
     for (std::int64_t row = first > 0 ? first : 0; row < block_tokens; ++row)
@@ -322,14 +346,9 @@ void score_faded(const Attend& args, const std::byte* keys, std::int64_t block, 
                  int queries, std::int64_t most, QueryTile& tile) {
   const std::int64_t first_key = block * block_tokens, last = position + queries - 1;
   if (first_key <= last) {
-    std::int64_t inner[query_tile], outer[query_tile];
-    for (int q = 0; q < queries; ++q) {
-      inner[q] = (position + q) % block_tokens;
-      outer[q] = ((position + q) / block_tokens - block) * block_tokens - block_tokens + 1;
-    }
-    fade_queries(*args.fading, args.shape.channels(), queries, inner, outer, tile);
-    if (args.shape.packing == Packing::int8) quantise_queries(args.shape, tile.faded, queries, tile);
-    score_cached(args.shape, keys, queries, tile.faded, tile);
+    if (block >= tile.faded_end) fade_ahead(args, block, position, queries, tile);
+    const std::int64_t row = (block - tile.faded_begin) * queries;
+    score_cached(args.shape, keys, queries, tile.faded + row, tile.quantised + row, tile);
   }
   const std::int64_t end = first_key + block_tokens < most ? first_key + block_tokens : most;
   if (args.prefix > position + 1 && end > position + 1)
@@ -348,9 +367,14 @@ void attend_tile(const Attend& args, std::int64_t first, int queries, QueryTile&
     tile.top[q] = -__builtin_inff();
     tile.total[q] = 0;
   }
-  if (shape.packing == Packing::int8 && args.fading == nullptr)
-    quantise_queries(shape, tile.query, queries, tile);
   const std::int64_t position = args.start + first, window = args.window;
+  if (args.fading != nullptr) {
+    tile.faded_end = 0;
+    for (int side = 0; side <= (args.prefix > position + 1 ? 1 : 0); ++side)
+      fade_within(*args.fading, channels, position, queries, side, tile);
+  } else if (shape.packing == Packing::int8) {
+    quantise_queries(shape, tile.query, queries, tile.quantised);
+  }
   const std::int64_t last = position + queries;  // the tile's last query sees at least this many keys
   std::int64_t most = last > args.prefix ? last : args.prefix, block = 0;
   if (window > 0) {
@@ -369,7 +393,7 @@ void attend_tile(const Attend& args, std::int64_t first, int queries, QueryTile&
       ahead.end = ahead.next + shape.key_bytes();
     }
     if (args.fading == nullptr) {
-      score_cached(shape, keys, queries, tile.query, tile);
+      score_cached(shape, keys, queries, tile.query, tile.quantised, tile);
     } else {
       score_faded(args, keys, block, position, queries, most, tile);
     }

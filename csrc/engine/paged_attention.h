@@ -6,9 +6,10 @@
 //   to 32
 //
 // Under xPos (PagedFading) a key is stored faded by its distance to the end of its block; a query is faded by
-// the rest when it visits the block, and by exp(-rate * what is too much) where the block does not end before
-// it. Keys after the query are faded to the start of their block instead, from what is stored: that happens
-// to prefixes only. A window W hides from query i the keys j with |floor(i / W) - floor(j / W)| > 1.
+// its distance to the start of its own block, once, and by what lies between the two edges when it visits a
+// block, which is -63 tokens in its own. Keys after the query are faded to the start of their block instead,
+// from what is stored, and the query to the end of its own: that happens to prefixes only. A window W hides
+// from query i the keys j with |floor(i / W) - floor(j / W)| > 1.
 //
 // append_tokens turns q and k by their position (RoPE, half split), multiplies q by 1/sqrt(d) and stores k
 // and v. attend computes  out = sigmoid(gate) * softmax(q k^T) v,  key j visible to query i iff j <
@@ -16,6 +17,8 @@
 // on how many stand beside it. Reads each visible key and value once for up to `query_tile` queries. Sources:
 // arXiv 2104.09864, 2205.14135.
 #pragma once
+
+#include <vector>
 
 #include "core/isa.h"
 #include "engine/packed.h"
@@ -50,14 +53,16 @@ struct TokenPlace {
 // xPos: a score fades by exp(rate_c * distance) in channel c.
 struct PagedFading {
   // rates: (head_dim / 2). Zero beyond head_dim, where queries are zero, too.
-  PagedFading(const float* rates, std::int64_t head_dim);
+  PagedFading(const float* rates, std::int64_t head_dim, std::int64_t positions);
 
-  float rate[most_head_channels];
   // exp(rate * distance), distances 0 to 63: [distance][channel]
   float over[block_tokens][most_head_channels];
   // What makes keys that are faded to the end of their block those faded to its start: [channel][row], as a
   // panel
   float to_start[most_head_channels][block_tokens];
+  // between the facing edges of two blocks that are so many blocks apart: [blocks][channels]. What is too
+  // small to count is zero, so that no product with it is denormal.
+  std::vector<float> between;
 };
 
 struct AppendTokens {
