@@ -22,10 +22,8 @@ HRMCORE_INLINE void quantise_group(const vfloat (&x)[group_vectors], QuantGroup*
     const vbyte bytes = __builtin_convertvector(q, vbyte);
     __builtin_memcpy(out->q + v * lanes, &bytes, sizeof(bytes));
   }
-  std::int32_t sum_of_q = 0;
-  for (int i = 0; i < lanes; ++i) sum_of_q += total[i];
   out->scale = largest / 127.0f;
-  out->sum = sum_of_q;
+  out->sum = static_cast<std::int32_t>(sum(to_float(total)));  // exact: at most 32 * 127
 }
 
 }  // namespace hrmcore::HRMCORE_ISA
