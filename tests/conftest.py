@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,10 @@ from hrmcore.config import HRMConfig
 from hrmcore.engine import Engine, load
 from hrmcore.model import HRM
 from hrmcore.tokenizer import train_tokenizer
+
+# A shell ignores SIGINT for what it starts in the background, and what is ignored is inherited: the tests of Ctrl-C
+# would wait in vain.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SAMPLES = [
     {"task": "chain_sum", "instruction": "what is 3 plus 4?", "response": "7"},
