@@ -322,13 +322,18 @@ def test_a_checkpoint_and_its_config_are_planned(checkpoint: Path, capsys: pytes
     assert results[0]["flops"] == results[1]["flops"]
 
 
-def test_a_run_file_says_the_rest(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_file = tmp_path / "run.toml"
+def write_plan(checkpoint: Path, folder: Path, keys: str = "", stages: str = "") -> Path:
+    run_file = folder / "run.toml"
     run_file.write_text(
-        f'train_files = ["a.jsonl"]\ntokenizer = "{checkpoint}"\nout = "out"\nsteps = 100\nbatch_tokens = 512\n'
-        "horizon_last = 3\n[model]\nhidden_size = 32\nintermediate_size = 48\nnum_layers_per_stack = 1\n"
-        "num_attention_heads = 2\nhead_dim = 16\n"
+        f'train_files = ["a.jsonl"]\ntokenizer = "{checkpoint}"\nout = "out"\nsteps = 100\nbatch_tokens = 512\n{keys}'
+        "[model]\nhidden_size = 32\nintermediate_size = 48\nnum_layers_per_stack = 1\n"
+        f"num_attention_heads = 2\nhead_dim = 16\n{stages}"
     )
+    return run_file
+
+
+def test_a_run_file_says_the_rest(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_file = write_plan(checkpoint, tmp_path, keys="horizon_last = 3\n")
     result = planned(capsys, str(run_file))
     assert (result["tokens"], result["batch_tokens"], result["precision"]) == (51200, 512, "float32")
     assert result["horizon"] == {"first": 2, "last": 3, "fraction": 0.2}
@@ -336,13 +341,9 @@ def test_a_run_file_says_the_rest(checkpoint: Path, tmp_path: Path, capsys: pyte
 
 
 def test_a_run_files_growth_is_planned(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_file = tmp_path / "run.toml"
-    run_file.write_text(
-        f'train_files = ["a.jsonl"]\ntokenizer = "{checkpoint}"\nout = "out"\nsteps = 100\nbatch_tokens = 512\n'
-        "[model]\nhidden_size = 32\nintermediate_size = 48\nnum_layers_per_stack = 1\nnum_attention_heads = 2\n"
-        "head_dim = 16\n[[grow]]\nat_tokens = 20000\nhidden_size = 64\n"
-        "[[grow]]\nat_tokens = 30000\nnum_layers_per_stack = 3\n"
-    )
+    wider = "[[grow]]\nat_tokens = 20000\nhidden_size = 64\n"
+    deeper = "[[grow]]\nat_tokens = 30000\nnum_layers_per_stack = 3\n"
+    run_file = write_plan(checkpoint, tmp_path, stages=wider + deeper)
     result = planned(capsys, str(run_file))
     small = read_config(run_file).model
     wide = small.replace(hidden_size=64, embedding_scale=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from hrmcore.run_config import read_config
 from hrmcore.tokenizer import train_tokenizer
 from hrmcore.train import Trainer
 from hrmcore.training_state import find_states, load_state
+from runs import write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_peak")
 
@@ -29,33 +31,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_file(folder: Path, tokenizer: Path, **keys: object) -> Path:
-    folder.mkdir()
-    data = folder / "train.jsonl"
-    data.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
-    values = {
-        "train_files": [str(data)],
-        "heldout_files": [str(data)],
-        "tokenizer": str(tokenizer),
-        "out": str(folder / "out"),
-        "steps": 3,
-        "batch_tokens": 48,
-        "warmup_steps": 1,
-        "save_every": 2,
-        "ema": 0.9,
-    } | keys
-    model = """
-[model]
-hidden_size = 16
-intermediate_size = 32
-num_layers_per_stack = 1
-num_attention_heads = 1
-head_dim = 16
-max_position_embeddings = 64
-"""
-    path = folder / "run.toml"
-    path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()) + model)
-    return path
+MODEL = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 1}
+
+
+def run_file(folder: Path, tokenizer: Path, **keys: Any) -> Path:
+    few = {"steps": 3, "batch_tokens": 48, "warmup_steps": 1, "save_every": 2, "ema": 0.9}
+    heldout = [str(folder / "train.jsonl")]
+    return write_run(folder, RECORDS, tokenizer, MODEL, **few | {"heldout_files": heldout} | keys)
 
 
 def figures(
@@ -87,10 +69,8 @@ def test_every_tensor_is_on_the_device(
 ) -> None:
     """A run, resumed and grown, on a device that is none: what would mix it with the CPU fails; the CPU's bits."""
     keys = {"optimizer": optimizer} | ({"curvature_every": 1} if optimizer != "adamw" else {})
-    grow = "[[grow]]\nat_tokens = 30\nintermediate_size = 48\n"
-    files = [run_file(tmp_path / name, tokenizer, **keys) for name in ("cpu", "elsewhere")]
-    for path in files:
-        path.write_text(path.read_text() + grow)
+    stages = "[[grow]]\nat_tokens = 30\nintermediate_size = 48\n"
+    files = [run_file(tmp_path / name, tokenizer, stages=stages, **keys) for name in ("cpu", "elsewhere")]
     Trainer(read_config(files[0])).run()
     draw = curvature.generator_of
     with monkeypatch.context() as patch, another_device():
