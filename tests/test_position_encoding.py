@@ -172,7 +172,12 @@ def test_the_reference_runner_continues_as_the_model(own: HRMConfig) -> None:
 
 
 LONG = config(max_position_embeddings=512, vocab_size=67, head_dim=40, H_cycles=1, L_cycles=2)
-LONG_FORMS = [LONG, LONG.replace(attention_window=64), LONG.replace(position_encoding="rope", attention_window=128)]
+# The scale bases make spans of two blocks and of four (csrc/engine/paged_attention.h): the prefix crosses the first.
+LONG_FORMS = [
+    LONG.replace(xpos_scale_base=256),
+    LONG.replace(attention_window=64),
+    LONG.replace(position_encoding="rope", attention_window=128),
+]
 PROMPT, LENGTH = 150, 270  # the prefix is longer than two windows of 64, and so is the response
 
 

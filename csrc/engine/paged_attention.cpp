@@ -1,5 +1,10 @@
 #include "engine/paged_attention.h"
 
+#if defined(HRMCORE_ISA_generic)
+#include <algorithm>
+#include <cmath>
+#endif
+
 #include "engine/fetching.h"
 #include "engine/lanes.h"
 #include "engine/quantise.h"
@@ -8,22 +13,37 @@
 namespace hrmcore {
 
 #if defined(HRMCORE_ISA_generic)
-PagedFading::PagedFading(const float* rates, std::int64_t head_dim, std::int64_t positions) {
-  const std::int64_t channels = groups_of(head_dim) * group_columns,
-                     blocks = (positions + block_tokens - 1) / block_tokens;
-  between.resize(static_cast<std::size_t>(blocks * channels));
-  for (std::int64_t c = 0; c < most_head_channels; ++c) {
+namespace {
+
+constexpr std::int64_t most_span_blocks = 8;  // the table of a span stays within the second-level cache
+
+std::int64_t span_of(const float* rates, std::int64_t count) {
+  const double fastest = *std::min_element(rates, rates + count);
+  const double halved = fastest < 0 ? std::log(0.5) / fastest / block_tokens : most_span_blocks;
+  const auto blocks = static_cast<std::int64_t>(std::min<double>(halved, most_span_blocks));
+  return std::max<std::int64_t>(blocks, 1) * block_tokens;
+}
+
+}  // namespace
+
+PagedFading::PagedFading(const float* rates, std::int64_t head_dim, std::int64_t positions)
+    : span(span_of(rates, head_dim / 2)) {
+  const std::int64_t channels = groups_of(head_dim) * group_columns, spans = (positions + span - 1) / span;
+  over.resize(static_cast<std::size_t>(span * channels));
+  to_start.resize(over.size());
+  between.resize(static_cast<std::size_t>(spans * channels));
+  for (std::int64_t c = 0; c < channels; ++c) {
     const double rate = c < head_dim ? static_cast<double>(rates[c % (head_dim / 2)]) : 0.0;
     const auto fade = [rate](std::int64_t distance) {
       const double exponent = rate * static_cast<double>(distance);
-      return exponent < -64.0 ? 0.0f : static_cast<float>(__builtin_exp(exponent));
+      return exponent < -64.0 ? 0.0f : static_cast<float>(std::exp(exponent));
     };
-    for (std::int64_t distance = 0; distance < block_tokens; ++distance) {
-      over[distance][c] = fade(distance);
-      to_start[c][distance] = fade(2 * distance - block_tokens + 1);
+    for (std::int64_t distance = 0; distance < span; ++distance) {
+      over[static_cast<std::size_t>(distance * channels + c)] = fade(distance);
+      to_start[static_cast<std::size_t>(c * span + distance)] = fade(2 * distance - span + 1);
     }
-    for (std::int64_t apart = 0; c < channels && apart < blocks; ++apart)
-      between[static_cast<std::size_t>(apart * channels + c)] = fade((apart - 1) * block_tokens + 1);
+    for (std::int64_t apart = 0; apart < spans; ++apart)
+      between[static_cast<std::size_t>(apart * channels + c)] = fade((apart - 1) * span + 1);
   }
 }
 #endif
@@ -109,16 +129,24 @@ void store_value(const CacheShape& shape, std::byte* values, std::int64_t row, c
   }
 }
 
+// What fades a token to the start (side 0) or the end (1) of its span: [channels].
+HRMCORE_INLINE const float* fading_to_edge(const PagedFading& fading, std::int64_t channels,
+                                           std::int64_t position, int side) {
+  const std::int64_t index = position % fading.span;
+  return fading.over.data() + (side == 0 ? index : fading.span - 1 - index) * channels;
+}
+
 using Quantised = QuantGroup[most_head_channels / group_columns];  // one query
 
 struct QueryTile {
   alignas(64) float query[query_tile][most_head_channels];
-  // Under xPos: the queries for keys before and after them, faded within their own blocks; and for the blocks
-  // from faded_begin to faded_end, [block][query].
+  // Under xPos: the queries for keys before and after them, faded within their own spans; and those for the
+  // keys before them in one span.
   alignas(64) float within[2][query_tile][most_head_channels];
   alignas(64) float faded[query_tile][most_head_channels];
-  std::int64_t faded_begin, faded_end;
-  alignas(64) float panel[most_head_channels * block_tokens];  // its keys as float32, faded to its start
+  std::int64_t faded_span;
+  // A block's keys as float32, faded to the start of their span.
+  alignas(64) float panel[most_head_channels * block_tokens];
   alignas(64) Quantised quantised[query_tile];
   alignas(64) float weight[query_tile][block_tokens];  // scores, then their exponentials
   alignas(64) float out[query_tile][most_head_channels];
@@ -246,60 +274,49 @@ void quantise_queries(const CacheShape& shape, const float (*query)[most_head_ch
   }
 }
 
+// Scores against a block of the cache: of float queries, or with an int8 cache of those quantised in the
+// tile.
 void score_cached(const CacheShape& shape, const std::byte* keys, int queries,
-                  const float (*query)[most_head_channels], const Quantised* quantised_queries,
-                  QueryTile& tile) {
+                  const float (*query)[most_head_channels], QueryTile& tile) {
   if (shape.packing != Packing::int8) {
     score_floats(shape, shape.packing, keys, true, query[0], queries, tile.weight[0]);
     return;
   }
   ChunkProduct scores = product_of(shape, keys, queries, tile.weight[0]);
-  scores.x = reinterpret_cast<const std::byte*>(quantised_queries);
+  scores.x = reinterpret_cast<const std::byte*>(tile.quantised);
   scores.x_row_bytes = sizeof(Quantised);
   scores.streams = true;
   multiply_chunk(shape.packing, scores);
 }
 
-// The queries from `position` on, faded to the edge of their own block that faces the keys before (side 0) or
+// The queries from `position` on, faded to the edge of their own span that faces the keys before (side 0) or
 // after them (1).
 void fade_within(const PagedFading& fading, std::int64_t channels, std::int64_t position, int queries,
                  int side, QueryTile& tile) {
   for (int q = 0; q < queries; ++q) {
-    const std::int64_t index = (position + q) % block_tokens;
-    const float* over = fading.over[side == 0 ? index : block_tokens - 1 - index];
+    const float* over = fading_to_edge(fading, channels, position + q, side);
     for (std::int64_t c = 0; c < channels; c += lanes)
       store(tile.within[side][q] + c, load(tile.query[q] + c) * load(over + c));
   }
 }
 
-// Those for a block on that side. A query's bits depend on its own position alone.
+// Those for a span on that side. A query's bits depend on its own position alone.
 void fade_between(const PagedFading& fading, std::int64_t channels, std::int64_t position, int queries,
-                  int side, std::int64_t block, const QueryTile& tile, float (*faded)[most_head_channels]) {
+                  int side, std::int64_t span, const QueryTile& tile, float (*faded)[most_head_channels]) {
   for (int q = 0; q < queries; ++q) {
-    const std::int64_t own = (position + q) / block_tokens, apart = own > block ? own - block : block - own;
-    const float* between = &fading.between[static_cast<std::size_t>(apart * channels)];
+    const std::int64_t own = (position + q) / fading.span, apart = own > span ? own - span : span - own;
+    const float* between = fading.between.data() + apart * channels;
     for (std::int64_t c = 0; c < channels; c += lanes)
       store(faded[q] + c, load(tile.within[side][q] + c) * load(between + c));
   }
 }
 
-// The queries for the blocks from `block` on that lie before them, for as many as there is room: one at a
-// time the quantisations, long chains of few instructions, would not overlap.
-void fade_ahead(const Attend& args, std::int64_t block, std::int64_t position, int queries, QueryTile& tile) {
-  const std::int64_t own = (position + queries - 1) / block_tokens, full = block + query_tile / queries;
-  tile.faded_begin = block;
-  tile.faded_end = full < own + 1 ? full : own + 1;
-  for (std::int64_t row = 0; block < tile.faded_end; ++block, row += queries) {
-    fade_between(*args.fading, args.shape.channels(), position, queries, 0, block, tile, tile.faded + row);
-    if (args.shape.packing == Packing::int8)
-      quantise_queries(args.shape, tile.faded + row, queries, tile.quantised + row);
-  }
-}
-
-// A block's keys as float32, faded to its start: [channel][row].
-void expand_keys(const CacheShape& shape, const std::byte* keys, const PagedFading& fading, float* panel) {
+// A block's keys as float32, faded to the start of their span: [channel][row]. `to_start`: of the block's
+// rows.
+void expand_keys(const CacheShape& shape, const std::byte* keys, const float* to_start, std::int64_t span,
+                 float* panel) {
   const auto put = [&](std::int64_t channel, std::int64_t row, vfloat key) __attribute__((always_inline)) {
-    store(panel + channel * block_tokens + row, key * load(fading.to_start[channel] + row));
+    store(panel + channel * block_tokens + row, key * load(to_start + channel * span + row));
   };
   const std::int64_t channels = shape.channels();
   for (std::int64_t row = 0; row < block_tokens; row += lanes) {
@@ -328,14 +345,16 @@ void expand_keys(const CacheShape& shape, const std::byte* keys, const PagedFadi
 void score_after(const Attend& args, const std::byte* keys, std::int64_t block, std::int64_t position,
                  int queries, QueryTile& tile) {
   const CacheShape& shape = args.shape;
+  const PagedFading& fading = *args.fading;
+  const std::int64_t first_key = block * block_tokens, span = first_key / fading.span;
   alignas(64) float faded[query_tile][most_head_channels];
-  fade_between(*args.fading, shape.channels(), position, queries, 1, block, tile, faded);
-  expand_keys(shape, keys, *args.fading, tile.panel);
+  fade_between(fading, shape.channels(), position, queries, 1, span, tile, faded);
+  expand_keys(shape, keys, fading.to_start.data() + first_key % fading.span, fading.span, tile.panel);
   alignas(64) float scores[query_tile][block_tokens];
   score_floats(shape, Packing::f32, reinterpret_cast<const std::byte*>(tile.panel), false, faded[0], queries,
                scores[0]);
   for (int q = 0; q < queries; ++q) {
-    const std::int64_t first = position + q + 1 - block * block_tokens;
+    const std::int64_t first = position + q + 1 - first_key;
     for (std::int64_t row = first > 0 ? first : 0; row < block_tokens; ++row)
       tile.weight[q][row] = scores[q][row];
   }
@@ -344,11 +363,15 @@ void score_after(const Attend& args, const std::byte* keys, std::int64_t block, 
 // Scores of a block under xPos, of the queries from `position` on. `most`: keys that any of them sees.
 void score_faded(const Attend& args, const std::byte* keys, std::int64_t block, std::int64_t position,
                  int queries, std::int64_t most, QueryTile& tile) {
-  const std::int64_t first_key = block * block_tokens, last = position + queries - 1;
-  if (first_key <= last) {
-    if (block >= tile.faded_end) fade_ahead(args, block, position, queries, tile);
-    const std::int64_t row = (block - tile.faded_begin) * queries;
-    score_cached(args.shape, keys, queries, tile.faded + row, tile.quantised + row, tile);
+  const std::int64_t first_key = block * block_tokens, span = first_key / args.fading->span;
+  if (first_key < position + queries) {
+    if (span != tile.faded_span) {
+      fade_between(*args.fading, args.shape.channels(), position, queries, 0, span, tile, tile.faded);
+      if (args.shape.packing == Packing::int8)
+        quantise_queries(args.shape, tile.faded, queries, tile.quantised);
+      tile.faded_span = span;
+    }
+    score_cached(args.shape, keys, queries, tile.faded, tile);
   }
   const std::int64_t end = first_key + block_tokens < most ? first_key + block_tokens : most;
   if (args.prefix > position + 1 && end > position + 1)
@@ -369,7 +392,7 @@ void attend_tile(const Attend& args, std::int64_t first, int queries, QueryTile&
   }
   const std::int64_t position = args.start + first, window = args.window;
   if (args.fading != nullptr) {
-    tile.faded_end = 0;
+    tile.faded_span = -1;
     for (int side = 0; side <= (args.prefix > position + 1 ? 1 : 0); ++side)
       fade_within(*args.fading, channels, position, queries, side, tile);
   } else if (shape.packing == Packing::int8) {
@@ -393,7 +416,7 @@ void attend_tile(const Attend& args, std::int64_t first, int queries, QueryTile&
       ahead.end = ahead.next + shape.key_bytes();
     }
     if (args.fading == nullptr) {
-      score_cached(shape, keys, queries, tile.query, tile.quantised, tile);
+      score_cached(shape, keys, queries, tile.query, tile);
     } else {
       score_faded(args, keys, block, position, queries, most, tile);
     }
@@ -427,14 +450,15 @@ void append_tokens(const AppendTokens& args) noexcept {
     const TokenPlace& place = args.places[token];
     const float* angles = args.rope + place.position * dim;
     const std::int64_t index = place.position % block_tokens;
+    const float* fading =
+        args.fading == nullptr ? nullptr : fading_to_edge(*args.fading, shape.channels(), place.position, 1);
     for (std::int64_t head = 0; head < shape.heads; ++head) {
       std::byte* keys = place.block + args.slot * shape.slot_bytes() + head * shape.head_bytes();
       float* q = args.gqkv + token * args.stride + width + head * dim;
       rotate(q, angles, dim, scale, row);
       __builtin_memcpy(q, row, static_cast<std::size_t>(dim) * sizeof(float));
       rotate(q + width, angles, dim, 1.0f, row);
-      if (args.fading != nullptr) {
-        const float* fading = args.fading->over[block_tokens - 1 - index];
+      if (fading != nullptr) {
         for (std::int64_t c = 0; c < dim; ++c) row[c] *= fading[c];
       }
       store_key(shape, keys, index, row);

@@ -5,11 +5,11 @@
 //   int8) values  [64][d'] in f32 or bf16; or int8, then a float32 scale for each token;  d' is d rounded up
 //   to 32
 //
-// Under xPos (PagedFading) a key is stored faded by its distance to the end of its block; a query is faded by
-// its distance to the start of its own block, once, and by what lies between the two edges when it visits a
-// block, which is -63 tokens in its own. Keys after the query are faded to the start of their block instead,
-// from what is stored, and the query to the end of its own: that happens to prefixes only. A window W hides
-// from query i the keys j with |floor(i / W) - floor(j / W)| > 1.
+// Under xPos (PagedFading) a key is stored faded by its distance to the end of its span of blocks; a query is
+// faded by its distance to the start of its own span, once, and by what lies between the two edges when it
+// comes to another span, which is 1 - span tokens in its own. Keys after the query are faded to the start of
+// their span instead, from what is stored, and the query to the end of its own: that happens to prefixes
+// only. A window W hides from query i the keys j with |floor(i / W) - floor(j / W)| > 1.
 //
 // append_tokens turns q and k by their position (RoPE, half split), multiplies q by 1/sqrt(d) and stores k
 // and v. attend computes  out = sigmoid(gate) * softmax(q k^T) v,  key j visible to query i iff j <
@@ -52,16 +52,19 @@ struct TokenPlace {
 
 // xPos: a score fades by exp(rate_c * distance) in channel c.
 struct PagedFading {
-  // rates: (head_dim / 2). Zero beyond head_dim, where queries are zero, too.
+  // rates: (head_dim / 2), none positive. Zero beyond head_dim, where queries are zero, too.
   PagedFading(const float* rates, std::int64_t head_dim, std::int64_t positions);
 
-  // exp(rate * distance), distances 0 to 63: [distance][channel]
-  float over[block_tokens][most_head_channels];
-  // What makes keys that are faded to the end of their block those faded to its start: [channel][row], as a
-  // panel
-  float to_start[most_head_channels][block_tokens];
-  // between the facing edges of two blocks that are so many blocks apart: [blocks][channels]. What is too
-  // small to count is zero, so that no product with it is denormal.
+  // Tokens, whole blocks: as many as the fastest channel halves over, for a query is faded and quantised anew
+  // for each span, and what is left of that channel in an int8 key has lost a bit at most. One block at
+  // least.
+  std::int64_t span;
+  // exp(rate * distance), distances 0 to span - 1: [distance][channels]
+  std::vector<float> over;
+  // What makes keys that are faded to the end of their span those faded to its start: [channels][span]
+  std::vector<float> to_start;
+  // between the facing edges of two spans that are so many spans apart: [spans][channels]. What is too small
+  // to count is zero, so that no product with it is denormal.
   std::vector<float> between;
 };
 
