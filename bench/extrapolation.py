@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from intervals import median_with_interval
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -228,10 +229,8 @@ def compare(prepare: Callable[[], list[Callable[[], object]]], rounds: int, seco
             taken.append(spent / 2)
     rope, xpos, again = np.array(taken).T
     found: dict[str, Any] = {"rope_seconds": float(np.median(rope)), "rounds": len(taken)}
-    for name, ratios in (("ratio", 2 * xpos / (rope + again)), ("control", again / rope)):
-        drawn = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
-        interval = np.quantile(np.median(drawn, 1), (0.025, 0.975)).tolist()
-        found |= {name: float(np.median(ratios)), f"{name}_interval": interval}
+    found["ratio"] = median_with_interval(2 * xpos / (rope + again))
+    found["control"] = median_with_interval(again / rope)
     return found
 
 
@@ -260,9 +259,8 @@ def cost(seconds: float) -> dict[str, dict[str, Any]]:
     return found
 
 
-def percent(line: dict[str, Any], name: str) -> str:
-    low, high = line[f"{name}_interval"]
-    return f"{line[name] - 1:+.1%} (95%: {low - 1:+.1%} to {high - 1:+.1%})"
+def percent(found: dict[str, float]) -> str:
+    return f"{found['median'] - 1:+.1%} (95%: {found['low'] - 1:+.1%} to {found['high'] - 1:+.1%})"
 
 
 LONG = 65_536  # tokens, as many as an xPos model takes
@@ -346,8 +344,8 @@ def main() -> int:
     report: dict[str, Any] = {"cost": cost(0 if arguments.toy else 35)}
     for name, line in report["cost"].items():
         seconds, rounds = line["rope_seconds"], line["rounds"]
-        print(f"{name}, {rounds} rounds: rope {1e3 * seconds:.3f} ms, xpos {percent(line, 'ratio')}")
-        print(f"    and rope beside itself {percent(line, 'control')}")
+        print(f"{name}, {rounds} rounds: rope {1e3 * seconds:.3f} ms, xpos {percent(line['ratio'])}")
+        print(f"    and rope beside itself {percent(line['control'])}")
     if not arguments.cost:
         arguments.out.mkdir(parents=True, exist_ok=True)
         results = run(arguments.out, scale)

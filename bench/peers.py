@@ -1,16 +1,20 @@
-"""hrmcore, transformers and llama.cpp on the same checkpoint, alternating in one run: what else the machine does meets
-all of them alike. Each engine runs in a process of its own, several rounds, so that a figure comes with its range and a
-ratio is one within a round.
+"""hrmcore, transformers and llama.cpp on the same checkpoint, in turns of seconds: what else the machine does meets all
+of them alike. Each engine is loaded in a process of its own and waits there for its turns.
 
     python bench/peers.py CHECKPOINT --gguf bf16=model-bf16.gguf --gguf q8_0=model-q8_0.gguf --out bench/peers
     python bench/peers.py CHECKPOINT --gguf … --quick
 
---quick makes two rounds with one transformers and contexts to 1,024. A round measures, in this order: loading, the
-first token of a short prompt after it, prefill of one prompt, greedy decoding after it, peak resident memory, decoding
-after longer contexts (first round only), and the streaming bandwidth of the same minute. The share of the bandwidth
-counts what a token must read: the weights of every visit, the head, and the keys and values of its context. llama.cpp
-attends causally over the prompt, where the model was trained with a bidirectional prefix: speed is compared, not
-answers. Needs the extra `bench`. The last line printed is JSON; --out writes it with a picture beside it.
+First each engine alone: loading, the first token of a short prompt after it, peak resident memory. Then turns of
+prefill and turns of greedy decoding; in a turn every engine runs there and back, between two plain reads of the memory
+where it decodes, and ratios are taken within a turn. Prefill turns after the first leave out a peer that takes twice as
+long as the best. Last, decoding after longer contexts, once. --quick makes fewer turns, with one transformers, and
+contexts to 1,024. All engines stand in memory together: some 16 GB for the 1B in three dtypes beside their peers, 6 GB
+more with transformers in float32.
+
+The share of the bandwidth counts what a token must read: the weights of every visit, the head, and the keys and values
+of its context. llama.cpp attends causally over the prompt, where the model was trained with a bidirectional prefix:
+speed is compared, not answers. Needs the extra `bench`. The last line printed is JSON; --out writes it with a picture
+beside it.
 """
 
 from __future__ import annotations
@@ -23,10 +27,12 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from decode import stream_gb_s
+from decode import StreamRead
+from intervals import median_with_interval
 
 from hrmcore import _C
 from hrmcore.checkpoint import read_config
@@ -36,6 +42,8 @@ from hrmcore.config import HRMConfig
 BITS = {"float32": 32, "bfloat16": 16, "bf16": 16, "int8": 8.5, "q8_0": 8.5, "int4": 4.5, "q4_0": 4.5}
 HEAD_BITS = BITS | {"int4": 8.5}
 PAIRS = {"hrmcore bfloat16": "llama.cpp bf16", "hrmcore int8": "llama.cpp q8_0", "hrmcore int4": "llama.cpp q4_0"}
+
+Turns = dict[str, list[dict[str, float]]]  # by engine, what each turn found
 
 
 class Opened(NamedTuple):
@@ -58,36 +66,26 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=256, help="tokens of the prompt (256)")
     parser.add_argument("--contexts", help="decode after these, too (1024,4000)")
     parser.add_argument("--context-seconds", type=float, help="reach those contexts only while it takes no longer")
-    parser.add_argument("--tokens", type=int, default=8, help="decoded for each figure (8)")
-    parser.add_argument("--rounds", type=int, help="(3); longer contexts are measured in the first")
+    parser.add_argument("--tokens", type=int, default=3, help="decoded at a time (3)")
+    parser.add_argument("--turns", type=int, help="(12)")
     parser.add_argument("--quick", action="store_true", help="fewer of everything that is not given")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.png")
     args = parser.parse_args()
     settle(args)
     config = read_config(args.checkpoint)
-    engines = [("hrmcore", dtype, str(args.checkpoint)) for dtype in args.dtypes.split(",") if dtype]
-    engines += [("transformers", dtype, str(args.checkpoint)) for dtype in args.transformers.split(",") if dtype]
-    engines += [("llama.cpp", *entry.split("=", 1)) for entry in args.gguf]
-    spawn = multiprocessing.get_context("spawn")
-    rounds: dict[str, list[dict[str, float]]] = {f"{name} {dtype}": [] for name, dtype, _ in engines}
-    for number in range(args.rounds):
-        for name, dtype, path in engines:
-            contexts = args.contexts if number == 0 else []
-            with spawn.Pool(1) as pool:
-                measured = pool.apply(measure, (name, dtype, path, args, contexts))
-            for key in [key for key in measured if key.startswith("decode")]:
-                needed = bytes_a_token(config, dtype, measured[f"context{key[6:]}"])
-                measured[f"share{key[6:]}"] = measured[key] * needed / measured["stream_gb_s"] / 1e9
-            rounds[f"{name} {dtype}"].append(measured)
-            print(f"round {number + 1}, {name} {dtype}: {json.dumps(measured)}", flush=True)
-    report = {
-        "checkpoint": args.checkpoint.name,
-        "threads": args.threads,
-        "prefill": args.prefill,
-        "rounds": args.rounds,
-        "lines": [{"engine": engine, **summary(entries)} for engine, entries in rounds.items()],
-        "ratios": ratios(rounds),
-    }
+    names = [("hrmcore", dtype, str(args.checkpoint)) for dtype in args.dtypes.split(",") if dtype]
+    names += [("transformers", dtype, str(args.checkpoint)) for dtype in args.transformers.split(",") if dtype]
+    names += [("llama.cpp", *entry.split("=", 1)) for entry in args.gguf]
+    engines = [Engine(name, dtype, path, args, config) for name, dtype, path in names]
+    prefills, decodes = measure(engines, args)
+    lines = []
+    for engine in engines:
+        line = {"engine": engine.title, **engine.alone}
+        line |= summary(prefills[engine.title]) | summary(decodes[engine.title])
+        lines.append(line | long_contexts(engine, args, line["prefill"]["median"]))
+        engine.stop()
+    report = {"checkpoint": args.checkpoint.name, "threads": args.threads, "prefill": args.prefill}
+    report |= {"turns": args.turns, "lines": lines, "ratios": ratios(prefills, decodes)}
     print_tables(report)
     if args.out:
         args.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
@@ -99,48 +97,79 @@ def main() -> None:
 
 def settle(args: argparse.Namespace) -> None:
     """Fill in what was not given."""
-    quick = {"transformers": "bfloat16", "contexts": "1024", "context_seconds": 15.0, "rounds": 2}
-    full = {"transformers": "bfloat16,float32", "contexts": "1024,4000", "context_seconds": 3600.0, "rounds": 3}
+    quick = {"transformers": "bfloat16", "contexts": "1024", "context_seconds": 15.0, "turns": 6}
+    full = {"transformers": "bfloat16,float32", "contexts": "1024,4000", "context_seconds": 3600.0, "turns": 12}
     for name, value in (quick if args.quick else full).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.contexts = sorted(int(length) for length in args.contexts.split(",") if length)
 
 
-def measure(name: str, dtype: str, path: str, args: argparse.Namespace, contexts: list[int]) -> dict[str, float]:
-    """One engine's round, in a process of its own: tokens a second, seconds, bytes."""
-    _C.set_num_threads(args.threads)
+class Engine:
+    """One engine in a process of its own, which does what it is asked and says how long it took."""
+
+    def __init__(self, name: str, dtype: str, path: str, args: argparse.Namespace, config: HRMConfig) -> None:
+        self.title, self.dtype, self.config = f"{name} {dtype}", dtype, config
+        self.held = args.prefill  # tokens of its sequence
+        most = max([args.prefill, *args.contexts])
+        room = most + args.tokens * (2 * args.turns + len(args.contexts) + 1) + 16
+        spawn = multiprocessing.get_context("spawn")
+        self.connection, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=serve, args=(name, dtype, path, args.threads, room, theirs), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.alone = {"load_seconds": self.ask("load"), "first_token_seconds": self.ask("start", 16)}
+        self.ask("steps", 1)  # warm: pages touched, kernels chosen
+        self.ask("start", args.prefill)
+        self.ask("steps", args.tokens)
+        self.alone["peak_bytes"] = self.ask("peak")  # of a chat's length, before the long contexts
+        print(f"{self.title}: {json.dumps(self.alone)}", flush=True)
+
+    def ask(self, request: str, tokens: int = 0) -> float:
+        self.connection.send((request, tokens))
+        try:
+            return float(self.connection.recv())
+        except EOFError:
+            raise SystemExit(f"{self.title} has ended in the middle of {request!r}") from None
+
+    def stop(self) -> None:
+        self.connection.close()
+        self.process.join()
+
+    def prefill(self, tokens: int) -> dict[str, float]:
+        self.held = tokens
+        return {"prefill": tokens / self.ask("start", tokens)}
+
+    def decode(self, tokens: int, stream: StreamRead) -> dict[str, float]:
+        before = stream.gb_s()
+        speed = 1 / self.ask("steps", tokens)
+        bandwidth = (before + stream.gb_s()) / 2
+        needed = bytes_a_token(self.config, self.dtype, self.held + tokens / 2)
+        self.held += tokens
+        return {"decode": speed, "stream_gb_s": bandwidth, "share": speed * needed / bandwidth / 1e9}
+
+
+def serve(name: str, dtype: str, path: str, threads: int, room: int, connection: Connection) -> None:
+    """Answers each request with its seconds (peak: with bytes), until the other side hangs up."""
+    _C.set_num_threads(threads)
     chance = random.Random(0)
-
-    def ids(count: int) -> list[int]:
-        return [chance.randrange(60) for _ in range(count)]
-
     opener = {"hrmcore": open_hrmcore, "transformers": open_transformers, "llama.cpp": open_llama}[name]
-    room = max([args.prefill, *contexts]) + args.tokens * (len(contexts) + 1) + 16
-    figures: dict[str, float] = {}
-    figures["load_seconds"], engine = timed(lambda: opener(dtype, path, args.threads, room))
-    figures["first_token_seconds"], _ = timed(lambda: engine.start(ids(16)))
-    engine.step()  # warm: pages touched, kernels chosen
-    seconds, _ = timed(lambda: engine.start(ids(args.prefill)))
-    figures["prefill"] = args.prefill / seconds
-    held = args.prefill
-    figures["decode"], figures["context"] = decode(engine, args.tokens), held + args.tokens / 2
-    held += args.tokens
-    figures["peak_bytes"] = (
-        peak_bytes()
-    )  # of a chat's length: before the long contexts, and the measurement's own memory
-    for length in contexts:
-        if length <= held or (length - held) / figures["prefill"] > args.context_seconds:
-            continue
-        while held < length:
-            piece = min(512, length - held)
-            engine.extend(ids(piece))
-            held += piece
-        figures[f"decode_{length}"] = decode(engine, args.tokens)
-        figures[f"context_{length}"] = held + args.tokens / 2
-        held += args.tokens
-    figures["stream_gb_s"] = stream_gb_s()
-    return figures
+    connection.recv()
+    seconds, engine = timed(lambda: opener(dtype, path, threads, room))
+    connection.send(seconds)
+    while True:
+        try:
+            request, tokens = connection.recv()
+        except EOFError:
+            return
+        ids = [chance.randrange(60) for _ in range(tokens)]
+        if request == "peak":
+            connection.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)  # mapped pages count
+        elif request == "steps":
+            connection.send(statistics.median(timed(engine.step)[0] for _ in ids))
+        else:
+            call = engine.start if request == "start" else engine.extend
+            connection.send(timed(lambda call=call, ids=ids: call(ids))[0])
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
@@ -150,14 +179,48 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - began, result
 
 
-def decode(engine: Opened, tokens: int) -> float:
-    """Tokens a second, by the median step."""
-    return 1 / statistics.median(timed(engine.step)[0] for _ in range(tokens))
+def measure(engines: list[Engine], args: argparse.Namespace) -> tuple[Turns, Turns]:
+    """The turns of prefill and of decoding."""
+    prefills: Turns = {engine.title: [] for engine in engines}
+    decodes: Turns = {engine.title: [] for engine in engines}
+    stream = StreamRead(args.threads)
+    for _ in range(args.turns):
+        there_and_back(engines, lambda engine: engine.decode(args.tokens, stream), decodes)
+    taking_part = engines
+    for _ in range(args.turns):
+        there_and_back(taking_part, lambda engine: engine.prefill(args.prefill), prefills)
+        peers = [turns[0]["prefill"] for title, turns in prefills.items() if not title.startswith("hrmcore")]
+        best = max(peers, default=0)
+        taking_part = [
+            engine
+            for engine in engines
+            if engine.title.startswith("hrmcore") or prefills[engine.title][0]["prefill"] > best / 2
+        ]
+    return prefills, decodes
 
 
-def peak_bytes() -> int:
-    """The most resident memory that this process has had; pages of mapped files count."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def there_and_back(engines: list[Engine], call: Callable[[Engine], dict[str, float]], turns: Turns) -> None:
+    """One turn: each engine twice, the second time in the reverse order; the mean of both goes to its turns."""
+    there = [call(engine) for engine in engines]
+    back = [call(engine) for engine in reversed(engines)]
+    for engine, first, second in zip(engines, there, reversed(back), strict=True):
+        turns[engine.title].append({key: (first[key] + second[key]) / 2 for key in first})
+        print(f"{engine.title}: {json.dumps(turns[engine.title][-1])}", flush=True)
+
+
+def long_contexts(engine: Engine, args: argparse.Namespace, prefill: float) -> dict[str, float]:
+    """Tokens a second after each longer context, as far as it is reached in time."""
+    found: dict[str, float] = {}
+    for length in args.contexts:
+        if length <= engine.held or (length - engine.held) / prefill > args.context_seconds:
+            continue
+        while engine.held < length:
+            piece = min(512, length - engine.held)
+            engine.ask("extend", piece)
+            engine.held += piece
+        found[f"decode_{length}"] = 1 / engine.ask("steps", args.tokens)
+        engine.held += args.tokens
+    return found
 
 
 def bytes_a_token(config: HRMConfig, dtype: str, context: float) -> float:
@@ -172,58 +235,48 @@ def kv_bytes(dtype: str) -> int:
     return 4 if dtype == "float32" else 2
 
 
-def summary(entries: list[dict[str, float]]) -> dict[str, Any]:
-    """The median of each figure over the rounds that have it, and the ranges."""
-    keys = list(dict.fromkeys(key for entry in entries for key in entry))
-    values = {key: [entry[key] for entry in entries if key in entry] for key in keys}
-    medians = {key: statistics.median(found) for key, found in values.items()}
-    return {**medians, "ranges": {key: [min(found), max(found)] for key, found in values.items()}}
+def summary(turns: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    return {key: median_with_interval([turn[key] for turn in turns]) for key in turns[0]}
 
 
-def ratios(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """hrmcore over llama.cpp of the same bits in decoding, and over the best peer in prefill: within each round."""
+def ratios(prefills: Turns, decodes: Turns) -> dict[str, dict[str, float]]:
+    """hrmcore over llama.cpp of the same bits in decoding, and over the best peer in prefill: within each turn."""
     found: dict[str, list[float]] = {}
     for ours, theirs in PAIRS.items():
-        if ours in rounds and theirs in rounds:
-            for mine, peer in zip(rounds[ours], rounds[theirs], strict=True):
-                for key in mine.keys() & peer.keys():
-                    if key.startswith("decode"):
-                        found.setdefault(f"{key}: {ours} / {theirs}", []).append(mine[key] / peer[key])
-    peers = [entries for engine, entries in rounds.items() if not engine.startswith("hrmcore")]
-    if peers:
-        best = [max(entry["prefill"] for entry in entries) for entries in zip(*peers, strict=True)]
-        for engine, entries in rounds.items():
-            if engine.startswith("hrmcore"):
-                shares = [entry["prefill"] / top for entry, top in zip(entries, best, strict=True)]
-                found[f"prefill: {engine} / best peer"] = shares
-    return {
-        name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
-        for name, values in sorted(found.items())
-    }
+        if ours in decodes and theirs in decodes:
+            pairs = zip(decodes[ours], decodes[theirs], strict=True)
+            found[f"decode: {ours} / {theirs}"] = [mine["decode"] / peer["decode"] for mine, peer in pairs]
+    peers = [turns for title, turns in prefills.items() if not title.startswith("hrmcore")]
+    for title, turns in prefills.items():
+        if peers and title.startswith("hrmcore"):
+            best = [max(peer[i]["prefill"] for peer in peers if i < len(peer)) for i in range(len(turns))]
+            found[f"prefill: {title} / best peer"] = [
+                turn["prefill"] / top for turn, top in zip(turns, best, strict=True)
+            ]
+    return {name: median_with_interval(values) for name, values in sorted(found.items())}
 
 
 def print_tables(report: dict[str, Any]) -> None:
     """What a person reads."""
-    columns = {
-        "prefill": "prefill tok/s",
-        "decode": "decode tok/s",
-        "share": "of bandwidth",
-        "stream_gb_s": "read GB/s",
-    }
-    columns |= {"load_seconds": "load s", "first_token_seconds": "first token s"}
+    columns = {"prefill": "prefill tok/s", "decode": "decode tok/s", "share": "of bandwidth", "stream_gb_s": "GB/s"}
+    for key, title in columns.items():
+        print(f"{title}: median of the turns, its 95% interval")
+        for line in report["lines"]:
+            print(f"  {line['engine']:24} {spread(line[key])}")
+    columns = {"load_seconds": "load s", "first_token_seconds": "first token s", "peak_bytes": "peak bytes"}
     columns |= {key: key.replace("_", " at ") for line in report["lines"] for key in line if key.startswith("decode_")}
     for key, title in columns.items():
         print(title)
         for line in report["lines"]:
             if key in line:
-                low, high = line["ranges"][key]
-                print(f"  {line['engine']:24} {line[key]:9.3f}   {low:.3f} to {high:.3f}")
-    print("peak memory, GB")
-    for line in report["lines"]:
-        print(f"  {line['engine']:24} {line['peak_bytes'] / 1e9:9.2f}")
-    print("ratios within a round")
+                print(f"  {line['engine']:24} {line[key]:9.4g}")
+    print("ratios within a turn")
     for name, ratio in report["ratios"].items():
-        print(f"  {name:52} {ratio['median']:6.2f}   {ratio['min']:.2f} to {ratio['max']:.2f}")
+        print(f"  {name:52} {spread(ratio)}")
+
+
+def spread(found: dict[str, float]) -> str:
+    return f"{found['median']:9.3f}   {found['low']:.3f} to {found['high']:.3f}"
 
 
 def open_hrmcore(dtype: str, path: str, threads: int, room: int) -> Opened:

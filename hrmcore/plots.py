@@ -99,7 +99,7 @@ def peers(report: dict[str, Any], path: Path) -> None:
     lines = report["lines"]
     figure, panels = _figure(1, 2, (11, 1 + 0.4 * len(lines)))
     for axes, key in zip(panels, ("prefill", "decode"), strict=True):
-        bars = axes.barh([line["engine"] for line in lines], [line[key] for line in lines])
+        bars = axes.barh([line["engine"] for line in lines], [line[key]["median"] for line in lines])
         axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
         axes.set_xlabel(f"{key}, tokens/s")
         axes.invert_yaxis()
