@@ -35,22 +35,29 @@ from hrmcore.train import Trainer
 
 LOWEST_RATES = {"adamw": 5e-4, "adamatan2": 5e-4, "sophia-g": 1.25e-4, "sophia-h": 1.25e-4}
 REFERENCE = "adamw"
+SETTINGS = ("batch_tokens", "width", "rho", "curvature_every", "curvature_batches")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run; its name says all that it depends on but the data and the shape."""
+    """One training run; its name says all that it depends on but the data and the depth."""
 
     optimizer: str
     rate: float
     seed: int
     steps: int
+    batch_tokens: int
+    width: int = 128
+    rho: float = 0.04
+    curvature_every: int = 10
+    curvature_batches: int = 1
 
-    def name(self, arguments: argparse.Namespace) -> str:
+    @property
+    def name(self) -> str:
         sophia = ""
         if self.optimizer.startswith("sophia"):
-            sophia = f"-rho{arguments.rho:g}-k{arguments.curvature_every}-c{arguments.curvature_batches}"
-        size = f"{arguments.batch_tokens}x{arguments.width}"
+            sophia = f"-rho{self.rho:g}-k{self.curvature_every}-c{self.curvature_batches}"
+        size = f"{self.batch_tokens}x{self.width}"
         return f"{self.optimizer}-lr{self.rate:g}{sophia}-{size}-{self.steps}steps-seed{self.seed}"
 
 
@@ -92,9 +99,7 @@ def main() -> None:
     if unknown := set(arguments.optimizers.split(",")) - set(LOWEST_RATES):
         parser.error(f"--optimizers: no {', '.join(sorted(unknown))}; choose from {', '.join(LOWEST_RATES)}")
     os.nice(arguments.nice)
-    data = arguments.out / "data"
-    if not (data / "tokenizer").is_dir():
-        print(mix.write(data, arguments.records, heldout=200), flush=True)
+    provide_data(arguments.out, arguments.records)
     report = study(arguments)
     print(table(report))
     (arguments.out / "convergence.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -102,13 +107,23 @@ def main() -> None:
     print(json.dumps(report))
 
 
+def provide_data(out: Path, records: int) -> None:
+    if not (out / "data" / "tokenizer").is_dir():
+        print(mix.write(out / "data", records, heldout=200), flush=True)
+
+
 def study(arguments: argparse.Namespace) -> dict[str, Any]:
+    settings = {key: getattr(arguments, key) for key in SETTINGS}
+
+    def curve(optimizer: str, rate: float, seed: int, steps: int) -> dict[str, list[float]]:
+        return curve_of(Run(optimizer, rate, seed, steps, **settings), arguments.out, arguments.eval_every)
+
     lines = []
     for optimizer in arguments.optimizers.split(","):
         rates = [LOWEST_RATES[optimizer] * 2**index for index in range(arguments.rates)]
-        sweep = {rate: curve_of(Run(optimizer, rate, 0, arguments.sweep_steps), arguments) for rate in rates}
+        sweep = {rate: curve(optimizer, rate, 0, arguments.sweep_steps) for rate in rates}
         best = min(rates, key=lambda rate: final(sweep[rate]))
-        curves = [curve_of(Run(optimizer, best, s, arguments.steps), arguments) for s in range(arguments.seeds)]
+        curves = [curve(optimizer, best, seed, arguments.steps) for seed in range(arguments.seeds)]
         lines.append(
             {
                 "optimizer": optimizer,
@@ -124,18 +139,16 @@ def study(arguments: argparse.Namespace) -> dict[str, Any]:
         for other in named:
             goal = statistics.mean(named[other]["final"])
             line[f"reaches_{other}"] = [reached(curve, goal) for curve in line["curves"]]
-    kept = ("steps", "batch_tokens", "width", "rho", "curvature_every", "curvature_batches")
-    return {**{key: getattr(arguments, key) for key in kept}, "lines": lines}
+    return {"steps": arguments.steps, **settings, "lines": lines}
 
 
-def curve_of(run: Run, arguments: argparse.Namespace) -> dict[str, list[float]]:
+def curve_of(run: Run, out: Path, eval_every: int) -> dict[str, list[float]]:
     """Held-out loss and seconds of training by step; from the file where the run has been before."""
-    name = run.name(arguments)
-    kept = arguments.out / "curves" / f"{name}.json"
+    kept = out / "curves" / f"{run.name}.json"
     if not kept.is_file():
-        work = arguments.out / "work" / name
-        trainer = Study(config_of(run, work, arguments))
-        trainer.curvature_batches = arguments.curvature_batches
+        work = out / "work" / run.name
+        trainer = Study(config_of(run, out / "data", work, eval_every))
+        trainer.curvature_batches = run.curvature_batches
         trainer.run()
         rows = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +156,7 @@ def curve_of(run: Run, arguments: argparse.Namespace) -> dict[str, list[float]]:
         unfinished.write_text(json.dumps(curve_from(rows)))
         unfinished.rename(kept)
         shutil.rmtree(work)
-        print(f"{name}: {final(curve_from(rows)):.4f}", flush=True)
+        print(f"{run.name}: {final(curve_from(rows)):.4f}", flush=True)
     curve: dict[str, list[float]] = json.loads(kept.read_text())
     return curve
 
@@ -161,8 +174,8 @@ def curve_from(rows: list[dict[str, float]]) -> dict[str, list[float]]:
     return curve
 
 
-def config_of(run: Run, work: Path, arguments: argparse.Namespace) -> TrainConfig:
-    data, width = arguments.out / "data", arguments.width
+def config_of(run: Run, data: Path, work: Path, eval_every: int) -> TrainConfig:
+    width = run.width
     tokenizer = Tokenizer.load(data / "tokenizer")
     model = HRMConfig(
         vocab_size=tokenizer.vocab_size,
@@ -176,7 +189,7 @@ def config_of(run: Run, work: Path, arguments: argparse.Namespace) -> TrainConfi
     )
     sophia = {}
     if run.optimizer.startswith("sophia"):
-        sophia = {"rho": arguments.rho, "curvature_every": arguments.curvature_every}
+        sophia = {"rho": run.rho, "curvature_every": run.curvature_every}
     return TrainConfig(
         model=model,
         train_files=(str(data / "train.jsonl"),),
@@ -184,13 +197,13 @@ def config_of(run: Run, work: Path, arguments: argparse.Namespace) -> TrainConfi
         tokenizer=str(data / "tokenizer"),
         out=str(work),
         steps=run.steps,
-        batch_tokens=arguments.batch_tokens,
+        batch_tokens=run.batch_tokens,
         optimizer=run.optimizer,
         learning_rate=run.rate,
         warmup_steps=min(50, run.steps // 5),
         schedule="constant",
         seed=run.seed,
-        eval_every=arguments.eval_every,
+        eval_every=eval_every,
         check_records=0,
         save_every=100,
         keep=1,
