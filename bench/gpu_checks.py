@@ -30,7 +30,7 @@ from torch import Tensor
 
 from hrmcore import _C, optim
 
-OPS = ("rms_norm", "rope", "swiglu", "attention", "cross_entropy")
+OPS = ("rms_norm", "rms_norm_inject", "rope", "swiglu", "attention", "cross_entropy")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ALLOWED_ERROR = {"float32": 1e-5, "bfloat16": 1e-2}  # norm(out - reference) / norm(reference)
 PACKAGE = Path(_C.__file__).parent

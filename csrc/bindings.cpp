@@ -236,6 +236,47 @@ void bind_rms_norm(py::module_& m) {
       py::arg("stream") = 0);
 }
 
+void bind_rms_norm_inject(py::module_& m) {
+  m.def(
+      "rms_norm_inject_forward",
+      [](const py::object& x, const py::object& residual, const py::object& injection,
+         const py::object& state, const py::object& y, const py::object& sum, const py::object& scale,
+         double eps, std::uintptr_t stream) {
+        Borrowed b("rms_norm_inject_forward");
+        const RmsNormInjectForward args{b.view(x, "x"),
+                                        b.view(residual, "residual"),
+                                        b.view(injection, "injection"),
+                                        b.view(state, "state"),
+                                        b.view(y, "y"),
+                                        b.view(sum, "sum"),
+                                        b.view(scale, "scale"),
+                                        eps};
+        run(b, stream, args, rms_norm_inject_forward);
+      },
+      py::arg("x"), py::arg("residual"), py::arg("injection"), py::arg("state"), py::arg("y"), py::arg("sum"),
+      py::arg("scale"), py::arg("eps"), py::arg("stream") = 0);
+  m.def(
+      "rms_norm_inject_backward",
+      [](const py::object& state, const py::object& sum, const py::object& scale,
+         const py::object& grad_state, const py::object& grad_y, const py::object& grad_sum,
+         const py::object& grad_u, const py::object& grad_injection, double eps, std::uintptr_t stream) {
+        Borrowed b("rms_norm_inject_backward");
+        const RmsNormInjectBackward args{b.view(state, "state"),
+                                         b.view(sum, "sum"),
+                                         b.view(scale, "scale"),
+                                         b.optional(grad_state, "grad_state"),
+                                         b.view(grad_y, "grad_y"),
+                                         b.optional(grad_sum, "grad_sum"),
+                                         b.view(grad_u, "grad_u"),
+                                         b.optional(grad_injection, "grad_injection"),
+                                         eps};
+        run(b, stream, args, rms_norm_inject_backward);
+      },
+      py::arg("state"), py::arg("sum"), py::arg("scale"), py::arg("grad_state"), py::arg("grad_y"),
+      py::arg("grad_sum"), py::arg("grad_u"), py::arg("grad_injection"), py::arg("eps"),
+      py::arg("stream") = 0);
+}
+
 void bind_rope(py::module_& m) {
   m.def(
       "rope",
@@ -325,6 +366,7 @@ PYBIND11_MODULE(_C, m) {
   bind_engine(m);
   bind_optim(m);
   bind_rms_norm(m);
+  bind_rms_norm_inject(m);
   bind_rope(m);
   bind_sampler(m);
   bind_swiglu(m);

@@ -262,13 +262,13 @@ def _heading(machine: dict[str, Any]) -> str:
         f"{machine['processor']}, {machine['isa']}, {machine['threads']} threads, torch {machine['torch']}\n"
         f"limits: read {machine['read_gbs']:.1f} GB/s, copy {machine['copy_gbs']:.1f} GB/s, "
         f"float32 {machine['float32_gflops']:.0f} GFLOP/s\n\n"
-        f"{'op':<14}{'':<10}{'dtype':<10}{'shape':<12}{'ms':>9}  {'speed':>14}  {'of limit':>8}  {'x torch':>7}"
+        f"{'op':<17}{'':<10}{'dtype':<10}{'shape':<12}{'ms':>9}  {'speed':>14}  {'of limit':>8}  {'x torch':>7}"
     )
 
 
 def _row(line: dict[str, Any]) -> str:
     speed = f"{line['gbs']:.1f} GB/s" if line["bound"] == "memory" else f"{line['gflops']:.1f} GFLOP/s"
     return (
-        f"{line['op']:<14}{line['direction']:<10}{line['dtype']:<10}{line['shape']:<12}{1e3 * line['seconds']:>9.3f}"
+        f"{line['op']:<17}{line['direction']:<10}{line['dtype']:<10}{line['shape']:<12}{1e3 * line['seconds']:>9.3f}"
         f"  {speed:>14}  {line['share_of_limit']:>8.0%}  {line['times_torch']:>7.2f}"
     )

@@ -20,6 +20,7 @@ from hrmcore.ops.attention import attention
 from hrmcore.ops.backend import reference_active, require_cuda
 from hrmcore.ops.cross_entropy import cross_entropy, sample_targets
 from hrmcore.ops.rms_norm import rms_norm
+from hrmcore.ops.rms_norm_inject import rms_norm_inject
 from hrmcore.ops.rope import rope, rope_table, xpos_rates
 from hrmcore.ops.sublayers import attention_sublayer, mlp_sublayer
 from hrmcore.ops.swiglu import swiglu
@@ -89,6 +90,13 @@ class Layout:
         return cls(*(x.to(device) for x in (offsets, torch.tensor(prefix, dtype=torch.int32), positions)))
 
 
+class Opened(NamedTuple):
+    """What a visit begins with, both (T, D)."""
+
+    normed: Tensor  # rms(stream)
+    stream: Tensor  # z_L + z_H
+
+
 class Block(nn.Module):
     """Pre-norm attention with a sigmoid gate, then SwiGLU. Works on the residual stream in two halves (x, residual)."""
 
@@ -102,13 +110,23 @@ class Block(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, width, bias=False)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, layout: Layout, where: Positions, cache: Cache | None, slot: int
+        self,
+        x: Tensor,
+        residual: Tensor,
+        layout: Layout,
+        where: Positions,
+        cache: Cache | None,
+        slot: int,
+        opened: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream is x + residual, both (T, D); returns its two new halves."""
-        if cache is None and residual is not None and not reference_active():
-            return self._fused(x, residual, layout, where)
+        """The residual stream is x + residual, both (T, D); returns its two new halves.
+
+        The first block of a visit gets the stream `opened` instead: x is then its norm and `residual` the whole of it.
+        """
+        if cache is None and not reference_active():
+            return self._fused(x, residual, layout, where, opened)
         config = self.config
-        normed, residual = rms_norm(x, residual, config.rms_norm_eps)
+        normed, residual = (x, residual) if opened else rms_norm(x, residual, config.rms_norm_eps)
         gqkv = self.gqkv_proj(normed).view(-1, 4, config.num_attention_heads, config.head_dim)
         gate, q, k, v = gqkv.unbind(1)
         q, k = rope(q, k, where.table, layout.positions)
@@ -122,12 +140,14 @@ class Block(nn.Module):
         normed, residual = rms_norm(x, residual, config.rms_norm_eps)
         return self.down_proj(swiglu(self.gate_up_proj(normed))), residual
 
-    def _fused(self, x: Tensor, residual: Tensor, layout: Layout, where: Positions) -> tuple[Tensor, Tensor]:
+    def _fused(
+        self, x: Tensor, residual: Tensor, layout: Layout, where: Positions, opened: bool
+    ) -> tuple[Tensor, Tensor]:
         """The same without a cache, in two ops that keep less for backward."""
         config, gqkv, o = self.config, self.gqkv_proj.weight, self.o_proj.weight
         seen = (layout.offsets, layout.prefix, where.rates, config.attention_window)
         heads, eps = config.num_attention_heads, config.rms_norm_eps
-        x, residual = attention_sublayer(x, residual, gqkv, o, heads, eps, where.table, layout.positions, *seen)
+        x, residual = attention_sublayer(x, residual, gqkv, o, heads, eps, where.table, layout.positions, *seen, opened)
         return mlp_sublayer(x, residual, self.gate_up_proj.weight, self.down_proj.weight, eps)
 
 
@@ -140,13 +160,25 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList([Block(config) for _ in range(depth)])
 
     def forward(
-        self, state: Tensor, injection: Tensor, layout: Layout, where: Positions, cache: Cache | None, slot: int
-    ) -> Tensor:
-        """One visit: (T, D) state + (T, D) injection -> (T, D), normalised. `slot` is that of its first layer."""
-        x, residual = state, injection
+        self,
+        opened: Opened,
+        injection: Tensor | None,
+        layout: Layout,
+        where: Positions,
+        cache: Cache | None,
+        slot: int,
+    ) -> tuple[Tensor, Opened | None]:
+        """One visit: the new state (T, D), normalised, and what the next visit begins with: that state + `injection`.
+
+        `injection` is (T, D); without it the next visit is not opened. `slot` is that of the first layer.
+        """
+        x, residual = opened
         for index, block in enumerate(self.layers):
-            x, residual = block(x, residual, layout, where, cache, slot + index)
-        return rms_norm(x, residual, self.eps)[0]
+            x, residual = block(x, residual, layout, where, cache, slot + index, opened=index == 0)
+        if injection is None:
+            return rms_norm(x, residual, self.eps)[0], None
+        state, *following = rms_norm_inject(x, residual, injection, self.eps)
+        return state, Opened(*following)
 
 
 def graded_visits(H_cycles: int, L_cycles: int, horizon: int | None) -> set[tuple[int, int]]:
@@ -212,10 +244,12 @@ class HRM(nn.Module):
     ) -> Iterator[tuple[int, int, Tensor]]:
         """Run the recurrence over packed ids (T), yielding (h, l, state (T, D)) after each visit; l = L_cycles is H.
 
-        Visits outside the gradient horizon run without autograd and keep nothing.
+        Visits outside the gradient horizon run without autograd and keep nothing. Every visit begins with z_L + z_H and
+        ends as a new one of the two; a visit opens the next in the same op, but not across the horizon's edge.
         """
         config = self.config
-        graded = graded_visits(config.H_cycles, config.L_cycles, horizon)
+        visits = [(h, l) for h in range(config.H_cycles) for l in range(config.L_cycles + 1)]  # noqa: E741
+        graded = graded_visits(config.H_cycles, config.L_cycles, horizon) if torch.is_grad_enabled() else set()
         if self.xpos_rates is not None and (length := int(layout.positions.max()) + 1) > len(self.rope_table):
             self.reset_positions(min(2 * length, config.context))
         where = Positions(self.rope_table, self.xpos_rates)
@@ -223,16 +257,17 @@ class HRM(nn.Module):
         if torch.is_autocast_enabled(z_H.device.type):
             z_H = z_H.to(torch.get_autocast_dtype(z_H.device.type))
         z_L = self.z_L_init.to(z_H.dtype).expand_as(z_H)
-        slot = 0
-        for h in range(config.H_cycles):
-            for l in range(config.L_cycles + 1):  # noqa: E741
-                with torch.set_grad_enabled(torch.is_grad_enabled() and (h, l) in graded):
-                    if l < config.L_cycles:
-                        z_L = self.L_module(z_L, z_H, layout, where, cache, slot)
-                    else:
-                        z_H = self.H_module(z_H, z_L, layout, where, cache, slot)
-                slot += config.depths[l == config.L_cycles]
-                yield h, l, z_L if l < config.L_cycles else z_H
+        opened, slot = None, 0
+        for (h, l), following in zip(visits, [*visits[1:], None], strict=True):  # noqa: E741
+            opens = following is not None and (following in graded) == ((h, l) in graded)
+            with torch.set_grad_enabled((h, l) in graded):
+                opened = opened or Opened(*rms_norm(z_L, z_H, config.rms_norm_eps))
+                if l < config.L_cycles:
+                    z_L, opened = self.L_module(opened, z_H if opens else None, layout, where, cache, slot)
+                else:
+                    z_H, opened = self.H_module(opened, z_L if opens else None, layout, where, cache, slot)
+            slot += config.depths[l == config.L_cycles]
+            yield h, l, z_L if l < config.L_cycles else z_H
 
     def hidden(self, ids: Tensor, layout: Layout, cache: Cache | None = None, horizon: int | None = None) -> Tensor:
         """The final H state (T, D) of packed ids (T)."""

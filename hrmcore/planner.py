@@ -189,7 +189,7 @@ def activation_elements(config: HRMConfig, layers: int) -> int:
     """Numbers that one visit, with gradient, of a stack of so many layers keeps a token, log-sum-exps aside.
 
     Every block keeps both norms' inputs (2·D), the gqkv product, rotated in place, and the attention's result (5·A)
-    and the gate_up product (2·F); the stack's last norm keeps its input (D). The rest is computed again.
+    and the gate_up product (2·F); the stack's last norm keeps its output or its input (D). The rest is computed again.
     """
     width, attention, ffn = config.hidden_size, config.attention_width, config.intermediate_size
     return layers * (2 * width + 5 * attention + 2 * ffn) + width

@@ -25,7 +25,7 @@ def report():
 
 
 def test_op_names():
-    assert microbench.op_names() == ["attention", "cross_entropy", "rms_norm", "rope", "swiglu"]
+    assert microbench.op_names() == ["attention", "cross_entropy", "rms_norm", "rms_norm_inject", "rope", "swiglu"]
 
 
 def test_report_has_a_line_for_every_op_direction_and_dtype(report):

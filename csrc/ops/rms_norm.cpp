@@ -22,6 +22,15 @@ void check_input(const char* op, const char* argument, const TensorView& tensor,
   if (!(eps >= 0) || eps > 1) reject(op, "eps", "between 0 and 1", std::to_string(eps));
 }
 
+void check_scale(const char* op, const TensorView& scale, const TensorView& like) {
+  Check(op, "scale", scale)
+      .cpu_or_cuda()
+      .rank(1)
+      .dtype({DType::f32})
+      .size(0, like.shape[0], "T")
+      .last_contiguous();
+}
+
 }  // namespace
 
 void check(const RmsNormForward& args) {
@@ -40,6 +49,29 @@ void check(const RmsNormBackward& args) {
   check_rows(op, "grad_y", args.grad_y, args.u);
   if (args.grad_sum.given()) check_rows(op, "grad_sum", args.grad_sum, args.u);
   check_rows(op, "grad_u", args.grad_u, args.u);
+}
+
+void check(const RmsNormInjectForward& args) {
+  const char* op = "rms_norm_inject_forward";
+  check_input(op, "x", args.x, args.eps);
+  check_rows(op, "residual", args.residual, args.x);
+  check_rows(op, "injection", args.injection, args.x);
+  check_rows(op, "state", args.state, args.x);
+  check_rows(op, "y", args.y, args.x);
+  check_rows(op, "sum", args.sum, args.x);
+  check_scale(op, args.scale, args.x);
+}
+
+void check(const RmsNormInjectBackward& args) {
+  const char* op = "rms_norm_inject_backward";
+  check_input(op, "state", args.state, args.eps);
+  check_rows(op, "sum", args.sum, args.state);
+  check_scale(op, args.scale, args.state);
+  if (args.grad_state.given()) check_rows(op, "grad_state", args.grad_state, args.state);
+  check_rows(op, "grad_y", args.grad_y, args.state);
+  if (args.grad_sum.given()) check_rows(op, "grad_sum", args.grad_sum, args.state);
+  check_rows(op, "grad_u", args.grad_u, args.state);
+  if (args.grad_injection.given()) check_rows(op, "grad_injection", args.grad_injection, args.state);
 }
 #endif
 
@@ -103,6 +135,77 @@ void backward_rows(const RmsNormBackward& args, std::int64_t begin, std::int64_t
   }
 }
 
+template <class T>
+void inject_forward_rows(const RmsNormInjectForward& args, std::int64_t begin, std::int64_t end) {
+  const std::int64_t width = args.x.shape[1];
+  for (std::int64_t row = begin; row < end; ++row) {
+    const T* x = row_of<T>(args.x, row);
+    const T* residual = row_of<T>(args.residual, row);
+    const T* injection = row_of<T>(args.injection, row);
+    T* state = row_of<T>(args.state, row);
+    T* y = row_of<T>(args.y, row);
+    T* total = row_of<T>(args.sum, row);
+    vfloat squares = {}, total_squares = {};
+    for_columns(width, [&](std::int64_t c, auto get, auto) __attribute__((always_inline)) {
+      const vfloat u = get(x + c) + get(residual + c);
+      squares += u * u;
+    });
+    const float scale = inverse_rms(sum(squares), width, args.eps);
+    *row_of<float>(args.scale, row) = scale;
+    for_columns(width, [&](std::int64_t c, auto get, auto put) __attribute__((always_inline)) {
+      put(state + c, (get(x + c) + get(residual + c)) * scale);
+      put(total + c, get(state + c) + get(injection + c));  // of what later readers of the state see
+      const vfloat v = get(total + c);                      // and of the sum, rounded to its dtype
+      total_squares += v * v;
+    });
+    const float total_scale = inverse_rms(sum(total_squares), width, args.eps);
+    for_columns(width, [&](std::int64_t c, auto get, auto put)
+                           __attribute__((always_inline)) { put(y + c, get(total + c) * total_scale); });
+  }
+}
+
+template <class T>
+void inject_backward_rows(const RmsNormInjectBackward& args, std::int64_t begin, std::int64_t end) {
+  const std::int64_t width = args.state.shape[1];
+  const auto columns = static_cast<float>(width);
+  for (std::int64_t row = begin; row < end; ++row) {
+    const T* state = row_of<T>(args.state, row);
+    const T* total = row_of<T>(args.sum, row);
+    const T* grad_state = row_of<T>(args.grad_state, row);
+    const T* grad_y = row_of<T>(args.grad_y, row);
+    const T* grad_sum = row_of<T>(args.grad_sum, row);
+    T* grad_u = row_of<T>(args.grad_u, row);
+    T* grad_injection = row_of<T>(args.grad_injection, row);
+    vfloat squares = {}, products = {}, state_products = {};
+    for_columns(width, [&](std::int64_t c, auto get, auto) __attribute__((always_inline)) {
+      const vfloat v = get(total + c);
+      squares += v * v;
+      products += v * get(grad_y + c);
+    });
+    const float total_scale = inverse_rms(sum(squares), width, args.eps);
+    const float projection = sum(products) / columns * total_scale * total_scale * total_scale;
+    const auto to_injection = [&](std::int64_t c, auto get) __attribute__((always_inline)) {
+      const vfloat grad = get(grad_y + c) * total_scale - get(total + c) * projection;
+      return grad_sum != nullptr ? grad + get(grad_sum + c) : grad;
+    };
+    const auto to_state = [&](std::int64_t c, auto get, vfloat injected) __attribute__((always_inline)) {
+      return grad_state != nullptr ? injected + get(grad_state + c) : injected;
+    };
+    for_columns(width, [&](std::int64_t c, auto get, auto put) __attribute__((always_inline)) {
+      const vfloat injected = to_injection(c, get);
+      if (grad_injection != nullptr) put(grad_injection + c, injected);
+      state_products += to_state(c, get, injected) * get(state + c);
+    });
+    const float scale = *row_of<float>(args.scale, row);
+    const float mean = sum(state_products) / columns;
+    for_columns(width, [&](std::int64_t c, auto get, auto put) __attribute__((always_inline)) {
+      // Computed again from the cache, since what grad_u could have kept of it would be rounded.
+      const vfloat grad = to_state(c, get, to_injection(c, get));
+      put(grad_u + c, (grad - get(state + c) * mean) * scale);
+    });
+  }
+}
+
 }  // namespace
 
 void rms_norm_forward(const RmsNormForward& args) noexcept {
@@ -118,6 +221,23 @@ void rms_norm_backward(const RmsNormBackward& args) noexcept {
     parallel_for(args.u.shape[0], rows_of_block(args.u.shape[1]), [&](std::int64_t begin, std::int64_t end) {
       backward_rows<std::remove_pointer_t<decltype(element)>>(args, begin, end);
     });
+  });
+}
+
+void rms_norm_inject_forward(const RmsNormInjectForward& args) noexcept {
+  with_element(args.x.dtype, [&](auto* element) {
+    parallel_for(args.x.shape[0], rows_of_block(args.x.shape[1]), [&](std::int64_t begin, std::int64_t end) {
+      inject_forward_rows<std::remove_pointer_t<decltype(element)>>(args, begin, end);
+    });
+  });
+}
+
+void rms_norm_inject_backward(const RmsNormInjectBackward& args) noexcept {
+  with_element(args.state.dtype, [&](auto* element) {
+    parallel_for(args.state.shape[0], rows_of_block(args.state.shape[1]),
+                 [&](std::int64_t begin, std::int64_t end) {
+                   inject_backward_rows<std::remove_pointer_t<decltype(element)>>(args, begin, end);
+                 });
   });
 }
 

@@ -81,6 +81,7 @@ def _save_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # the sum that ends the last visit has no gradient, and needs no zeros for one
     ctx.save_for_backward(output[1])
     ctx.eps = inputs[2]
 
@@ -89,7 +90,8 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
     return _rms_norm_backward(*ctx.saved_tensors, grad_y, None, ctx.eps), None
 
 
-def _add_backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tensor, Tensor, None]:
+def _add_backward(ctx: Any, grad_y: Tensor | None, grad_sum: Tensor | None) -> tuple[Tensor, Tensor, None]:
+    grad_y = torch.zeros_like(ctx.saved_tensors[0]) if grad_y is None else grad_y
     grad = _rms_norm_backward(*ctx.saved_tensors, grad_y, grad_sum, ctx.eps)
     return grad, grad, None
 

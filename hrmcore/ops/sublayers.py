@@ -33,14 +33,17 @@ def attention_sublayer(
     prefix: Tensor,
     rates: Tensor | None,
     window: int,
+    opened: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(o(gated attention(rotated gqkv(rms(u)))), u) with u = x + residual; both (T, D), float32 or bfloat16.
 
     gqkv_weight: (4 A, D), rows gate | q | k | v; o_weight: (D, A); both rounded to x's dtype for the products. The
-    rest as in `rope` and `attention`, which also check it. Raises ValueError on a wrong dtype, shape or stride.
+    rest as in `rope` and `attention`, which also check it. Where the stream is `opened`, its norm being known, x is
+    rms(u) and `residual` u. Raises ValueError on a wrong dtype, shape or stride.
     """
     positional = (table, positions, offsets, prefix, rates, window)
-    return _attention_sublayer(x, residual, gqkv_weight, o_weight, heads, eps, *positional)[:2]
+    y, u, *_ = _attention_sublayer(x, residual, gqkv_weight, o_weight, heads, eps, *positional, opened)
+    return y, residual if opened else u
 
 
 def mlp_sublayer(
@@ -107,8 +110,9 @@ def _attention_sublayer(
     prefix: Tensor,
     rates: Tensor | None,
     window: int,
+    opened: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    normed, u = _add_norm(x, residual, eps)
+    normed, u = (x, x.new_empty(0)) if opened else _add_norm(x, residual, eps)  # an op may not return an input
     gqkv = _product(normed, gqkv_weight).view(len(x), 4, heads, -1)
     gate, q, k, v = _split(gqkv)
     _C.rope(*map(to_dlpack, (q, k, table, positions, q, k)), False, stream_of(x))
@@ -133,6 +137,7 @@ def _attention_sublayer_backward(
     rates: Tensor | None,
     window: int,
     eps: float,
+    opened: bool,
     grad_y: Tensor,
     grad_u: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,17 +156,18 @@ def _attention_sublayer_backward(
         grad_v.copy_(sums[1])
     _C.rope(*map(to_dlpack, (grad_q, grad_k, table, positions, grad_q, grad_k)), True, stream_of(u))
     grad_normed, grad_gqkv_weight = _product_backward(grad_gqkv.flatten(1), _norm(u, eps), gqkv_weight)
-    return _norm_backward_(grad_normed, u, grad_u, eps), grad_gqkv_weight, grad_o_weight
+    grad_x = grad_normed if opened else _norm_backward_(grad_normed, u, grad_u, eps)
+    return grad_x, grad_gqkv_weight, grad_o_weight
 
 
 @_attention_sublayer.register_fake
 def _(
-    x: Tensor, residual: Tensor, gqkv_weight: Tensor, o_weight: Tensor, heads: int, *others: object
+    x: Tensor, residual: Tensor, gqkv_weight: Tensor, o_weight: Tensor, heads: int, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens, head_dim = x.shape[0], o_weight.shape[1] // heads
     gqkv, attended = x.new_empty(tokens, 4, heads, head_dim), x.new_empty(tokens, heads, head_dim)
     lse = x.new_empty(tokens, heads, dtype=torch.float32)
-    return x.new_empty(x.shape), x.new_empty(x.shape), gqkv, attended, lse
+    return x.new_empty(x.shape), x.new_empty((0,) if others[-1] else x.shape), gqkv, attended, lse
 
 
 @_attention_sublayer_backward.register_fake
@@ -172,16 +178,17 @@ def _(
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, gqkv_weight, o_weight, _, ctx.eps, *positional, ctx.window = inputs
-    ctx.mark_non_differentiable(*output[2:])
+    _, residual, gqkv_weight, o_weight, _, ctx.eps, *positional, ctx.window, ctx.opened = inputs
+    _, u, *kept = output
+    ctx.mark_non_differentiable(*kept, *([u] if ctx.opened else []))
     ctx.set_materialize_grads(False)  # or autograd would make zeros of the size of these outputs
-    ctx.save_for_backward(*output[1:], gqkv_weight, o_weight, *positional)
+    ctx.save_for_backward(residual if ctx.opened else u, *kept, gqkv_weight, o_weight, *positional)
 
 
 def _attention_backward(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     grad_y = torch.zeros_like(ctx.saved_tensors[0]) if grad_y is None else grad_y
-    grads = _attention_sublayer_backward(*ctx.saved_tensors, ctx.window, ctx.eps, grad_y, grad_u)
-    return grads[0], *grads, *8 * [None]
+    grads = _attention_sublayer_backward(*ctx.saved_tensors, ctx.window, ctx.eps, ctx.opened, grad_y, grad_u)
+    return grads[0], None if ctx.opened else grads[0], *grads[1:], *9 * [None]
 
 
 _attention_sublayer.register_autograd(_attention_backward, setup_context=_save_attention)

@@ -7,6 +7,7 @@ from oracle import relative_error, same_bits
 from hrmcore.config import HRMConfig
 from hrmcore.model import Block, Layout, Positions
 from hrmcore.ops.backend import reference_ops
+from hrmcore.ops.rms_norm import rms_norm
 from hrmcore.ops.sublayers import (
     _attention_sublayer,
     _attention_sublayer_backward,
@@ -40,6 +41,21 @@ def outputs_and_gradients(block, x, residual, where, used):
     y, u = block(*inputs[:2], LAYOUT, where, None, 0)
     value = {"y": y.square(), "u": u**3, "both": y * u}[used].sum()
     return [y, u, *torch.autograd.grad(value, inputs, allow_unused=True)]
+
+
+@pytest.mark.parametrize("used", ["y", "u", "both"])
+@pytest.mark.parametrize("position_encoding", ["rope", "xpos"])
+def test_an_opened_stream_is_the_same_stream(position_encoding, used):
+    block, x, residual, where = block_and_streams(position_encoding=position_encoding)
+    results = []
+    for opened in (False, True):
+        inputs = [x.clone().requires_grad_(), residual.clone().requires_grad_()]
+        halves = rms_norm(*inputs, block.config.rms_norm_eps) if opened else inputs
+        y, u = block(*halves, LAYOUT, where, None, 0, opened=opened)
+        value = {"y": y.square(), "u": u**3, "both": y * u}[used].sum()
+        results.append([y, u, *torch.autograd.grad(value, [*inputs, *block.parameters()], allow_unused=True)])
+    for a, b in zip(*results, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
 
 
 @pytest.mark.parametrize("used", ["y", "u", "both"])
@@ -84,10 +100,13 @@ def test_opcheck():
     gqkv, o, gate_up, down = (p.detach().clone() for p in block.parameters())
     positional = (where.table, LAYOUT.positions, LAYOUT.offsets, LAYOUT.prefix, None, 0)
     streams = x.clone().requires_grad_(), residual.clone().requires_grad_()
-    torch.library.opcheck(_attention_sublayer, (*streams, gqkv.clone().requires_grad_(), o, 2, 1e-6, *positional))
+    for opened in (False, True):
+        weights = gqkv.clone().requires_grad_(), o
+        torch.library.opcheck(_attention_sublayer, (*streams, *weights, 2, 1e-6, *positional, opened))
+        kept = _attention_sublayer(x, residual, gqkv, o, 2, 1e-6, *positional, opened)[2:]
+        operands = residual, *kept, gqkv, o, *positional, 1e-6, opened, x, None if opened else residual
+        torch.library.opcheck(_attention_sublayer_backward, operands)
     torch.library.opcheck(_mlp_sublayer, (*streams, gate_up, down.clone().requires_grad_(), 1e-6))
-    _, *kept = _attention_sublayer(x, residual, gqkv, o, 2, 1e-6, *positional)
-    torch.library.opcheck(_attention_sublayer_backward, (*kept, gqkv, o, *positional, 1e-6, x, residual))
     _, *kept = _mlp_sublayer(x, residual, gate_up, down, 1e-6)
     torch.library.opcheck(_mlp_sublayer_backward, (*kept, gate_up, down, 1e-6, x, None))
 
