@@ -6,6 +6,7 @@ import functools
 import random
 import resource
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -119,9 +120,13 @@ def test_cached_decoding_equals_the_model(shape: str, prefix: int) -> None:
     assert distance(torch.cat(rows), expected_logits(shape, 131, prefix)[first - 1 :]) < 1e-5
 
 
+def chunks_of(matrix: Tensor, columns: int) -> Tensor:
+    """(R, K) -> (R, chunks, columns), the last chunk filled with zeros."""
+    return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % columns)).unflatten(1, (-1, columns))
+
+
 def groups_of(matrix: Tensor) -> Tensor:
-    """(R, K) -> (R, groups, 32), the last group filled with zeros."""
-    return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % 32)).unflatten(1, (-1, 32))
+    return chunks_of(matrix, 32)
 
 
 def round_groups(matrix: Tensor, scale: Tensor) -> Tensor:
@@ -132,7 +137,27 @@ def round_groups(matrix: Tensor, scale: Tensor) -> Tensor:
 
 
 def int8_weights(matrix: Tensor) -> Tensor:
-    return round_groups(matrix, (groups_of(matrix).abs().amax(-1) / 127).bfloat16().float())
+    return round_groups(matrix, int8_scales(matrix))
+
+
+def int8_scales(matrix: Tensor) -> Tensor:
+    return (groups_of(matrix).abs().amax(-1) / 127).bfloat16().float()
+
+
+def int4_candidates(matrix: Tensor) -> Tensor:
+    """(R, groups, 12): the scales among which a group's is chosen."""
+    divisors = torch.tensor([-8.5, -8, -7.75, -7.5, -7.25, -7, -6.75, -6.5, -6, 7.25, 6.75, 6.25])
+    groups = groups_of(matrix)
+    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    return (extreme / divisors).bfloat16().float()
+
+
+def int4_scales(matrix: Tensor, packed: Tensor) -> Tensor:
+    """(R, groups): those that gave what is packed."""
+    candidates = int4_candidates(matrix)
+    whole = (groups_of(matrix)[..., None, :] / candidates[..., None]).round().clamp(-8, 7) * candidates[..., None]
+    miss = (whole - groups_of(packed)[..., None, :]).abs().sum(-1).nan_to_num(0)
+    return candidates.gather(-1, miss.argmin(-1, keepdim=True))[..., 0]
 
 
 def int8_activations(x: Tensor) -> Tensor:
@@ -149,6 +174,44 @@ def packed_weights(engine: _C.Engine, model: HRM) -> dict[str, Tensor]:
     return weights
 
 
+class Unit(NamedTuple):
+    """What the matrix unit computes with, in the first rows."""
+
+    rows: int
+    weights: dict[str, Tensor]
+    activations: Callable[[Tensor], Tensor]
+
+
+def unit_of(model: HRM, packed: dict[str, Tensor], dtype: str, rows: int) -> Unit:
+    names = [name for name in packed if name.endswith("proj.weight")]
+    if dtype == "bfloat16":
+        return Unit(rows, {name: bfloat16(packed[name]) for name in names}, bfloat16)
+    weights = {}
+    for name in names:
+        weight = model.state_dict()[name]
+        scales = int8_scales(weight) if dtype == "int8" else int4_scales(weight, packed[name])
+        weights[name] = one_scale(packed[name], scales, dtype)
+    return Unit(rows, weights, unit_activations)
+
+
+def one_scale(packed: Tensor, scale: Tensor, dtype: str) -> Tensor:
+    """Groups with scales (R, groups), brought to one scale for each row and 256 columns; float64."""
+    whole, worth, factor = (32768, 1.0, 1) if dtype == "int8" else (32512, 8 / 127, 16)
+    top = chunks_of(scale, 8).abs().amax(-1).clamp(min=1e-30)  # (R, chunks)
+    top = top.repeat_interleave(8, -1)[:, : scale.shape[1]]
+    shares = (scale * (whole / top)).round().clamp(max=32767)
+    q = (groups_of(packed) * torch.where(scale == 0, 0.0, 1 / scale)[..., None]).round() * factor
+    rescaled = ((q.double() * shares[..., None] + 2**14) / 2**15).floor()
+    return (rescaled * (top.double() * worth)[..., None]).flatten(1)[:, : packed.shape[1]]
+
+
+def unit_activations(x: Tensor) -> Tensor:
+    """int8 with one scale for each row and 256 columns."""
+    columns = chunks_of(x, 256)
+    scale = columns.abs().amax(-1, keepdim=True) / 127
+    return ((columns / scale.clamp(min=1e-30)).round() * scale).flatten(1)[:, : x.shape[1]]
+
+
 def emulate(
     config: HRMConfig,
     weights: dict[str, Tensor],
@@ -156,13 +219,14 @@ def emulate(
     prefix: int,
     activations: Callable[[Tensor], Tensor],
     round_kv: Callable[[Tensor], Tensor],
-    rounded_rows: int = 0,
+    unit: Unit | None = None,
 ) -> Tensor:
     """HRM in float64 from the formulas of the paper, with what meets a weight and what is cached rounded as asked.
 
-    In the first `rounded_rows` rows the activations and weights of the stacks are bfloat16: the matrix unit's. So
-    are the queries and the weights of the keys, if what is cached is rounded.
+    The first rows are the matrix unit's, if there is one: its own weights and activations in the stacks. The queries
+    and the weights of the keys are bfloat16 there, if what is cached is rounded.
     """
+    rounded_rows = 0 if unit is None else unit.rows
     eps, heads, dim, length = config.rms_norm_eps, config.num_attention_heads, config.head_dim, len(ids)
     cos, sin = rope_table(length, dim, config.rope_theta).double()[:, None].chunk(2, -1)
     last = torch.arange(1, length + 1).clamp(min=prefix)
@@ -173,9 +237,10 @@ def emulate(
         return u / (u.square().mean(-1, keepdim=True) + eps).sqrt()
 
     def linear(x: Tensor, name: str) -> Tensor:
-        rows = 0 if name == "lm_head.weight" else rounded_rows
-        rounded = bfloat16(x[:rows]) @ bfloat16(w[name]).T
-        return torch.cat([rounded, activations(x[rows:]) @ w[name].T])
+        if unit is None or name == "lm_head.weight":
+            return activations(x) @ w[name].T
+        rounded = unit.activations(x[: unit.rows]) @ unit.weights[name].T
+        return torch.cat([rounded, activations(x[unit.rows :]) @ w[name].T])
 
     def rotate(x: Tensor) -> Tensor:
         low, high = x.chunk(2, -1)
@@ -258,8 +323,8 @@ def test_sequences_are_as_near_an_emulation_as_rounding_allows(
     model = make_model(shape)
     engine = make_engine(model, dtype, kv_dtype)
     ids, weights = some_ids(model.config, 67), packed_weights(engine, model)
-    rounded_rows = 20 if isa == "amx" and dtype != "float32" else 0
-    emulated = emulate(model.config, weights, ids, 20, activations, round_kv, rounded_rows)
+    unit = unit_of(model, weights, dtype, 20) if isa == "amx" and dtype != "float32" else None
+    emulated = emulate(model.config, weights, ids, 20, activations, round_kv, unit)
     cost = distance(emulated, emulate(model.config, weights, ids, 20, same, same))
     assert distance(all_logits(engine, ids, 20), emulated) < max(1.5 * cost, 5e-6)
 
@@ -276,7 +341,8 @@ def test_the_first_prefix_token_equals_an_emulation(
     tokens = some_ids(model.config, 40)
     logits = step(engine, [engine.open(1) for _ in tokens], [[token] for token in tokens])
     weights = packed_weights(engine, model)
-    emulated = [emulate(model.config, weights, [token], 1, activations, round_kv, 1)[0] for token in tokens]
+    unit = unit_of(model, weights, dtype, 1)
+    emulated = [emulate(model.config, weights, [token], 1, activations, round_kv, unit)[0] for token in tokens]
     rows = [distance(row, other) for row, other in zip(logits, emulated, strict=True)]
     assert sum(row < 5e-6 for row in rows) >= 0.5 * len(rows)
 
@@ -313,13 +379,11 @@ def test_packing_of_each_weight(shape: str, isa: str) -> None:
 def test_int4_finds_the_best_of_its_scales(shape: str, isa: str) -> None:
     model = make_model(shape)
     packed = packed_weights(make_engine(model, "int4"), model)
-    divisors = torch.tensor([-8.5, -8, -7.75, -7.5, -7.25, -7, -6.75, -6.5, -6, 7.25, 6.75, 6.25])
     for name, weight in model.state_dict().items():
         if not name.endswith("proj.weight"):
             continue
         groups = groups_of(weight)
-        extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-        scales = (extreme / divisors).bfloat16().float()[..., None]  # (R, groups, 12, 1)
+        scales = int4_candidates(weight)[..., None]  # (R, groups, 12, 1)
         errors = ((groups[..., None, :] / scales).round().clamp(-8, 7) * scales - groups[..., None, :]).square().sum(-1)
         error = (groups_of(packed[name]) - groups).square().sum(-1)
         assert (error <= errors.nan_to_num(0).amin(-1) * (1 + 1e-5) + 1e-12).all(), name

@@ -36,8 +36,9 @@ bool may_use_tiles() {
 
 bool has_matrix_unit() {
   const bool amx_bf16 = has_feature(0, 3, 22), amx_tile = has_feature(0, 3, 24);
+  const bool amx_int8 = has_feature(0, 3, 25);
   const bool avx512_vbmi = has_feature(0, 2, 1), avx512_bf16 = has_feature(1, 0, 5);
-  return amx_bf16 && amx_tile && avx512_vbmi && avx512_bf16 && may_use_tiles();
+  return amx_bf16 && amx_tile && amx_int8 && avx512_vbmi && avx512_bf16 && may_use_tiles();
 }
 #endif
 

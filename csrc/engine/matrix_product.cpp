@@ -15,14 +15,13 @@ struct Walk {
     return (args.weights.groups() + tile_chunk_groups - 1) / tile_chunk_groups * panels;
   }
   std::int64_t first_group(std::int64_t step) const { return step / panels * tile_chunk_groups; }
-  std::int64_t groups(std::int64_t step) const { return args.x.chunk_groups(step / panels); }
+  std::int64_t groups(std::int64_t step) const { return args.x.chunk_tiles(step / panels); }
   const std::byte* weights(std::int64_t step) const {
     return args.weights.data + (args.panel_begin + step % panels) * args.weights.panel_bytes() +
-           first_group(step) * group_bytes(args.weights.packing);
+           first_group(step) * group_bytes(Packing::bf16);
   }
 };
 
-template <Packing packing>
 void walk_chunks(const MatrixProduct& args) {
   const Walk walk{args, args.panel_end - args.panel_begin};
   const std::int64_t bands = args.band_end - args.band_begin, pairs = (bands + 1) / 2, steps = walk.steps();
@@ -36,7 +35,7 @@ void walk_chunks(const MatrixProduct& args) {
     widening.next = 0;
   };
   begin_widening(0);
-  widen_to<packing>(widening, widening.quarters());
+  widen_to<Packing::bf16>(widening, widening.quarters());
   for (std::int64_t step = 0; step < steps; ++step) {
     settle_memory();
     const std::int64_t panel = step % walk.panels, groups = walk.groups(step);
@@ -46,16 +45,16 @@ void walk_chunks(const MatrixProduct& args) {
     Fetching ahead;
     if (step + 2 < steps) {
       ahead.next = walk.weights(step + 2);
-      ahead.end = ahead.next + walk.groups(step + 2) * group_bytes(packing);
+      ahead.end = ahead.next + walk.groups(step + 2) * group_bytes(Packing::bf16);
     }
     const std::int64_t lines = ((ahead.end - ahead.next) / 64 + multiplications - 1) / multiplications;
     const auto meanwhile = [&]() __attribute__((always_inline)) {
       fetch_lines(ahead, lines);
       const std::int64_t end = widening.next + pace;
-      widen_to<packing>(widening, end < widening.quarters() ? end : widening.quarters());
+      widen_to<Packing::bf16>(widening, end < widening.quarters() ? end : widening.quarters());
     };
     for (int half = 0; half < 2; ++half) {
-      Block block{args.x.tile(args.band_begin, walk.first_group(step)),
+      Block block{args.x.tile(args.band_begin, step / walk.panels),
                   rooms[step % 2] + 2 * half * groups * tile_bytes,
                   groups * tile_bytes,
                   groups * tile_bytes,
@@ -81,19 +80,7 @@ void walk_chunks(const MatrixProduct& args) {
 void matrix_product(const MatrixProduct& args) noexcept {
   const TileShapes shapes;
   _tile_loadconfig(&shapes);
-  switch (args.weights.packing) {
-    case Packing::bf16:
-      walk_chunks<Packing::bf16>(args);
-      break;
-    case Packing::int8:
-      walk_chunks<Packing::int8>(args);
-      break;
-    case Packing::int4:
-      walk_chunks<Packing::int4>(args);
-      break;
-    case Packing::f32:
-      break;
-  }
+  walk_chunks(args);
   _tile_release();
   settle_memory();
 }

@@ -82,9 +82,9 @@ void store_key(const CacheShape& shape, std::byte* panel, std::int64_t row, cons
     for (std::int64_t c = 0; c < channels; ++c)
       reinterpret_cast<float*>(panel)[c * panel_rows + row] = key[c];
   } else if (shape.packing == Packing::bf16) {
-    auto* halves = reinterpret_cast<std::uint16_t*>(panel);
-    for (std::int64_t c = 0; c < channels; ++c)
-      halves[(c / 2 * panel_rows + row) * 2 + c % 2] = to_bf16(key[c]);
+    auto* pairs = reinterpret_cast<std::uint32_t*>(panel) + row;
+    for (std::int64_t c = 0; c < channels; c += 2, pairs += panel_rows)
+      *pairs = to_bf16(key[c]) | static_cast<std::uint32_t>(to_bf16(key[c + 1])) << 16;
   } else {
     for (std::int64_t g = 0; g < groups_of(channels); ++g, panel += group_bytes(Packing::int8)) {
       // The scale is kept in bfloat16 like a weight's, so it is rounded before the division.

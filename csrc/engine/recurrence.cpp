@@ -16,13 +16,13 @@ namespace {
 constexpr std::int64_t product_tokens = 256;  // of a block of outputs that stays in the second-level cache
 constexpr std::int64_t streaming_tokens =
     16;  // up to here the weights' stream decides, beyond it the arithmetic
-constexpr std::int64_t most_panels = 4;
+constexpr std::int64_t chunk_panels = tile_chunk_columns / (panel_rows / 2);  // of gate and up
 constexpr auto patience = std::chrono::milliseconds(100);  // asking may cost a wait for Python's lock
-constexpr std::int64_t outputs_floats = product_tokens * most_panels * panel_rows;
+constexpr std::int64_t outputs_floats = product_tokens * chunk_panels * panel_rows;
 
 std::int64_t round_up(std::int64_t value, std::int64_t step) { return (value + step - 1) / step * step; }
 
-std::int64_t panels_a_task(std::int64_t rows) { return rows <= streaming_tokens ? 1 : most_panels; }
+std::int64_t panels_a_task(std::int64_t rows) { return rows <= streaming_tokens ? 1 : 4; }
 
 std::int64_t rows_a_task(std::int64_t rows) { return rows <= 64 ? 1 : 8; }
 
@@ -148,9 +148,8 @@ void Recurrence::make_room(int threads) {
   const std::int64_t hidden = place(tokens_ * hidden_stride_ * float_bytes);
   const std::int64_t x = place((tokens_ > rows ? tokens_ : rows) * x_row_bytes_);
   const std::int64_t narrow = stride_ > attended_stride_ ? stride_ : attended_stride_;
-  const std::int64_t tiles = place(TileRows{nullptr, bands_of(tile_rows), groups_of(narrow)}.bytes());
-  const std::int64_t hidden_tiles =
-      place(TileRows{nullptr, bands_of(tile_rows), groups_of(shape_.ffn)}.bytes());
+  const std::int64_t tiles = place(tile_rows_of(nullptr, tile_rows, narrow).bytes());
+  const std::int64_t hidden_tiles = place(tile_rows_of(nullptr, tile_rows, shape_.ffn).bytes());
   const std::int64_t scratch = place(threads * scratch_bytes_);
   room_tokens_ = 0;
   memory_ = Memory();  // the old room goes before the new one comes
@@ -353,7 +352,12 @@ Recurrence::Operand Recurrence::hidden_operand(Worker& worker) {
 
 void Recurrence::add_tiles(Operand& y, std::byte* data, std::int64_t columns) const {
   y.tile_rows = tokens_ - plain_rows_;
-  y.tiles = TileRows{data, bands_of(y.tile_rows), groups_of(columns)};
+  y.tiles = tile_rows_of(data, y.tile_rows, columns);
+}
+
+TileRows Recurrence::tile_rows_of(std::byte* data, std::int64_t rows, std::int64_t columns) const {
+  const Packing packing = is_quantised(weights_.packing()) ? Packing::int8 : Packing::bf16;
+  return {data, packing, bands_of(rows), columns};
 }
 
 void Recurrence::gqkv_product(Worker& worker, const PackedMatrix& weights, const Operand& x) {
@@ -390,9 +394,10 @@ void Recurrence::swiglu_product(Worker& worker, const PackedMatrix& weights, con
         swiglu_rows(SwigluRows{block, out, tokens, panels, stride, hidden_stride_});
       },
       [&](const UnloadTiles& sums, std::int64_t panel, std::int64_t row) {
-        const TileRows hidden{hidden_tiles_, x.tiles.bands, groups_of(shape_.ffn)};
-        swiglu_tiles(SwigluTiles{sums.sums, sums.panels, sums.rows, hidden, row, panel});
-      });
+        const TileRows hidden = tile_rows_of(hidden_tiles_, x.tile_rows, shape_.ffn);
+        swiglu_tiles(SwigluTiles{sums.sums, sums.panels, sums.rows, hidden, row, panel / chunk_panels});
+      },
+      x.tile_rows > 0 ? chunk_panels : 0);
 }
 
 void Recurrence::head(Worker& worker) {
@@ -418,11 +423,12 @@ void Recurrence::head(Worker& worker) {
 
 // `finish(block, stride, first panel, panels, first row, rows)` gets each block of outputs of the plain rows;
 // without one (nullptr) they go to gqkv_. `finish_tiles(sums, first panel, first row)` gets those of the
-// matrix unit.
+// matrix unit. `panels_together`: those that must come to it in one piece, from a multiple of them on.
 template <class Finish, class FinishTiles>
 void Recurrence::multiply(Worker& worker, const PackedMatrix& weights, const Operand& x, const Finish& finish,
-                          const FinishTiles& finish_tiles) {
-  const std::int64_t step = panels_a_task(x.rows + x.tile_rows), panels = weights.panels();
+                          const FinishTiles& finish_tiles, std::int64_t panels_together) {
+  const std::int64_t rows = x.rows + x.tile_rows, panels = weights.panels();
+  const std::int64_t step = panels_together > 0 ? panels_together : panels_a_task(rows);
   worker.share((panels + step - 1) / step, [&](std::int64_t task) {
     const std::int64_t begin = task * step, end = begin + step < panels ? begin + step : panels;
     float* room = scratch(worker);
@@ -444,8 +450,9 @@ void Recurrence::multiply(Worker& worker, const PackedMatrix& weights, const Ope
     if constexpr (!std::is_same_v<FinishTiles, std::nullptr_t>) {
       for (std::int64_t row = 0; row < x.tile_rows; row += product_tokens) {
         const std::int64_t count = x.tile_rows - row < product_tokens ? x.tile_rows - row : product_tokens;
-        matrix_product(MatrixProduct{weights, begin, end, x.tiles, row / band_rows, bands_of(row + count),
-                                     room, expanded});
+        const MatrixProduct product{weights, begin,   end, x.tiles, row / band_rows, bands_of(row + count),
+                                    room,    expanded};
+        x.tiles.packing == Packing::int8 ? matrix_product_int8(product) : matrix_product(product);
         finish_tiles(UnloadTiles{room, end - begin, count, nullptr, 0, false}, begin, row);
       }
     }

@@ -85,6 +85,7 @@ class Recurrence {
   Operand attended_operand(Worker& worker);
   Operand hidden_operand(Worker& worker);
   void add_tiles(Operand& y, std::byte* data, std::int64_t columns) const;
+  TileRows tile_rows_of(std::byte* data, std::int64_t rows, std::int64_t columns) const;
   void gqkv_product(Worker& worker, const PackedMatrix& weights, const Operand& x);
   void add_product(Worker& worker, const PackedMatrix& weights, const Operand& x);
   void swiglu_product(Worker& worker, const PackedMatrix& weights, const Operand& x);
@@ -93,7 +94,7 @@ class Recurrence {
   void share_rows(Worker& worker, const Plain& plain, const Tiles& tiles);
   template <class Finish, class FinishTiles>
   void multiply(Worker& worker, const PackedMatrix& weights, const Operand& x, const Finish& finish,
-                const FinishTiles& finish_tiles);
+                const FinishTiles& finish_tiles, std::int64_t panels_together = 0);
   Upcoming upcoming(const PackedMatrix& weights) const;
   float* scratch(const Worker& worker) const;
 

@@ -12,24 +12,53 @@ HRMCORE_INLINE const float* sums_of(const float* sums, std::int64_t panel, std::
          row % band_rows * lanes;
 }
 
+// A row's columns of one chunk to its tiles; `x` has zeros up to the end of the last of them.
+HRMCORE_INLINE void put_bf16(const TileRows& y, std::int64_t row, std::int64_t chunk, const float* x,
+                             vfloat factor) {
+  std::byte* to = y.line(row, chunk);
+  for (std::int64_t tile = 0; tile < y.chunk_tiles(chunk); ++tile, x += 2 * lanes, to += tile_bytes)
+    put_pair(load(x) * factor, load(x + lanes) * factor, to);
+}
+
+HRMCORE_INLINE void put_int8(const TileRows& y, std::int64_t row, std::int64_t chunk, const float* x,
+                             vfloat factor) {
+  const std::int64_t tiles = y.chunk_tiles(chunk);
+  vfloat top = {};
+  for (std::int64_t c = 0; c < 4 * tiles; ++c)
+    top = max(top, (vfloat)((vint)load(x + c * lanes) & 0x7fffffff));
+  const float largest = max(top) * factor[0];
+  y.scales(row / band_rows, chunk)[row % band_rows] = largest / 127.0f;
+  const vfloat inverse = factor * (largest > 0 ? 127.0f / largest : 0.0f);
+  std::byte* to = y.line(row, chunk);
+  for (std::int64_t tile = 0; tile < tiles; ++tile, to += tile_bytes) {
+    for (int part = 0; part < 4; ++part, x += lanes) {
+      // Adding 1.5 * 2^23 rounds to an integer, in the low bits.
+      const vint q = (vint)fma(load(x), inverse, splat(12582912.0f)) - 0x4b400000;
+      const vbyte bytes = __builtin_convertvector(q, vbyte);
+      __builtin_memcpy(to + part * lanes, &bytes, sizeof(bytes));
+    }
+  }
+}
+
+HRMCORE_INLINE void put_chunk(const TileRows& y, std::int64_t row, std::int64_t chunk, const float* x,
+                              vfloat factor) {
+  y.packing == Packing::int8 ? put_int8(y, row, chunk, x, factor) : put_bf16(y, row, chunk, x, factor);
+}
+
 }  // namespace
 
 void normalise_tiles(const NormaliseTiles& args) noexcept {
   for (std::int64_t row = args.row_begin; row < args.row_end; ++row) {
     const auto [x, scale] = normalised_row(args, row);
-    for (std::int64_t group = 0; group < args.y.groups; ++group) {
-      const float* from = x + group * group_columns;
-      put_pair(load(from) * scale, load(from + lanes) * scale, args.y.line(row, group));
-    }
+    for (std::int64_t chunk = 0; chunk < args.y.chunks(); ++chunk)
+      put_chunk(args.y, row, chunk, x + chunk * tile_chunk_columns, scale);
   }
 }
 
 void round_tiles(const RoundTiles& args) noexcept {
   for (std::int64_t row = args.row_begin; row < args.row_end; ++row) {
-    for (std::int64_t group = 0; group < args.y.groups; ++group) {
-      const float* from = args.x + row * args.stride + group * group_columns;
-      put_pair(load(from), load(from + lanes), args.y.line(row, group));
-    }
+    for (std::int64_t chunk = 0; chunk < args.y.chunks(); ++chunk)
+      put_chunk(args.y, row, chunk, args.x + row * args.stride + chunk * tile_chunk_columns, splat(1.0f));
   }
 }
 
@@ -46,13 +75,21 @@ void unload_tiles(const UnloadTiles& args) noexcept {
 }
 
 void swiglu_tiles(const SwigluTiles& args) noexcept {
+  constexpr std::int64_t chunk_panels = tile_chunk_columns / (panel_rows / 2);
+  alignas(64) float x[tile_chunk_columns] = {};
   for (std::int64_t row = 0; row < args.rows; ++row) {
     for (std::int64_t panel = 0; panel < args.panels; ++panel) {
       const float* sums = sums_of(args.sums, panel, args.rows, row);
-      const vfloat gate[2] = {load(sums), load(sums + tile_floats)};
-      const vfloat up[2] = {load(sums + 2 * tile_floats), load(sums + 3 * tile_floats)};
-      put_pair(gate[0] * sigmoid(gate[0]) * up[0], gate[1] * sigmoid(gate[1]) * up[1],
-               args.y.line(args.first_row + row, args.first_group + panel));
+      float* to = x + panel % chunk_panels * 2 * lanes;
+      for (int i = 0; i < 2; ++i) {
+        const vfloat gate = load(sums + i * tile_floats);
+        store(to + i * lanes, gate * sigmoid(gate) * load(sums + (2 + i) * tile_floats));
+      }
+      if (panel % chunk_panels == chunk_panels - 1 || panel == args.panels - 1) {
+        if (panel % 2 == 0)
+          __builtin_memset(to + 2 * lanes, 0, 2 * lanes * sizeof(float));  // the other half of an int8 tile
+        put_chunk(args.y, args.first_row + row, args.first_chunk + panel / chunk_panels, x, splat(1.0f));
+      }
     }
   }
 }

@@ -1,9 +1,11 @@
-// Rows of bfloat16 activations as the matrix unit reads them, and what happens to them between two of its
-// products. T tokens, D width, F ffn width.
+// Rows of activations as the matrix unit reads them, and what happens to them between two of its products. T
+// tokens, D width, F ffn width.
 //
-// A tile is 16 rows of 32 columns (one group), 1 KiB in one piece; 16 rows are a band. The tiles that a
-// product reads together lie together: [chunk of 8 groups][band][group][16 rows][32 columns], the last chunk
-// with what is left. Sums come as tiles of 16 rows by 16 columns in float32: [panel][band][4 tiles][16][16].
+// A tile is 16 rows of 64 bytes, 1 KiB in one piece: 32 columns in bfloat16 or 64 in int8; 16 rows are a
+// band. The tiles that a product reads together lie together: [chunk of 256 columns][band][tile][16 rows][64
+// bytes], the last chunk with what is left. In int8 a row has one scale for each chunk, max |x| / 127, as
+// float32 behind the tiles: [chunk][band][16 rows]. Sums come as tiles of 16 rows by 16 columns in float32:
+// [panel][band][4 tiles][16][16].
 #pragma once
 
 #include "core/isa.h"
@@ -15,7 +17,8 @@ constexpr std::int64_t band_rows = 16;
 constexpr std::int64_t tile_line_bytes = 64;
 constexpr std::int64_t tile_bytes = band_rows * tile_line_bytes;
 // Half a panel of a chunk stays in the first-level cache while the bands of x stream past it.
-constexpr std::int64_t tile_chunk_groups = 8;
+constexpr std::int64_t tile_chunk_columns = 256;
+constexpr std::int64_t tile_chunk_groups = tile_chunk_columns / group_columns;
 
 [[maybe_unused]] static std::int64_t bands_of(std::int64_t rows) {
   return (rows + band_rows - 1) / band_rows;
@@ -23,26 +26,36 @@ constexpr std::int64_t tile_chunk_groups = 8;
 
 struct TileRows {
   std::byte* data;
-  std::int64_t bands, groups;
+  Packing packing;  // bf16 or int8
+  std::int64_t bands, columns;
 
-  std::int64_t bytes() const { return bands * groups * tile_bytes; }
-  std::int64_t chunk_groups(std::int64_t chunk) const {
-    const std::int64_t left = groups - chunk * tile_chunk_groups;
-    return left < tile_chunk_groups ? left : tile_chunk_groups;
+  std::int64_t tile_columns() const { return packing == Packing::int8 ? 64 : 32; }
+  std::int64_t tiles() const { return (columns + tile_columns() - 1) / tile_columns(); }
+  std::int64_t chunks() const { return (columns + tile_chunk_columns - 1) / tile_chunk_columns; }
+  std::int64_t chunk_tiles(std::int64_t chunk) const {
+    const std::int64_t whole = tile_chunk_columns / tile_columns(), left = tiles() - chunk * whole;
+    return left < whole ? left : whole;
   }
-  std::byte* tile(std::int64_t band, std::int64_t group) const {
-    const std::int64_t chunk = group / tile_chunk_groups;
-    return data +
-           (chunk * tile_chunk_groups * bands + band * chunk_groups(chunk) + group % tile_chunk_groups) *
-               tile_bytes;
+  std::int64_t scale_bytes() const {
+    return packing == Packing::int8 ? chunks() * bands * band_rows * std::int64_t{sizeof(float)} : 0;
   }
-  std::byte* line(std::int64_t row, std::int64_t group) const {
-    return tile(row / band_rows, group) + row % band_rows * tile_line_bytes;
+  std::int64_t bytes() const { return bands * tiles() * tile_bytes + scale_bytes(); }
+  // The first tile of a chunk in a band.
+  std::byte* tile(std::int64_t band, std::int64_t chunk) const {
+    const std::int64_t whole = tile_chunk_columns / tile_columns();
+    return data + (chunk * whole * bands + band * chunk_tiles(chunk)) * tile_bytes;
+  }
+  std::byte* line(std::int64_t row, std::int64_t chunk) const {
+    return tile(row / band_rows, chunk) + row % band_rows * tile_line_bytes;
+  }
+  // int8: the scales of a band in a chunk, [16].
+  float* scales(std::int64_t band, std::int64_t chunk) const {
+    return reinterpret_cast<float*>(data + bands * tiles() * tile_bytes) + (chunk * bands + band) * band_rows;
   }
 };
 
-// y = x / sqrt(mean(x^2) + eps), rounded to bfloat16; with `add`, sum = x + add first and then y of it.
-// Strides are multiples of 64 and rows zero beyond their width. Moves 3 D floats a row.
+// y = x / sqrt(mean(x^2) + eps), rounded to what the tiles hold; with `add`, sum = x + add first and then y
+// of it. Strides are multiples of 64 and rows zero beyond their width. Moves 3 D floats a row.
 struct NormaliseTiles {
   const float* x;
   const float* add;  // or null
@@ -53,7 +66,7 @@ struct NormaliseTiles {
   float eps;
 };
 
-// x rounded to bfloat16. Moves 1.5 floats a column.
+// x rounded to what the tiles hold. Moves 1.25 or 1.5 floats a column.
 struct RoundTiles {
   const float* x;
   std::int64_t stride;
@@ -70,12 +83,12 @@ struct UnloadTiles {
   bool add;
 };
 
-// Panels of 32 gate and 32 up sums to one group of silu(gate) * up each.
+// Panels of 32 gate and 32 up sums to 32 columns of silu(gate) * up each; whole chunks, or the last ones.
 struct SwigluTiles {
   const float* sums;  // [panels][bands][4][16][16]
   std::int64_t panels, rows;
   TileRows y;                           // written
-  std::int64_t first_row, first_group;  // of y
+  std::int64_t first_row, first_chunk;  // of y
 };
 
 HRMCORE_DECLARE_MATRIX_KERNEL(normalise_tiles, NormaliseTiles)
