@@ -65,6 +65,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:  # a training run has gone wrong, whatever was given
         print(f"hrmcore {args.command}: {explain(error)}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        what = "take a smaller batch_tokens or model, or a narrower dtype; `hrmcore plan` estimates a run's peak"
+        print(f"hrmcore {args.command}: out of memory: {what}", file=sys.stderr)
+        return 1
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Python's, the engine's and torch's ways of saying it; torch on a CPU has no type for it."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "DefaultCPUAllocator" in str(error)
 
 
 def explain(error: Exception) -> str:

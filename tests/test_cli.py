@@ -8,10 +8,12 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hrmcore import cli
 from hrmcore.engine import Engine
@@ -194,6 +196,26 @@ def test_a_failure_is_exit_1(tmp_path: Path, checkpoint: Path) -> None:
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert b"ArithmeticError: not finite" in err
+
+
+def exhaust_torch(_: object) -> int:
+    return len(torch.empty(1 << 50))
+
+
+def exhaust_python(_: object) -> int:
+    return len(bytearray(1 << 62))
+
+
+@pytest.mark.parametrize("exhaust", [exhaust_torch, exhaust_python])
+def test_want_of_memory_is_one_line_and_exit_1(
+    exhaust: Callable[[object], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("hrmcore.plan.run", exhaust)
+    assert hrmcore("plan", "--size", "XL", "--tokens", "1e9") == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("hrmcore plan: out of memory: take a smaller batch_tokens")
+    assert err.count("\n") == 1
 
 
 def test_interrupting_generate_is_exit_130(checkpoint: Path) -> None:
