@@ -307,12 +307,14 @@ void bind_swiglu(py::module_& m) {
       py::arg("ab"), py::arg("y"), py::arg("stream") = 0);
   m.def(
       "swiglu_backward",
-      [](const py::object& ab, const py::object& grad_y, const py::object& grad_ab, std::uintptr_t stream) {
+      [](const py::object& ab, const py::object& grad_y, const py::object& grad_ab, const py::object& y,
+         std::uintptr_t stream) {
         Borrowed b("swiglu_backward");
-        const SwigluBackward args{b.view(ab, "ab"), b.view(grad_y, "grad_y"), b.view(grad_ab, "grad_ab")};
+        const SwigluBackward args{b.view(ab, "ab"), b.view(grad_y, "grad_y"), b.view(grad_ab, "grad_ab"),
+                                  b.optional(y, "y")};
         run(b, stream, args, swiglu_backward);
       },
-      py::arg("ab"), py::arg("grad_y"), py::arg("grad_ab"), py::arg("stream") = 0);
+      py::arg("ab"), py::arg("grad_y"), py::arg("grad_ab"), py::arg("y"), py::arg("stream") = 0);
 }
 
 void bind_machine_limits(py::module_& m) {

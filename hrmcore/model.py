@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hrmcore.config import HRMConfig
 from hrmcore.ops.attention import attention
 from hrmcore.ops.backend import reference_active, require_cuda
-from hrmcore.ops.cross_entropy import cross_entropy, sample_targets
+from hrmcore.ops.cross_entropy import check_rows, cross_entropy, rows_filled, sample_targets
 from hrmcore.ops.rms_norm import rms_norm
 from hrmcore.ops.rms_norm_inject import rms_norm_inject
 from hrmcore.ops.rope import rope, rope_table, xpos_rates
@@ -118,13 +118,14 @@ class Block(nn.Module):
         cache: Cache | None,
         slot: int,
         opened: bool = False,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream is x + residual, both (T, D); returns its two new halves.
+        """The residual stream is x + residual, both (T, D); returns its two new halves, of `rows` if given.
 
         The first block of a visit gets the stream `opened` instead: x is then its norm and `residual` the whole of it.
         """
         if cache is None and not reference_active():
-            return self._fused(x, residual, layout, where, opened)
+            return self._fused(x, residual, layout, where, opened, rows)
         config = self.config
         normed, residual = (x, residual) if opened else rms_norm(x, residual, config.rms_norm_eps)
         gqkv = self.gqkv_proj(normed).view(-1, 4, config.num_attention_heads, config.head_dim)
@@ -138,17 +139,22 @@ class Block(nn.Module):
         attended = attention(q, k, v, gate, layout.offsets, layout.prefix, key_offsets, where.rates, window)
         x = self.o_proj(attended.flatten(1))
         normed, residual = rms_norm(x, residual, config.rms_norm_eps)
-        return self.down_proj(swiglu(self.gate_up_proj(normed))), residual
+        return _chosen(self.down_proj(swiglu(self.gate_up_proj(normed))), residual, rows)
 
     def _fused(
-        self, x: Tensor, residual: Tensor, layout: Layout, where: Positions, opened: bool
+        self, x: Tensor, residual: Tensor, layout: Layout, where: Positions, opened: bool, rows: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The same without a cache, in two ops that keep less for backward."""
+        """The same without a cache, in two ops that keep less for backward; of `rows` alone from the MLP on."""
         config, gqkv, o = self.config, self.gqkv_proj.weight, self.o_proj.weight
         seen = (layout.offsets, layout.prefix, where.rates, config.attention_window)
         heads, eps = config.num_attention_heads, config.rms_norm_eps
         x, residual = attention_sublayer(x, residual, gqkv, o, heads, eps, where.table, layout.positions, *seen, opened)
+        x, residual = _chosen(x, residual, rows)
         return mlp_sublayer(x, residual, self.gate_up_proj.weight, self.down_proj.weight, eps)
+
+
+def _chosen(x: Tensor, residual: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    return (x, residual) if rows is None else (x.index_select(0, rows), residual.index_select(0, rows))
 
 
 class Stack(nn.Module):
@@ -167,14 +173,17 @@ class Stack(nn.Module):
         where: Positions,
         cache: Cache | None,
         slot: int,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Opened | None]:
         """One visit: the new state (T, D), normalised, and what the next visit begins with: that state + `injection`.
 
-        `injection` is (T, D); without it the next visit is not opened. `slot` is that of the first layer.
+        `injection` is (T, D); without it the next visit is not opened. `slot` is that of the first layer. With `rows`
+        (R) int64 and without an injection, the state is that of these tokens alone, (R, D).
         """
         x, residual = opened
         for index, block in enumerate(self.layers):
-            x, residual = block(x, residual, layout, where, cache, slot + index, opened=index == 0)
+            chosen = rows if index == len(self.layers) - 1 else None
+            x, residual = block(x, residual, layout, where, cache, slot + index, opened=index == 0, rows=chosen)
         if injection is None:
             return rms_norm(x, residual, self.eps)[0], None
         state, *following = rms_norm_inject(x, residual, injection, self.eps)
@@ -240,12 +249,18 @@ class HRM(nn.Module):
         self.register_buffer("xpos_rates", None if rates is None else rates.to(device), persistent=False)
 
     def states(
-        self, ids: Tensor, layout: Layout, cache: Cache | None = None, horizon: int | None = None
+        self,
+        ids: Tensor,
+        layout: Layout,
+        cache: Cache | None = None,
+        horizon: int | None = None,
+        rows: Tensor | None = None,
     ) -> Iterator[tuple[int, int, Tensor]]:
         """Run the recurrence over packed ids (T), yielding (h, l, state (T, D)) after each visit; l = L_cycles is H.
 
         Visits outside the gradient horizon run without autograd and keep nothing. Every visit begins with z_L + z_H and
-        ends as a new one of the two; a visit opens the next in the same op, but not across the horizon's edge.
+        ends as a new one of the two; a visit opens the next in the same op, but not across the horizon's edge. With
+        `rows` (R) int64 the last state is that of these tokens alone, (R, D).
         """
         config = self.config
         visits = [(h, l) for h in range(config.H_cycles) for l in range(config.L_cycles + 1)]  # noqa: E741
@@ -265,13 +280,21 @@ class HRM(nn.Module):
                 if l < config.L_cycles:
                     z_L, opened = self.L_module(opened, z_H if opens else None, layout, where, cache, slot)
                 else:
-                    z_H, opened = self.H_module(opened, z_L if opens else None, layout, where, cache, slot)
+                    chosen = rows if following is None else None
+                    z_H, opened = self.H_module(opened, z_L if opens else None, layout, where, cache, slot, chosen)
             slot += config.depths[l == config.L_cycles]
             yield h, l, z_L if l < config.L_cycles else z_H
 
-    def hidden(self, ids: Tensor, layout: Layout, cache: Cache | None = None, horizon: int | None = None) -> Tensor:
-        """The final H state (T, D) of packed ids (T)."""
-        for _, _, state in self.states(ids, layout, cache, horizon):
+    def hidden(
+        self,
+        ids: Tensor,
+        layout: Layout,
+        cache: Cache | None = None,
+        horizon: int | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """The final H state (T, D) of packed ids (T), or of `rows` (R) of them alone, (R, D)."""
+        for _, _, state in self.states(ids, layout, cache, horizon, rows):
             final = state
         return final
 
@@ -293,20 +316,30 @@ class HRM(nn.Module):
         Sophia-G's curvature.
         """
         batch = batch.to(self.lm_head.weight.device)
-        prefix = batch.prefix if self.config.prefix_lm else torch.zeros_like(batch.prefix)
-        layout = Layout(batch.offsets, prefix, batch.positions)
-        final, head, targets = self.hidden(batch.ids, layout, horizon=horizon), self.lm_head.weight, batch.targets
+        final, rows = self._supervised_states(batch, horizon)
+        head, targets = self.lm_head.weight, batch.targets
         if sampler is not None:
-            targets = sample_targets(final, head, batch.supervised, sampler)
-        return cross_entropy(final, head, batch.supervised, targets)
+            targets = sample_targets(final, head, rows, sampler)
+        return cross_entropy(final, head, rows, targets)
 
     @torch.no_grad()
     def likeliest(self, batch: PackedBatch) -> Tensor:
         """The likeliest token (R) int64 after each supervised position of a packed batch, from whatever device."""
-        batch = batch.to(self.lm_head.weight.device)
+        final, supervised = self._supervised_states(batch.to(self.lm_head.weight.device))
+        return torch.cat([self.lm_head(final[rows]).argmax(-1) for rows in supervised.split(_ROWS)])
+
+    def _supervised_states(self, batch: PackedBatch, horizon: int | None = None) -> tuple[Tensor, Tensor]:
+        """Final states, and which of them are those of the supervised tokens; what only others need is left out."""
         prefix = batch.prefix if self.config.prefix_lm else torch.zeros_like(batch.prefix)
-        final = self.hidden(batch.ids, Layout(batch.offsets, prefix, batch.positions))
-        return torch.cat([self.lm_head(final[rows]).argmax(-1) for rows in batch.supervised.split(_ROWS)])
+        layout, rows = Layout(batch.offsets, prefix, batch.positions), batch.supervised
+        check_rows(rows, len(batch.ids))
+        step = rows_filled(len(batch.ids) // 16)  # at most 16 row counts: oneDNN keeps some 4 MB for each
+        filled = -(-max(1, len(rows)) // step) * step
+        if filled >= len(batch.ids):
+            return self.hidden(batch.ids, layout, horizon=horizon), rows
+        chosen = torch.cat([rows, rows.new_zeros(filled - len(rows))])  # the first token's state, which is not read
+        states = self.hidden(batch.ids, layout, horizon=horizon, rows=chosen)
+        return states, torch.arange(len(rows), device=rows.device)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> HRM:

@@ -1,8 +1,8 @@
 """What a training run costs, before money is spent: parameters, FLOPs, memory, hours, dollars. Imports no torch.
 
 Letters: D width, A attention width (heads × head_dim), F ffn width, V vocabulary, K gradient horizon. FLOPs are those
-of the model, a multiply-add being two: what a kernel computes again is not counted, so hours follow from model FLOPs
-utilization as it is commonly stated.
+of the model, a multiply-add being two: what a kernel computes again is not counted, and what it leaves out (the last
+MLP of unsupervised tokens) is, so hours follow from model FLOPs utilization as it is commonly stated.
 """
 
 from __future__ import annotations
@@ -190,6 +190,7 @@ def activation_elements(config: HRMConfig, layers: int) -> int:
 
     Every block keeps both norms' inputs (2·D), the gqkv product, rotated in place, and the attention's result (5·A)
     and the gate_up product (2·F); the stack's last norm keeps its output or its input (D). The rest is computed again.
+    The last visit of all keeps its last 2·D and 2·F for supervised tokens alone, see `memory`.
     """
     width, attention, ffn = config.hidden_size, config.attention_width, config.intermediate_size
     return layers * (2 * width + 5 * attention + 2 * ffn) + width
@@ -202,8 +203,8 @@ def memory(
 
     Weights, gradients and the optimizer's two moments are float32. Each visit with gradient keeps its activations in
     the precision of the arithmetic and, per head, a float32 log-sum-exp. One rank in bfloat16 casts one weight at a
-    time, the head's being the largest; several ranks gather them all. The head holds one chunk of logits, the gradient
-    of the states and, in float32, that of its weight.
+    time, the head's being the largest; several ranks gather them all. The head holds one chunk of logits and, in
+    float32, the gradient of its weight; attention sums the gradients of keys and values in float32.
     """
     width = PRECISIONS[precision]
     count, head = parameters(config), config.vocab_size * config.hidden_size
@@ -212,7 +213,13 @@ def memory(
         batch_tokens * (width * activation_elements(config, layers) + 4 * layers * config.num_attention_heads)
         for layers in config.depths
     )
-    activations = sum(map(mul, _backward_visits(config, horizon), (l_visit, h_visit)))
+    # The last block's MLP and the last norm see supervised tokens alone. Backward does them first, then that block's
+    # attention, whose gradients of the gqkv product and of the attention's result come on top of what is still kept.
+    last_mlp = 2 * width * batch_tokens * (config.hidden_size + config.intermediate_size)
+    unneeded = (1 - supervised) * last_mlp
+    last_visit = h_visit - unneeded
+    activations = sum(map(mul, _backward_visits(config, horizon), (l_visit, h_visit))) - unneeded
+    work = batch_tokens * config.attention_width * (5 * width + (8 if precision == "bfloat16" else 0))
     logits = width * min(batch_tokens * supervised * config.vocab_size, LOGITS_AT_ONCE)
     casts = width * head if ranks == 1 and precision == "bfloat16" else 0
     gathered = width * count if ranks > 1 else 0
@@ -221,8 +228,9 @@ def memory(
     # gradient comes, which later visits of that stack add to.
     most = max(
         kept + logits + casts + gradient * head,
-        kept - h_visit + gradient * (head + h_stack),
-        kept - h_visit - l_visit + gradient * (head + both),
+        kept - supervised * last_mlp + work + gradient * (head + layer_weights(config)),
+        kept - last_visit + gradient * (head + h_stack),
+        kept - last_visit - l_visit + gradient * (head + both),
         gradient * count,
     )
     return Memory(

@@ -21,7 +21,8 @@ from transformers import HrmTextConfig, HrmTextForCausalLM
 from hrmcore.config import HRMConfig
 from hrmcore.data import PackedBatch
 from hrmcore.model import HRM, Layout
-from hrmcore.ops.backend import reference_ops
+from hrmcore.ops.backend import reference_active, reference_ops
+from hrmcore.ops.sublayers import mlp_sublayer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -318,6 +319,42 @@ def test_visits_outside_the_horizon_record_nothing(cycles: tuple[int, int], hori
 def test_a_horizon_below_two_is_refused() -> None:
     with pytest.raises(ValueError, match="horizon must be at least 2"):
         random_model(config()).loss(packed(SEQUENCES, 61), horizon=1)
+
+
+def test_the_last_mlp_runs_on_supervised_tokens_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows that the op sees in one step of two visits of two blocks, and that they get the states of all rows."""
+    seen = []
+
+    def watched(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        seen.append(len(x))
+        return mlp_sublayer(x, *others)
+
+    monkeypatch.setattr("hrmcore.model.mlp_sublayer", watched)
+    model, batch = random_model(config(H_cycles=1, L_cycles=1)), packed([(200, 190), (40, 10)], 61)
+    model.loss(batch, horizon=2)
+    assert seen == ([] if reference_active() else [240, 240, 240, 64])
+    layout = Layout(batch.offsets, batch.prefix, batch.positions)
+    with torch.no_grad():
+        chosen, every = (model.hidden(batch.ids, layout, rows=rows) for rows in (batch.supervised, None))
+    assert relative(chosen, every[batch.supervised]) <= 1e-6
+
+
+def test_a_batch_without_supervised_tokens_gives_zeros() -> None:
+    """What a rank without records contributes: a gradient for each weight that the others have one for."""
+    model, batch = random_model(config()), packed(SEQUENCES, 61)
+    loss = model.loss(replace(batch, supervised=batch.supervised[:0], targets=batch.targets[:0]), horizon=5)
+    loss.backward()
+    assert float(loss.detach()) == 0
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("rows", [[3, 2], [-1, 2], [2, 76], [4, 4]])
+def test_supervised_rows_outside_the_batch_are_refused(rows: list[int]) -> None:
+    batch = replace(packed(SEQUENCES, 61), supervised=torch.tensor(rows), targets=torch.tensor([0, 0]))
+    with pytest.raises(ValueError, match="rows must be strictly rising"):
+        random_model(config()).loss(batch)
 
 
 def test_evaluation_leaves_no_graph() -> None:

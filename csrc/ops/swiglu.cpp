@@ -33,6 +33,7 @@ void check(const SwigluBackward& args) {
   check_half(op, "grad_y", args.grad_y, args.ab);
   Check(op, "grad_ab", args.grad_ab).cpu_or_cuda().rank(2).dtype({args.ab.dtype});
   Check(op, "grad_ab", args.grad_ab).same_shape(args.ab, "ab").last_contiguous();
+  if (args.y.given()) check_half(op, "y", args.y, args.ab);
 }
 #endif
 
@@ -62,11 +63,13 @@ void backward_rows(const SwigluBackward& args, std::int64_t begin, std::int64_t 
     const T* grad_y = args.grad_y.as<T>() + row * args.grad_y.strides[0];
     T* grad_a = args.grad_ab.as<T>() + row * args.grad_ab.strides[0];
     T* grad_b = grad_a + width;
+    T* y = args.y.given() ? args.y.as<T>() + row * args.y.strides[0] : nullptr;
     for_columns(width, [&](std::int64_t c, auto get, auto put) __attribute__((always_inline)) {
-      const vfloat gate = get(a + c), grad = get(grad_y + c);
+      const vfloat gate = get(a + c), up = get(b + c), grad = get(grad_y + c);
       const vfloat s = sigmoid(gate);
-      put(grad_a + c, grad * get(b + c) * s * (1.0f + gate * (1.0f - s)));
+      put(grad_a + c, grad * up * s * (1.0f + gate * (1.0f - s)));
       put(grad_b + c, grad * gate * s);
+      if (y != nullptr) put(y + c, gate * s * up);
     });
   }
 }

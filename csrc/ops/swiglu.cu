@@ -36,16 +36,18 @@ __global__ void __launch_bounds__(threads) backward(SwigluBackward args) {
   const T* ab = args.ab.as<T>() + row * args.ab.strides[0] + c;
   const Floats<n> a = load<n>(ab), b = load<n>(ab + width);
   const Floats<n> grad = load<n>(args.grad_y.as<T>() + row * args.grad_y.strides[0] + c);
-  Floats<n> grad_a, grad_b;
+  Floats<n> grad_a, grad_b, y;
 #pragma unroll
   for (int i = 0; i < n; ++i) {
     const float s = sigmoid(a[i]);
     grad_a[i] = grad[i] * b[i] * s * (1.0f + a[i] * (1.0f - s));
     grad_b[i] = grad[i] * a[i] * s;
+    y[i] = a[i] * s * b[i];
   }
   T* grad_ab = args.grad_ab.as<T>() + row * args.grad_ab.strides[0] + c;
   store<n>(grad_ab, grad_a);
   store<n>(grad_ab + width, grad_b);
+  if (args.y.given()) store<n>(args.y.as<T>() + row * args.y.strides[0] + c, y);
 }
 
 LaunchShape shape_for(std::int64_t rows, std::int64_t width, int n) {
@@ -66,7 +68,7 @@ HRMCORE_DEVICE_KERNEL(swiglu_forward, hrmcore::SwigluForward) {
 
 HRMCORE_DEVICE_KERNEL(swiglu_backward, hrmcore::SwigluBackward) {
   using namespace hrmcore::cuda;
-  const bool wide = rows_are_wide({&args.ab, &args.grad_y, &args.grad_ab});
+  const bool wide = rows_are_wide({&args.ab, &args.grad_y, &args.grad_ab, &args.y});
   return with_element(args.ab.dtype, wide, [&](auto element, auto n) {
     const LaunchShape shape = shape_for(args.grad_y.shape[0], args.grad_y.shape[1], n());
     return launch(backward<decltype(element), n()>, shape, args, stream);

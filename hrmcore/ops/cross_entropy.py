@@ -95,18 +95,27 @@ def _chunks(hidden: Tensor, weight: Tensor, rows: Tensor) -> Iterator[tuple[slic
     The memory of the logits is the same for every chunk.
     """
     most = max(ROW_MULTIPLE, CHUNK_ELEMENTS // weight.shape[0] // ROW_MULTIPLE * ROW_MULTIPLE)
-    most = min(most, _filled(max(1, len(rows))))
+    most = min(most, rows_filled(len(rows)))
     buffer = hidden.new_empty(most, weight.shape[0])
     for begin in range(0, len(rows), most):
         part = slice(begin, min(begin + most, len(rows)))
         count = part.stop - begin
-        states = hidden.new_zeros(_filled(count), hidden.shape[1])
+        states = hidden.new_zeros(rows_filled(count), hidden.shape[1])
         torch.index_select(hidden, 0, rows[part], out=states[:count])
         yield part, states, torch.mm(states, weight.T, out=buffer[: len(states)])
 
 
-def _filled(rows: int) -> int:
-    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
+def rows_filled(rows: int) -> int:
+    """So many rows, at least one, filled up to a multiple of ROW_MULTIPLE."""
+    return -(-max(1, rows) // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def check_rows(rows: Tensor, tokens: int) -> None:
+    """Raises ValueError unless `rows` are (R) int64, strictly rising, in [0, tokens)."""
+    if rows.dim() != 1 or rows.dtype != torch.int64:
+        raise ValueError(f"cross_entropy: rows must be (R) int64, got {rows.dtype} {tuple(rows.shape)}")
+    if len(rows) and not (rows[0] >= 0 and rows[-1] < tokens and bool((rows.diff() > 0).all())):
+        raise ValueError(f"cross_entropy: rows must be strictly rising, in [0, T = {tokens})")
 
 
 def _check_operands(hidden: Tensor, weight: Tensor, rows: Tensor) -> None:
@@ -118,10 +127,7 @@ def _check_operands(hidden: Tensor, weight: Tensor, rows: Tensor) -> None:
         raise ValueError(
             f"cross_entropy: weight must be (V, D) with D = {hidden.shape[1]}, got {weight.dtype} {tuple(weight.shape)}"
         )
-    if rows.dim() != 1 or rows.dtype != torch.int64:
-        raise ValueError(f"cross_entropy: rows must be (R) int64, got {rows.dtype} {tuple(rows.shape)}")
-    if len(rows) and not (rows[0] >= 0 and rows[-1] < len(hidden) and bool((rows.diff() > 0).all())):
-        raise ValueError(f"cross_entropy: rows must be strictly rising, in [0, T = {len(hidden)})")
+    check_rows(rows, len(hidden))
 
 
 @_cross_entropy.register_fake

@@ -84,7 +84,15 @@ def _product(rows: Tensor, weight: Tensor) -> Tensor:
 
 def _product_backward(grad: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of `_product` to its rows and to its weight."""
-    return torch.mm(grad, weight.to(grad.dtype)), torch.mm(grad.T, rows).to(weight.dtype)
+    return _product_rows_backward(grad, weight), _product_weight_backward(grad, rows, weight)
+
+
+def _product_rows_backward(grad: Tensor, weight: Tensor) -> Tensor:
+    return torch.mm(grad, weight.to(grad.dtype))
+
+
+def _product_weight_backward(grad: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    return torch.mm(grad.T, rows).to(weight.dtype)
 
 
 # Attention
@@ -154,6 +162,7 @@ def _attention_sublayer_backward(
     if gqkv.dtype != torch.float32:
         grad_k.copy_(sums[0])
         grad_v.copy_(sums[1])
+    del inputs, sums, grad_attended
     _C.rope(*map(to_dlpack, (grad_q, grad_k, table, positions, grad_q, grad_k)), True, stream_of(u))
     grad_normed, grad_gqkv_weight = _product_backward(grad_gqkv.flatten(1), _norm(u, eps), gqkv_weight)
     grad_x = grad_normed if opened else _norm_backward_(grad_normed, u, grad_u, eps)
@@ -221,10 +230,10 @@ def _mlp_sublayer_backward(
     grad_y: Tensor,
     grad_u: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_product, grad_down_weight = _product_backward(grad_y, _swiglu(ab), down_weight)
-    grad_ab = torch.empty_like(ab)
-    _C.swiglu_backward(*map(to_dlpack, (ab, grad_product, grad_ab)), stream_of(ab))
-    del grad_product
+    grad_ab, product = torch.empty_like(ab), _product_rows_backward(grad_y, down_weight)
+    _C.swiglu_backward(*map(to_dlpack, (ab, product, grad_ab, product)), stream_of(ab))  # the gradient gives way to it
+    grad_down_weight = _product_weight_backward(grad_y, product, down_weight)
+    del product
     grad_normed, grad_gate_up_weight = _product_backward(grad_ab, _norm(u, eps), gate_up_weight)
     return _norm_backward_(grad_normed, u, grad_u, eps), grad_gate_up_weight, grad_down_weight
 

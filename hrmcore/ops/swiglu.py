@@ -44,7 +44,7 @@ def _swiglu(ab: Tensor) -> Tensor:
 @torch.library.custom_op("hrmcore::swiglu_backward", mutates_args=(), device_types=DEVICES)
 def _swiglu_backward(ab: Tensor, grad_y: Tensor) -> Tensor:
     grad_ab = ab.new_empty(ab.shape)
-    _C.swiglu_backward(to_dlpack(ab), to_dlpack(grad_y.contiguous()), to_dlpack(grad_ab), stream_of(ab))
+    _C.swiglu_backward(*map(to_dlpack, (ab, grad_y.contiguous(), grad_ab)), None, stream_of(ab))
     return grad_ab
 
 

@@ -28,11 +28,32 @@ def test_backward_kernel(backend, dtype, index):
     ab = listed(cases, dtype)[index]["ab"]
     grad_y = torch.randn(ab.shape[0], ab.shape[1] // 2, generator=torch.Generator().manual_seed(1)).to(dtype)
     grad_ab = poisoned(*ab.shape, dtype=dtype)
-    call(_C.swiglu_backward, framed(ab), framed(grad_y), grad_ab)
+    call(_C.swiglu_backward, framed(ab), framed(grad_y), grad_ab, None)
     assert only_inside_written(grad_ab)
     reference = ab.double().requires_grad_()
     swiglu_ref(reference).backward(grad_y.double())
     assert relative_error(grad_ab, reference.grad) <= bound(grad_ab, FLOAT32_BOUND)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("index", range(len(list(cases()))))
+def test_backward_kernel_with_the_product(backend, dtype, index):
+    """The product of forward again, its bits, also in the place of its gradient; the other gradients stay the same."""
+    ab = listed(cases, dtype)[index]["ab"]
+    y, again = (poisoned(ab.shape[0], ab.shape[1] // 2, dtype=dtype) for _ in range(2))
+    grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    grads = [poisoned(*ab.shape, dtype=dtype) for _ in range(3)]
+    call(_C.swiglu_forward, framed(ab), y)
+    call(_C.swiglu_backward, framed(ab), framed(grad_y), grads[0], None)
+    call(_C.swiglu_backward, framed(ab), framed(grad_y), grads[1], again)
+    in_place = framed(grad_y)
+    call(_C.swiglu_backward, framed(ab), in_place, grads[2], in_place)
+    assert only_inside_written(again)
+    assert only_inside_written(grads[1])
+    assert torch.equal(again, y)
+    assert torch.equal(in_place, y)
+    assert torch.equal(grads[1], grads[0])
+    assert torch.equal(grads[2], grads[0])
 
 
 def test_autograd():
