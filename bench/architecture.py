@@ -273,7 +273,7 @@ def study(args: argparse.Namespace, budgets: dict[str, Budget]) -> dict[str, Any
     rates = [args.rate / 2, args.rate, 2 * args.rate] if args.sweep else [args.rate]
     each = len(rates) + args.seeds - 1
     clock = Clock(each * len(every), each * sum(budgets[cell.data].flops for cell in every))
-    print(clock, flush=True)
+    print(f"{clock}, finished ones not taken off yet", flush=True)
 
     def measure(cell: Cell, rate: float, seed: int) -> dict[str, Any]:
         run = Run(cell, rate, seed, budgets[cell.data].steps(cell))
