@@ -26,6 +26,7 @@ from intervals import median_with_interval
 
 import hrmcore
 from hrmcore import _C
+from hrmcore.config import HRMConfig
 
 
 def main() -> None:
@@ -75,7 +76,7 @@ def measure(dtype: str, args: argparse.Namespace) -> dict[str, Any]:
     line["load_seconds"], line["first_token_seconds"] = loaded - started, first_token
     line["weight_bytes"] = runner.core.weight_bytes
     line["peak_bytes"] = peak
-    line["bytes_a_token"] = bytes_a_token(engine)
+    line["bytes_a_token"] = bytes_a_token(engine.config, dtype)
     seconds, handle = timed_open(runner, prompt(args.prefill))
     runner.close(handle)
     line["prefill_tokens_a_second"] = args.prefill / seconds
@@ -129,13 +130,13 @@ def check(runner: Any, prompt: Any) -> None:
         raise SystemExit("two requests together differ from each alone: not timed")
 
 
-BITS = {"float32": 32, "bfloat16": 16, "int8": 8.5, "int4": 4.5}  # a weight in a layer, its share of a scale included
+# Bits of a weight in a layer, its share of a scale included, here and in llama.cpp.
+BITS = {"float32": 32, "bfloat16": 16, "bf16": 16, "int8": 8.5, "q8_0": 8.5, "int4": 4.5, "q4_0": 4.5}
 HEAD_BITS = BITS | {"int4": BITS["int8"]}
 
 
-def bytes_a_token(engine: Any) -> float:
+def bytes_a_token(config: HRMConfig, dtype: str) -> float:
     """Bytes of weights that one decoded token must read: every visit of every layer, and the head."""
-    config, dtype = engine.config, engine._runner.dtype
     layer = config.hidden_size * (5 * config.attention_width + 3 * config.intermediate_size)
     head = config.vocab_size * config.hidden_size
     return (config.cache_slots * layer * BITS[dtype] + head * HEAD_BITS[dtype]) / 8

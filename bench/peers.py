@@ -31,16 +31,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from decode import StreamRead
+from decode import StreamRead, bytes_a_token
 from intervals import median_with_interval
 
 from hrmcore import _C
 from hrmcore.checkpoint import read_config
 from hrmcore.config import HRMConfig
 
-# Bits of a weight, its share of a scale included; keys and values are bfloat16 or float16 beside all but float32.
-BITS = {"float32": 32, "bfloat16": 16, "bf16": 16, "int8": 8.5, "q8_0": 8.5, "int4": 4.5, "q4_0": 4.5}
-HEAD_BITS = BITS | {"int4": 8.5}
 PAIRS = {"hrmcore bfloat16": "llama.cpp bf16", "hrmcore int8": "llama.cpp q8_0", "hrmcore int4": "llama.cpp q4_0"}
 
 Turns = dict[str, list[dict[str, float]]]  # by engine, what each turn found
@@ -144,7 +141,8 @@ class Engine:
         before = stream.gb_s()
         speed = 1 / self.ask("steps", tokens)
         bandwidth = (before + stream.gb_s()) / 2
-        needed = bytes_a_token(self.config, self.dtype, self.held + tokens / 2)
+        needed = bytes_a_token(self.config, self.dtype)
+        needed += cached_bytes(self.config, self.dtype, self.held + tokens / 2)
         self.held += tokens
         return {"decode": speed, "stream_gb_s": bandwidth, "share": speed * needed / bandwidth / 1e9}
 
@@ -223,16 +221,9 @@ def long_contexts(engine: Engine, args: argparse.Namespace, prefill: float) -> d
     return found
 
 
-def bytes_a_token(config: HRMConfig, dtype: str, context: float) -> float:
-    """Bytes that one decoded token must read: weights of every visit, head, keys and values of its context."""
-    layer = config.hidden_size * (5 * config.attention_width + 3 * config.intermediate_size)
-    head = config.vocab_size * config.hidden_size
-    cached = 2 * config.cache_slots * config.attention_width * context
-    return (config.cache_slots * layer * BITS[dtype] + head * HEAD_BITS[dtype]) / 8 + cached * kv_bytes(dtype)
-
-
-def kv_bytes(dtype: str) -> int:
-    return 4 if dtype == "float32" else 2
+def cached_bytes(config: HRMConfig, dtype: str, context: float) -> float:
+    """Bytes of keys and values that one decoded token must read: bfloat16 or float16 beside all but float32."""
+    return 2 * config.cache_slots * config.attention_width * context * (4 if dtype == "float32" else 2)
 
 
 def summary(turns: list[dict[str, float]]) -> dict[str, dict[str, float]]:

@@ -21,6 +21,11 @@ HRMCORE_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) {
 #endif
 }
 
+// round(a * b) where |a * b| < 2^22: adding 1.5 * 2^23 rounds to an integer, in the low bits.
+HRMCORE_INLINE vint round_product(vfloat a, vfloat b) {
+  return (vint)fma(a, b, splat(12582912.0f)) - 0x4b400000;
+}
+
 HRMCORE_INLINE vint splat_bits(std::int32_t x) { return x + vint{}; }
 
 HRMCORE_INLINE vint load_bits(const void* p) {

@@ -1,30 +1,14 @@
 #include "engine/matrix_product.h"
 
-#include "engine/fetching.h"
+#include "engine/chunk_walk.h"
 #include "engine/matrix_unit.h"
 
 namespace hrmcore::HRMCORE_ISA {
 namespace {
 
-// The chunks of a call in their order: all panels of the first groups, then of the next.
-struct Walk {
-  const MatrixProduct& args;
-  std::int64_t panels;
-
-  std::int64_t steps() const {
-    return (args.weights.groups() + tile_chunk_groups - 1) / tile_chunk_groups * panels;
-  }
-  std::int64_t first_group(std::int64_t step) const { return step / panels * tile_chunk_groups; }
-  std::int64_t groups(std::int64_t step) const { return args.x.chunk_tiles(step / panels); }
-  const std::byte* weights(std::int64_t step) const {
-    return args.weights.data + (args.panel_begin + step % panels) * args.weights.panel_bytes() +
-           first_group(step) * group_bytes(Packing::bf16);
-  }
-};
-
 void walk_chunks(const MatrixProduct& args) {
-  const Walk walk{args, args.panel_end - args.panel_begin};
-  const std::int64_t bands = args.band_end - args.band_begin, pairs = (bands + 1) / 2, steps = walk.steps();
+  const ChunkWalk walk{args};
+  const std::int64_t bands = args.band_end - args.band_begin, pairs = (bands + 1) / 2, steps = walk.steps;
   std::byte* rooms[2] = {args.scratch, args.scratch + matrix_scratch_bytes / 2};
   Widening widening;
   set_order(widening);
@@ -38,15 +22,11 @@ void walk_chunks(const MatrixProduct& args) {
   widen_to<Packing::bf16>(widening, widening.quarters());
   for (std::int64_t step = 0; step < steps; ++step) {
     settle_memory();
-    const std::int64_t panel = step % walk.panels, groups = walk.groups(step);
+    const std::int64_t panel = walk.panel(step), groups = walk.groups(step);
     if (step + 1 < steps) begin_widening(step + 1);
     const std::int64_t multiplications = 2 * pairs * groups;
     const std::int64_t pace = (widening.quarters() + multiplications - 1) / multiplications;
-    Fetching ahead;
-    if (step + 2 < steps) {
-      ahead.next = walk.weights(step + 2);
-      ahead.end = ahead.next + walk.groups(step + 2) * group_bytes(Packing::bf16);
-    }
+    Fetching ahead = walk.fetching(step + 2);
     const std::int64_t lines = ((ahead.end - ahead.next) / 64 + multiplications - 1) / multiplications;
     const auto meanwhile = [&]() __attribute__((always_inline)) {
       fetch_lines(ahead, lines);
@@ -54,7 +34,7 @@ void walk_chunks(const MatrixProduct& args) {
       widen_to<Packing::bf16>(widening, end < widening.quarters() ? end : widening.quarters());
     };
     for (int half = 0; half < 2; ++half) {
-      Block block{args.x.tile(args.band_begin, step / walk.panels),
+      Block block{args.x.tile(args.band_begin, walk.chunk(step)),
                   rooms[step % 2] + 2 * half * groups * tile_bytes,
                   groups * tile_bytes,
                   groups * tile_bytes,

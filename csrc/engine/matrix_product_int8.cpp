@@ -1,5 +1,4 @@
-#include "engine/fetching.h"
-#include "engine/matrix_product.h"
+#include "engine/chunk_walk.h"
 #include "engine/matrix_unit.h"
 
 namespace hrmcore::HRMCORE_ISA {
@@ -40,10 +39,8 @@ struct Rescaling {
 constexpr std::int64_t slabs_of(Packing packing) { return packing == Packing::int8 ? 8 : 4; }
 
 // Rows' shares, each four times: for the two halves that unpack makes of sixteen rows.
-HRMCORE_INLINE void put_shares(vfloat shares, std::int16_t* out) {
-  // Adding 1.5 * 2^23 rounds to an integer, in the low bits.
-  const vint rounded = (vint)(shares + splat(12582912.0f)) - 0x4b400000;
-  const vint whole = (rounded > 32767 ? splat_bits(32767) : rounded) & 0xffff;
+HRMCORE_INLINE void put_shares(vint shares, std::int16_t* out) {
+  const vint whole = (shares > 32767 ? splat_bits(32767) : shares) & 0xffff;
   const vint twice = whole | whole << 16;
   const vint low = __builtin_shufflevector(twice, twice, 0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13);
   const vint high =
@@ -68,7 +65,7 @@ HRMCORE_INLINE Rescaling begin_rescaling(const std::byte* from, std::int64_t gro
     store(to->scales + tile * lanes, top * worth);
     const vfloat inverse = whole / top;
     for (std::int64_t g = 0; g < groups; ++g)
-      put_shares(scales[g] * inverse, scratch.shares[g][tile * lanes]);
+      put_shares(round_product(scales[g], inverse), scratch.shares[g][tile * lanes]);
   }
   return {from, to, groups, 0};
 }
@@ -178,36 +175,24 @@ HRMCORE_INLINE void multiply(const std::byte* x, std::int64_t tiles, const std::
 
 template <Packing packing>
 void walk_chunks(const MatrixProduct& args) {
-  const std::int64_t panels = args.panel_end - args.panel_begin, bands = args.band_end - args.band_begin;
-  const std::int64_t chunks = args.x.chunks(), steps = chunks * panels;
+  const ChunkWalk walk{args};
+  const std::int64_t bands = args.band_end - args.band_begin;
   auto& scratch = *reinterpret_cast<Scratch*>(args.scratch);
-  const auto weights = [&](std::int64_t step) {
-    return args.weights.data + (args.panel_begin + step % panels) * args.weights.panel_bytes() +
-           step / panels * tile_chunk_groups * group_bytes(packing);
-  };
-  const auto groups = [&](std::int64_t step) {
-    const std::int64_t left = args.weights.groups() - step / panels * tile_chunk_groups;
-    return left < tile_chunk_groups ? left : tile_chunk_groups;
-  };
-  Rescaling rescaling = begin_rescaling<packing>(weights(0), groups(0), &scratch.rooms[0], scratch);
+  Rescaling rescaling = begin_rescaling<packing>(walk.weights(0), walk.groups(0), &scratch.rooms[0], scratch);
   go_on<packing>(rescaling, rescaling.quarters(), scratch);
   Unloading unloading;
   std::int64_t blocks = 0;
-  for (std::int64_t step = 0; step < steps; ++step) {
-    const std::int64_t panel = step % panels, chunk = step / panels, tiles = args.x.chunk_tiles(chunk);
+  for (std::int64_t step = 0; step < walk.steps; ++step) {
+    const std::int64_t panel = walk.panel(step), chunk = walk.chunk(step), tiles = args.x.chunk_tiles(chunk);
     const Room& room = scratch.rooms[step % 2];
     go_on(unloading, 4);  // it needs the scales of the room that the next chunk takes
-    if (step + 1 < steps) {
+    if (step + 1 < walk.steps) {
       Room* next = &scratch.rooms[(step + 1) % 2];
-      rescaling = begin_rescaling<packing>(weights(step + 1), groups(step + 1), next, scratch);
+      rescaling = begin_rescaling<packing>(walk.weights(step + 1), walk.groups(step + 1), next, scratch);
     }
     const std::int64_t slots = 2 * ((bands + 1) / 2) * tiles;
     const std::int64_t pace = (rescaling.quarters() + slots - 1) / slots;
-    Fetching ahead;
-    if (step + 2 < steps) {
-      ahead.next = weights(step + 2);
-      ahead.end = ahead.next + groups(step + 2) * group_bytes(packing);
-    }
+    Fetching ahead = walk.fetching(step + 2);
     const std::int64_t lines = ((ahead.end - ahead.next) / 64 + slots - 1) / slots;
     const auto meanwhile = [&]() __attribute__((always_inline)) {
       fetch_lines(ahead, lines);

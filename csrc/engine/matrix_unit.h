@@ -66,7 +66,7 @@ HRMCORE_INLINE void set_order(Widening& widening) {
   for (int part = 0; part < 4; ++part) widening.order[part] = _mm512_load_si512(bytes[part]);
 }
 
-template <Packing packing>
+template <Packing packing>  // bf16 or int8
 HRMCORE_INLINE void widen_quarter(Widening& w) {
   const std::int64_t group = w.next / 16, tile = w.next / 4 % 4, quarter = w.next % 4;
   ++w.next;
@@ -80,20 +80,14 @@ HRMCORE_INLINE void widen_quarter(Widening& w) {
     }
     return;
   }
-  constexpr int slabs = packing == Packing::int8 ? 8 : 4;
-  constexpr float offset = packing == Packing::int8 ? -128.0f : -8.0f;
-  const vfloat rows = load(reinterpret_cast<const bf16*>(from + slabs * slab_bytes) + tile * lanes);
+  const vfloat rows = load(reinterpret_cast<const bf16*>(from + 8 * slab_bytes) + tile * lanes);
   const vfloat scale[2] = {
       __builtin_shufflevector(rows, rows, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7),
       __builtin_shufflevector(rows, rows, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15)};
-  const vfloat bias[2] = {scale[0] * offset, scale[1] * offset};
-  if constexpr (packing == Packing::int8) {
-    widen(load_bits(cells + 2 * quarter * slab_bytes), w.order, scale, bias, to);
-    widen(load_bits(cells + (2 * quarter + 1) * slab_bytes), w.order, scale, bias, to + 2 * tile_line_bytes);
-  } else {
-    const vint both = load_bits(cells + quarter * slab_bytes);
-    widen(both & 0x0f0f0f0f, w.order, scale, bias, to);
-    widen((both >> 4) & 0x0f0f0f0f, w.order, scale, bias, to + 2 * tile_line_bytes);
+  const vfloat bias[2] = {scale[0] * -128.0f, scale[1] * -128.0f};
+  for (int pair = 0; pair < 2; ++pair) {
+    widen(load_bits(cells + (2 * quarter + pair) * slab_bytes), w.order, scale, bias,
+          to + 2 * pair * tile_line_bytes);
   }
 }
 

@@ -14,10 +14,9 @@ HRMCORE_INLINE void quantise_group(const vfloat (&x)[group_vectors], QuantGroup*
   for (int v = 0; v < group_vectors; ++v) top = max(top, (vfloat)((vint)x[v] & 0x7fffffff));
   const float largest = max(top);
   const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-  const vfloat magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
   vint total = {};
   for (int v = 0; v < group_vectors; ++v) {
-    const vint q = (vint)fma(x[v], splat(inverse), magic) - 0x4b400000;
+    const vint q = round_product(x[v], splat(inverse));
     total += q;
     const vbyte bytes = __builtin_convertvector(q, vbyte);
     __builtin_memcpy(out->q + v * lanes, &bytes, sizeof(bytes));

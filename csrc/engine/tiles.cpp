@@ -32,9 +32,7 @@ HRMCORE_INLINE void put_int8(const TileRows& y, std::int64_t row, std::int64_t c
   std::byte* to = y.line(row, chunk);
   for (std::int64_t tile = 0; tile < tiles; ++tile, to += tile_bytes) {
     for (int part = 0; part < 4; ++part, x += lanes) {
-      // Adding 1.5 * 2^23 rounds to an integer, in the low bits.
-      const vint q = (vint)fma(load(x), inverse, splat(12582912.0f)) - 0x4b400000;
-      const vbyte bytes = __builtin_convertvector(q, vbyte);
+      const vbyte bytes = __builtin_convertvector(round_product(load(x), inverse), vbyte);
       __builtin_memcpy(to + part * lanes, &bytes, sizeof(bytes));
     }
   }
