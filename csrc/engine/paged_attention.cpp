@@ -144,7 +144,7 @@ struct QueryTile {
   // keys before them in one span.
   alignas(64) float within[2][query_tile][most_head_channels];
   alignas(64) float faded[query_tile][most_head_channels];
-  std::int64_t faded_span;
+  std::int64_t faded_end;  // the first token after that span
   // A block's keys as float32, faded to the start of their span.
   alignas(64) float panel[most_head_channels * block_tokens];
   alignas(64) Quantised quantised[query_tile];
@@ -363,13 +363,14 @@ void score_after(const Attend& args, const std::byte* keys, std::int64_t block, 
 // Scores of a block under xPos, of the queries from `position` on. `most`: keys that any of them sees.
 void score_faded(const Attend& args, const std::byte* keys, std::int64_t block, std::int64_t position,
                  int queries, std::int64_t most, QueryTile& tile) {
-  const std::int64_t first_key = block * block_tokens, span = first_key / args.fading->span;
+  const std::int64_t first_key = block * block_tokens;
   if (first_key < position + queries) {
-    if (span != tile.faded_span) {
+    if (first_key >= tile.faded_end) {
+      const std::int64_t span = first_key / args.fading->span;
       fade_between(*args.fading, args.shape.channels(), position, queries, 0, span, tile, tile.faded);
       if (args.shape.packing == Packing::int8)
         quantise_queries(args.shape, tile.faded, queries, tile.quantised);
-      tile.faded_span = span;
+      tile.faded_end = (span + 1) * args.fading->span;
     }
     score_cached(args.shape, keys, queries, tile.faded, tile);
   }
@@ -392,7 +393,7 @@ void attend_tile(const Attend& args, std::int64_t first, int queries, QueryTile&
   }
   const std::int64_t position = args.start + first, window = args.window;
   if (args.fading != nullptr) {
-    tile.faded_span = -1;
+    tile.faded_end = 0;
     for (int side = 0; side <= (args.prefix > position + 1 ? 1 : 0); ++side)
       fade_within(*args.fading, channels, position, queries, side, tile);
   } else if (shape.packing == Packing::int8) {
