@@ -239,7 +239,7 @@ def compare(prepare: Callable[[], list[Callable[[], object]]], rounds: int, seco
 
 
 def cost(seconds: float) -> dict[str, dict[str, Any]]:
-    """xPos beside RoPE, each for so long: decoded tokens at two contexts with an int8 cache, and a training step thrice as long."""
+    """xPos beside RoPE, each for so long: tokens decoded at two contexts with an int8 cache; a training step thrice as long."""
     torch.manual_seed(0)
     models = [HRM(shaped(form, 256, 768, 2, 4, 64)) for form in COMPARED]
     for model in models[1:]:
