@@ -239,7 +239,7 @@ def compare(prepare: Callable[[], list[Callable[[], object]]], rounds: int, seco
 
 
 def cost(seconds: float) -> dict[str, dict[str, Any]]:
-    """xPos beside RoPE, each for so long: tokens decoded at two contexts with an int8 cache; a training step thrice as long."""
+    """xPos beside RoPE: tokens decoded with an int8 cache at two contexts, each for so long; a training step thrice."""
     torch.manual_seed(0)
     models = [HRM(shaped(form, 256, 768, 2, 4, 64)) for form in COMPARED]
     for model in models[1:]:
