@@ -51,6 +51,7 @@ class Run:
     rho: float = 0.04
     curvature_every: int = 10
     curvature_batches: int = 1
+    betas: tuple[float, float] | None = None  # None: the optimizer's own
 
     @property
     def name(self) -> str:
@@ -58,7 +59,8 @@ class Run:
         if self.optimizer.startswith("sophia"):
             sophia = f"-rho{self.rho:g}-k{self.curvature_every}-c{self.curvature_batches}"
         size = f"{self.batch_tokens}x{self.width}"
-        return f"{self.optimizer}-lr{self.rate:g}{sophia}-{size}-{self.steps}steps-seed{self.seed}"
+        betas = "" if self.betas is None else "-betas{:g},{:g}".format(*self.betas)
+        return f"{self.optimizer}-lr{self.rate:g}{sophia}{betas}-{size}-{self.steps}steps-seed{self.seed}"
 
 
 class Study(Trainer):
@@ -200,6 +202,7 @@ def config_of(run: Run, data: Path, work: Path, eval_every: int) -> TrainConfig:
         batch_tokens=run.batch_tokens,
         optimizer=run.optimizer,
         learning_rate=run.rate,
+        betas=run.betas,
         warmup_steps=min(50, run.steps // 5),
         schedule="constant",
         seed=run.seed,

@@ -1,5 +1,5 @@
-"""Where Sophia-G's steps go: its clipping (rho), how often and over how many batches its curvature is sampled, and
-larger batches, each beside AdamW at the same batch. Model, data, runs and kept curves are bench/convergence.py's.
+"""Where Sophia-G's steps go: its clipping (rho), how often and over how many batches its curvature is sampled, larger
+batches, and its momentum, each beside AdamW at the same batch. Model, data, runs and kept curves are bench/convergence.py's.
 
     python bench/sophia.py runs/out/convergence
 
@@ -18,6 +18,7 @@ from convergence import Run, curve_of, final, provide_data
 
 STEPS, EVAL_EVERY = 300, 25
 SMALL, LARGE = 2048, 8192  # tokens of a batch
+SHORT, LONG = (0.9, 0.99), (0.965, 0.99)  # betas: AdamW's momentum with Sophia's second one, and Sophia's own
 VARIANTS = (
     Run("adamw", 2e-3, 0, STEPS, SMALL),
     Run("sophia-g", 5e-4, 0, STEPS, SMALL),
@@ -31,6 +32,9 @@ VARIANTS = (
     Run("adamw", 2e-3, 0, STEPS // 2, LARGE),
     Run("sophia-g", 5e-4, 0, STEPS // 2, LARGE),
     Run("sophia-g", 1e-3, 0, STEPS // 2, LARGE, rho=1),
+    Run("adamw", 2e-3, 0, STEPS, SMALL, betas=LONG),
+    Run("sophia-g", 5e-4, 0, STEPS, SMALL, betas=SHORT),
+    Run("sophia-g", 1e-3, 0, STEPS, SMALL, betas=SHORT),
 )
 
 
@@ -43,7 +47,9 @@ def main() -> None:
     os.nice(arguments.nice)
     provide_data(arguments.out, arguments.records)
     lines = []
-    print(f"{'optimizer':<10}{'batch':>6}{'steps':>6}{'rate':>8}{'rho':>6}{'k':>4}{'c':>3}{'loss':>8}{'clipped':>9}")
+    print(
+        f"{'optimizer':<10}{'batch':>6}{'steps':>6}{'rate':>8}{'b1':>6}{'rho':>6}{'k':>4}{'c':>3}{'loss':>8}{'clipped':>9}"
+    )
     for run in VARIANTS:
         curve = curve_of(run, arguments.out, EVAL_EVERY)
         clipped = curve["clipped_fraction"][-1]
@@ -53,7 +59,8 @@ def main() -> None:
             if sophia
             else f"{'':>13}{final(curve):>8.3f}"
         )
-        print(f"{run.optimizer:<10}{run.batch_tokens:>6}{run.steps:>6}{run.rate:>8g}{settings}", flush=True)
+        b1 = "" if run.betas is None else f"{run.betas[0]:g}"
+        print(f"{run.optimizer:<10}{run.batch_tokens:>6}{run.steps:>6}{run.rate:>8g}{b1:>6}{settings}", flush=True)
         lines.append({"run": run.name, "final": final(curve), "clipped_fraction": clipped})
     print(json.dumps({"lines": lines}))
 
