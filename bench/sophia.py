@@ -1,5 +1,5 @@
 """Where Sophia-G's steps go: its clipping (rho), how often and over how many batches its curvature is sampled, larger
-batches, and its momentum, each beside AdamW at the same batch. Model, data, runs and kept curves are bench/convergence.py's.
+batches, and its momentum, each beside AdamW at the same batch. Model, data, runs and curves are bench/convergence.py's.
 
     python bench/sophia.py runs/out/convergence
 
