@@ -1,7 +1,8 @@
 """`hrmcore bench`: checks every op's cases against float64, then times the largest beside plain torch.
 
 Speeds are given as shares of what this machine can do at most, which is measured in the same run: a plain copy of as
-many bytes, and multiply-adds in registers. Shapes are those of each op's cases().
+many bytes, and multiply-adds in registers or, where it is faster, a large matrix product of the op's type. Shapes are
+those of each op's cases().
 """
 
 from __future__ import annotations
@@ -159,20 +160,12 @@ def peak_flops(dtype: str, seconds: float = 0.1, device: str = "cpu") -> float:
     A large matrix product of this type; on the CPU, on the threads in use, multiply-adds in float32 registers where
     they are faster: a matrix unit counts.
     """
-    on_cpu = torch.device(device).type == "cpu"
-    side = 768 if on_cpu else 8192
-    a, b = (torch.ones(side, side, dtype=DTYPES[dtype], device=device) for _ in range(2))
-
-    def multiply() -> None:
-        torch.mm(a, b)
-        if not on_cpu:
-            torch.cuda.synchronize(device)
-
-    if not on_cpu:
-        return 2 * side**3 / best_times([multiply], seconds)[0]
+    product, product_flops = _product(dtype, device)
+    if torch.device(device).type != "cpu":
+        return product_flops / best_times([product], seconds)[0]
     multiply_add, flops = _multiply_adds()
-    in_registers, product = best_times([multiply_add, multiply], seconds)
-    return max(flops / in_registers, 2 * side**3 / product)
+    in_registers, multiplied = best_times([multiply_add, product], seconds)
+    return max(flops / in_registers, product_flops / multiplied)
 
 
 def best_times(calls: list[Call], seconds: float) -> list[float]:
@@ -191,18 +184,19 @@ def best_times(calls: list[Call], seconds: float) -> list[float]:
 
 def _time_op(name: str, seconds: float) -> Iterator[dict[str, Any]]:
     page = _page(name)
-    multiply_add, flops = _multiply_adds()
+    multiply_add, register_flops = _multiply_adds()
     op, peer = getattr(page, name), getattr(page, "peer", getattr(page, f"{name}_ref"))
     for dtype, torch_dtype in DTYPES.items():
+        product, product_flops = _product(dtype)
         case = list(page.cases(torch_dtype))[-1]
         shape = "x".join(str(size) for size in next(iter(case.values())).shape)
         differentiable = _differentiate(op, case, [key for key, x in case.items() if _floating(x)])["gradients"]
         ours, theirs = _calls(op, case, differentiable), _calls(peer, case, differentiable)
         for direction in ("forward", "backward"):
             work = page.work(case, backward=direction == "backward")
-            calls = [ours[direction], theirs[direction], _copy_of(work["bytes"]), multiply_add]
-            taken, peer_taken, copying, computing = best_times(calls, seconds)
-            computing *= work["flops"] / flops
+            calls = [ours[direction], theirs[direction], _copy_of(work["bytes"]), multiply_add, product]
+            taken, peer_taken, copying, in_registers, multiplied = best_times(calls, seconds)
+            computing = work["flops"] / max(register_flops / in_registers, product_flops / multiplied)
             yield {
                 "op": name,
                 "direction": direction,
@@ -245,6 +239,20 @@ def _multiply_adds() -> tuple[Call, int]:
     """About a millisecond of multiply-adds on every thread, and their FLOPs."""
     sums, rounds = torch.empty(4 * _C.num_threads()), 20_000
     return lambda: _C.multiply_add(sums, rounds), 2 * _C.multiply_add_width * rounds * len(sums)
+
+
+def _product(dtype: str, device: str = "cpu") -> tuple[Call, int]:
+    """A matrix product large enough for the device to reach its best, and its FLOPs."""
+    on_cpu = torch.device(device).type == "cpu"
+    side = 768 if on_cpu else 8192
+    a, b = (torch.ones(side, side, dtype=DTYPES[dtype], device=device) for _ in range(2))
+
+    def multiply() -> None:
+        torch.mm(a, b)
+        if not on_cpu:
+            torch.cuda.synchronize(device)
+
+    return multiply, 2 * side**3
 
 
 # Printing
