@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=40_000, help="to train on (40000)")
     parser.add_argument("--eval-every", type=int, default=25, help="steps between held-out losses (25)")
     parser.add_argument("--rho", type=float, default=0.04, help="Sophia's (0.04)")
+    parser.add_argument("--betas", type=float, nargs=2, help="Sophia's (0.965 0.99)")
     parser.add_argument("--curvature-every", type=int, default=10, help="Sophia's k, steps (10)")
     parser.add_argument("--curvature-batches", type=int, default=1, help="of a sample of Sophia's curvature (1)")
     parser.add_argument("--nice", type=int, default=10, help="lowers this process's priority (10)")
@@ -118,7 +119,8 @@ def study(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = {key: getattr(arguments, key) for key in SETTINGS}
 
     def curve(optimizer: str, rate: float, seed: int, steps: int) -> dict[str, list[float]]:
-        return curve_of(Run(optimizer, rate, seed, steps, **settings), arguments.out, arguments.eval_every)
+        betas = arguments.betas if optimizer.startswith("sophia") else None
+        return curve_of(Run(optimizer, rate, seed, steps, betas=betas, **settings), arguments.out, arguments.eval_every)
 
     lines = []
     for optimizer in arguments.optimizers.split(","):
@@ -141,7 +143,7 @@ def study(arguments: argparse.Namespace) -> dict[str, Any]:
         for other in named:
             goal = statistics.mean(named[other]["final"])
             line[f"reaches_{other}"] = [reached(curve, goal) for curve in line["curves"]]
-    return {"steps": arguments.steps, **settings, "lines": lines}
+    return {"steps": arguments.steps, "betas": arguments.betas, **settings, "lines": lines}
 
 
 def curve_of(run: Run, out: Path, eval_every: int) -> dict[str, list[float]]:

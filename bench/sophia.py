@@ -33,6 +33,7 @@ VARIANTS = (
     Run("sophia-g", 5e-4, 0, STEPS // 2, LARGE),
     Run("sophia-g", 1e-3, 0, STEPS // 2, LARGE, rho=1),
     Run("adamw", 2e-3, 0, STEPS, SMALL, betas=LONG),
+    Run("adamw", 2e-3, 0, STEPS, SMALL, betas=SHORT),
     Run("sophia-g", 5e-4, 0, STEPS, SMALL, betas=SHORT),
     Run("sophia-g", 1e-3, 0, STEPS, SMALL, betas=SHORT),
 )
