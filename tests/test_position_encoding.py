@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, HrmTextForCausalLM
 
 import hrmcore
+from hrmcore import _C
 from hrmcore.checkpoint import read_config, save_model
 from hrmcore.config import HRMConfig
 from hrmcore.data import PackedBatch
@@ -211,6 +212,25 @@ def test_a_rounded_cache_stays_close(isa: str, form: int, kv_dtype: str, tmp_pat
     model, ids, expected = long_case(form)
     logits = torch.as_tensor(runner_of(model, tmp_path / "m", "float32", kv_dtype).logits(ids, PROMPT))
     assert 1e-4 < relative(logits, expected) < {"bfloat16": 2e-2, "int8": 8e-2}[kv_dtype]
+
+
+@pytest.mark.skipif("amx" not in _C.supported_isas(), reason="the processor has no matrix unit")
+@pytest.mark.parametrize("isa", ["amx"], indirect=True)
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("window", [0, 64, 128])
+@pytest.mark.parametrize("scale_base", [64, 256, 1024])  # spans of one block, two and eight
+def test_a_prefix_attends_alike_on_the_matrix_unit(
+    isa: str, scale_base: int, window: int, kv_dtype: str, tmp_path: Path
+) -> None:
+    model = random_model(LONG.replace(xpos_scale_base=scale_base, attention_window=window))
+    runner = runner_of(model, tmp_path / "m", "bfloat16", kv_dtype)
+    for prefix in (1, 17, 64, 131, 300, 511):
+        ids = torch.randint(67, (prefix,), generator=torch.Generator().manual_seed(3)).tolist()
+        rows = {}
+        for name in ("vnni", isa):
+            _C.set_isa(name)
+            rows[name] = torch.as_tensor(runner.logits(ids, prefix))
+        assert 0 < relative(rows["amx"], rows["vnni"]) < {"bfloat16": 6e-3, "int8": 1.5e-2}[kv_dtype]
 
 
 @pytest.mark.parametrize(("dtype", "kv_dtype"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("int8", "int8")])

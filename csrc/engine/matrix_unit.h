@@ -24,6 +24,15 @@ HRMCORE_INLINE void put_pair(vfloat low, vfloat high, std::byte* to) {
   __builtin_memcpy(to, &both, sizeof(both));
 }
 
+// Rows of two columns: the first lane of each, then the second of each, and so on.
+HRMCORE_INLINE void put_interleaved(vfloat even, vfloat odd, std::byte* to) {
+  const auto bits = [](vfloat x) __attribute__((always_inline)) {
+    return __builtin_convertvector((vhalf)_mm512_cvtneps_pbh((__m512)x), vuint);
+  };
+  const vuint pairs = bits(even) | bits(odd) << 16;
+  __builtin_memcpy(to, &pairs, sizeof(pairs));
+}
+
 // Bytes 2 h, 2 h + 1 of eight rows' cells each, as integers: the order in which a tile wants a pair of
 // columns.
 HRMCORE_INLINE vfloat pick(vint cells, __m512i order) {

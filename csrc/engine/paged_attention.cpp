@@ -129,13 +129,6 @@ void store_value(const CacheShape& shape, std::byte* values, std::int64_t row, c
   }
 }
 
-// What fades a token to the start (side 0) or the end (1) of its span: [channels].
-HRMCORE_INLINE const float* fading_to_edge(const PagedFading& fading, std::int64_t channels,
-                                           std::int64_t position, int side) {
-  const std::int64_t index = position % fading.span;
-  return fading.over.data() + (side == 0 ? index : fading.span - 1 - index) * channels;
-}
-
 using Quantised = QuantGroup[most_head_channels / group_columns];  // one query
 
 struct QueryTile {
@@ -304,8 +297,7 @@ void fade_within(const PagedFading& fading, std::int64_t channels, std::int64_t 
 void fade_between(const PagedFading& fading, std::int64_t channels, std::int64_t position, int queries,
                   int side, std::int64_t span, const QueryTile& tile, float (*faded)[most_head_channels]) {
   for (int q = 0; q < queries; ++q) {
-    const std::int64_t own = (position + q) / fading.span, apart = own > span ? own - span : span - own;
-    const float* between = fading.between.data() + apart * channels;
+    const float* between = fading_between(fading, channels, position + q, span);
     for (std::int64_t c = 0; c < channels; c += lanes)
       store(faded[q] + c, load(tile.within[side][q] + c) * load(between + c));
   }

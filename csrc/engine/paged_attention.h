@@ -68,6 +68,20 @@ struct PagedFading {
   std::vector<float> between;
 };
 
+// What fades a token to the start (side 0) or the end (1) of its span: [channels].
+[[maybe_unused]] static const float* fading_to_edge(const PagedFading& fading, std::int64_t channels,
+                                                    std::int64_t position, int side) {
+  const std::int64_t index = position % fading.span;
+  return fading.over.data() + (side == 0 ? index : fading.span - 1 - index) * channels;
+}
+
+// And between there and the facing edge of another span, or of its own, which is behind it: [channels].
+[[maybe_unused]] static const float* fading_between(const PagedFading& fading, std::int64_t channels,
+                                                    std::int64_t position, std::int64_t span) {
+  const std::int64_t own = position / fading.span, apart = own > span ? own - span : span - own;
+  return fading.between.data() + apart * channels;
+}
+
 struct AppendTokens {
   CacheShape shape;
   const PagedFading* fading;  // null: RoPE

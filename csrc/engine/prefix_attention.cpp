@@ -8,22 +8,26 @@ namespace {
 constexpr std::int64_t key_tiles = prefix_keys / lanes, key_groups = prefix_keys / group_columns;
 constexpr std::int64_t group_tiles = group_columns / lanes;
 
-// The scratch, and what else is known of each query.
+// The scratch, and what else is known of each query. Under xPos queries and keys are faded to an edge of the
+// keys' span: side 0 for keys up to their query, to the span's end; side 1 for those after it, to its start.
 struct Room {
-  std::byte* queries;  // [bands][channel groups] tiles
-  std::byte* keys;     // [16 keys][channel groups] tiles
-  std::byte* values;   // [16 channels][key groups] tiles
-  std::byte* weights;  // [2 bands][key groups] tiles
-  float* scores;       // [2 bands][16 keys][16][16]
-  float* sums;         // [bands][16 channels][16][16]
+  std::byte* queries[2];  // [bands][channel groups] tiles
+  std::byte* keys[2];     // [16 keys][channel groups] tiles
+  std::byte* values;      // [16 channels][key groups] tiles
+  std::byte* weights;     // [2 bands][key groups] tiles
+  float* scores;          // [2 bands][16 keys][16][16]
+  float* sums;            // [bands][16 channels][16][16]
   alignas(64) float top[prefix_queries], total[prefix_queries];
-  alignas(64) float scale[prefix_keys];  // of the values
+  alignas(64) float scale[prefix_keys];      // of the values
+  alignas(64) float after[4 * tile_floats];  // scores of side 1 where queries meet themselves
 
   Room(const CacheShape& shape, std::byte* scratch) {
     const std::int64_t row_bytes = 2 * shape.channels();
-    queries = scratch;
-    keys = queries + prefix_queries * row_bytes;
-    values = keys + prefix_keys * row_bytes;
+    queries[0] = scratch;
+    queries[1] = queries[0] + prefix_queries * row_bytes;
+    keys[0] = queries[1] + prefix_queries * row_bytes;
+    keys[1] = keys[0] + prefix_keys * row_bytes;
+    values = keys[1] + prefix_keys * row_bytes;
     weights = values + prefix_keys * row_bytes;
     scores = reinterpret_cast<float*>(weights + 2 * key_groups * tile_bytes);
     sums = scores + 2 * key_tiles * tile_floats;
@@ -49,16 +53,23 @@ HRMCORE_INLINE void take_row(const AttendPrefix& args, std::int64_t position, st
   for (std::int64_t c = dim; c < args.shape.channels(); ++c) row[c] = 0;
 }
 
-void load_queries(const Part& part, Room& room) {
+// Queries as they are, or faded for keys of `span`.
+void load_queries(const Part& part, Room& room, std::int64_t span, int side) {
+  const AttendPrefix& args = part.args;
+  const std::int64_t channels = args.shape.channels();
   alignas(64) float row[most_head_channels];
   for (std::int64_t q = 0; q < part.queries; ++q) {
-    take_row(part.args, part.first + q, part.args.shape.heads * part.args.shape.head_dim, row);
+    take_row(args, part.first + q, args.shape.heads * args.shape.head_dim, row);
+    if (args.fading != nullptr) {
+      const float* within = fading_to_edge(*args.fading, channels, part.first + q, side);
+      const float* between = fading_between(*args.fading, channels, part.first + q, span);
+      for (std::int64_t c = 0; c < channels; c += lanes)
+        store(row + c, load(row + c) * load(within + c) * load(between + c));
+    }
     std::byte* line =
-        room.queries + q / band_rows * part.groups * tile_bytes + q % band_rows * tile_line_bytes;
+        room.queries[side] + q / band_rows * part.groups * tile_bytes + q % band_rows * tile_line_bytes;
     for (std::int64_t group = 0; group < part.groups; ++group, line += tile_bytes)
       put_pair(load(row + group * group_columns), load(row + group * group_columns + lanes), line);
-    room.top[q] = -__builtin_inff();
-    room.total[q] = 0;
   }
 }
 
@@ -66,13 +77,30 @@ template <Packing packing>
 void load_keys(const Part& part, Room& room, std::int64_t first, std::int64_t count) {
   Widening widening;
   set_order(widening);
-  widening.to = room.keys;
+  widening.to = room.keys[0];
   widening.groups = part.groups;
   for (std::int64_t key = 0; key < count; key += block_tokens) {
     widening.from = cached(part.args, (first + key) / block_tokens);
     widening.next = 0;
     widen_to<packing>(widening, widening.quarters());
     widening.to += panel_tiles * part.groups * tile_bytes;
+  }
+}
+
+// Keys of side 0 as those of side 1.
+void fade_keys(const Part& part, Room& room, std::int64_t first, std::int64_t count) {
+  const PagedFading& fading = *part.args.fading;
+  const std::byte* from = room.keys[0];
+  std::byte* to = room.keys[1];
+  for (std::int64_t key = 0; key < count; key += lanes) {
+    const float* to_start = fading.to_start.data() + (first + key) % fading.span;
+    for (std::int64_t channel = 0; channel < part.args.shape.channels(); channel += 2) {
+      const vint pairs = load_bits(from);
+      put_interleaved(low_half(pairs) * load(to_start + channel * fading.span),
+                      high_half(pairs) * load(to_start + (channel + 1) * fading.span), to);
+      from += tile_line_bytes;
+      to += tile_line_bytes;
+    }
   }
 }
 
@@ -146,18 +174,47 @@ HRMCORE_INLINE void soften(const Part& part, Room& room, std::int64_t query, std
     store(sums, load(sums) * decay);
 }
 
-// Two bands of queries against `keys` keys.
-template <Packing packing>
-void visit_keys(const Part& part, Room& room, std::int64_t band, std::int64_t keys, bool first) {
-  const auto nothing = []() __attribute__((always_inline)) {};
-  const std::int64_t column = part.groups * tile_bytes, groups = groups_of(keys);
-  Block block{room.queries + band * column, room.keys, column, column, part.groups, room.scores,
-              key_tiles * tile_floats,      false};
-  for (std::int64_t tile = 0; tile < groups * group_tiles; tile += 2) {
-    multiply_block<2>(block, nothing);
-    block.w += 2 * column;
-    block.sums += 2 * tile_floats;
+// Scores of two bands of queries that are among these 32 keys: those after a query are side 1's.
+void meet(Room& room, Block block, std::int64_t queries_step, std::int64_t keys_step) {
+  const vint lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  float* scores = block.sums;
+  block.x = room.queries[1] + queries_step;
+  block.w = room.keys[1] + keys_step;
+  block.sums = room.after;
+  block.sums_step = 2 * tile_floats;
+  multiply_block<2>(block, []() __attribute__((always_inline)) {});
+  settle_memory();
+  for (std::int64_t query = 0; query < 2 * band_rows; ++query) {
+    const std::int64_t band = query / band_rows, line = query % band_rows * lanes;
+    for (std::int64_t tile = band; tile < 2; ++tile) {
+      float* into = scores + band * key_tiles * tile_floats + tile * tile_floats + line;
+      const vfloat after = load(room.after + (2 * band + tile) * tile_floats + line);
+      const vint is_after = lane + static_cast<int>(tile * lanes) > static_cast<int>(query);
+      store(into, is_after ? after : load(into));
+    }
   }
+}
+
+// Two bands of queries against the keys from `key` on.
+void score(const Part& part, Room& room, std::int64_t band, std::int64_t key, std::int64_t keys) {
+  const std::int64_t column = part.groups * tile_bytes, first = part.first + band * band_rows;
+  for (std::int64_t tile = 0; tile < groups_of(keys) * group_tiles; tile += 2) {
+    const std::int64_t ahead = part.args.fading == nullptr ? -1 : key + tile * lanes - first;
+    const int side = ahead > 0 ? 1 : 0;
+    const Block block{
+        room.queries[side] + band * column, room.keys[side] + tile * column, column, column, part.groups,
+        room.scores + tile * tile_floats,   key_tiles * tile_floats,         false};
+    multiply_block<2>(block, []() __attribute__((always_inline)) {});
+    if (ahead == 0) meet(room, block, band * column, tile * column);
+  }
+}
+
+// Two bands of queries against the keys from `key` on.
+template <Packing packing>
+void visit_keys(const Part& part, Room& room, std::int64_t band, std::int64_t key, std::int64_t keys,
+                bool first) {
+  const std::int64_t groups = groups_of(keys);
+  score(part, room, band, key, keys);
   const std::int64_t begin = band * band_rows, end = begin + 2 * band_rows;
   for (std::int64_t query = begin; query < (end < part.queries ? end : part.queries); ++query)
     soften<packing>(part, room, query, keys);
@@ -171,7 +228,7 @@ void visit_keys(const Part& part, Room& room, std::int64_t band, std::int64_t ke
               part.channel_tiles * tile_floats,
               !first};
   for (std::int64_t tile = 0; tile < part.channel_tiles; tile += 2) {
-    multiply_block<2>(mixed, nothing);
+    multiply_block<2>(mixed, []() __attribute__((always_inline)) {});
     mixed.w += 2 * key_groups * tile_bytes;
     mixed.sums += 2 * tile_floats;
   }
@@ -191,22 +248,44 @@ void finish(const Part& part, const Room& room) {
   }
 }
 
+// Queries and keys of the sides that these keys stand on.
+template <Packing packing>
+void load_sides(const Part& part, Room& room, std::int64_t key, std::int64_t keys) {
+  load_keys<packing>(part, room, key, keys);
+  const PagedFading* fading = part.args.fading;
+  if (fading == nullptr) return;
+  const std::int64_t span = key / fading->span;
+  if (key < part.first + part.queries) load_queries(part, room, span, 0);
+  if (key + keys <= part.first) return;
+  load_queries(part, room, span, 1);
+  fade_keys(part, room, key, keys);
+}
+
 template <Packing packing>
 void attend_part(const Part& part, Room& room) {
-  load_queries(part, room);
-  std::int64_t begin = 0, end = part.args.prefix;
-  if (const std::int64_t window = part.args.window; window > 0) {
+  const AttendPrefix& args = part.args;
+  for (std::int64_t q = 0; q < part.queries; ++q) {
+    room.top[q] = -__builtin_inff();
+    room.total[q] = 0;
+  }
+  if (args.fading == nullptr) load_queries(part, room, 0, 0);
+  std::int64_t begin = 0, end = args.prefix;
+  if (const std::int64_t window = args.window; window > 0) {
     const std::int64_t own = part.first / window;
     begin = own > 0 ? (own - 1) * window : 0;
     end = end < (own + 2) * window ? end : (own + 2) * window;
   }
-  for (std::int64_t key = begin; key < end; key += prefix_keys) {
-    const std::int64_t keys = end - key < prefix_keys ? end - key : prefix_keys;
-    load_keys<packing>(part, room, key, keys);
+  for (std::int64_t key = begin, keys; key < end; key += keys) {
+    keys = end - key < prefix_keys ? end - key : prefix_keys;
+    if (args.fading != nullptr) {
+      const std::int64_t left = args.fading->span - key % args.fading->span;
+      keys = left < keys ? left : keys;
+    }
+    load_sides<packing>(part, room, key, keys);
     load_values<packing>(part, room, key, keys);
     settle_memory();
     for (std::int64_t band = 0; band < bands_of(part.queries); band += 2)
-      visit_keys<packing>(part, room, band, keys, key == begin);
+      visit_keys<packing>(part, room, band, key, keys, key == begin);
   }
   finish(part, room);
 }

@@ -42,7 +42,7 @@ Recurrence::Recurrence(const ModelShape& shape, const Weights& weights, const Ca
       rope_(rope),
       fading_(fading),
       window_(window),
-      attends_in_tiles_(fading == nullptr && cache.packing != Packing::f32) {
+      attends_in_tiles_(cache.packing != Packing::f32) {
   stride_ = round_up(shape.width, panel_rows);
   gqkv_stride_ = round_up(4 * shape.attention_width(), panel_rows);
   attended_stride_ = round_up(shape.attention_width(), panel_rows);
@@ -260,8 +260,8 @@ void Recurrence::attend_task(Worker& worker, const Task& task, std::int64_t slot
   const float* gqkv = gqkv_ + first * gqkv_stride_;
   float* out = attended_ + first * attended_stride_;
   if (attends_in_tiles_ && task.chunk >= plain_chunks_) {  // a whole prefix, which begins at position 0
-    attend_prefix(AttendPrefix{cache_, window_, slot, task.head, chunk.blocks, chunk.prefix, task.query_begin,
-                               task.query_end, gqkv, gqkv_stride_, out, attended_stride_,
+    attend_prefix(AttendPrefix{cache_, fading_, window_, slot, task.head, chunk.blocks, chunk.prefix,
+                               task.query_begin, task.query_end, gqkv, gqkv_stride_, out, attended_stride_,
                                reinterpret_cast<std::byte*>(scratch(worker))});
     return;
   }
