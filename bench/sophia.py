@@ -18,7 +18,6 @@ from convergence import Run, curve_of, final, provide_data
 
 STEPS, EVAL_EVERY = 300, 25
 SMALL, LARGE = 2048, 8192  # tokens of a batch
-SHORT, LONG = (0.9, 0.99), (0.965, 0.99)  # betas: AdamW's momentum with Sophia's second one, and Sophia's own
 VARIANTS = (
     Run("adamw", 2e-3, 0, STEPS, SMALL),
     Run("sophia-g", 5e-4, 0, STEPS, SMALL),
@@ -32,10 +31,13 @@ VARIANTS = (
     Run("adamw", 2e-3, 0, STEPS // 2, LARGE),
     Run("sophia-g", 5e-4, 0, STEPS // 2, LARGE),
     Run("sophia-g", 1e-3, 0, STEPS // 2, LARGE, rho=1),
-    Run("adamw", 2e-3, 0, STEPS, SMALL, betas=LONG),
-    Run("adamw", 2e-3, 0, STEPS, SMALL, betas=SHORT),
-    Run("sophia-g", 5e-4, 0, STEPS, SMALL, betas=SHORT),
-    Run("sophia-g", 1e-3, 0, STEPS, SMALL, betas=SHORT),
+    Run("adamw", 2e-3, 0, STEPS, SMALL, betas=(0.965, 0.99)),
+    Run("adamw", 2e-3, 0, STEPS, SMALL, betas=(0.9, 0.99)),
+    Run("adamw", 2e-3, 0, STEPS, SMALL, betas=(0.8, 0.95)),
+    Run("adamw", 2e-3, 0, STEPS, SMALL, betas=(0.6, 0.95)),
+    *(Run("sophia-g", 5e-4, 0, STEPS, SMALL, betas=(b1, 0.99)) for b1 in (0.9, 0.8, 0.6)),
+    *(Run("sophia-g", 1e-3, 0, STEPS, SMALL, betas=(b1, 0.99)) for b1 in (0.9, 0.8)),
+    Run("sophia-g", 1e-3, 0, STEPS, SMALL, rho=1, betas=(0.9, 0.99)),
 )
 
 
@@ -49,7 +51,7 @@ def main() -> None:
     provide_data(arguments.out, arguments.records)
     lines = []
     print(
-        f"{'optimizer':<10}{'batch':>6}{'steps':>6}{'rate':>8}{'b1':>6}{'rho':>6}{'k':>4}{'c':>3}{'loss':>8}{'clipped':>9}"
+        f"{'optimizer':<10}{'batch':>6}{'steps':>6}{'rate':>8}{'b1':>6}{'b2':>6}{'rho':>6}{'k':>4}{'c':>3}{'loss':>8}{'clipped':>9}"
     )
     for run in VARIANTS:
         curve = curve_of(run, arguments.out, EVAL_EVERY)
@@ -60,8 +62,8 @@ def main() -> None:
             if sophia
             else f"{'':>13}{final(curve):>8.3f}"
         )
-        b1 = "" if run.betas is None else f"{run.betas[0]:g}"
-        print(f"{run.optimizer:<10}{run.batch_tokens:>6}{run.steps:>6}{run.rate:>8g}{b1:>6}{settings}", flush=True)
+        betas = f"{'':>12}" if run.betas is None else "{:>6g}{:>6g}".format(*run.betas)
+        print(f"{run.optimizer:<10}{run.batch_tokens:>6}{run.steps:>6}{run.rate:>8g}{betas}{settings}", flush=True)
         lines.append({"run": run.name, "final": final(curve), "clipped_fraction": clipped})
     print(json.dumps({"lines": lines}))
 
