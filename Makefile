@@ -1,5 +1,5 @@
 # make run   builds, installs into .venv and opens the interactive prompt (needs Python >= 3.10, a C++17 compiler)
-# make test  builds, installs and runs every test
+# make test  builds, installs and runs every test, a file at a time on each processor
 # make cuda  compiles the CUDA kernels for every target and checks what ptxas says of them (needs nvcc, no GPU)
 # make sanitize  runs the op and core tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
 # make tsan      runs the engine under ThreadSanitizer (GCC): batches of requests that are cancelled at random
@@ -16,8 +16,9 @@ CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.
 run: $(VENV)/installed
 	$(BIN)/hrmcore repl
 
+# The processes share the processors: threads that wait must not spin.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadscope
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
