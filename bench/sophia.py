@@ -3,7 +3,7 @@ batches, and its momentum, each beside AdamW at the same batch. Model, data, run
 
     python bench/sophia.py runs/out/convergence
 
-One seed and a rate or two for each setting: this looks for what is worth a study, it does not decide one. Needs the
+One seed and a rate or two for most settings: this looks for what is worth a study, it does not decide one. Needs the
 extras `demo` and `bench`. The last line printed is the JSON.
 """
 
@@ -38,6 +38,8 @@ VARIANTS = (
     *(Run("sophia-g", 5e-4, 0, STEPS, SMALL, betas=(b1, 0.99)) for b1 in (0.9, 0.8, 0.6)),
     *(Run("sophia-g", 1e-3, 0, STEPS, SMALL, betas=(b1, 0.99)) for b1 in (0.9, 0.8)),
     Run("sophia-g", 1e-3, 0, STEPS, SMALL, rho=1, betas=(0.9, 0.99)),
+    Run("sophia-g", 5e-4, 0, STEPS // 2, LARGE, betas=(0.8, 0.99)),
+    *(Run("adamw", 2e-3, seed, 2 * STEPS, SMALL, betas=(0.8, 0.95)) for seed in range(3)),
 )
 
 
