@@ -65,7 +65,10 @@ class TrainConfig:
     accumulate: int = _key("packed batches whose gradients make one step", 1)
     optimizer: str = _key(f"one of {', '.join(OPTIMIZERS)}", "adamatan2")
     learning_rate: float = _key("peak learning rate", None)
-    betas: tuple[float, float] = _key("decay of the first and of the second moment, or of Sophia's curvature", None)
+    betas: tuple[float, float] = _key(
+        "decay of the first and of the second moment, or of Sophia's curvature; if its loss stays flat, try 0.8 first",
+        None,
+    )
     eps: float | None = _key("what the divisor is held above (Sophia) or has added (AdamW)", None)
     rho: float | None = _key("Sophia: a step is clipped where |m| > rho·B·h; aim at 0.5 to 0.9 clipped", None)
     curvature_every: int | None = _key("Sophia: steps between two samples of the curvature", None)
