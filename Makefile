@@ -1,7 +1,7 @@
 # make run   builds, installs into .venv and opens the interactive prompt (needs Python >= 3.10, a C++17 compiler)
 # make test  builds, installs and runs every test, a file at a time on each processor
 # make cuda  compiles the CUDA kernels for every target and checks what ptxas says of them (needs nvcc, no GPU)
-# make sanitize  runs the op and core tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
+# make sanitize  runs the tests of ops, core and engine under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
 # make tsan      runs the engine under ThreadSanitizer (GCC): batches of requests that are cancelled at random
 
 PYTHON ?= python3
@@ -62,7 +62,8 @@ sanitize: $(VENV)/installed-dev
 	  $(BIN)/cmake --install $(SANITIZED) --prefix "$$site" && $(BIN)/python $(SITE_PACKAGES) > "$$site/dev.pth"
 	cd $(SANITIZED) && LD_PRELOAD="$(SANITIZERS)" PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 	  venv/bin/python "$(CURDIR)/$(BIN)/pytest" -c "$(CURDIR)/pyproject.toml" -p no:cacheprovider --capture=sys \
-	  "$(CURDIR)/tests/ops" "$(CURDIR)/tests/test_core.py" "$(CURDIR)/tests/test_optim.py" "$(CURDIR)/tests/test_sophia.py" -k "not opcheck and not twice and not memory and not emulated and not schedule and not on_cuda"
+	  "$(CURDIR)/tests/ops" "$(CURDIR)/tests/test_core.py" "$(CURDIR)/tests/test_optim.py" "$(CURDIR)/tests/test_sophia.py" \
+	  "$(CURDIR)/tests/test_engine_core.py" "$(CURDIR)/tests/test_position_encoding.py" -k "not opcheck and not twice and not memory and not emulated and not schedule and not on_cuda"
 	cd $(SANITIZED) && printf "leak:%s\n" bin/python libpython lib-dynload numpy openblas ld-linux > not_ours.txt && \
 	  LD_PRELOAD="$(SANITIZERS)" PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=1:malloc_context_size=3 \
 	  LSAN_OPTIONS=suppressions=not_ours.txt venv/bin/python "$(CURDIR)/tests/leaks.py" 20
