@@ -66,7 +66,7 @@ class TrainConfig:
     optimizer: str = _key(f"one of {', '.join(OPTIMIZERS)}", "adamatan2")
     learning_rate: float = _key("peak learning rate", None)
     betas: tuple[float, float] = _key(
-        "decay of the first and of the second moment, or of Sophia's curvature; if its loss stays flat, try 0.8 first",
+        "decay of the first and of the second moment; Sophia: of the curvature; try 0.8 first if the loss stays flat",
         None,
     )
     eps: float | None = _key("what the divisor is held above (Sophia) or has added (AdamW)", None)
