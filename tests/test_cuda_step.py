@@ -326,7 +326,7 @@ def test_loading_for_cuda_without_a_device_says_so(checkpoint: Path, monkeypatch
 
 
 def test_the_embedded_model_answers_as_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Greedy: 10 tokens here; `python bench/cuda_step.py --tokens 64` runs the 64 (LOG.md has its result)."""
+    """Greedy: 10 tokens here; `python bench/cuda_step.py --tokens 64` runs the 64 (result: docs/results/cuda.md)."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
     found = importlib.import_module("cuda_step").compare(tokens=10, blocks=2)
     assert found["tokens"] == 10
