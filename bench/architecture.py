@@ -30,14 +30,15 @@ from typing import Any
 
 import numpy as np
 
-from hrmcore import microbench, plots
+from hrmcore import machine, plots
 from hrmcore.config import HRMConfig
-from hrmcore.data import Corpus, Rejected, epoch_batches, read_records, tokenize
+from hrmcore.data.packing import epoch_batches
+from hrmcore.data.records import Corpus, Rejected, read_records, tokenize
 from hrmcore.evals import iq
 from hrmcore.planner import parameters, training_flops
-from hrmcore.run_config import TrainConfig
 from hrmcore.tokenizer import Tokenizer, train_tokenizer
-from hrmcore.train import Trainer
+from hrmcore.train.run_file import TrainConfig
+from hrmcore.train.trainer import Trainer
 
 HORIZON = 5
 NOISE = 4  # irrelevant facts in the anti-interference questions
@@ -194,7 +195,7 @@ class Clock:
     def __init__(self, runs: int, flops: float) -> None:
         self._runs, self._flops = runs, flops
         self._done = self._seconds = 0.0
-        self._guess = UTILIZATION * microbench.peak_flops("float32")
+        self._guess = UTILIZATION * machine.peak_flops("float32")
 
     def passed(self, result: dict[str, Any], fresh: bool) -> None:
         """Count a run, and its speed if it ran just now."""

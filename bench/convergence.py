@@ -28,10 +28,10 @@ import mix
 
 from hrmcore import optim, plots
 from hrmcore.config import HRMConfig
-from hrmcore.data import BatchStream, PackedBatch, epoch_batches
-from hrmcore.run_config import TrainConfig
+from hrmcore.data.packing import BatchStream, PackedBatch, epoch_batches
 from hrmcore.tokenizer import Tokenizer
-from hrmcore.train import Trainer
+from hrmcore.train.run_file import TrainConfig
+from hrmcore.train.trainer import Trainer
 
 LOWEST_RATES = {"adamw": 5e-4, "adamatan2": 5e-4, "sophia-g": 1.25e-4, "sophia-h": 1.25e-4}
 REFERENCE = "adamw"

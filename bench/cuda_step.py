@@ -22,11 +22,11 @@ import torch
 
 import hrmcore
 from hrmcore import _C
-from hrmcore.cuda_step import CudaStep, Form
-from hrmcore.engine import EMBEDDED_MODEL
+from hrmcore.engine.cpu_runner import CpuRunner
+from hrmcore.engine.cuda_decode import CudaStep, Form
+from hrmcore.engine.engine import EMBEDDED_MODEL
+from hrmcore.engine.torch_runner import TorchRunner
 from hrmcore.model import HRM
-from hrmcore.packed import PackedRunner
-from hrmcore.runner import TorchRunner
 
 ALLOWED = 2e-2
 QUESTION = "What is 17 plus 25?"
@@ -50,7 +50,7 @@ def compare(tokens: int, blocks: int, form: Form = "persistent") -> dict[str, fl
     engine = hrmcore.load()
     assert engine.tokenizer is not None
     ids = engine.tokenizer.prompt(QUESTION, "direct")
-    cpu = PackedRunner.from_checkpoint(EMBEDDED_MODEL, "bfloat16", None, 1, 0)
+    cpu = CpuRunner.from_checkpoint(EMBEDDED_MODEL, "bfloat16", None, 1, 0)
     handles, logits = cpu.open([ids], [len(ids)])
     model = HRM.from_pretrained(EMBEDDED_MODEL).float()
     kv, table = prefilled(model, ids, len(ids) + tokens)

@@ -37,9 +37,9 @@ from tqdm import tqdm
 
 import hrmcore
 from hrmcore import HRM, HRMConfig, plots
-from hrmcore.data import PackedBatch
+from hrmcore.data.packing import PackedBatch
+from hrmcore.engine.cpu_runner import CpuRunner
 from hrmcore.model import Layout
-from hrmcore.packed import PackedRunner
 
 WORDS, NAMES = 32, 16  # words of the chain; names, and as many values
 FACT, ASK = WORDS, WORDS + 1
@@ -305,7 +305,7 @@ def last_logits(model: HRM, ids: list[int], dtype: str, kv_dtype: str) -> tuple[
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, allow_xpos=True)
         room = 2 * len(ids) * model.config.cache_slots * model.config.attention_width * 4
-        runner = PackedRunner.from_checkpoint(Path(folder), dtype, kv_dtype, None, room)
+        runner = CpuRunner.from_checkpoint(Path(folder), dtype, kv_dtype, None, room)
     (handle,), rows = runner.open([ids[:-DECODED]], [len(ids) // 2])
     for token in ids[-DECODED:]:
         rows = runner.step([handle], [token])

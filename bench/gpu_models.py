@@ -16,12 +16,13 @@ from cuda_step import ALLOWED, Agreement
 from gpu_checks import Here, NotRunError, WrongError, packed_lengths, seconds_of
 from torch import Tensor
 
-from hrmcore import microbench, optim, planner
+from hrmcore import machine, optim, planner
 from hrmcore.config import HRMConfig
-from hrmcore.cuda_runner import CudaRunner
-from hrmcore.cuda_step import MOST_REQUESTS, CudaStep
-from hrmcore.data import Corpus, PackedBatch, pack
-from hrmcore.engine import EMBEDDED_MODEL
+from hrmcore.data.packing import PackedBatch, pack
+from hrmcore.data.records import Corpus
+from hrmcore.engine.cuda_decode import MOST_REQUESTS, CudaStep
+from hrmcore.engine.cuda_runner import CudaRunner
+from hrmcore.engine.engine import EMBEDDED_MODEL
 from hrmcore.model import HRM
 from hrmcore.tokenizer import Tokenizer
 
@@ -121,7 +122,7 @@ def training_mfu(here: Here) -> dict[str, Any]:
     torch.manual_seed(9)
     model, batch = HRM(config).to(here.device), batch.to(torch.device(here.device))
     optimizer = optim.AdamAtan2(model.parameters(), lr=1e-3 if here.emulated else 1e-4, ema=0.999)
-    peak = None if here.emulated else microbench.peak_flops("bfloat16", device=here.device)
+    peak = None if here.emulated else machine.peak_flops("bfloat16", device=here.device)
     figures: dict[str, Any] = {"model": size or "a toy", "tokens": sum(lengths), "peak_tflops": peak and peak / 1e12}
 
     def step(horizon: int) -> Tensor:

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from hrmcore import plots
-from hrmcore.data import PackedBatch
-from hrmcore.growth import kind_of
-from hrmcore.run_config import read_config
+from hrmcore.data.packing import PackedBatch
+from hrmcore.growth.operators import kind_of
 from hrmcore.tokenizer import train_tokenizer
-from hrmcore.train import Trainer
+from hrmcore.train.run_file import read_config
+from hrmcore.train.trainer import Trainer
 
 # width : ffn : layers of a stack : heads of 64. With 512 words 0.27, 0.95 and 5.2 M parameters.
 SIZES = "64:160:2:1,128:320:2:2,256:640:3:4"

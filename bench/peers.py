@@ -35,7 +35,7 @@ from decode import StreamRead, bytes_a_token
 from intervals import median_with_interval
 
 from hrmcore import _C
-from hrmcore.checkpoint import read_config
+from hrmcore.checkpoint.hrm_text import read_config
 from hrmcore.config import HRMConfig
 
 PAIRS = {"hrmcore bfloat16": "llama.cpp bf16", "hrmcore int8": "llama.cpp q8_0", "hrmcore int4": "llama.cpp q4_0"}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import hrmcore
-from hrmcore.data import Rejected, read_records, tokenize
+from hrmcore.data.records import Rejected, read_records, tokenize
 
 VARIANTS = [("float32", None), ("bfloat16", None), ("int8", None), ("int8", "int8"), ("int4", None), ("int4", "int8")]
 

@@ -36,7 +36,8 @@ from transformers import HrmTextForCausalLM
 
 from hrmcore import _C, optim
 from hrmcore.config import HRMConfig
-from hrmcore.data import Corpus, PackedBatch, Rejected, epoch_batches, pack, read_records, tokenize
+from hrmcore.data.packing import PackedBatch, epoch_batches, pack
+from hrmcore.data.records import Corpus, Rejected, read_records, tokenize
 from hrmcore.model import HRM
 from hrmcore.tokenizer import Tokenizer
 

@@ -13,9 +13,9 @@ import torch
 from emulator import emulated_cuda
 from two_ranks import RECORDS, Ranks
 
-from hrmcore import _C, microbench
+from hrmcore import _C, machine
 from hrmcore.config import HRMConfig
-from hrmcore.engine import Engine, load
+from hrmcore.engine.engine import Engine, load
 from hrmcore.model import HRM
 from hrmcore.tokenizer import train_tokenizer
 
@@ -58,7 +58,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the measurement of the machine's peak, which the MFU alone needs."""
-    monkeypatch.setattr(microbench, "peak_flops", lambda precision, device: 1e12)
+    monkeypatch.setattr(machine, "peak_flops", lambda precision, device: 1e12)
 
 
 @pytest.fixture(params=_C.supported_isas())

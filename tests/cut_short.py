@@ -13,13 +13,14 @@ import sys
 import threading
 from pathlib import Path
 
-from hrmcore.packed import PACKED_FILE, PackedRunner
+from hrmcore.engine.cpu_runner import CpuRunner
+from hrmcore.engine.packed_file import PACKED_FILE
 
 PROMPT = [position % 61 for position in range(700)]  # its step takes long enough to be asked whether it shall stop
 
 
-def open_runner(folder: str) -> PackedRunner:
-    return PackedRunner.from_checkpoint(Path(folder), "auto", None, 2, cache_bytes=0)
+def open_runner(folder: str) -> CpuRunner:
+    return CpuRunner.from_checkpoint(Path(folder), "auto", None, 2, cache_bytes=0)
 
 
 def main(case: str, folder: str, other_folder: str) -> None:

@@ -22,12 +22,13 @@ from pathlib import Path
 import torch
 import torch._dynamo  # torch.optim imports it late: here it is done once, before the forks
 
-from hrmcore import _C, microbench, training_state
-from hrmcore import train as train_module
-from hrmcore.data import BatchStream
-from hrmcore.run_config import TrainConfig, read_config
-from hrmcore.train import Trainer
-from hrmcore.training_state import find_newest, find_states, load_state
+from hrmcore import _C, machine
+from hrmcore.checkpoint import training_state
+from hrmcore.checkpoint.training_state import find_newest, find_states, load_state
+from hrmcore.data.packing import BatchStream
+from hrmcore.train import trainer as train_module
+from hrmcore.train.run_file import TrainConfig, read_config
+from hrmcore.train.trainer import Trainer
 
 # Calls of os in the middle of writing a state; the n-th call of it in a process is its last.
 POINTS = [(name, count) for name in ("fsync", "replace") for count in (1, 2, 3, 4)]
@@ -105,7 +106,7 @@ def mutate(name: str) -> None:
 
 def main(run_file: str, kills: int, mutation: str | None = None) -> None:
     torch.set_num_threads(1)
-    microbench.peak_flops = lambda *_, **__: (
+    machine.peak_flops = lambda *_, **__: (
         1e12
     )  # a tenth of a second in every trainer's life, for a figure not needed here
     _C.set_num_threads(1)

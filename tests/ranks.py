@@ -18,14 +18,14 @@ import sys
 
 from torch import Tensor
 
-from hrmcore import microbench
+from hrmcore import machine
 from hrmcore.cli import main
-from hrmcore.data import PackedBatch
-from hrmcore.distributed import local
+from hrmcore.data.packing import PackedBatch
+from hrmcore.distributed.world import local
 from hrmcore.model import HRM
-from hrmcore.train import Trainer
+from hrmcore.train.trainer import Trainer
 
-microbench.peak_flops = lambda precision, device: 1e12
+machine.peak_flops = lambda precision, device: 1e12
 plain, plain_export, plain_replace = HRM.loss, Trainer.export, os.replace
 held = 0
 

@@ -19,10 +19,11 @@ from pathlib import Path
 import numpy as np
 
 from hrmcore import _C
-from hrmcore.checkpoint import key_table
+from hrmcore.checkpoint.hrm_text import key_table
 from hrmcore.config import HRMConfig
-from hrmcore.engine import Engine, Request
-from hrmcore.packed import PackedRunner
+from hrmcore.engine.cpu_runner import CpuRunner
+from hrmcore.engine.engine import Engine
+from hrmcore.engine.streams import Request
 
 CONFIG = HRMConfig(97, 40, 56, 1, 2, 16, H_cycles=2, L_cycles=2, max_position_embeddings=128, eos_token_id=7)
 CALLERS = 2
@@ -31,7 +32,7 @@ BATCH = 16
 
 def make_engine(dtype: str, kv_dtype: str, threads: int) -> Engine:
     """A model of random weights."""
-    runner = PackedRunner(CONFIG, dtype, kv_dtype, threads, cache_bytes=0)
+    runner = CpuRunner(CONFIG, dtype, kv_dtype, threads, cache_bytes=0)
     runner.core.allocate_weights()
     chance = np.random.default_rng(0)
     for key in key_table(CONFIG):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from checkpoints import CONFIG, edit_config, edit_tensors, shard, split_form
 
-from hrmcore.checkpoint import load_model, read_tensors, save_model
+from hrmcore.checkpoint.hrm_text import load_model, read_tensors, save_model
 from hrmcore.model import HRM
 
 

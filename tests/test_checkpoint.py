@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, HrmTextForCausalLM
 
-from hrmcore.checkpoint import key_table, load_model, read_config, read_tensors, resolve, save_model
+from hrmcore.checkpoint.hrm_text import key_table, load_model, read_config, read_tensors, resolve, save_model
 from hrmcore.model import HRM
 from hrmcore.tokenizer import Tokenizer, train_tokenizer
 

@@ -8,7 +8,7 @@ from emulator import emulated_cuda, same_bits_for_every_schedule
 from torch import Tensor
 
 from hrmcore.config import HRMConfig
-from hrmcore.data import PackedBatch
+from hrmcore.data.packing import PackedBatch
 from hrmcore.model import HRM
 from hrmcore.ops import backend, cross_entropy, rms_norm_inject, sublayers
 

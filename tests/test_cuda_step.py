@@ -17,13 +17,13 @@ from emulator import counters, emulated_cuda, seeded
 from torch import Tensor
 
 from hrmcore.config import HRMConfig
-from hrmcore.cuda_runner import CudaRunner
-from hrmcore.cuda_step import CudaStep, Form, traffic
-from hrmcore.engine import load
-from hrmcore.fragments import in_fragments, matrix_bytes, paired, quantised
+from hrmcore.engine.cpu_runner import CpuRunner
+from hrmcore.engine.cuda_decode import CudaStep, Form, traffic
+from hrmcore.engine.cuda_runner import CudaRunner
+from hrmcore.engine.engine import load
+from hrmcore.engine.mma_layout import in_fragments, matrix_bytes, paired, quantised
+from hrmcore.engine.torch_runner import BLOCK, TorchRunner
 from hrmcore.model import HRM
-from hrmcore.packed import PackedRunner
-from hrmcore.runner import BLOCK, TorchRunner
 
 TOLERANCE = 2e-2  # in norm: activations meet the tensor cores as bfloat16; measured 2e-3 to 3e-3
 
@@ -84,7 +84,7 @@ class Requests:
         self.tables = torch.tensor(blocks, dtype=torch.int32)
         self.kv = filler._pool.kv.bfloat16()
         model.save_pretrained(folder, allow_xpos=True)
-        self.engine = PackedRunner.from_checkpoint(folder, dtype, "bfloat16", 1, 0)
+        self.engine = CpuRunner.from_checkpoint(folder, dtype, "bfloat16", 1, 0)
         self.handles, self.logits = self.engine.open(self.prompts, prefixes)
         self.positions = torch.tensor(lengths, dtype=torch.int32)
 
@@ -115,7 +115,7 @@ def test_quantised_weights_are_those_of_the_cpu_engine(dtype: str, tmp_path: Pat
     """The same numbers to the bit, and a step with them is one with the model that has them, in float32."""
     model = random_model(num_layers_per_stack=1)
     model.save_pretrained(tmp_path / "model")
-    packed = PackedRunner.from_checkpoint(tmp_path / "model", dtype, None, 1, 0)
+    packed = CpuRunner.from_checkpoint(tmp_path / "model", dtype, None, 1, 0)
     rounded = random_model(num_layers_per_stack=1)
     for name, tensor in rounded.named_parameters():
         packed.core.get_weight(name, tensor)
@@ -304,7 +304,7 @@ def test_the_engine_on_cuda_prefills_in_torch_and_decodes_in_the_step(tmp_path: 
     model = random_model(num_layers_per_stack=1)
     model.save_pretrained(tmp_path)
     prompts, prefixes = [list(range(1, 3 + i)) for i in range(10)], [1 + i for i in range(10)]
-    cpu = PackedRunner.from_checkpoint(tmp_path, "bfloat16", None, 1, 0)
+    cpu = CpuRunner.from_checkpoint(tmp_path, "bfloat16", None, 1, 0)
     handles, _ = cpu.open(prompts, prefixes)
     theirs = torch.from_numpy(cpu.step(handles, range(10)))
     runner = CudaRunner(model, blocks=3)

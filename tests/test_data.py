@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from hrmcore.data import Corpus, Rejected, epoch_batches, pack, read_records, share, tokenize
+from hrmcore.data.packing import epoch_batches, pack, share
+from hrmcore.data.records import Corpus, Rejected, read_records, tokenize
 from hrmcore.tokenizer import Tokenizer, train_tokenizer
 
 TASKS = {"mini_sudoku": 60, "spell_backward": 60, "letter_counting": 60, "chain_sum": 60, "gcd": 60}

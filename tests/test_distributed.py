@@ -13,11 +13,11 @@ import pytest
 import torch
 from two_ranks import ENVIRONMENT, Ranks, check_curve, go_on_from, rows, write_run
 
-from hrmcore.data import BatchStream
+from hrmcore.checkpoint.training_state import find_states, load_state, state_path
+from hrmcore.data.packing import BatchStream
 from hrmcore.model import HRM
-from hrmcore.run_config import read_config
-from hrmcore.train import Trainer
-from hrmcore.training_state import find_states, load_state, state_path
+from hrmcore.train.run_file import read_config
+from hrmcore.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_peak")
 

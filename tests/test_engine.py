@@ -20,9 +20,11 @@ from torch import Tensor
 import hrmcore.engine
 from hrmcore import _C
 from hrmcore.config import HRMConfig
-from hrmcore.engine import Engine, StopFilter, load
+from hrmcore.engine.engine import Engine, load
+from hrmcore.engine.runner import Rows
+from hrmcore.engine.streams import StopFilter
+from hrmcore.engine.torch_runner import BLOCK, TorchRunner
 from hrmcore.model import HRM
-from hrmcore.runner import BLOCK, Rows, TorchRunner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

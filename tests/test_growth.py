@@ -20,8 +20,8 @@ from transformers import HrmTextForCausalLM
 import hrmcore
 from hrmcore import optim
 from hrmcore.config import HRMConfig
-from hrmcore.data import PackedBatch
-from hrmcore.growth import Growth, grow
+from hrmcore.data.packing import PackedBatch
+from hrmcore.growth.operators import Growth, grow
 from hrmcore.model import HRM
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hrmcore import optim
-from hrmcore.checkpoint import save_model
+from hrmcore.checkpoint.hrm_text import save_model
+from hrmcore.checkpoint.training_state import load_state, save_state, state_path
 from hrmcore.cli import main
 from hrmcore.config import HRMConfig
-from hrmcore.growth import Growth, growth_under_way
-from hrmcore.growth_files import grow_files
+from hrmcore.growth.files import grow_files
+from hrmcore.growth.operators import Growth, growth_under_way
 from hrmcore.model import HRM
 from hrmcore.tokenizer import TOKENIZER_FILES, Tokenizer
-from hrmcore.training_state import load_state, save_state, state_path
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from hrmcore import planner
+from hrmcore.checkpoint.training_state import find_states, load_state, state_path
 from hrmcore.cli import main
-from hrmcore.growth import Growth
-from hrmcore.growth_files import grow_files
+from hrmcore.growth.files import grow_files
+from hrmcore.growth.operators import Growth
 from hrmcore.model import HRM
-from hrmcore.run_config import explain, learning_rate, read_config
 from hrmcore.tokenizer import train_tokenizer
-from hrmcore.train import Trainer
-from hrmcore.training_state import find_states, load_state, state_path
+from hrmcore.train.run_file import explain, learning_rate, read_config
+from hrmcore.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from hrmcore.config import HRMConfig
-from hrmcore.engine import Engine
+from hrmcore.engine.cpu_runner import CpuRunner
+from hrmcore.engine.engine import Engine
+from hrmcore.engine.runner import Interrupted
 from hrmcore.model import HRM
-from hrmcore.packed import Interrupted, PackedRunner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,8 +34,8 @@ def model() -> HRM:
 
 
 @pytest.fixture(params=[1, 3])
-def runner(model: HRM, request: pytest.FixtureRequest) -> PackedRunner:
-    runner = PackedRunner(CONFIG, "int8", None, request.param, cache_bytes=0)
+def runner(model: HRM, request: pytest.FixtureRequest) -> CpuRunner:
+    runner = CpuRunner(CONFIG, "int8", None, request.param, cache_bytes=0)
     runner.core.allocate_weights()
     for name, tensor in model.state_dict().items():
         if name != "rope_table":
@@ -42,7 +43,7 @@ def runner(model: HRM, request: pytest.FixtureRequest) -> PackedRunner:
     return runner
 
 
-def test_stop_is_asked_and_obeyed(runner: PackedRunner) -> None:
+def test_stop_is_asked_and_obeyed(runner: CpuRunner) -> None:
     (beside,), before = runner.open([[5, 6, 7]], [3])
     asked = []
 
@@ -66,7 +67,7 @@ def test_stop_is_asked_and_obeyed(runner: PackedRunner) -> None:
     assert runner.core.cache_blocks_used == 0
 
 
-def test_a_step_that_was_stopped_may_be_repeated(runner: PackedRunner) -> None:
+def test_a_step_that_was_stopped_may_be_repeated(runner: CpuRunner) -> None:
     core = runner.core
     request, logits = core.open(len(PROMPT)), np.empty((1, CONFIG.vocab_size), np.float32)
     assert core.step([request], [PROMPT], logits, False, lambda: True) is False
@@ -75,13 +76,13 @@ def test_a_step_that_was_stopped_may_be_repeated(runner: PackedRunner) -> None:
     assert np.array_equal(logits[0], runner.logits(PROMPT, len(PROMPT))[-1])
 
 
-def test_a_stop_that_fails_ends_the_step_with_its_error(runner: PackedRunner) -> None:
+def test_a_stop_that_fails_ends_the_step_with_its_error(runner: CpuRunner) -> None:
     with pytest.raises(ZeroDivisionError):
         runner.open([PROMPT], [0], lambda: bool(1 // 0))
     assert runner.open_sequences == 0
 
 
-def test_short_steps_ask_nobody(runner: PackedRunner) -> None:
+def test_short_steps_ask_nobody(runner: CpuRunner) -> None:
     (handle,), _ = runner.open([[1, 2, 3]], [3], lambda: bool(1 // 0))
     runner.step([handle], [4])
 
@@ -97,7 +98,7 @@ def interrupted_soon() -> Iterator[None]:
         timer.join()
 
 
-def test_an_interruption_reaches_a_prefill(runner: PackedRunner) -> None:
+def test_an_interruption_reaches_a_prefill(runner: CpuRunner) -> None:
     engine = Engine(runner, None, Path("nowhere"))
     tokens = engine.tokens(PROMPT, temperature=1.0, seed=1)
     with interrupted_soon(), pytest.raises(KeyboardInterrupt):
@@ -109,7 +110,7 @@ def test_an_interruption_reaches_a_prefill(runner: PackedRunner) -> None:
     assert len(list(engine.tokens([1, 2, 3], max_new_tokens=4, ignore_eos=True))) == 4
 
 
-def test_another_thread_closes_an_answer_that_is_in_its_prefill(runner: PackedRunner) -> None:
+def test_another_thread_closes_an_answer_that_is_in_its_prefill(runner: CpuRunner) -> None:
     engine = Engine(runner, None, Path("nowhere"))
     tokens, received = engine.tokens(PROMPT), []
     consumer = threading.Thread(target=lambda: received.extend(tokens))
@@ -122,7 +123,7 @@ def test_another_thread_closes_an_answer_that_is_in_its_prefill(runner: PackedRu
     assert list(tokens) == []
 
 
-def test_one_of_a_batch_is_closed_in_its_prefill_and_the_others_are_unharmed(runner: PackedRunner) -> None:
+def test_one_of_a_batch_is_closed_in_its_prefill_and_the_others_are_unharmed(runner: CpuRunner) -> None:
     engine = Engine(runner, None, Path("nowhere"))
     prompts = [[1, 2, 3], PROMPT, [4, 5]]
     answers = [engine.tokens(prompt, max_new_tokens=5, ignore_eos=True) for prompt in prompts]
@@ -139,6 +140,6 @@ def test_one_of_a_batch_is_closed_in_its_prefill_and_the_others_are_unharmed(run
     assert runner.open_sequences == 0
 
 
-def wait_for_one(runner: PackedRunner) -> None:
+def wait_for_one(runner: CpuRunner) -> None:
     while runner.open_sequences == 0:
         time.sleep(0.001)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hrmcore.metrics import Metrics
+from hrmcore.train.metrics import Metrics
 
 Calls = list[tuple[Any, ...]]
 

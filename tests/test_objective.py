@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from hrmcore.data import Rejected, encode, read_records
+from hrmcore.data.records import Rejected, encode, read_records
 from hrmcore.model import HRM
-from hrmcore.run_config import explain, read_config
 from hrmcore.tokenizer import Tokenizer
-from hrmcore.train import Trainer
+from hrmcore.train.run_file import explain, read_config
+from hrmcore.train.trainer import Trainer
 from runs import repetitions, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")

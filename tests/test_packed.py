@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from hrmcore import cli
-from hrmcore.checkpoint import Arrays, load_model, save_model
+from hrmcore.checkpoint.hrm_text import Arrays, load_model, save_model
 from hrmcore.config import HRMConfig
-from hrmcore.engine import Engine, load
+from hrmcore.engine.cpu_runner import CpuRunner, convert, rotations
+from hrmcore.engine.engine import Engine, load
+from hrmcore.engine.packed_file import PACKED_FILE
+from hrmcore.engine.torch_runner import TorchRunner
 from hrmcore.model import HRM
 from hrmcore.ops.rope import rope_table
-from hrmcore.packed import PACKED_FILE, PackedRunner, convert, rotations
-from hrmcore.runner import TorchRunner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,7 +74,7 @@ def test_auto_is_what_the_checkpoint_holds(checkpoint: Path, tmp_path: Path) -> 
         folder = tmp_path / str(dtype)
         save_model(load_model(checkpoint), folder, dtype)
         runner = load(folder)._runner
-        assert isinstance(runner, PackedRunner)
+        assert isinstance(runner, CpuRunner)
         assert f"torch.{runner.dtype}" == str(dtype)
 
 
@@ -89,7 +90,7 @@ def test_a_packed_file_gives_the_same_bits(checkpoint: Path, packed: Path) -> No
 def test_a_batch_of_sixteen_cancelled_at_random_gives_no_wrong_token(packed: Path, kv_dtype: str | None) -> None:
     engine = load(packed, kv_dtype=kv_dtype)
     runner, chance = engine._runner, random.Random(0)
-    assert isinstance(runner, PackedRunner)
+    assert isinstance(runner, CpuRunner)
     prompts = [[chance.randrange(engine.config.vocab_size) for _ in range(chance.randint(1, 70))] for _ in range(24)]
     alone = [list(engine.tokens(ids, max_new_tokens=12, ignore_eos=True)) for ids in prompts]
     running: dict[int, tuple[int, list[int]]] = {}
@@ -112,7 +113,7 @@ def test_a_batch_of_sixteen_cancelled_at_random_gives_no_wrong_token(packed: Pat
 
 
 def test_a_cache_that_is_full_is_a_clear_error_and_others_go_on(int8: Path) -> None:
-    runner = PackedRunner.from_checkpoint(int8, "auto", None, None, cache_bytes=0)
+    runner = CpuRunner.from_checkpoint(int8, "auto", None, None, cache_bytes=0)
     ids = list(range(40))
     (first,), _ = runner.open([ids], [40])
     context = runner.config.max_position_embeddings
@@ -158,8 +159,8 @@ def test_rotations_are_those_of_the_model(checkpoint: Path, head_dim: int, theta
 OUT_OF_MEMORY = """
 import resource, sys, numpy as np
 from pathlib import Path
-from hrmcore.packed import PackedRunner
-runner = PackedRunner.from_checkpoint(Path(sys.argv[1]), "auto", None, 1, cache_bytes=1 << 40)
+from hrmcore.engine.cpu_runner import CpuRunner
+runner = CpuRunner.from_checkpoint(Path(sys.argv[1]), "auto", None, 1, cache_bytes=1 << 40)
 (handle,), rows = runner.open([list(range(40))], [40])
 expected = runner.logits([*range(40), 7, 8], 40)
 in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -271,7 +272,7 @@ def test_a_fault_elsewhere_ends_the_process_as_before(
 def test_a_checkpoint_cut_short_while_it_is_packed_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoint, tmp_path / "cut")
     arrays = Arrays(folder)
-    runner = PackedRunner(arrays.config, "int8", None, 1, cache_bytes=0)
+    runner = CpuRunner(arrays.config, "int8", None, 1, cache_bytes=0)
     runner.core.allocate_weights()
     os.truncate(folder / "model.safetensors", 0)
     name = "lm_head.weight"

@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM, HrmTextForCausalLM
 
 import hrmcore
 from hrmcore import _C
-from hrmcore.checkpoint import read_config, save_model
+from hrmcore.checkpoint.hrm_text import read_config, save_model
 from hrmcore.config import HRMConfig
-from hrmcore.data import PackedBatch
+from hrmcore.data.packing import PackedBatch
+from hrmcore.engine.cpu_runner import CpuRunner, convert, fading, rotations
+from hrmcore.engine.torch_runner import TorchRunner
 from hrmcore.model import HRM
 from hrmcore.ops.backend import reference_ops
 from hrmcore.ops.rope import rope_table, xpos_rates
-from hrmcore.packed import PackedRunner, convert, fading, rotations
-from hrmcore.runner import TorchRunner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -190,10 +190,10 @@ def long_case(form: int) -> tuple[HRM, list[int], Tensor]:
         return model, ids, model(torch.tensor([ids]), PROMPT)[0]
 
 
-def runner_of(model: HRM, folder: Path, dtype: str = "float32", kv_dtype: str | None = None) -> PackedRunner:
+def runner_of(model: HRM, folder: Path, dtype: str = "float32", kv_dtype: str | None = None) -> CpuRunner:
     if not folder.exists():
         save_model(model, folder, allow_xpos=True)
-    return PackedRunner.from_checkpoint(folder, dtype, kv_dtype, 1, 1 << 20)
+    return CpuRunner.from_checkpoint(folder, dtype, kv_dtype, 1, 1 << 20)
 
 
 @pytest.mark.parametrize("form", range(len(LONG_FORMS)))

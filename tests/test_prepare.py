@@ -21,14 +21,16 @@ import reasoning_gym
 import torch
 from pyarrow import parquet
 
-from hrmcore import prepare as prepare_module
 from hrmcore.cli import main
-from hrmcore.data import Corpus, Rejected, pack, read_records, tokenize
-from hrmcore.prepare import parse_caps, prepare, stratified
-from hrmcore.run_config import read_config
-from hrmcore.store import open_store, verify
+from hrmcore.commands.prepare import parse_caps
+from hrmcore.data import prepare as prepare_module
+from hrmcore.data.packing import pack
+from hrmcore.data.prepare import prepare, stratified
+from hrmcore.data.records import Corpus, Rejected, read_records, tokenize
+from hrmcore.data.store import open_store, verify
 from hrmcore.tokenizer import Tokenizer, train_tokenizer
-from hrmcore.train import Trainer
+from hrmcore.train.run_file import read_config
+from hrmcore.train.trainer import Trainer
 
 CONTEXT = 256
 BAD_LINES = [

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hrmcore.checkpoint import read_config
+from hrmcore.checkpoint.hrm_text import read_config
 from hrmcore.config import HRMConfig
-from hrmcore.engine import load
+from hrmcore.engine.engine import load
 from hrmcore.lens import look
 from hrmcore.model import HRM, Layout
 from hrmcore.planner import memory, parameters

@@ -24,9 +24,9 @@ from prompt_toolkit.history import InMemoryHistory
 from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from hrmcore import repl
-from hrmcore.data import Rejected, read_records
-from hrmcore.engine import Engine
+from hrmcore.commands import repl
+from hrmcore.data.records import Rejected, read_records
+from hrmcore.engine.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -166,7 +166,7 @@ def test_saved_answers_can_be_read_as_records(session: repl.Session, screen: Scr
 
 
 def test_another_model_is_loaded_or_the_old_one_stays(engine: Engine, screen: Screen, tmp_path: Path) -> None:
-    from hrmcore.engine import load
+    from hrmcore.engine.engine import load
 
     session = repl.Session(lambda name: engine if name is None else load(name), None, {"max_new_tokens": 3}, screen)
     session.handle(f"/model {tmp_path / 'none'}")

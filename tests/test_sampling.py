@@ -18,7 +18,17 @@ from transformers.generation.logits_process import (
 )
 
 from hrmcore import _C
-from hrmcore.sampling import Sampler, SamplerRef, Sampling, Scores, keep_min_p, keep_top_k, keep_top_p, penalize, sample
+from hrmcore.engine.sampling import (
+    Sampler,
+    SamplerRef,
+    Sampling,
+    Scores,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    penalize,
+    sample,
+)
 
 
 def pick(sampler: Sampler, logits: NDArray[np.floating]) -> int:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hrmcore import sharded_state
-from hrmcore.sharded_state import read_parts, save_parts, verify_parts
-from hrmcore.training_state import find_newest, find_states, load_state, remove_old, state_path
+from hrmcore.checkpoint import sharded_state
+from hrmcore.checkpoint.sharded_state import read_parts, save_parts, verify_parts
+from hrmcore.checkpoint.training_state import find_newest, find_states, load_state, remove_old, state_path
 
 METADATA = {"step": "3", "data_position": "[0, 7]"}
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hrmcore.store import TokenWriter, new_folder, open_store, token_type, verify, write_index, write_manifest
+from hrmcore.data.store import TokenWriter, open_store, token_type, verify, write_index, write_manifest
+from hrmcore.durable import new_folder
 
 SEQUENCES = [[2, 5, 9, 3, 7, 4], [2, 5, 3, 4], [2, 5, 8, 8, 3, 9, 9, 4]]
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from hrmcore.tensor_file import write_tensors
+from hrmcore.checkpoint.safetensors_writer import write_tensors
 
 TENSORS = {
     "wide": torch.arange(35, dtype=torch.float32).view(5, 7),

@@ -16,20 +16,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from hrmcore import curvature
-from hrmcore.checkpoint import save_model
+from hrmcore.checkpoint.hrm_text import save_model
+from hrmcore.checkpoint.training_state import find_states, load_state, save_state, state_path
 from hrmcore.cli import main
+from hrmcore.commands.plot import read_metrics
 from hrmcore.config import HRMConfig
-from hrmcore.data import PackedBatch, pack
-from hrmcore.engine import load
-from hrmcore.growth_stages import GrowStage
+from hrmcore.data.packing import PackedBatch, pack
+from hrmcore.engine.engine import load
+from hrmcore.growth.stages import GrowStage
 from hrmcore.model import HRM
 from hrmcore.optim import Sophia
-from hrmcore.plot import read_metrics
-from hrmcore.run_config import OPTIMIZERS, TrainConfig, ema_decay, explain, horizon, learning_rate, read_config
 from hrmcore.tokenizer import train_tokenizer
-from hrmcore.train import Trainer
-from hrmcore.training_state import find_states, load_state, save_state, state_path
+from hrmcore.train import curvature
+from hrmcore.train.run_file import OPTIMIZERS, TrainConfig, ema_decay, explain, horizon, learning_rate, read_config
+from hrmcore.train.trainer import Trainer
 
 WORDS = ["alpha", "beta", "gamma", "delta", "omega", "sigma", "kappa", "theta"]
 

@@ -11,12 +11,14 @@ import torch
 from elsewhere import DEVICE, another_device, inner_of
 from emulator import emulated_cuda
 
-from hrmcore import curvature, distributed, optim
+from hrmcore import optim
+from hrmcore.checkpoint.training_state import find_states, load_state
 from hrmcore.cli import main
-from hrmcore.run_config import read_config
+from hrmcore.distributed import world as distributed
 from hrmcore.tokenizer import train_tokenizer
-from hrmcore.train import Trainer
-from hrmcore.training_state import find_states, load_state
+from hrmcore.train import curvature
+from hrmcore.train.run_file import read_config
+from hrmcore.train.trainer import Trainer
 from runs import write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_peak")

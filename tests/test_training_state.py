@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hrmcore import training_state
-from hrmcore.training_state import (
+from hrmcore.checkpoint import training_state
+from hrmcore.checkpoint.training_state import (
     StateWriter,
     find_newest,
     find_states,

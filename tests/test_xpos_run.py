@@ -13,8 +13,8 @@ import hrmcore
 from hrmcore.cli import main
 from hrmcore.evals.lm_eval import HRMCoreLM
 from hrmcore.model import HRM
-from hrmcore.run_config import read_config
-from hrmcore.train import Trainer
+from hrmcore.train.run_file import read_config
+from hrmcore.train.trainer import Trainer
 from runs import repetitions, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 import runs
-from hrmcore.run_config import TrainConfig
-from hrmcore.training_state import state_path
+from hrmcore.checkpoint.training_state import state_path
+from hrmcore.train.run_file import TrainConfig
 
 WORDS = ["alpha", "beta", "gamma", "delta", "omega", "sigma", "kappa", "theta"]
 RECORDS = [
