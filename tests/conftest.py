@@ -5,19 +5,23 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from emulator import emulated_cuda
-from two_ranks import RECORDS, Ranks
+from support.emulator import emulated_cuda
+from support.two_ranks import RECORDS, Ranks
 
 from hrmcore import _C, machine
 from hrmcore.config import HRMConfig
 from hrmcore.engine.engine import Engine, load
 from hrmcore.model import HRM
 from hrmcore.tokenizer import train_tokenizer
+
+# For the tests of bench/; last, so that the installed package wins over the sources.
+sys.path.append(str(Path(__file__).parents[1]))
 
 # A shell ignores SIGINT for what it starts in the background, and what is ignored is inherited: the tests of Ctrl-C
 # would wait in vain.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulator import emulated_cuda, same_bits_for_every_schedule
+from support.emulator import emulated_cuda, same_bits_for_every_schedule
 from torch import Tensor
 
 from hrmcore.config import HRMConfig

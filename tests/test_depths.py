@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.runs import repetitions, write_run
 from torch import Tensor
 
 import hrmcore
@@ -25,7 +26,6 @@ from hrmcore.model import HRM, graded_visits
 from hrmcore.planner import activation_elements, layer_weights, memory, parameters, training_flops
 from hrmcore.train.run_file import read_config
 from hrmcore.train.trainer import Trainer
-from runs import repetitions, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

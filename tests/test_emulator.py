@@ -11,7 +11,7 @@ import re
 
 import numpy as np
 import pytest
-from emulator import counters, library, seeded
+from support.emulator import counters, library, seeded
 
 FAULTS = {
     "shared_out_of_bounds": r"thread 63 of block \d at faults.cpp:\d+: shared memory out of bounds: byte 256 of 256",
