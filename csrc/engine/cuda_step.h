@@ -27,20 +27,17 @@ constexpr std::int64_t step_columns = 8;  // requests of one step
 struct CudaStep {
   TensorView tokens;     // (B) int32, each in [0, V)
   TensorView positions;  // (B) int32: how many tokens the request's cache holds
-  TensorView tables;     // (B, C) int32: the request's blocks of 64 tokens in the
-                         // cache, in order
-  TensorView kv;         // (slots, 2, tokens, H, d) bfloat16; the token's keys and
-                         // values are written
+  TensorView tables;     // (B, C) int32: the request's blocks of 64 tokens in the cache, in order
+  TensorView kv;         // (slots, 2, tokens, H, d) bfloat16; the token's keys and values are written
   TensorView embedding;  // (V, D) bfloat16
   TensorView z_init;     // (D) float32
   TensorView rope;       // (P, d) float32
   TensorView rates;      // (d / 2) float32 for xPos, or none
-  TensorView weights;    // bytes: L's layers, H's layers (when there are any), the
-                         // head; in a layer gqkv, o, gate_up, down
+  TensorView weights;    // bytes: L's layers, H's layers (if any), head; in a layer gqkv, o, gate_up, down
   TensorView logits;     // (B, V) float32, written
   TensorView workspace;  // step_workspace_bytes() bytes, zero before the first step
-  std::int64_t ffn, fast_layers, slow_layers, h_cycles,
-      l_cycles;  // slow_layers 0: one stack for both
+  std::int64_t ffn, fast_layers, slow_layers;  // slow_layers 0: one stack for both
+  std::int64_t h_cycles, l_cycles;
   double eps, embedding_scale;
   std::int64_t window;  // of the attention, a multiple of 64, or 0
   Packing packing;      // bf16, int8 or int4

@@ -4,11 +4,15 @@
 //
 //   sums[t][r] = sum over k of w[r][k] * x[t][k]
 //
-// matrix_product: bf16 weights, bfloat16 activations; each sum is one chain of float32 additions in order of
-// k. matrix_product_int8: int8 and int4 weights, int8 activations with a scale for each row and chunk of 256
-// columns. A group of 32 weights cannot have a scale of its own there, so it is brought to the largest of its
-// row's in the chunk, rounded anew to int8. The integer product of a chunk is exact, then one fused
-// multiply-add of it with both scales, in order of the chunks. Both are batch-invariant by construction.
+//   matrix_product       bf16 weights, bfloat16 activations; each sum is one chain of float32 additions in
+//                        order of k
+//   matrix_product_int8  int8 and int4 weights, int8 activations with a scale for each row and chunk of 256
+//                        columns. A group of 32 weights cannot have a scale of its own there, so it is
+//                        brought to the largest of its row's in the chunk, rounded anew to int8. The integer
+//                        product of a chunk is exact, then one fused multiply-add of it with both scales, in
+//                        order of the chunks.
+//
+// Both are batch-invariant by construction.
 //
 // Moves the weights once per call; 2 R K FLOPs a row. Limit: 1,024 FLOPs a cycle, in int8 twice that.
 #pragma once

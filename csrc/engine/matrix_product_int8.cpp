@@ -6,8 +6,8 @@ namespace {
 
 constexpr std::int64_t chunk_tiles = tile_chunk_columns / 64;
 
-// A panel's chunk as int8 with one scale for each row: [4 x 16 rows][tiles][16 x 4 columns][16 rows][4
-// columns].
+// A panel's chunk as int8 with one scale for each row:
+// [4 x 16 rows][tiles][16 x 4 columns][16 rows][4 columns].
 struct alignas(64) Room {
   std::byte tiles[panel_tiles * chunk_tiles * tile_bytes];
   float scales[panel_rows];

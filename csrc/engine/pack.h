@@ -2,8 +2,7 @@
 //
 //   int8: scale = max |w| / 127 of each 32 columns, rounded to bfloat16; w = round(w / scale).
 //   int4: w in [-8, 7]; of twelve scales near max |w| / 8, each rounded to bfloat16, the one with the least
-//   squared
-//         error.
+//         squared error.
 //
 // Reads 4 or 2 bytes a weight, writes what packed.h states.
 #pragma once

@@ -2,8 +2,8 @@
 //
 // A block holds 64 consecutive tokens of a request for every slot, and in it for each slot and head:
 //   keys    one panel of packed.h: the 64 tokens are its rows, the head's channels its columns (f32, bf16 or
-//   int8) values  [64][d'] in f32 or bf16; or int8, then a float32 scale for each token;  d' is d rounded up
-//   to 32
+//           int8)
+//   values  [64][d'] in f32 or bf16; or int8, then a float32 scale for each token; d' is d rounded up to 32
 //
 // Under xPos (PagedFading) a key is stored faded by its distance to the end of its span of blocks; a query is
 // faded by its distance to the start of its own span, once, and by what lies between the two edges when it
@@ -11,11 +11,14 @@
 // their span instead, from what is stored, and the query to the end of its own: that happens to prefixes
 // only. A window W hides from query i the keys j with |floor(i / W) - floor(j / W)| > 1.
 //
-// append_tokens turns q and k by their position (RoPE, half split), multiplies q by 1/sqrt(d) and stores k
-// and v. attend computes  out = sigmoid(gate) * softmax(q k^T) v,  key j visible to query i iff j <
-// max(prefix, i + 1), in blocks of 64 keys in order with a running maximum, so a query's bits do not depend
-// on how many stand beside it. Reads each visible key and value once for up to `query_tile` queries. Sources:
-// arXiv 2104.09864, 2205.14135.
+//   append_tokens  turns q and k by their position (RoPE, half split), multiplies q by 1/sqrt(d) and stores
+//                  k and v
+//   attend         out = sigmoid(gate) * softmax(q k^T) v,  key j visible to query i iff
+//                  j < max(prefix, i + 1)
+//
+// attend takes blocks of 64 keys in order with a running maximum, so a query's bits do not depend on how many
+// stand beside it. It reads each visible key and value once for up to `query_tile` queries.
+// Sources: arXiv 2104.09864, 2205.14135.
 #pragma once
 
 #include <vector>
@@ -63,7 +66,7 @@ struct PagedFading {
   std::vector<float> over;
   // What makes keys that are faded to the end of their span those faded to its start: [channels][span]
   std::vector<float> to_start;
-  // between the facing edges of two spans that are so many spans apart: [spans][channels]. What is too small
+  // Between the facing edges of two spans that are so many spans apart: [spans][channels]. What is too small
   // to count is zero, so that no product with it is denormal.
   std::vector<float> between;
 };

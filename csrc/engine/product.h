@@ -4,11 +4,9 @@
 //
 // Batch-invariant: the arithmetic of one out[t][r] does not depend on how many rows stand beside it.
 //   f32, bf16:  over each chunk of 256 columns a chain of fused multiply-adds from zero, in order of k; the
-//   chunks' sums
-//               are added in order. x is float32.
+//               chunks' sums are added in order. x is float32.
 //   int8, int4: for each group of 32 columns the exact integer product, then one fused multiply-add of it
-//   with
-//               (weight scale * activation scale), in order of the groups. x is QuantGroup.
+//               with (weight scale * activation scale), in order of the groups. x is QuantGroup.
 //
 // Moves the weights once, from memory while they stream; 2 R K FLOPs a row of activations.
 #pragma once

@@ -14,8 +14,8 @@ namespace {
 
 constexpr std::int64_t prefetch_limit = 128 << 10;  // fits beside the rest in the second-level cache
 constexpr int spins_before_yield = 1000;
-constexpr auto patience =
-    std::chrono::microseconds(300);  // between two tokens a thread spins, longer pauses it sleeps
+// Between two tokens a thread spins, longer pauses it sleeps.
+constexpr auto patience = std::chrono::microseconds(300);
 
 void pause_briefly() {
 #if defined(HRMCORE_X86)

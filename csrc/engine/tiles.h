@@ -2,10 +2,11 @@
 // tokens, D width, F ffn width.
 //
 // A tile is 16 rows of 64 bytes, 1 KiB in one piece: 32 columns in bfloat16 or 64 in int8; 16 rows are a
-// band. The tiles that a product reads together lie together: [chunk of 256 columns][band][tile][16 rows][64
-// bytes], the last chunk with what is left. In int8 a row has one scale for each chunk, max |x| / 127, as
-// float32 behind the tiles: [chunk][band][16 rows]. Sums come as tiles of 16 rows by 16 columns in float32:
-// [panel][band][4 tiles][16][16].
+// band. The tiles that a product reads together lie together, the last chunk with what is left:
+//
+//   activations    [chunk of 256 columns][band][tile][16 rows][64 bytes]
+//   their scales   [chunk][band][16 rows] float32, behind the tiles: max |x| / 127 of a chunk, int8 only
+//   sums           [panel][band][4 tiles][16 rows][16 columns] float32
 #pragma once
 
 #include "core/isa.h"

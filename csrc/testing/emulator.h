@@ -7,7 +7,7 @@
 // stops the launch with a message that says who waits where, is undefined or a hang on hardware:
 //   - a barrier that not every thread of the block reaches, or that threads reach in different places;
 //   - a warp operation whose lanes disagree about the mask or the place, or whose mask names a lane that has
-//   left;
+//     left;
 //   - a grid barrier in a launch that is not cooperative; a deadlock of any kind;
 //   - shared memory accessed outside the bytes asked for, or misaligned; never-written bytes read as NaNs;
 //   - two accesses to the same bytes, one a write, with no barrier in between that both threads passed;
