@@ -173,7 +173,7 @@ def test_the_reference_runner_continues_as_the_model(own: HRMConfig) -> None:
 
 
 LONG = config(max_position_embeddings=512, vocab_size=67, head_dim=40, H_cycles=1, L_cycles=2)
-# The scale bases make spans of two blocks and of four (csrc/engine/paged_attention.h): the prefix crosses the first.
+# The scale bases make spans of two blocks and of four (csrc/kv/paged_attention.h): the prefix crosses the first.
 LONG_FORMS = [
     LONG.replace(xpos_scale_base=256),
     LONG.replace(attention_window=64),

@@ -5,10 +5,10 @@
 #include <cstring>
 #include <type_traits>
 
-#include "engine/matrix_product.h"
-#include "engine/prefix_attention.h"
-#include "engine/product.h"
-#include "engine/rows.h"
+#include "engine/row_ops.h"
+#include "gemm/amx_gemm.h"
+#include "gemm/gemm.h"
+#include "kv/prefix_attention.h"
 
 namespace hrmcore {
 namespace {

@@ -11,7 +11,7 @@
 // Reads every layer's weights once a visit. Source: arXiv 2605.20613.
 //
 // On a processor with a matrix unit the tokens of a prefix meet bfloat16, int8 and int4 weights there
-// (tiles.h) and, without xPos, each other (prefix_attention.h); all others take packed_product and attend:
+// (amx_tiles.h) and, without xPos, each other (prefix_attention.h); all others take packed_product and attend:
 // which of the two depends on a token's position alone, and so do its bits.
 #pragma once
 
@@ -20,11 +20,11 @@
 #include <cstdint>
 #include <vector>
 
-#include "engine/memory.h"
-#include "engine/paged_attention.h"
-#include "engine/team.h"
-#include "engine/tiles.h"
+#include "core/memory.h"
+#include "engine/thread_pool.h"
 #include "engine/weights.h"
+#include "gemm/amx_tiles.h"
+#include "kv/paged_attention.h"
 
 namespace hrmcore {
 

@@ -78,7 +78,7 @@ class Traffic:
 
 
 def traffic(config: HRMConfig, positions: Sequence[int], blocks: int, dtype: str = "bfloat16") -> Traffic:
-    """What the kernels of csrc/engine/step_phases.cuh read for requests that hold so many tokens, on so many blocks.
+    """What the kernels of csrc/decode/phases.cuh read for requests that hold so many tokens, on so many blocks.
 
     The tests hold it to the emulator's count.
     """
