@@ -325,16 +325,9 @@ def test_loading_for_cuda_without_a_device_says_so(checkpoint: Path, monkeypatch
         load(checkpoint, device="cuda:1")
 
 
-<<<<<<< HEAD:tests/test_cuda_step.py
-def test_the_embedded_model_answers_as_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Greedy: 10 tokens here; `python bench/cuda_step.py --tokens 64` runs the 64 (result: docs/results/cuda.md)."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
-    found = importlib.import_module("cuda_step").compare(tokens=10, blocks=2)
-=======
 def test_the_embedded_model_answers_as_on_the_cpu() -> None:
     """Greedy: 10 tokens here; `python -m bench.gpu.decode_step --tokens 64` runs the 64 (result: docs/results/cuda.md)."""
     found = importlib.import_module("bench.gpu.decode_step").compare(tokens=10, blocks=2)
->>>>>>> main:tests/engine/test_cuda_step.py
     assert found["tokens"] == 10
     assert found["error"] < TOLERANCE
     assert found["decided"] >= 4
