@@ -94,9 +94,8 @@ def _bars(axes: Any, rows: Iterable[tuple[str, dict[str, float], str]], text: st
             axes.plot([found["limit"]] * 2, [place - 0.4, place + 0.4], color="black", linewidth=2)
         _value(axes, text.format(value), max(value, high or value), place)
     _name_rows(axes, [label for label, _, _ in rows])
-    axes.set_xlim(
-        0, 1.2 * max(max(found.get(key) or 0.0 for key in ("median", "high", "limit")) for _, found, _ in rows)
-    )
+    most = max(max(found.get(key) or 0.0 for key in ("median", "high", "limit")) for _, found, _ in rows)
+    axes.set_xlim(0, 1.2 * most or 1.0)
 
 
 def _value(axes: Any, text: str, end: float, place: float) -> None:
@@ -399,7 +398,7 @@ def architecture(report: dict[str, Any], path: Path) -> None:
             chosen = [line for line in lines if line["data"] == name]
             rows = [_cell(line, report["published"], key) for line in chosen]
             _seeds(axes, rows, text)
-            axes.set_xlim(0, 1.15 * max(max(values) for _, values, _ in rows))
+            axes.set_xlim(0, 1.15 * max(max(values) for _, values, _ in rows) or 1.0)
             axes.set_xlabel(label)
             if key == "exact":
                 axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
