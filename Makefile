@@ -9,8 +9,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 BUILD_TOOLS := "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.24" ninja
-NATIVE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh cmake/*)
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+NATIVE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh cmake/*)
+CXX_FILES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 .PHONY: run test lint format docs cuda cuda-table sanitize tsan clean
 
@@ -67,10 +67,10 @@ sanitize: $(VENV)/installed-dev
 	cd $(SANITIZED) && LD_PRELOAD="$(SANITIZERS)" PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 	  venv/bin/python "$(CURDIR)/$(BIN)/pytest" -c "$(CURDIR)/pyproject.toml" -p no:cacheprovider --capture=sys \
 	  "$(CURDIR)/tests/ops" "$(CURDIR)/tests/test_core.py" "$(CURDIR)/tests/test_optim.py" "$(CURDIR)/tests/test_sophia.py" \
-	  "$(CURDIR)/tests/test_engine_core.py" "$(CURDIR)/tests/test_position_encoding.py" -k "not opcheck and not twice and not memory and not emulated and not schedule and not on_cuda"
+	  "$(CURDIR)/tests/engine/test_engine_core.py" "$(CURDIR)/tests/test_position_encoding.py" -k "not opcheck and not twice and not memory and not emulated and not schedule and not on_cuda"
 	cd $(SANITIZED) && printf "leak:%s\n" bin/python libpython lib-dynload numpy openblas ld-linux > not_ours.txt && \
 	  LD_PRELOAD="$(SANITIZERS)" PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=1:malloc_context_size=3 \
-	  LSAN_OPTIONS=suppressions=not_ours.txt venv/bin/python "$(CURDIR)/tests/leaks.py" 20
+	  LSAN_OPTIONS=suppressions=not_ours.txt venv/bin/python "$(CURDIR)/tests/soak/leaks.py" 20
 
 # Without address space randomisation, because ThreadSanitizer knows only some layouts. Nothing is suppressed.
 RACED := build/tsan
@@ -86,7 +86,7 @@ tsan: $(VENV)/installed-dev
 	site="$$($(RACED)/venv/bin/python $(SITE_PACKAGES))" && cp -r hrmcore "$$site" && \
 	  $(BIN)/cmake --install $(RACED) --prefix "$$site" && $(BIN)/python $(SITE_PACKAGES) > "$$site/dev.pth"
 	cd $(RACED) && LD_PRELOAD="$(RACE_DETECTORS)" TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1 \
-	  setarch -R venv/bin/python "$(CURDIR)/tests/stress.py" $(TSAN_BATCHES) 2
+	  setarch -R venv/bin/python "$(CURDIR)/tests/soak/stress.py" $(TSAN_BATCHES) 2
 
 clean:
 	rm -rf build $(VENV)

@@ -1,6 +1,6 @@
 """The reasoning-gym mix of the training benchmarks: five tasks of unequal length, in the generators' own settings.
 
-    python bench/mix.py OUT --records 20000
+    python -m bench.mix OUT --records 20000
 
 Writes OUT/train.jsonl, OUT/heldout.jsonl and OUT/tokenizer/ (a BPE of 512). No held-out instruction occurs in the
 training file. Needs the extra `demo`.

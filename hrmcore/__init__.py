@@ -9,14 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hrmcore import growth, optim
+    from hrmcore import optim
     from hrmcore.config import HRMConfig
-    from hrmcore.engine import load
-    from hrmcore.growth import grow
+    from hrmcore.engine.engine import load
+    from hrmcore.growth import operators as growth
+    from hrmcore.growth.operators import grow
     from hrmcore.model import HRM
 
 # Public name -> the module that holds it.
-_HOMES = {"load": "engine", "HRM": "model", "HRMConfig": "config", "grow": "growth"}
+_HOMES = {"load": "engine.engine", "HRM": "model", "HRMConfig": "config", "grow": "growth.operators"}
 # Public modules.
 _MODULES = ("growth", "optim")
 

@@ -25,17 +25,17 @@ class Command:
 
 
 COMMANDS = {
-    "generate": Command("answer one question", "hrmcore.generate"),
-    "repl": Command("talk to a model", "hrmcore.repl"),
-    "convert": Command("pack a checkpoint for the CPU engine", "hrmcore.convert"),
-    "bench": Command("check and time the ops", "hrmcore.bench"),
-    "prepare": Command("tokenise records into a store to train from", "hrmcore.prepare"),
-    "train": Command("train a model as a run file says", "hrmcore.train_command"),
-    "eval": Command("ask a model questions and score its answers", "hrmcore.evals.command"),
-    "grow": Command("make a larger model that computes the same", "hrmcore.growth_command"),
-    "plot": Command("draw the curves of a training run", "hrmcore.plot"),
-    "inspect": Command("which token each cycle and layer would have answered", "hrmcore.inspect"),
-    "plan": Command("what a training run costs, before it starts", "hrmcore.plan"),
+    "generate": Command("answer one question", "hrmcore.commands.generate"),
+    "repl": Command("talk to a model", "hrmcore.commands.repl"),
+    "convert": Command("pack a checkpoint for the CPU engine", "hrmcore.commands.convert"),
+    "bench": Command("check and time the ops", "hrmcore.commands.bench"),
+    "prepare": Command("tokenise records into a store to train from", "hrmcore.commands.prepare"),
+    "train": Command("train a model as a run file says", "hrmcore.commands.train"),
+    "eval": Command("ask a model questions and score its answers", "hrmcore.commands.eval"),
+    "grow": Command("make a larger model that computes the same", "hrmcore.commands.grow"),
+    "plot": Command("draw the curves of a training run", "hrmcore.commands.plot"),
+    "inspect": Command("which token each cycle and layer would have answered", "hrmcore.commands.inspect"),
+    "plan": Command("what a training run costs, before it starts", "hrmcore.commands.plan"),
 }
 
 

@@ -10,11 +10,8 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
-import platform
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -23,12 +20,12 @@ from torch import Tensor
 
 import hrmcore.ops
 from hrmcore import _C
+from hrmcore.machine import Work, best_times, copy_of, gemm, limits, multiply_adds
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ALLOWED_ERROR = {"float32": 1e-5, "bfloat16": 1e-2}  # norm(out - ref) / norm(ref), the reference in float64
 
 Case = dict[str, Any]
-Call = Callable[[], object]
 
 
 class WrongKernelError(RuntimeError):
@@ -55,7 +52,7 @@ def run(ops: list[str] | None, threads: int | None, seconds: float, as_json: boo
     if not seconds > 0:
         raise ValueError(f"bench: seconds must be positive, got {seconds}")
     with _threads(threads):
-        report: dict[str, Any] = {"machine": machine(seconds), "ops": []}
+        report: dict[str, Any] = {"machine": limits(seconds), "ops": []}
         if not as_json:
             print(_heading(report["machine"]))
         for name in ops or known:
@@ -135,66 +132,19 @@ def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 # Timing
 
 
-def machine(seconds: float) -> dict[str, Any]:
-    """What this machine can do at most on the instruction set and threads in use: GB/s and float32 GFLOP/s."""
-    source = torch.ones(1 << 26)  # 256 MiB: more than most caches
-    sums = torch.empty(-(-len(source) // _C.stream_block))
-    multiply_add, flops = _multiply_adds()
-    read = best_times([lambda: _C.stream_read(source, sums)], seconds)[0]
-    copy = best_times([_copy_of(2 * source.nbytes)], seconds)[0]
-    computing = best_times([multiply_add], seconds)[0]
-    return {
-        "processor": _processor(),
-        "isa": _C.isa(),
-        "threads": _C.num_threads(),
-        "torch": torch.__version__,
-        "read_gbs": source.nbytes / read / 1e9,
-        "copy_gbs": 2 * source.nbytes / copy / 1e9,
-        "float32_gflops": flops / computing / 1e9,
-    }
-
-
-def peak_flops(dtype: str, seconds: float = 0.1, device: str = "cpu") -> float:
-    """FLOP/s that this machine, or its CUDA device, reaches at best in "float32" or "bfloat16".
-
-    A large matrix product of this type; on the CPU, on the threads in use, multiply-adds in float32 registers where
-    they are faster: a matrix unit counts.
-    """
-    product, product_flops = _product(dtype, device)
-    if torch.device(device).type != "cpu":
-        return product_flops / best_times([product], seconds)[0]
-    multiply_add, flops = _multiply_adds()
-    in_registers, multiplied = best_times([multiply_add, product], seconds)
-    return max(flops / in_registers, product_flops / multiplied)
-
-
-def best_times(calls: list[Call], seconds: float) -> list[float]:
-    """Seconds of each call's best run, as STREAM reports them; in turns, so that a busy machine slows all of them."""
-    for call in calls:
-        call()
-    times: list[list[float]] = [[] for _ in calls]
-    end = time.perf_counter() + seconds
-    while len(times[0]) < 5 or time.perf_counter() < end:
-        for call, taken in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - start)
-    return [min(taken) for taken in times]
-
-
 def _time_op(name: str, seconds: float) -> Iterator[dict[str, Any]]:
     page = _page(name)
-    multiply_add, register_flops = _multiply_adds()
+    multiply_add, register_flops = multiply_adds()
     op, peer = getattr(page, name), getattr(page, "peer", getattr(page, f"{name}_ref"))
     for dtype, torch_dtype in DTYPES.items():
-        product, product_flops = _product(dtype)
+        product, product_flops = gemm(dtype)
         case = list(page.cases(torch_dtype))[-1]
         shape = "x".join(str(size) for size in next(iter(case.values())).shape)
         differentiable = _differentiate(op, case, [key for key, x in case.items() if _floating(x)])["gradients"]
         ours, theirs = _calls(op, case, differentiable), _calls(peer, case, differentiable)
         for direction in ("forward", "backward"):
             work = page.work(case, backward=direction == "backward")
-            calls = [ours[direction], theirs[direction], _copy_of(work["bytes"]), multiply_add, product]
+            calls = [ours[direction], theirs[direction], copy_of(work["bytes"]), multiply_add, product]
             taken, peer_taken, copying, in_registers, multiplied = best_times(calls, seconds)
             computing = work["flops"] / max(register_flops / in_registers, product_flops / multiplied)
             yield {
@@ -212,7 +162,7 @@ def _time_op(name: str, seconds: float) -> Iterator[dict[str, Any]]:
             }
 
 
-def _calls(op: Callable[..., Any], case: Case, differentiable: Iterable[str]) -> dict[str, Call]:
+def _calls(op: Callable[..., Any], case: Case, differentiable: Iterable[str]) -> dict[str, Work]:
     """An op's forward pass alone and its backward pass alone, to the inputs named."""
     inputs = {key: case[key].detach().requires_grad_() for key in differentiable}
     outputs = _as_tuple(op(**(case | inputs)))
@@ -228,41 +178,7 @@ def _calls(op: Callable[..., Any], case: Case, differentiable: Iterable[str]) ->
     return {"forward": forward, "backward": backward}
 
 
-def _copy_of(size: int) -> Call:
-    """A plain copy that moves `size` bytes, read and written together."""
-    source = torch.ones(max(1, size // 8))
-    target = torch.empty_like(source)
-    return lambda: _C.stream_copy(source, target)
-
-
-def _multiply_adds() -> tuple[Call, int]:
-    """About a millisecond of multiply-adds on every thread, and their FLOPs."""
-    sums, rounds = torch.empty(4 * _C.num_threads()), 20_000
-    return lambda: _C.multiply_add(sums, rounds), 2 * _C.multiply_add_width * rounds * len(sums)
-
-
-def _product(dtype: str, device: str = "cpu") -> tuple[Call, int]:
-    """A matrix product large enough for the device to reach its best, and its FLOPs."""
-    on_cpu = torch.device(device).type == "cpu"
-    side = 768 if on_cpu else 8192
-    a, b = (torch.ones(side, side, dtype=DTYPES[dtype], device=device) for _ in range(2))
-
-    def multiply() -> None:
-        torch.mm(a, b)
-        if not on_cpu:
-            torch.cuda.synchronize(device)
-
-    return multiply, 2 * side**3
-
-
 # Printing
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
 
 
 def _heading(machine: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ from hrmcore.ops.swiglu import swiglu
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from hrmcore.data import PackedBatch
+    from hrmcore.data.packing import PackedBatch
 
 
 _ROWS = 256  # positions whose logits `likeliest` holds at once
@@ -344,7 +344,7 @@ class HRM(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | Path) -> HRM:
         """Load an hrm_text checkpoint folder, or a hub id that is already in the local cache."""
-        from hrmcore.checkpoint import load_model
+        from hrmcore.checkpoint.hrm_text import load_model
 
         return load_model(path)
 
@@ -354,7 +354,7 @@ class HRM(nn.Module):
         A model with xPos, an attention window or stacks of two depths is no such model: ValueError, unless `allow_xpos`
         asks for a checkpoint that only hrmcore loads.
         """
-        from hrmcore.checkpoint import save_model
+        from hrmcore.checkpoint.hrm_text import save_model
 
         save_model(self, path, allow_xpos=allow_xpos)
 

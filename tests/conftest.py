@@ -5,19 +5,23 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from emulator import emulated_cuda
-from two_ranks import RECORDS, Ranks
+from support.emulator import emulated_cuda
+from support.two_ranks import RECORDS, Ranks
 
-from hrmcore import _C, microbench
+from hrmcore import _C, machine
 from hrmcore.config import HRMConfig
-from hrmcore.engine import Engine, load
+from hrmcore.engine.engine import Engine, load
 from hrmcore.model import HRM
 from hrmcore.tokenizer import train_tokenizer
+
+# For the tests of bench/; last, so that the installed package wins over the sources.
+sys.path.append(str(Path(__file__).parents[1]))
 
 # A shell ignores SIGINT for what it starts in the background, and what is ignored is inherited: the tests of Ctrl-C
 # would wait in vain.
@@ -58,7 +62,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the measurement of the machine's peak, which the MFU alone needs."""
-    monkeypatch.setattr(microbench, "peak_flops", lambda precision, device: 1e12)
+    monkeypatch.setattr(machine, "peak_flops", lambda precision, device: 1e12)
 
 
 @pytest.fixture(params=_C.supported_isas())

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from hrmcore import cli
-from hrmcore.engine import Engine
+from hrmcore.engine.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -189,7 +189,9 @@ def test_a_process_answers_whatever_the_encoding(quick: list[str], engine: Engin
 
 def test_a_failure_is_exit_1(tmp_path: Path, checkpoint: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
-        "import hrmcore.sampling\ndef fail(*_): raise ArithmeticError('not finite')\nhrmcore.sampling.sample = fail\n"
+        "import hrmcore.engine.sampling as sampling\n"
+        "def fail(*_): raise ArithmeticError('not finite')\n"
+        "sampling.sample = fail\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     process = start("generate", "x", "--model", str(checkpoint), stdin=subprocess.DEVNULL, env=environment)
@@ -210,7 +212,7 @@ def exhaust_python(_: object) -> int:
 def test_want_of_memory_is_one_line_and_exit_1(
     exhaust: Callable[[object], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("hrmcore.plan.run", exhaust)
+    monkeypatch.setattr("hrmcore.commands.plan.run", exhaust)
     assert hrmcore("plan", "--size", "XL", "--tokens", "1e9") == 1
     out, err = capsys.readouterr()
     assert out == ""

@@ -183,6 +183,6 @@ def test_threads_of_the_caller():
 
 def test_calls_leave_no_memory_behind():
     """10,000 rounds that lost 32 bytes each, the least that malloc gives, would grow by 312 KiB."""
-    program = Path(__file__).with_name("leaks.py")
+    program = Path(__file__).parent / "soak" / "leaks.py"
     done = subprocess.run([sys.executable, program, "10000"], capture_output=True, text=True, check=True, timeout=60)
     assert int(done.stdout) < 150

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulator import emulated_cuda, same_bits_for_every_schedule
+from support.emulator import emulated_cuda, same_bits_for_every_schedule
 from torch import Tensor
 
 from hrmcore.config import HRMConfig
-from hrmcore.data import PackedBatch
+from hrmcore.data.packing import PackedBatch
 from hrmcore.model import HRM
 from hrmcore.ops import backend, cross_entropy, rms_norm_inject, sublayers
 

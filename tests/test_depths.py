@@ -9,22 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+from support.runs import repetitions, write_run
 from torch import Tensor
 
 import hrmcore
-from hrmcore import inspect, optim, plots
-from hrmcore.checkpoint import save_model
+from hrmcore import optim, plots
+from hrmcore.checkpoint.hrm_text import save_model
 from hrmcore.cli import main
+from hrmcore.commands import inspect
 from hrmcore.config import HRMConfig
-from hrmcore.growth import Growth, grow
+from hrmcore.engine.cpu_runner import CpuRunner, convert
+from hrmcore.engine.torch_runner import TorchRunner
+from hrmcore.growth.operators import Growth, grow
 from hrmcore.lens import look
 from hrmcore.model import HRM, graded_visits
-from hrmcore.packed import PackedRunner, convert
 from hrmcore.planner import activation_elements, layer_weights, memory, parameters, training_flops
-from hrmcore.run_config import read_config
-from hrmcore.runner import TorchRunner
-from hrmcore.train import Trainer
-from runs import repetitions, write_run
+from hrmcore.train.run_file import read_config
+from hrmcore.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -156,7 +157,7 @@ def test_the_engine_computes_what_the_model_does(config: HRMConfig, tmp_path: Pa
     model = random_model(config)
     expected = logits(model)[0]
     save_model(model, tmp_path / "model", allow_xpos=True)
-    runner = PackedRunner.from_checkpoint(tmp_path / "model", "float32", None, 1, 1 << 20)
+    runner = CpuRunner.from_checkpoint(tmp_path / "model", "float32", None, 1, 1 << 20)
     assert runner.parameters == parameters(config) + config.hidden_size
     ids = IDS[0].tolist()
     assert relative(runner.logits(ids, PROMPT), expected) <= 1e-5
@@ -174,7 +175,7 @@ def test_a_packed_file_keeps_the_depths_and_the_bits(dtype: str, tmp_path: Path)
     save_model(random_model(config), tmp_path / "model", allow_xpos=True)
     convert(tmp_path / "model", tmp_path / "packed", dtype)
     runners = [
-        PackedRunner.from_checkpoint(tmp_path / folder, kind, None, 1, 1 << 20)
+        CpuRunner.from_checkpoint(tmp_path / folder, kind, None, 1, 1 << 20)
         for folder, kind in (("model", dtype), ("packed", "auto"))
     ]
     assert runners[1].config == config

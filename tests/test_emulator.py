@@ -1,4 +1,4 @@
-"""The emulator of CUDA catches every fault planted in csrc/testing/faults.cpp, and runs what is right.
+"""The emulator of CUDA catches every fault planted in csrc/emulator/faults.cpp, and runs what is right.
 
 Source of the fragment layouts below: PTX ISA, "Matrix fragments for mma.m16n8k16" and "ldmatrix".
 """
@@ -11,7 +11,7 @@ import re
 
 import numpy as np
 import pytest
-from emulator import counters, library, seeded
+from support.emulator import counters, library, seeded
 
 FAULTS = {
     "shared_out_of_bounds": r"thread 63 of block \d at faults.cpp:\d+: shared memory out of bounds: byte 256 of 256",

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,21 +16,34 @@ from hrmcore.cli import COMMANDS
 
 PACKAGE = Path(hrmcore.__file__).parent
 
-# From the bottom up; a module may import from the layers below its own, and a package from itself.
-LAYERS = [
-    {"_C"},
-    {"config", "tokenizer", "sampling", "ops", "fragments", "disk"},
-    {"model", "optim", "data", "planner", "tensor_file", "safetensors_files", "distributed", "metrics"},
-    {"checkpoint", "growth", "runner", "cuda_step", "microbench", "store", "sharding", "sharded_state"},
-    {"packed", "cuda_runner", "training_state", "curvature", "validation", "growth_stages"},
-    {"run_config", "growth_files"},
-    {"train", "engine", "lens", "plots"},
-    {"generate", "bench", "convert", "prepare", "plan", "plot", "growth_command", "train_command"},
-    {"inspect"},
-    {"repl", "evals"},
-    {"cli"},
-    {"__main__"},
-]
+# A room's line names all that it may import from; a package may also import from itself, but not in a circle.
+GROUND = "_C config tokenizer durable ops"
+ROOMS = {
+    "_C": "",
+    "_lazy": "",
+    "config": "",
+    "tokenizer": "",
+    "durable": "",
+    "plots": "",
+    "ops": "_C",
+    "machine": "_C",
+    "microbench": "_C ops machine",
+    "optim": GROUND,
+    "planner": GROUND,
+    "data": f"_lazy {GROUND}",
+    "model": f"{GROUND} data",
+    "distributed": f"{GROUND} model data",
+    "checkpoint": f"_lazy {GROUND} model distributed",
+    "growth": f"_lazy {GROUND} model optim planner checkpoint",
+    "train": f"_lazy {GROUND} machine model optim planner data distributed checkpoint growth",
+    "engine": f"_lazy {GROUND} model checkpoint",
+    "lens": f"{GROUND} model",
+    "evals": f"{GROUND} data checkpoint engine",
+    "commands": f"{GROUND} model planner plots microbench data checkpoint growth train engine lens evals",
+    "repl": "commands",
+    "cli": "commands",
+    "__main__": "cli",
+}
 # Upward imports that run only when a function is called: a module's conveniences that need the layer above.
 LATE = {("model", "checkpoint")}
 # Too slow or too rare to come along with a module of ours.
@@ -38,36 +52,26 @@ NEVER_EAGER = {
     *("huggingface_hub", "pyarrow"),
 }
 FREE_OF_TORCH = [
-    *(
-        "config",
-        "tokenizer",
-        "sampling",
-        "data",
-        "store",
-        "planner",
-        "safetensors_files",
-        "checkpoint",
-        "packed",
-        "engine",
-    ),
-    *("generate", "bench", "convert", "prepare", "plan", "plot", "growth_command", "train_command", "repl", "cli"),
-    "inspect",
-    *("evals.harness", "evals.iq", "evals.reasoning_gym", "evals.runners", "evals.command"),
+    *("config", "tokenizer", "planner", "durable", "repl", "cli"),
+    *("data", "data.records", "data.packing", "data.store", "data.prepare"),
+    *("checkpoint", "checkpoint.hrm_text", "checkpoint.safetensors_reader"),
+    *("growth", "train"),
+    *("engine", "engine.engine", "engine.cpu_runner", "engine.sampling"),
+    *("evals.harness", "evals.iq", "evals.reasoning_gym", "evals.runners"),
+    *(f"commands.{path.stem}" for path in (PACKAGE / "commands").glob("*.py")),
 ]
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
-def name_of(path: Path) -> str:
-    """The module that a file belongs to, a subpackage counting as one."""
+def room_of(path: Path) -> str:
+    """The room of a file: a module at the top, or a package."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def rank(name: str) -> int:
-    for height, layer in enumerate(LAYERS):
-        if name in layer:
-            return height
-    raise AssertionError(f"hrmcore.{name} has no layer: give it one in this test and in the design")
+def module_of(path: Path) -> str:
+    """The dotted name of a file's module."""
+    return ".".join(("hrmcore", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
 
 
 def imports(nodes: Iterable[ast.AST], late: bool = False) -> Iterator[tuple[str, bool]]:
@@ -105,18 +109,38 @@ def test_the_parser_of_imports_sees_what_it_should() -> None:
     assert found_in("try:\n  import a\nexcept ImportError:\n  import b") == [("a", False), ("b", False)]
 
 
-@pytest.mark.parametrize("path", [path for path in SOURCES if path.name != "__init__.py"], ids=str)
-def test_imports_go_down(path: Path) -> None:
-    importer = name_of(path)
+def test_every_room_has_a_line() -> None:
+    assert {room_of(path) for path in SOURCES} - {"__init__"} == set(ROOMS) - {"_C"}
+
+
+def test_the_rooms_make_no_circle() -> None:
+    TopologicalSorter({room: allowed.split() for room, allowed in ROOMS.items()}).prepare()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_go_one_way(path: Path) -> None:
+    importer = room_of(path)
+    if importer == "__init__":
+        return
     for module, late in found_in(path.read_text(encoding="utf-8")):
         root, _, rest = module.partition(".")
         adapter = path.name == f"{root}.py"  # it is imported for the sake of what it adapts to
         assert late or adapter or root not in NEVER_EAGER, f"{path.name} imports {module} before it is needed"
-        if root != "hrmcore" or not rest:
-            continue
         imported = rest.split(".")[0]
-        allowed = rank(imported) < rank(importer) or (importer == imported and path.parent != PACKAGE)
-        assert allowed or (late and (importer, imported) in LATE), f"hrmcore.{importer} imports hrmcore.{imported}"
+        if root != "hrmcore" or not rest or imported == importer:
+            continue
+        allowed = imported in ROOMS[importer].split() or (late and (importer, imported) in LATE)
+        assert allowed, f"hrmcore.{importer} may not import hrmcore.{imported}: see its line in ROOMS"
+
+
+def test_modules_of_a_room_make_no_circle() -> None:
+    modules = {module_of(path) for path in SOURCES}
+    graph = {}
+    for path in SOURCES:
+        needed = {module for module, _ in found_in(path.read_text(encoding="utf-8"))}
+        same_room = f"hrmcore.{room_of(path)}."
+        graph[module_of(path)] = {module for module in needed & modules if module.startswith(same_room)}
+    TopologicalSorter(graph).prepare()
 
 
 def test_every_listed_exception_is_used() -> None:
@@ -124,7 +148,7 @@ def test_every_listed_exception_is_used() -> None:
     for path in SOURCES:
         for module, late in found_in(path.read_text(encoding="utf-8")):
             if late and module.startswith("hrmcore."):
-                used.add((name_of(path), module.split(".")[1]))
+                used.add((room_of(path), module.split(".")[1]))
     assert used >= LATE
 
 
@@ -159,7 +183,7 @@ def test_modules_that_need_no_torch_import_none() -> None:
 
 def test_the_public_names_are_there_and_no_others() -> None:
     from hrmcore.config import HRMConfig
-    from hrmcore.engine import load
+    from hrmcore.engine.engine import load
     from hrmcore.model import HRM
 
     assert (hrmcore.load, hrmcore.HRM, hrmcore.HRMConfig) == (load, HRM, HRMConfig)

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrmcore import cli, plots
-from hrmcore import inspect as command
+from hrmcore.commands import inspect as command
+from hrmcore.commands.generate import printable
 from hrmcore.config import HRMConfig
-from hrmcore.engine import Engine, load
-from hrmcore.generate import printable
+from hrmcore.engine.engine import Engine, load
+from hrmcore.engine.torch_runner import TorchRunner
 from hrmcore.lens import look, visits
 from hrmcore.model import HRM
-from hrmcore.runner import TorchRunner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import HrmTextConfig, HrmTextForCausalLM
 
 from hrmcore.config import HRMConfig
-from hrmcore.data import PackedBatch
+from hrmcore.data.packing import PackedBatch
 from hrmcore.model import HRM, Layout
 from hrmcore.ops.backend import reference_active, reference_ops
 from hrmcore.ops.sublayers import mlp_sublayer

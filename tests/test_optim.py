@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from emulator import same_bits_for_every_schedule
-from optimizers import (
+from support.emulator import same_bits_for_every_schedule
+from support.optimizers import (
     BATCH_TOKENS,
     KINDS,
     gradients,

@@ -16,12 +16,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hrmcore import cli
+from hrmcore.commands.plan import measure
 from hrmcore.config import PRESETS, HRMConfig
-from hrmcore.data import PackedBatch
+from hrmcore.data.packing import PackedBatch
 from hrmcore.model import HRM, graded_visits
 from hrmcore.ops import cross_entropy
 from hrmcore.ops.backend import reference_ops
-from hrmcore.plan import measure
 from hrmcore.planner import (
     GPUS,
     Budget,
@@ -35,7 +35,7 @@ from hrmcore.planner import (
     plan,
     training_flops,
 )
-from hrmcore.run_config import TrainConfig, horizon, read_config
+from hrmcore.train.run_file import TrainConfig, horizon, read_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

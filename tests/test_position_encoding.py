@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM, HrmTextForCausalLM
 
 import hrmcore
 from hrmcore import _C
-from hrmcore.checkpoint import read_config, save_model
+from hrmcore.checkpoint.hrm_text import read_config, save_model
 from hrmcore.config import HRMConfig
-from hrmcore.data import PackedBatch
+from hrmcore.data.packing import PackedBatch
+from hrmcore.engine.cpu_runner import CpuRunner, convert, fading, rotations
+from hrmcore.engine.torch_runner import TorchRunner
 from hrmcore.model import HRM
 from hrmcore.ops.backend import reference_ops
 from hrmcore.ops.rope import rope_table, xpos_rates
-from hrmcore.packed import PackedRunner, convert, fading, rotations
-from hrmcore.runner import TorchRunner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -173,7 +173,7 @@ def test_the_reference_runner_continues_as_the_model(own: HRMConfig) -> None:
 
 
 LONG = config(max_position_embeddings=512, vocab_size=67, head_dim=40, H_cycles=1, L_cycles=2)
-# The scale bases make spans of two blocks and of four (csrc/engine/paged_attention.h): the prefix crosses the first.
+# The scale bases make spans of two blocks and of four (csrc/kv/paged_attention.h): the prefix crosses the first.
 LONG_FORMS = [
     LONG.replace(xpos_scale_base=256),
     LONG.replace(attention_window=64),
@@ -190,10 +190,10 @@ def long_case(form: int) -> tuple[HRM, list[int], Tensor]:
         return model, ids, model(torch.tensor([ids]), PROMPT)[0]
 
 
-def runner_of(model: HRM, folder: Path, dtype: str = "float32", kv_dtype: str | None = None) -> PackedRunner:
+def runner_of(model: HRM, folder: Path, dtype: str = "float32", kv_dtype: str | None = None) -> CpuRunner:
     if not folder.exists():
         save_model(model, folder, allow_xpos=True)
-    return PackedRunner.from_checkpoint(folder, dtype, kv_dtype, 1, 1 << 20)
+    return CpuRunner.from_checkpoint(folder, dtype, kv_dtype, 1, 1 << 20)
 
 
 @pytest.mark.parametrize("form", range(len(LONG_FORMS)))

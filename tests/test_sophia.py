@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from emulator import same_bits_for_every_schedule
-from optimizers import random, relative_error
+from support.emulator import same_bits_for_every_schedule
+from support.optimizers import random, relative_error
 from torch import Tensor
 
 from hrmcore.ops.backend import reference_ops

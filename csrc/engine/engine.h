@@ -13,10 +13,10 @@
 #include <vector>
 
 #include "core/tensor.h"
-#include "engine/kv_cache.h"
 #include "engine/recurrence.h"
-#include "engine/team.h"
+#include "engine/thread_pool.h"
 #include "engine/weights.h"
+#include "kv/kv_cache.h"
 
 namespace hrmcore {
 

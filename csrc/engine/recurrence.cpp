@@ -5,17 +5,17 @@
 #include <cstring>
 #include <type_traits>
 
-#include "engine/matrix_product.h"
-#include "engine/prefix_attention.h"
-#include "engine/product.h"
-#include "engine/rows.h"
+#include "engine/row_ops.h"
+#include "gemm/amx_gemm.h"
+#include "gemm/gemm.h"
+#include "kv/prefix_attention.h"
 
 namespace hrmcore {
 namespace {
 
 constexpr std::int64_t product_tokens = 256;  // of a block of outputs that stays in the second-level cache
-constexpr std::int64_t streaming_tokens =
-    16;  // up to here the weights' stream decides, beyond it the arithmetic
+// Up to here the weights' stream decides, beyond it the arithmetic.
+constexpr std::int64_t streaming_tokens = 16;
 constexpr std::int64_t chunk_panels = tile_chunk_columns / (panel_rows / 2);  // of gate and up
 constexpr auto patience = std::chrono::milliseconds(100);  // asking may cost a wait for Python's lock
 constexpr std::int64_t outputs_floats = product_tokens * chunk_panels * panel_rows;

@@ -3,14 +3,15 @@
 //   zH = scale * embed[ids], zL = z_L_init
 //   H_cycles times: L_cycles times zL = L(zL + zH); then zH = H(zH + zL)
 //   logits = head zH, of the rows asked for
-//   a stack: its blocks on u, then rms(u);  [g|q|k|v] = Wgqkv rms(u),  u += Wo (sigmoid(g) attention(q, k,
-//   v)),
-//            [a|b] = Wgate_up rms(u),  u += Wdown (silu(a) b)
+//
+//   A stack runs its blocks on u, then takes rms(u). A block:
+//     [g|q|k|v] = Wgqkv rms(u),   u += Wo (sigmoid(g) attention(q, k, v))
+//     [a|b] = Wgate_up rms(u),    u += Wdown (silu(a) b)
 //
 // Reads every layer's weights once a visit. Source: arXiv 2605.20613.
 //
 // On a processor with a matrix unit the tokens of a prefix meet bfloat16, int8 and int4 weights there
-// (tiles.h) and, without xPos, each other (prefix_attention.h); all others take packed_product and attend:
+// (amx_tiles.h) and, without xPos, each other (prefix_attention.h); all others take packed_product and attend:
 // which of the two depends on a token's position alone, and so do its bits.
 #pragma once
 
@@ -19,11 +20,11 @@
 #include <cstdint>
 #include <vector>
 
-#include "engine/memory.h"
-#include "engine/paged_attention.h"
-#include "engine/team.h"
-#include "engine/tiles.h"
+#include "core/memory.h"
+#include "engine/thread_pool.h"
 #include "engine/weights.h"
+#include "gemm/amx_tiles.h"
+#include "kv/paged_attention.h"
 
 namespace hrmcore {
 
@@ -107,8 +108,8 @@ class Recurrence {
   const bool attends_in_tiles_;  // the tokens of a prefix, where they have tiles
   std::int64_t stride_, gqkv_stride_, attended_stride_, hidden_stride_, x_row_bytes_, scratch_bytes_;
 
-  std::vector<Chunk>
-      chunks_;  // or parts of them: the rows of prefixes come last when the matrix unit takes them
+  // Or parts of them: the rows of prefixes come last when the matrix unit takes them.
+  std::vector<Chunk> chunks_;
   std::vector<Task> tasks_;
   std::vector<TokenPlace> places_;
   std::vector<std::int64_t> ids_, rows_, firsts_, row_of_token_;

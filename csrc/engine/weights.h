@@ -6,10 +6,10 @@
 #include <string>
 #include <vector>
 
+#include "core/memory.h"
 #include "core/tensor.h"
-#include "engine/memory.h"
-#include "engine/pack.h"
-#include "engine/packed.h"
+#include "gemm/pack.h"
+#include "gemm/weight_layout.h"
 
 namespace hrmcore {
 

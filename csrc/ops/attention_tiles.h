@@ -97,8 +97,8 @@ inline void multiply(const Product& p) {
     const std::int64_t vectors = p.vectors - vector < block_vectors ? p.vectors - vector : block_vectors;
     std::int64_t row = 0;
     for (std::int64_t block = blocks; block > 0; --block) {
-      const std::int64_t rows =
-          (p.rows - row + block - 1) / block;  // even blocks: a lone last row would be slow
+      // Even blocks: a lone last row would be slow.
+      const std::int64_t rows = (p.rows - row + block - 1) / block;
       block_table.entry[vectors - 1][rows - 1](p, row, vector * lanes);
       row += rows;
     }
@@ -128,8 +128,7 @@ HRMCORE_INLINE void transpose_square(vfloat (&rows)[lanes]) {
   }
 }
 
-// Rows of float32 with a whole number of vectors each: the caller's memory, or a converted, padded copy of
-// it.
+// Rows of float32 with a whole number of vectors each: the caller's memory, or a converted, padded copy.
 struct Rows {
   const float* data;
   std::int64_t stride;

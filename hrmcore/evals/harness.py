@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from hrmcore.data import Rejected, read_records
+from hrmcore.data.records import Rejected, read_records
 from hrmcore.evals.draws import Draws
 
 Z95 = 1.959963984540054  # half-width of a normal's central 95%, in standard deviations

@@ -17,7 +17,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
-from hrmcore.engine import load
+from hrmcore.engine.engine import load
 
 MAX_GEN_TOKS = 256  # where a task does not say; lm-eval's own default
 

@@ -19,7 +19,7 @@ class EngineRunner:
     """Our engine: prompts are framed as the model was trained on them, and decoded in batches."""
 
     def __init__(self, path: str | None, dtype: str, threads: int | None, max_new_tokens: int) -> None:
-        from hrmcore.engine import load
+        from hrmcore.engine.engine import load
 
         self._engine = load(path, dtype=dtype, threads=threads)
         self._max_new_tokens = max_new_tokens
@@ -61,7 +61,7 @@ class TransformersRunner:
         self._model = model.to(self._device).eval()
         self._framing = None
         if model.config.model_type == "hrm_text":
-            from hrmcore.checkpoint import resolve
+            from hrmcore.checkpoint.hrm_text import resolve
             from hrmcore.tokenizer import Tokenizer
 
             self._framing = Tokenizer.load(resolve(path))

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from hrmcore import cli
-from hrmcore.checkpoint import save_model
-from hrmcore.engine import Engine, load
+from hrmcore.checkpoint.hrm_text import save_model
+from hrmcore.engine.engine import Engine, load
 from hrmcore.evals import iq, reasoning_gym
 from hrmcore.evals.harness import Question, Task, evaluate, records_task, table, tally, wilson
 from hrmcore.evals.runners import EngineRunner, TransformersRunner
-from hrmcore.growth import grow
-from hrmcore.growth_files import grow_files
+from hrmcore.growth.files import grow_files
+from hrmcore.growth.operators import grow
 from hrmcore.model import HRM
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,7 +13,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from hrmcore.engine import Engine
+from hrmcore.engine.engine import Engine
 from hrmcore.evals.lm_eval import HRMCoreLM
 from hrmcore.model import HRM
 

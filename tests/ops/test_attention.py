@@ -3,10 +3,10 @@ from functools import cache
 
 import pytest
 import torch
-from emulator import same_bits_for_every_schedule
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import DTYPES, bound, call, framed, listed, only_inside_written, poisoned, relative_error, same_bits
+from support.emulator import same_bits_for_every_schedule
+from support.oracle import DTYPES, bound, call, framed, listed, only_inside_written, poisoned, relative_error, same_bits
 from torch.nn.functional import scaled_dot_product_attention
 
 from hrmcore import _C

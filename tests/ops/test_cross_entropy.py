@@ -3,8 +3,8 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from emulator import emulated_cuda, same_bits_for_every_schedule
-from oracle import DTYPES, call, framed, listed, relative_error, same_bits
+from support.emulator import emulated_cuda, same_bits_for_every_schedule
+from support.oracle import DTYPES, call, framed, listed, relative_error, same_bits
 
 from hrmcore import _C
 from hrmcore.ops import cross_entropy as page

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import relative_error, same_bits
+from support.oracle import relative_error, same_bits
 
 from hrmcore.config import HRMConfig
 from hrmcore.model import Block, Layout, Positions

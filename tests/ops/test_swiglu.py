@@ -2,8 +2,8 @@ import re
 
 import pytest
 import torch
-from emulator import same_bits_for_every_schedule
-from oracle import DTYPES, bound, call, framed, listed, only_inside_written, poisoned, relative_error, same_bits
+from support.emulator import same_bits_for_every_schedule
+from support.oracle import DTYPES, bound, call, framed, listed, only_inside_written, poisoned, relative_error, same_bits
 
 from hrmcore import _C
 from hrmcore.ops.backend import reference_ops

@@ -6,10 +6,10 @@ from functools import cache
 
 import pytest
 import torch
-from emulator import emulated_cuda, same_bits_for_every_schedule
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import DTYPES, bound, call, framed, listed, only_inside_written, poisoned, relative_error, same_bits
+from support.emulator import emulated_cuda, same_bits_for_every_schedule
+from support.oracle import DTYPES, bound, call, framed, listed, only_inside_written, poisoned, relative_error, same_bits
 
 from hrmcore import _C
 from hrmcore.ops.attention import _attention, _attention_backward, attention, attention_ref, cases

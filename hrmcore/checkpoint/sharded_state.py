@@ -1,0 +1,181 @@
+"""Training states that every rank writes its part of, with torch.distributed.checkpoint.
+
+A state is a folder: safetensors files, of every rank its parts of the tensors and where in them they belong, and
+state.json, written last, with the trainer's metadata, the sha256 of each file, and `sha256`, of all the rest of
+state.json. The folder is written under a temporary name, flushed and renamed, so a name stands for a whole state.
+torch's own format for this is a pickle, whose loading runs what it holds; its safetensors storage is none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
+
+from hrmcore.distributed.world import local
+from hrmcore.durable import flush
+
+FORMAT = "hrmcore-sharded-training-state"
+VERSION = "1"
+MANIFEST = "state.json"
+
+_TEMPORARY = ".writing"
+_BLOCK = 1 << 22  # bytes read at a time
+
+# One process needs no process group to write or read a state.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+def save_parts(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], group: dist.ProcessGroup | None = None
+) -> None:
+    """Write a state, each rank of `group` its parts: whole and under its final name when this returns, or not at all.
+
+    Raises, on every rank, FloatingPointError with nothing written when a tensor is not finite; OSError, with what was
+    there before intact, when one of them cannot write; ConnectionError when another rank has ended.
+    """
+    try:
+        _save(path, tensors, metadata, group)
+    except OSError as error:
+        shutil.rmtree(path.with_name(_TEMPORARY), ignore_errors=True)
+        raise OSError(
+            f"{path}: the training state cannot be written ({error.strerror or error}); the states before it are intact"
+        ) from None
+    except RuntimeError as error:
+        raise ConnectionError(
+            f"{path}: not written, another process of this run has ended or cannot be reached; its own message says "
+            f"why ({str(error).splitlines()[0].split('. ')[0]})"
+        ) from None
+
+
+def verify_parts(path: Path) -> dict[str, str]:
+    """Read every file of a state and compare its checksum; returns the metadata. Raises ValueError."""
+    manifest = _read_manifest(path)
+    found = sorted(file.name for file in path.iterdir() if file.name != MANIFEST)
+    if found != sorted(manifest["files"]):
+        raise ValueError(f"{path}: damaged, it holds the files {found}, was written with {sorted(manifest['files'])}")
+    for name, sha256 in manifest["files"].items():
+        if _sha256_of(path / name) != sha256:
+            raise ValueError(f"{path / name}: damaged, its checksum is not the one that was written")
+    metadata: dict[str, str] = manifest["metadata"]
+    return metadata
+
+
+def read_parts_metadata(path: Path) -> dict[str, str]:
+    """A state's metadata, its checksum verified. Raises ValueError."""
+    metadata: dict[str, str] = _read_manifest(path)["metadata"]
+    return metadata
+
+
+def shapes_of_parts(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every whole tensor of a state."""
+    entries = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    return {name: tuple(entry.size) for name, entry in entries.items()}  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def read_parts(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Fill the tensors with what a state holds under their names, as far as this rank holds them.
+
+    Any number of ranks reads what any other number wrote. All ranks must call this when tensors are sharded.
+    """
+    alone = not any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=alone)
+
+
+def remove_parts(path: Path) -> None:
+    """Remove a state. One that is half removed has lost its name."""
+    doomed = path.with_name(".removing")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _save(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], group: dist.ProcessGroup | None
+) -> None:
+    rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    temporary = path.with_name(_TEMPORARY)
+    if rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+    faults = [name for name, tensor in tensors.items() if not bool(torch.isfinite(local(tensor)).all())]
+    if faults := [name for names in _exchange(faults, group) for name in names]:
+        raise FloatingPointError(f"{path}: not written, because {faults[0]} is not finite")
+    writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+    try:
+        save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
+    except CheckpointException as error:  # on every rank
+        causes = [cause for cause, _ in error.failures.values()]
+        raise next((cause for cause in causes if isinstance(cause, OSError)), OSError(str(causes[0]))) from None
+    files = sorted(temporary.iterdir())
+    digests = _exchange({file.name: _sha256_of(file) for file in files[rank::ranks]}, group)
+    failure: OSError | None = None
+    if rank == 0:
+        try:
+            _complete(temporary, path, {name: sha256 for part in digests for name, sha256 in part.items()}, metadata)
+        except OSError as error:
+            failure = error
+    for found in _exchange(failure, group):
+        if found is not None:
+            raise found
+
+
+def _complete(temporary: Path, path: Path, files: Mapping[str, str], metadata: Mapping[str, str]) -> None:
+    manifest = {"format": FORMAT, "version": VERSION, "files": dict(sorted(files.items())), "metadata": dict(metadata)}
+    with (temporary / MANIFEST).open("w", encoding="utf-8") as file:
+        json.dump({**manifest, "sha256": _digest(manifest)}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    flush(temporary)
+    os.replace(temporary, path)
+    flush(path.parent)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        written = manifest.pop("sha256")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        raise ValueError(f"{path}: not a training state, or cut short: no {MANIFEST} that can be read") from None
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a training state, its {MANIFEST} does not say so")
+    if manifest.get("version") != VERSION:
+        raise ValueError(f"{path}: version {manifest.get('version')!r}, this hrmcore reads {VERSION}")
+    if _digest(manifest) != written:
+        raise ValueError(f"{path}: damaged, the checksum of {MANIFEST} is not the one that was written")
+    return dict(manifest)
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _exchange(mine: Any, group: dist.ProcessGroup | None) -> Sequence[Any]:
+    """Every rank's object, on every rank."""
+    if group is None:
+        return [mine]
+    everyones: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyones, mine, group)
+    return everyones

@@ -1,0 +1,305 @@
+"""Training states: everything a run needs to go on as if it had never stopped, safe against a kill at any moment.
+
+A run folder OUT holds OUT/states/step-XXXXXXXX.safetensors, or folders OUT/states/step-XXXXXXXX when the run is sharded
+(`sharded_state.py`). Both hold the same, and a run goes on from either. In the file: tensors `model.<name>` and
+`optimizer.<key>.<parameter>`, and metadata, all strings: what the trainer gives, and `format`, `version`, `sha256` (of
+the tensors' bytes) and `header_sha256` (of names, shapes and the rest of the metadata). A state is written under a
+temporary name, flushed to the disk and renamed, so a name stands for a whole file; older ones go only after that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from hrmcore.checkpoint.safetensors_writer import write_tensors
+from hrmcore.checkpoint.sharded_state import (
+    read_parts,
+    read_parts_metadata,
+    remove_parts,
+    save_parts,
+    shapes_of_parts,
+    verify_parts,
+)
+from hrmcore.durable import flush
+
+FORMAT = "hrmcore-training-state"
+VERSION = "1"
+STATES = "states"
+
+_BLOCK = 1 << 22  # bytes read at a time
+_TEMPORARY = ".writing.tmp"
+
+
+def save_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a state: whole, flushed to the disk and under its final name when this returns, else not at all.
+
+    Raises FloatingPointError, with nothing written, when a tensor is not finite; OSError, with what was there before
+    intact, when the file cannot be written. One process at a time writes to a folder: see `lock`.
+    """
+    path = Path(path)
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise FloatingPointError(f"{path}: not written, because {name} is not finite")
+    shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in sorted(tensors.items())}
+    temporary = path.with_name(_TEMPORARY)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(temporary, shapes, tensors.__getitem__, completed(metadata))
+        os.replace(temporary, path)
+        flush(path.parent)
+    except OSError as error:
+        _remove(temporary)
+        raise OSError(
+            f"{path}: the training state cannot be written ({error.strerror or error}); the states before it are intact"
+        ) from None
+
+
+def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a state, checksums verified; returns its tensors and its metadata.
+
+    Raises FileNotFoundError without the state, ValueError when it is not what was written.
+    """
+    path = Path(path)
+    names, metadata = verify(path)
+    if path.is_dir():
+        parts = {name: torch.empty(shape) for name, shape in shapes_of_parts(path).items()}
+        read_parts(path, parts)
+        return parts, metadata
+    try:
+        with safe_open(path, "pt") as tensors:
+            # Copies: the library's tensors are views of the file.
+            return {name: tensors.get_tensor(name).clone() for name in names}, metadata
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged ({error})") from None
+
+
+def verify(path: Path) -> tuple[list[str], dict[str, str]]:
+    """Read a state once and compare its checksums; returns its tensors' names and its metadata. Raises ValueError."""
+    if path.is_dir():
+        metadata = verify_parts(path)
+        return list(shapes_of_parts(path)), metadata
+    start, entries, metadata = _read_header(path)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(start)
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    if digest.hexdigest() != metadata["sha256"]:
+        raise ValueError(f"{path}: damaged, the tensors' checksum is not the one that was written")
+    return list(entries), metadata
+
+
+def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a state."""
+    if path.is_dir():
+        return shapes_of_parts(path)
+    return {name: tuple(entry["shape"]) for name, entry in _read_header(path)[1].items()}
+
+
+@torch.no_grad()
+def restore(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Fill tensors, sharded ones too, with what a state holds under their names; checksums are not compared.
+
+    Raises ValueError when the state cannot be read.
+    """
+    if path.is_dir():
+        read_parts(path, tensors)
+        return
+    try:
+        with safe_open(path, "pt") as file:
+            for name, tensor in tensors.items():
+                found = file.get_tensor(name)
+                if isinstance(tensor, DTensor):  # every rank cuts its part out of its own copy
+                    found = distribute_tensor(found, tensor.device_mesh, tensor.placements, src_data_rank=None)
+                tensor.copy_(found)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged ({error})") from None
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """A state's metadata, its checksum verified; raises as `load_state` does."""
+    path = Path(path)
+    return read_parts_metadata(path) if path.is_dir() else _read_header(path)[2]
+
+
+def is_state(path: str | Path) -> bool:
+    """Whether this is the name of a training state, and not of a checkpoint."""
+    path = Path(path)
+    return path.is_file() or (path.is_dir() and re.fullmatch(r"step-\d+", path.name) is not None)
+
+
+def state_path(folder: Path, step: int, parts: bool = False) -> Path:
+    """Where the state of a step lies in a run folder: a file, or a folder of the ranks' parts."""
+    return folder / STATES / f"step-{step:08d}{'' if parts else '.safetensors'}"
+
+
+def find_states(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of the states of a run folder, the newest first."""
+    found = []
+    for path in (folder / STATES).glob("step-*"):
+        if match := re.fullmatch(r"step-(\d+)(\.safetensors)?", path.name):
+            found.append((int(match[1]), path))
+    return sorted(found, reverse=True)
+
+
+def find_newest(folder: Path, warn: Any, contents: bool = True) -> tuple[Path, dict[str, str]] | None:
+    """Path and metadata of the newest state of a run folder that is whole; None when the folder holds none.
+
+    Without `contents`, the checksums of the tensors are not compared: another rank did. One that is damaged is set
+    aside under the name `….damaged`, and `warn` is called with a line that says so. Raises ValueError when every one
+    is: training again from the start is for a person to decide.
+    """
+    states = find_states(folder)
+    for step, path in states:
+        try:
+            return path, verify(path)[1] if contents else read_metadata(path)
+        except ValueError as error:
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            warn(f"{error}; set aside as {aside.name}, falling back from step {step} to the state before")
+    if states:
+        raise ValueError(f"{folder / STATES}: no state is whole; remove the folder to train from the start")
+    return None
+
+
+def remove_old(folder: Path, keep: int, keep_every: int) -> None:
+    """Remove all but the newest `keep` states; those at multiples of `keep_every` steps stay for good (0: none do)."""
+    for step, path in find_states(folder)[keep:]:
+        if keep_every and step % keep_every == 0:
+            continue
+        if path.is_dir():
+            remove_parts(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def lock(folder: Path) -> TextIOWrapper:
+    """Take a run folder for this process until the returned file is closed or the process ends, however it ends.
+
+    Raises BlockingIOError when another process has it.
+    """
+    path = folder / "lock"
+    file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "of unknown number"
+        file.close()
+        message = f"process {holder} is training in this folder; wait for it, or name another folder as out"
+        raise BlockingIOError(f"{folder}: {message}") from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+class StateWriter:
+    """Writes states in a thread, so that a step waits only for the copy of the tensors; one at a time.
+
+    With `parts`, as folders; every rank of `group`, which nothing else uses, makes a writer and saves the same steps.
+    An error of the thread is raised, in the caller's thread, by the next `save`, `check` or `finish`.
+    """
+
+    def __init__(
+        self, folder: Path, keep: int, keep_every: int, parts: bool = False, group: dist.ProcessGroup | None = None
+    ) -> None:
+        self._folder, self._keep, self._keep_every = folder, keep, keep_every
+        self._parts, self._group = parts, group
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Copy the tensors as they are now, then write them while the caller goes on."""
+        self.finish()
+        copies = {name: _copy(tensor.detach()) for name, tensor in tensors.items()}
+        self._thread = threading.Thread(target=self._write, args=(step, copies, dict(metadata)), name="state writer")
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise what went wrong in the thread."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def finish(self) -> None:
+        """Wait until the state under way is written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def _write(self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        try:
+            path = state_path(self._folder, step, self._parts)
+            if self._parts:
+                save_parts(path, tensors, metadata, self._group)
+            else:
+                save_state(path, tensors, metadata)
+            if self._group is None or dist.get_rank(self._group) == 0:
+                remove_old(self._folder, self._keep, self._keep_every)
+        except BaseException as error:
+            self._error = error
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """In main memory, but for a rank's part of a sharded tensor, which is small and whose writer knows its device."""
+    return tensor.clone() if isinstance(tensor, DTensor) else tensor.to("cpu", copy=True)
+
+
+def completed(metadata: Mapping[str, str]) -> Callable[[Mapping[str, Any], str], dict[str, str]]:
+    """For `write_tensors`: a state's metadata from what the trainer gives, the header's entries and the checksum."""
+
+    def complete(entries: Mapping[str, Any], sha256: str) -> dict[str, str]:
+        known = {**metadata, "format": FORMAT, "version": VERSION, "sha256": sha256}
+        return {**known, "header_sha256": _header_digest(entries, known)}
+
+    return complete
+
+
+def _header_digest(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
+    rest = {key: value for key, value in metadata.items() if key != "header_sha256"}
+    return hashlib.sha256(json.dumps([rest, entries], sort_keys=True).encode()).hexdigest()
+
+
+def _read_header(path: Path) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Where the data starts, the tensors' entries and the metadata, once they are what was written."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(length) if 8 + length <= size else b""
+    try:
+        entries: dict[str, Any] = json.loads(text)
+        metadata: dict[str, str] = entries.pop("__metadata__")
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise ValueError(f"{path}: not a training state, or cut short") from None
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a training state, its metadata does not say so")
+    if metadata.get("version") != VERSION:
+        raise ValueError(f"{path}: version {metadata.get('version')!r}, this hrmcore reads {VERSION}")
+    if _header_digest(entries, metadata) != metadata.get("header_sha256"):
+        raise ValueError(f"{path}: damaged, the header's checksum is not the one that was written")
+    return 8 + length, entries, metadata
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):  # the error that led here is the one to report
+        path.unlink(missing_ok=True)

@@ -1,0 +1,85 @@
+"""`hrmcore prepare`: records in, a token store out."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from hrmcore.data.prepare import prepare
+from hrmcore.data.records import Rejected
+from hrmcore.data.store import Store
+
+EXAMPLE = """\
+examples:
+  hrmcore prepare math.jsonl chat.jsonl --tokenizer tokenizer/ --out store/
+  hrmcore prepare *.jsonl --new-tokenizer 32768 --cap chat=100000 --out store/
+
+a record: {"instruction": "What is 17 + 25?", "response": "42", "condition": "direct"}
+a run file then says: train_files = ["store/"] and tokenizer = "store/tokenizer"
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `hrmcore prepare`."""
+    parser.epilog = EXAMPLE
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="JSON-lines or .parquet records; its stem is a source"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the store, a folder that does not exist yet")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="with tokenizer.model or tokenizer.json")
+    which.add_argument("--new-tokenizer", type=int, metavar="SIZE", help="train one of SIZE tokens on the records")
+    parser.add_argument("--context", type=int, default=4096, metavar="N", help="longest record in tokens (4096)")
+    parser.add_argument("--cap", action="append", default=[], metavar="NAME=N", help="keep N records of a source")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the records that a cap keeps (0)")
+    parser.add_argument("--strict", action="store_true", help="a record that cannot be used is an error")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenise (default: one a core)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the store and say what went into it."""
+    store = prepare(
+        args.files,
+        args.out,
+        tokenizer=args.tokenizer,
+        new_tokenizer=args.new_tokenizer,
+        context=args.context,
+        caps=parse_caps(args.cap),
+        seed=args.seed,
+        strict=args.strict,
+        workers=args.workers,
+    )
+    print("\n".join(summary(store)))
+    return 0
+
+
+def parse_caps(texts: Sequence[str]) -> dict[str, int]:
+    """NAME=N texts as a mapping. Raises ValueError on another form or a name that comes twice."""
+    caps: dict[str, int] = {}
+    for text in texts:
+        name, _, number = text.rpartition("=")
+        if not name or not number.isdecimal() or int(number) < 1:
+            raise ValueError(f"--cap must be NAME=N with N at least 1, got {text!r}")
+        if name in caps:
+            raise ValueError(f"--cap names {name!r} twice")
+        caps[name] = int(number)
+    return caps
+
+
+def summary(store: Store) -> list[str]:
+    """What is in a store and what is not, for a person."""
+    lines = []
+    for name, source in store.manifest["sources"].items():
+        lines.append(f"{name}: {source['kept']} of {source['read']} records kept")
+        rejected = Rejected(counts=source["left_out"], examples=source["left_out_examples"])
+        lines += [f"  {line}" for line in rejected.report()]
+        if source["beyond_cap"]:
+            lines.append(f"  {source['beyond_cap']} left out: beyond the cap of {source['cap']}")
+    values = store.manifest
+    size = sum(entry["bytes"] for entry in values["files"].values()) / 1e6
+    lines.append(
+        f"{store.folder}: {values['records']} records, {values['tokens']} tokens, the longest record has "
+        f"{values['longest']}; {size:.1f} MB"
+    )
+    return lines

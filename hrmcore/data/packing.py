@@ -1,0 +1,166 @@
+"""Packed PrefixLM batches: which records share one, and the tensors of it.
+
+Imports torch only to build a batch.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hrmcore.data.records import Corpus
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Sequences laid one after the other. T input tokens, S sequences, R supervised positions."""
+
+    ids: Tensor  # (T) int64
+    offsets: Tensor  # (S+1) int32
+    prefix: Tensor  # (S) int32
+    positions: Tensor  # (T) int32, counted from each sequence's first token
+    supervised: Tensor  # (R) int64, positions whose next token is predicted
+    targets: Tensor  # (R) int64, that next token
+    records: tuple[int, ...]  # which records these are
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch with its tensors on a device."""
+        moved = {name: x.to(device) for name, x in vars(self).items() if name != "records"}
+        return replace(self, **moved)
+
+
+def pack(corpus: Corpus, records: Sequence[int], multiple: int = 1) -> PackedBatch:
+    """The batch of these records, in this order. The last instruction token predicts the first response token.
+
+    A last, unsupervised sequence of token 0 brings T up to a multiple of `multiple`: matrix libraries that compile a
+    kernel for each shape (oneDNN in bfloat16) would otherwise compile in every step.
+    """
+    import torch
+
+    ids, positions, supervised, targets = [], [], [], []
+    offsets = [0]
+    for record in records:
+        sequence = corpus.tokens[corpus.offsets[record] : corpus.offsets[record + 1]]
+        length, prefix = len(sequence) - 1, int(corpus.prefix[record])
+        ids.append(sequence[:-1])
+        positions.append(np.arange(length, dtype=np.int32))
+        supervised.append(np.arange(prefix - 1, length) + offsets[-1])
+        targets.append(sequence[prefix:])
+        offsets.append(offsets[-1] + length)
+    prefixes = corpus.prefix[list(records)]
+    if fill := -offsets[-1] % multiple:
+        ids.append(np.zeros(fill, dtype=np.int32))
+        positions.append(np.arange(fill, dtype=np.int32))
+        prefixes = np.append(prefixes, np.int32(0))
+        offsets.append(offsets[-1] + fill)
+    return PackedBatch(
+        ids=torch.from_numpy(np.concatenate(ids, dtype=np.int64)),
+        offsets=torch.tensor(offsets, dtype=torch.int32),
+        prefix=torch.from_numpy(prefixes),
+        positions=torch.from_numpy(np.concatenate(positions)),
+        supervised=torch.from_numpy(np.concatenate(supervised, dtype=np.int64)),
+        targets=torch.from_numpy(np.concatenate(targets, dtype=np.int64)),
+        records=tuple(int(record) for record in records),
+    )
+
+
+_WINDOW_BATCHES = 32  # records of so many batches are packed together: enough choice to fill every batch
+
+
+def epoch_batches(lengths: np.ndarray, capacity: int, seed: int, epoch: int) -> Iterator[list[int]]:
+    """Record numbers of each batch of an epoch: every record once, at most `capacity` tokens a batch.
+
+    The order depends on seed and epoch alone. A batch takes records as the shuffle brings them, whatever their length,
+    so that no batch is all of one task; only its last gap is filled with the longest record of the window that fits.
+    What is left at a window's end opens the next one. Raises ValueError when a record is longer than `capacity`.
+    """
+    if len(lengths) and (longest := int(lengths.max())) > capacity:
+        raise ValueError(f"batch_tokens is {capacity}, but a record has {longest} tokens; raise it to at least that")
+    order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
+    ends = np.cumsum(lengths[order])
+    start, left = 0, np.empty(0, dtype=order.dtype)
+    while start < len(order):
+        used = ends[start - 1] if start else 0
+        stop = int(np.searchsorted(ends, used + _WINDOW_BATCHES * capacity - lengths[left].sum(), side="right"))
+        stop = max(stop, start + 1)
+        window, start = np.concatenate([left, order[start:stop]]), stop
+        batches = _fill(window, lengths, capacity)
+        left = np.asarray(batches.pop() if start < len(order) and len(batches) > 1 else [], dtype=order.dtype)
+        yield from batches
+
+
+def share(lengths: np.ndarray, records: Sequence[int], rank: int, ranks: int) -> list[int]:
+    """One rank's records of a batch, in the batch's order; none where there are fewer records than ranks.
+
+    The longest record first, each goes to the rank that has the fewest tokens by then (LPT), the lowest of equals.
+    """
+    tokens = [0] * ranks
+    chosen = set()
+    for record in sorted(records, key=lambda record: (-int(lengths[record]), record)):
+        least = tokens.index(min(tokens))
+        tokens[least] += int(lengths[record])
+        if least == rank:
+            chosen.add(record)
+    return [record for record in records if record in chosen]
+
+
+class BatchStream:
+    """The packed batches, epoch after epoch without end; `position` says where the next one stands.
+
+    Order and contents depend on the arguments alone: a stream made with another's position goes on as it would have.
+    """
+
+    MULTIPLE = 64  # tokens of a batch are rounded up to it, see pack()
+
+    def __init__(self, corpus: Corpus, capacity: int, seed: int, position: tuple[int, int] = (0, 0)) -> None:
+        self.position = position
+        self._corpus = corpus
+        self._order = (capacity, seed)
+        self._epoch = self._records(position)
+
+    def __iter__(self) -> BatchStream:
+        return self
+
+    def __next__(self) -> PackedBatch:
+        epoch, index = self.position
+        records = next(self._epoch, None)
+        if records is None:
+            epoch, index = epoch + 1, 0
+            self._epoch = self._records((epoch, index))
+            records = next(self._epoch)
+        self.position = (epoch, index + 1)
+        return pack(self._corpus, records, self.MULTIPLE)
+
+    def _records(self, position: tuple[int, int]) -> Iterator[list[int]]:
+        epoch, index = position
+        return itertools.islice(epoch_batches(self._corpus.lengths, *self._order, epoch), index, None)
+
+
+def _fill(window: np.ndarray, lengths: np.ndarray, capacity: int) -> list[list[int]]:
+    """Pack the records of a window, in their order but for the gaps; only the last batch may be far from full."""
+    by_length = sorted((int(lengths[record]), int(record)) for record in window)
+    waiting = dict.fromkeys(int(record) for record in window)
+    batches: list[list[int]] = []
+    while waiting:
+        room = capacity
+        batch: list[int] = []
+        while by_length and by_length[0][0] <= room:
+            following = next(iter(waiting))
+            key = (int(lengths[following]), following)
+            if key[0] > room:
+                key = by_length[bisect.bisect_right(by_length, (room, len(lengths))) - 1]
+            by_length.pop(bisect.bisect_left(by_length, key))
+            del waiting[key[1]]
+            batch.append(key[1])
+            room -= key[0]
+        batches.append(batch)
+    return batches

@@ -1,0 +1,370 @@
+"""`hrmcore prepare`: records in, a token store out. Imports no torch, so its worker processes stay small."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from hrmcore.data.records import PARQUET, Record, Rejected, encode, parse_record, read_lines, read_records
+from hrmcore.data.store import TOKENIZER, Store, TokenWriter, open_store, write_index, write_manifest
+from hrmcore.durable import new_folder, sha256_of
+from hrmcore.tokenizer import TOKENIZER_FILES, Tokenizer, train_tokenizer
+
+_BATCH_LINES = 512  # what a worker gets at once: so many lines,
+_BATCH_BYTES = 1 << 20  # or so many bytes if that is less
+_TOKENIZER_BYTES = 1 << 28  # a new tokenizer sees at most so much, spread evenly over the files
+
+
+@dataclass
+class _Source:
+    """All records of one name. `rejected` tells what was left out, with the place of the first few."""
+
+    files: list[dict[str, Any]] = field(default_factory=list)
+    read: int = 0
+    rejected: Rejected = field(default_factory=Rejected)
+
+
+@dataclass
+class _Index:
+    """What is remembered of every usable record: tokens with eoa, prefix, source and condition (numbers)."""
+
+    lengths: np.ndarray
+    prefix: np.ndarray
+    source: np.ndarray
+    condition: np.ndarray
+
+    def where(self, kept: np.ndarray) -> _Index:
+        """Those of the records that are `kept` (N booleans)."""
+        return _Index(self.lengths[kept], self.prefix[kept], self.source[kept], self.condition[kept])
+
+
+def prepare(
+    files: Sequence[str | Path],
+    out: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    new_tokenizer: int | None = None,
+    context: int = 4096,
+    caps: Mapping[str, int] | None = None,
+    seed: int = 0,
+    strict: bool = False,
+    workers: int | None = None,
+) -> Store:
+    """Tokenise record files into a store at `out`, with the tokenizer of a folder or a new one of that size.
+
+    A source is the stem of a file's name; `caps` limits some to so many records, chosen by `seed` and spread evenly
+    over the source's conditions and over its files from end to end. Records keep the order of the files, and the store
+    is the same for any number of workers. Nothing stands under `out` before it is complete.
+
+    Raises FileExistsError when `out` exists, ValueError on arguments, on files without a usable record, and, if
+    `strict`, on the first record that cannot be used.
+    """
+    paths, caps = [Path(file) for file in files], dict(caps or {})
+    workers = os.cpu_count() or 1 if workers is None else workers
+    _check_arguments(paths, context, caps, workers)
+    with new_folder(Path(out)) as folder:
+        if new_tokenizer is None:
+            _copy_tokenizer(Path(tokenizer or "."), folder / TOKENIZER)
+        else:
+            train_tokenizer(_texts(paths), folder / TOKENIZER, new_tokenizer)
+        ids = Tokenizer.load(folder / TOKENIZER)
+        names = list(dict.fromkeys(path.stem for path in paths))
+        sources, conditions = {name: _Source() for name in names}, list[str]()
+        writer = TokenWriter(folder, ids.vocab_size)
+        index = _tokenise(paths, sources, conditions, writer, folder / TOKENIZER, context, strict, workers)
+        kept = _choose(index, names, caps, seed)
+        if not kept.all():
+            writer.keep(np.concatenate([[0], np.cumsum(index.lengths)]), kept)
+        writer.close()
+        chosen = index.where(kept)
+        write_index(folder, chosen.lengths, chosen.prefix)
+        write_manifest(
+            folder,
+            {
+                "records": len(chosen.lengths),
+                "tokens": int(chosen.lengths.sum()),
+                "longest": int(chosen.lengths.max()) - 1,
+                "context": context,
+                "seed": seed,
+                "vocab_size": ids.vocab_size,
+                "tokenizer_sha256": sha256_of(ids.source),
+                "conditions": {name: int((chosen.condition == i).sum()) for i, name in enumerate(conditions)},
+                "sources": {
+                    name: {
+                        "files": source.files,
+                        "read": source.read,
+                        "kept": int((chosen.source == i).sum()),
+                        "cap": caps.get(name),
+                        "beyond_cap": int(((index.source == i) & ~kept).sum()),
+                        "left_out": source.rejected.counts,
+                        "left_out_examples": source.rejected.examples,
+                    }
+                    for i, (name, source) in enumerate(sources.items())
+                },
+            },
+        )
+    return open_store(out)
+
+
+def _check_arguments(paths: Sequence[Path], context: int, caps: Mapping[str, int], workers: int) -> None:
+    for name, value in (("context", context), ("workers", workers)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    seen: set[Path] = set()
+    for path in paths:
+        with path.open("rb"):  # a missing file is named before hours of work
+            pass
+        if path.resolve() in seen:
+            raise ValueError(f"{path}: is given twice")
+        seen.add(path.resolve())
+    stems = {path.stem for path in paths}
+    if unknown := sorted(set(caps) - stems):
+        raise ValueError(f"--cap names {unknown[0]!r}, but the sources are {', '.join(sorted(stems))}")
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    Tokenizer.load(source)
+    target.mkdir()
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _texts(paths: Sequence[Path]) -> Iterator[str]:
+    """Instructions and responses to train a tokenizer on: of every n-th record, if all would be too much."""
+    step = -(-sum(path.stat().st_size for path in paths) // _TOKENIZER_BYTES)
+    records = itertools.chain.from_iterable(read_records(path, Rejected()) for path in paths)
+    for record in tqdm(itertools.islice(records, 0, None, max(1, step)), desc="tokenizer", unit="record", disable=None):
+        for text in (record.instruction, record.response):
+            if text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text):
+                yield text  # one with a lone surrogate is no text; tokenising reports it
+
+
+def _choose(index: _Index, names: Sequence[str], caps: Mapping[str, int], seed: int) -> np.ndarray:
+    """Which records the caps keep, as N booleans."""
+    kept = np.ones(len(index.source), dtype=bool)
+    for number, name in enumerate(names):
+        records = np.flatnonzero(index.source == number)
+        if (cap := caps.get(name, len(records))) < len(records):
+            kept[records] = False
+            rng = np.random.default_rng([seed, number])
+            kept[records[stratified(index.condition[records], cap, rng)]] = True
+    return kept
+
+
+def stratified(strata: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Positions (count) of a sample, ascending: one at random from each of `count` equal stretches.
+
+    The stretches run through the strata one after the other, and through each from end to end, so that every stratum
+    and every part of it has its share to within one record.
+    """
+    order = np.argsort(strata, kind="stable")
+    bounds = np.arange(count + 1) * len(order) // count
+    return np.sort(order[bounds[:-1] + (rng.random(count) * np.diff(bounds)).astype(np.int64)])
+
+
+# --- tokenising in parallel --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """Consecutive lines of a file."""
+
+    path: Path
+    first: int
+    lines: list[bytes]
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """What became of such lines, in their order."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    prefix: np.ndarray
+    conditions: list[str]
+    rejected: list[tuple[int, str]]  # (line, reason)
+
+
+def _tokenise(
+    paths: Sequence[Path],
+    sources: Mapping[str, _Source],
+    conditions: list[str],
+    writer: TokenWriter,
+    tokenizer: Path,
+    context: int,
+    strict: bool,
+    workers: int,
+) -> _Index:
+    """Tokenise all files into `writer`, batch after batch in their order; fills `sources` and `conditions`."""
+    numbers = {name: number for number, name in enumerate(sources)}
+    known: dict[str, int] = {}
+    parts: list[_Index] = []
+    known_size = all(path.suffix != PARQUET for path in paths)  # of the lines that will be read
+    total = sum(path.stat().st_size for path in paths) if known_size else None
+    with (
+        _mapper(tokenizer, context, workers) as ordered_map,
+        tqdm(total=total, desc="tokenising", unit="B", unit_scale=True, disable=None) as bar,
+    ):
+        for batch, encoded in ordered_map(_batches(paths, sources)):
+            name = batch.path.stem
+            sources[name].read += len(batch.lines)
+            for number, reason in encoded.rejected:
+                if strict:
+                    raise ValueError(f"{batch.path}:{number}: {reason}")
+                sources[name].rejected.add(f"{batch.path.name}:{number}", reason)
+            writer.append(encoded.tokens)
+            codes = [known.setdefault(condition, len(known)) for condition in encoded.conditions]
+            parts.append(
+                _Index(
+                    encoded.lengths,
+                    encoded.prefix,
+                    np.full(len(codes), numbers[name], dtype=np.int32),
+                    np.asarray(codes, dtype=np.int32),
+                )
+            )
+            bar.update(sum(map(len, batch.lines)))
+    conditions.extend(known)
+    if not sum(len(part.lengths) for part in parts):
+        reports = [f"{name}: {line}" for name, source in sources.items() for line in source.rejected.report()]
+        raise ValueError("no usable record: " + ("; ".join(reports) or "the files are empty"))
+    columns = ((getattr(part, name) for part in parts) for name in ("lengths", "prefix", "source", "condition"))
+    return _Index(*(np.concatenate(list(column)) for column in columns))
+
+
+def _batches(paths: Sequence[Path], sources: Mapping[str, _Source]) -> Iterator[_Lines]:
+    """The files' lines in batches; a file's size and checksum join its source when its last line is read."""
+    for path in paths:
+        digest, size, number = hashlib.sha256(), 0, 1
+        everything = read_lines(path)
+        while lines := list(_take(everything)):
+            yield _Lines(path, number, lines)
+            number += len(lines)
+            for line in lines:
+                digest.update(line)
+                size += len(line)
+        sha256 = digest.hexdigest()
+        if path.suffix == PARQUET:  # its lines are made of it, they are not what it holds
+            size, sha256 = path.stat().st_size, sha256_of(path)
+        sources[path.stem].files.append({"name": path.name, "bytes": size, "sha256": sha256})
+
+
+def _take(file: Iterator[bytes]) -> Iterator[bytes]:
+    size = 0
+    for line in itertools.islice(file, _BATCH_LINES):
+        yield line
+        size += len(line)
+        if size >= _BATCH_BYTES:
+            return
+
+
+class _Encoder:
+    """Turns lines into ids; the same in this process and in a worker."""
+
+    def __init__(self, tokenizer: Path, context: int) -> None:
+        self._tokenizer = Tokenizer.load(tokenizer)
+        self._context = context
+
+    def __call__(self, batch: _Lines) -> _Encoded:
+        tokens: list[int] = []
+        lengths: list[int] = []
+        prefix: list[int] = []
+        conditions: list[str] = []
+        rejected: list[tuple[int, str]] = []
+        for number, line in enumerate(batch.lines, start=batch.first):
+            record = parse_record(line, f"{batch.path}:{number}")
+            if not isinstance(record, Record):
+                rejected.append((number, record))
+                continue
+            try:
+                ids, length = encode(record, self._tokenizer, self._context)
+            except ValueError as error:
+                rejected.append((number, str(error)))
+                continue
+            tokens += ids
+            lengths.append(len(ids))
+            prefix.append(length)
+            conditions.append(record.condition)
+        arrays = [np.asarray(values, dtype=np.int32) for values in (tokens, lengths, prefix)]
+        return _Encoded(arrays[0], arrays[1], arrays[2], conditions, rejected)
+
+
+_OrderedMap = Callable[[Iterator[_Lines]], Iterator[tuple[_Lines, _Encoded]]]
+
+
+@contextmanager
+def _mapper(tokenizer: Path, context: int, workers: int) -> Iterator[_OrderedMap]:
+    """A map over batches that keeps their order: here, or in as many processes as there are workers."""
+    if workers == 1:
+        encoder = _Encoder(tokenizer, context)
+        yield lambda batches: ((batch, encoder(batch)) for batch in batches)
+        return
+    # spawn: forking a process that runs threads, as torch and tqdm do, can deadlock the child
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer, context))
+    try:
+        with _ctrl_c_ignored():
+            for _ in range(workers):
+                pool.submit(os.getpid)  # anything: a task too many for the processes there are starts another
+        yield lambda batches: _ahead(pool, batches, 3 * workers)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _ahead(pool: ProcessPoolExecutor, batches: Iterator[_Lines], depth: int) -> Iterator[tuple[_Lines, _Encoded]]:
+    """Results in the order of the batches, at most `depth` of them under way: memory stays small."""
+    waiting: deque[tuple[_Lines, Future[_Encoded]]] = deque()
+    for batch in batches:
+        waiting.append((batch, pool.submit(_encode_in_worker, batch)))
+        if len(waiting) >= depth:
+            done, future = waiting.popleft()
+            yield done, future.result()
+    for done, future in waiting:
+        yield done, future.result()
+
+
+@contextmanager
+def _ctrl_c_ignored() -> Iterator[None]:
+    """Processes that start meanwhile ignore Ctrl-C from their first moment: it is for the parent, which ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+_worker_encoder: _Encoder
+
+
+def _start_worker(tokenizer: Path, context: int) -> None:
+    global _worker_encoder
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    _worker_encoder = _Encoder(tokenizer, context)
+
+
+def _leave_with_parent() -> None:
+    """A worker whose parent was killed would wait for it forever."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
+
+
+def _encode_in_worker(batch: _Lines) -> _Encoded:
+    return _worker_encoder(batch)

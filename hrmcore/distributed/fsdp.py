@@ -1,0 +1,94 @@
+"""FSDP2 on the model: each rank holds its part of every weight, and so of the gradients, the optimizer and the EMA.
+
+A block is visited several times in a step. Its weights are gathered at its first visit and stay so until `reshard` at
+the step's end: one gather a step, where giving them back after every visit would take one for each visit of forward
+and of backward. Gradients are reduced to their parts after each visit that carries some, so none is ever held whole for
+longer than its block's backward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from hrmcore.data.packing import BatchStream, PackedBatch, pack
+from hrmcore.data.records import Corpus
+from hrmcore.distributed.world import World, local
+from hrmcore.model import HRM, Block
+
+
+def shard(model: HRM, world: World, precision: str) -> None:
+    """Cut every parameter along its first dimension, one part a rank; gradients will be sums over the ranks.
+
+    With `precision` bfloat16 the blocks' weights are gathered in it and their gradients summed in float32. The
+    embedding and the head stay float32, as they do in one process. An optimizer must be made after this.
+    """
+    mesh = init_device_mesh(model.lm_head.weight.device.type, (world.ranks,))
+    # Casting inputs would round the table of rotations as well.
+    half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for module in (*blocks, model):
+        policy = half if precision == "bfloat16" and module is not model else MixedPrecisionPolicy()
+        fsdp = fully_shard(module, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+        fsdp.set_reshard_after_backward(False, recurse=False)
+        # The loss is already divided by all ranks' supervised tokens: gradients are summed, not averaged.
+        fsdp.set_gradient_divide_factor(1.0)
+        fsdp.set_force_sum_reduction_for_comms(True)
+    for method in ("loss", "likeliest"):
+        register_fsdp_forward_method(model, method)
+
+
+def reshard(model: HRM) -> None:
+    """Give the gathered weights back; the parameters are this rank's parts again.
+
+    To be called before anything touches the parameters: what was gathered does not follow them.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def clip_gradients(parameters: Iterable[Tensor], limit: float, world: World) -> float:
+    """Scale gradients down to the norm `limit` over all ranks' parts; returns the norm that they had."""
+    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    norm = math.sqrt(world.sum(sum(float(torch.linalg.vector_norm(gradient)) ** 2 for gradient in gradients)))
+    if (scale := limit / (norm + 1e-6)) < 1:  # as torch's clip_grad_norm_ has it
+        for gradient in gradients:
+            gradient.mul_(scale)
+    return norm
+
+
+def filler(corpus: Corpus, batch: PackedBatch) -> PackedBatch:
+    """For a rank that gets no record of a batch: the shortest one, unsupervised.
+
+    Its loss is 0 and so are its gradients, but the rank takes part in every gather and every sum.
+    """
+    shortest = min(batch.records, key=lambda record: int(corpus.offsets[record + 1] - corpus.offsets[record]))
+    packed = pack(corpus, [shortest], BatchStream.MULTIPLE)
+    return dataclasses.replace(packed, supervised=packed.supervised[:0], targets=packed.targets[:0], records=())
+
+
+@torch.no_grad()
+def gathered(model: HRM, world: World, dtype: torch.dtype) -> HRM | None:
+    """The whole model on rank 0, in `dtype` on the CPU, None on the others, which must call this, too.
+
+    One tensor at a time is gathered in float32.
+    """
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if world.leads:
+            weights[name] = whole.to("cpu", dtype)
+    if not world.leads:
+        return None
+    with torch.device("meta"):
+        copy = HRM(model.config)
+    copy.load_state_dict(weights, assign=True)
+    return copy

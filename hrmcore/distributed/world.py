@@ -1,0 +1,133 @@
+"""Several processes train one model (`torchrun --nproc-per-node N -m hrmcore train run.toml`).
+
+Each rank takes its share of every packed batch; gradients are summed over the ranks. The loss is divided by the
+supervised tokens of all, so a step computes what one process would, up to the order of its sums. Each holds the whole
+model, or its part of it (`fsdp.py`). Numbers and CPU tensors travel over gloo, CUDA tensors over NCCL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hrmcore import _C
+from hrmcore.ops.backend import require_cuda
+
+
+class World:
+    """The processes of a run, as torchrun's environment names them; one process alone when it names none.
+
+    Every rank must call the same methods in the same order. They raise ConnectionError when another rank has ended.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        """Meet the other ranks; `device` ("cpu" or "cuda") is what this one computes on.
+
+        Raises ValueError when the environment names only a part of what that takes, or when there is no such device.
+        """
+        self.device = _device_of_rank(device)
+        self.ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.ranks > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+        self.rank = dist.get_rank() if self.ranks > 1 else 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, which alone writes: metrics, states, the checkpoint."""
+        return self.rank == 0
+
+    def close(self) -> None:
+        """Leave the other ranks."""
+        if self.ranks > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def group(self) -> dist.ProcessGroup | None:
+        """Another group of the same ranks, for what runs beside the steps; None for one process alone."""
+        return dist.new_group(backend="gloo") if self.ranks > 1 else None
+
+    def sum(self, number: float) -> float:
+        """The sum of the ranks' numbers, in float64; the same bits on each of them."""
+        if self.ranks == 1:
+            return number
+        total = torch.tensor([number], dtype=torch.float64)
+        self._reduce([total])
+        return float(total)
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Sum each parameter's gradient in place; None stays None where no rank has one."""
+        if self.ranks == 1:
+            return
+        everything = list(parameters)
+        holders = torch.tensor([parameter.grad is not None for parameter in everything], dtype=torch.int32)
+        self._reduce([holders])
+        held = [parameter for parameter, count in zip(everything, holders.tolist(), strict=True) if count]
+        for parameter in held:
+            if parameter.grad is None:  # a rank without a record
+                parameter.grad = torch.zeros_like(parameter)
+        self._reduce([parameter.grad for parameter in held if parameter.grad is not None])
+
+    @contextlib.contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """Rank 0 runs this context to its end, then the others do."""
+        if not self.leads:
+            self.sum(0)
+        yield
+        if self.leads:
+            self.sum(0)
+
+    def agree(self, text: str) -> None:
+        """Raise ValueError on every rank when their texts or their kernels differ: their weights would drift apart."""
+        if self.ranks == 1:
+            return
+        sha256 = hashlib.sha256(f"{_C.isa()} {text}".encode())
+        digest = torch.from_numpy(np.frombuffer(sha256.digest(), np.uint8).astype(np.int32))
+        extremes = torch.cat([digest, -digest])
+        self._reduce([extremes], dist.ReduceOp.MAX)
+        if not torch.equal(extremes[: len(digest)], -extremes[len(digest) :]):
+            raise ValueError(
+                f"rank {self.rank} of {self.ranks}: the ranks differ in their run file, data or newest state, or in "
+                f"their instruction set (here {_C.isa()}; HRMCORE_ISA sets it); all need the same files and one shared "
+                "run folder"
+            )
+
+    def _reduce(self, tensors: list[Tensor], operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
+        try:
+            works = [dist.all_reduce(tensor, operation, async_op=True) for tensor in tensors]
+            for work in works:
+                if work is not None:
+                    work.wait()
+        except RuntimeError as error:
+            raise ConnectionError(
+                f"rank {self.rank} of {self.ranks}: another process of this run has ended or cannot be reached; its "
+                f"own message says why ({str(error).splitlines()[0].split('. ')[0]})"
+            ) from None
+
+
+def _device_of_rank(device: str) -> torch.device:
+    """The CPU, or the GPU of this process's number on its machine, which becomes the current one."""
+    if device == "cpu":
+        return torch.device("cpu")
+    try:
+        require_cuda()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= count:
+        raise ValueError(
+            f"device 'cuda': process {number} of this machine has no GPU, for there are {count}; start {count}"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; another tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,220 @@
+"""The CPU engine (csrc/engine) behind the Runner protocol. Imports no torch.
+
+Shapes: T tokens, S sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hrmcore import _C
+from hrmcore.checkpoint.hrm_text import Arrays, key_table, resolve
+from hrmcore.config import HRMConfig
+from hrmcore.engine.packed_file import DTYPES, PACKED_FILE, Header, read_header, write_packed
+from hrmcore.engine.runner import Interrupted, Rows
+from hrmcore.tokenizer import TOKENIZER_FILES
+
+_MOST_TOGETHER = 64  # sequences, each of which may hold a block that is not full
+
+
+class CpuRunner:
+    """Sequences over packed weights. A sequence's logits have the same bits in any company, on any number of threads.
+
+    `cache_bytes` bounds the keys and values of all open sequences, beyond a block for each of 64 sequences, but never
+    below one as long as the context; a step that does not fit is a MemoryError and changes nothing. `kv_dtype` None is
+    float32 beside float32 weights and bfloat16 beside all others.
+    """
+
+    def __init__(
+        self, config: HRMConfig, dtype: str, kv_dtype: str | None, threads: int | None, cache_bytes: int
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.parameters = sum(math.prod(key.shape) for key in key_table(config))
+        kv_dtype = kv_dtype or ("float32" if dtype == "float32" else "bfloat16")
+        block_bytes = _C.cache_block_bytes(kv_dtype, config.cache_slots, config.num_attention_heads, config.head_dim)
+        block = _C.cache_block_tokens
+        blocks = max(cache_bytes // block_bytes, -(-config.context // block)) + _MOST_TOGETHER
+        self.cache_bytes_per_token = block_bytes // block
+        self.core = _C.Engine(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            L_layers=config.depths[0],
+            H_layers=config.depths[1],
+            num_heads=config.num_attention_heads,
+            head_dim=config.head_dim,
+            H_cycles=config.H_cycles,
+            L_cycles=config.L_cycles,
+            eps=config.rms_norm_eps,
+            embedding_scale=config.embedding_scale,
+            rope=rotations(config),
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            threads=threads or _C.num_threads(),
+            cache_tokens=blocks * block,
+            rates=fading(config),
+            window=config.attention_window,
+        )
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        folder: Path,
+        dtype: str,
+        kv_dtype: str | None,
+        threads: int | None,
+        cache_bytes: int,
+        attention_window: int | None = None,
+    ) -> CpuRunner:
+        """Pack a checkpoint, or map one that is packed; dtype auto is what it holds, attention_window None, too.
+
+        Raises FileNotFoundError and ValueError as `Arrays` does, and ValueError when a packed one has another
+        dtype or is damaged.
+        """
+        packed = folder / PACKED_FILE
+        if packed.is_file():
+            header = read_header(packed)
+            if dtype not in ("auto", header.dtype):
+                raise ValueError(f"{packed}: holds {header.dtype} weights; dtype must be auto or {header.dtype}")
+            config = _windowed(header.config, attention_window)
+            runner = cls(config, header.dtype, kv_dtype, threads, cache_bytes)
+            runner._map(packed, header)
+            return runner
+        arrays = Arrays(folder)
+        if dtype == "auto":
+            dtype = "bfloat16" if arrays.dtype("lm_head.weight") == "bfloat16" else "float32"
+        runner = cls(_windowed(arrays.config, attention_window), dtype, kv_dtype, threads, cache_bytes)
+        runner.core.allocate_weights()
+        # The largest first: what is mapped while the memory fills up is what counts at the peak.
+        for key in sorted(key_table(runner.config), key=lambda key: -math.prod(key.shape)):
+            array = arrays[key.name]
+            runner.core.set_weight(key.name, array.astype(np.float32) if array.dtype == np.float16 else array)
+            arrays.release()
+        return runner
+
+    def _map(self, path: Path, header: Header) -> None:
+        if header.bytes != self.core.weight_bytes:
+            raise ValueError(f"{path}: its header states {header.bytes} bytes, the model has {self.core.weight_bytes}")
+        try:
+            self.core.map_weights(str(path), header.offset, header.checksum)
+        except OSError as error:
+            raise ValueError(str(error)) from None
+
+    @property
+    def open_sequences(self) -> int:
+        """How many sequences are open."""
+        count: int = self.core.open_requests
+        return count
+
+    def open(
+        self,
+        prompts: Sequence[Sequence[int]],
+        prefix_lengths: Sequence[int],
+        stop: Callable[[], bool] | None = None,
+    ) -> tuple[list[int], Rows]:
+        """Prefill new sequences; returns a handle for each, and the logits (S, V) float32 after their last tokens.
+
+        A long prefill asks `stop` several times a second and raises Interrupted when it says True, as it raises
+        KeyboardInterrupt on Ctrl-C. Either way nothing is left of it.
+        """
+        prefixes = [prefix if self.config.prefix_lm else 0 for prefix in prefix_lengths]
+        handles = [self.core.open(prefix) for prefix in prefixes]
+        try:
+            return handles, self._advance(handles, prompts, stop)
+        except BaseException:
+            for handle in handles:
+                self.close(handle)
+            raise
+
+    def step(self, handles: Sequence[int], tokens: Sequence[int]) -> Rows:
+        """Append one token to each of these sequences; returns the logits (S, V) float32 that follow."""
+        return self._advance(handles, [[token] for token in tokens])
+
+    def close(self, handle: int) -> None:
+        """Release what a sequence holds."""
+        self.core.close(handle)
+
+    def logits(self, ids: Sequence[int], prefix_length: int) -> Rows:
+        """The logits (T, V) float32 of every position."""
+        handle = self.core.open(prefix_length if self.config.prefix_lm else 0)
+        try:
+            logits = np.empty((len(ids), self.config.vocab_size), np.float32)
+            self.core.step([handle], [ids], logits, True)
+            return logits
+        finally:
+            self.close(handle)
+
+    def _advance(
+        self, handles: Sequence[int], ids: Sequence[Sequence[int]], stop: Callable[[], bool] | None = None
+    ) -> Rows:
+        logits = np.empty((len(handles), self.config.vocab_size), np.float32)
+        if not self.core.step(handles, ids, logits, False, stop):
+            raise Interrupted
+        return logits
+
+
+def _windowed(config: HRMConfig, attention_window: int | None) -> HRMConfig:
+    return config if attention_window is None else config.replace(attention_window=attention_window)
+
+
+def rotations(config: HRMConfig) -> NDArray[np.float32]:
+    """The table of `hrmcore.ops.rope.rope_table` without torch: (positions, head_dim).
+
+    Its cos and sin differ by one unit in the last place here and there. The powers go through float64, because numpy's
+    float32 ones are off in the last place, too.
+    """
+    if config.position_encoding == "xpos":
+        inv_freq = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+        table = np.empty((config.context, config.head_dim), np.float32)
+        half = config.head_dim // 2
+        for start in range(0, config.context, 4096):  # the float64 angles of all at once would be another 4 tables
+            angles = np.arange(start, min(start + 4096, config.context))[:, None] * inv_freq
+            np.cos(angles, out=table[start : start + 4096, :half], casting="same_kind")
+            np.sin(angles, out=table[start : start + 4096, half:], casting="same_kind")
+        return table
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    powers = (np.float64(config.rope_theta) ** exponents.astype(np.float64)).astype(np.float32)
+    angles = np.arange(config.max_position_embeddings, dtype=np.float32)[:, None] * (np.float32(1) / powers)
+    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+
+
+def fading(config: HRMConfig) -> NDArray[np.float32] | None:
+    """What `hrmcore.ops.rope.xpos_rates` gives, without torch: (head_dim / 2); None for a RoPE model."""
+    if config.position_encoding == "rope":
+        return None
+    zeta = (np.arange(0, config.head_dim, 2) + 0.4 * config.head_dim) / (1.4 * config.head_dim)
+    return (np.log(zeta) / config.xpos_scale_base).astype(np.float32)
+
+
+def convert(source: str | Path, out: str | Path, dtype: str) -> Path:
+    """Pack a checkpoint into the folder `out`, its tokenizer beside it; returns the packed file.
+
+    The file appears whole or not at all. Raises ValueError on an unknown dtype, a broken or already packed checkpoint,
+    or an `out` that holds another kind of checkpoint.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    folder, out = resolve(source), Path(out)
+    if (folder / PACKED_FILE).is_file():
+        raise ValueError(f"{folder}: is packed already; convert the checkpoint that it was made from")
+    if (out / "config.json").exists():
+        raise ValueError(f"{out}: holds a checkpoint; give a folder of its own to the packed one")
+    runner = CpuRunner.from_checkpoint(folder, dtype, None, None, cache_bytes=0)
+    header = {
+        "config": runner.config.to_dict(),
+        "dtype": dtype,
+        "bytes": runner.core.weight_bytes,
+        "checksum": runner.core.checksum(),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+    return write_packed(out / PACKED_FILE, header, runner.core.packed_weights())

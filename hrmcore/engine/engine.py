@@ -1,0 +1,350 @@
+"""Load a model and generate: text or token ids, one prompt or many, whole or streamed.
+
+Shapes: T tokens, V vocabulary. What runs the recurrence is behind `hrmcore.engine.runner.Runner`.
+Generation needs no torch: `Engine.logits` alone imports it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections import deque
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hrmcore import _C
+from hrmcore.checkpoint.hrm_text import CONFIG_FILE, resolve
+from hrmcore.config import WINDOW_MULTIPLE, HRMConfig
+from hrmcore.engine.cpu_runner import CpuRunner
+from hrmcore.engine.packed_file import DTYPES, PACKED_FILE
+from hrmcore.engine.runner import Interrupted
+from hrmcore.engine.sampling import Sampler, Sampling, is_integer, require, sample
+from hrmcore.engine.streams import Answer, Request, StopFilter, Tokens
+from hrmcore.tokenizer import PieceDecoder, Tokenizer
+
+if TYPE_CHECKING:
+    from typing import Unpack  # Python 3.11; only type checkers come here
+
+    from torch import Tensor
+
+    from hrmcore.engine.runner import Runner
+
+EMBEDDED_MODEL = Path(__file__).parents[1] / "assets" / "tiny"
+
+# Requests decoded together: at most this many, holding at most this much KV cache if all of them ran to their limit.
+MAX_BATCH = 64
+CACHE_BUDGET = 4 << 30  # bytes
+PREFILL_TOKENS = 4096  # in one packed prefill; a longer prompt goes alone
+
+
+class TextOptions(TypedDict, total=False):
+    """The options of `Engine.generate`, explained at `Engine.stream`."""
+
+    max_new_tokens: int
+    condition: str
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float
+    stop: str | Sequence[str] | None
+    seed: int | None
+
+
+def load(
+    path: str | Path | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+    threads: int | None = None,
+    kv_dtype: str | None = None,
+    attention_window: int | None = None,
+) -> Engine:
+    """Load a checkpoint folder, or a hub id from the local cache; None is the embedded tiny model.
+
+    `device` is cpu, cuda or cuda:N; on CUDA, decoding runs the fused step and prefill the model in torch.
+    `dtype` is float32, bfloat16, int8 or int4; auto is what the checkpoint holds. `kv_dtype`, of the cached keys and
+    values, is float32, bfloat16 or int8; None is float32 beside float32 weights, else bfloat16. `threads` sets the
+    threads of the kernels, and of torch where it is loaded, for the whole process; None leaves them.
+    `attention_window` (a multiple of 64, or 0) overrides the model's: for inputs longer than it was trained on, each
+    token sees its own block of so many tokens and the one before, those of the prefix also the one after, and the
+    cache keeps no more of the response than that. Raises ValueError on an argument out of range or a broken checkpoint,
+    FileNotFoundError when there is none.
+    """
+    require(dtype in ("auto", *DTYPES), "dtype", f"auto, {', '.join(DTYPES[:-1])} or {DTYPES[-1]}", dtype)
+    require(kv_dtype in (None, "float32", "bfloat16", "int8"), "kv_dtype", "float32, bfloat16 or int8", kv_dtype)
+    window = attention_window
+    fits = window is None or (is_integer(window) and window >= 0 and window % WINDOW_MULTIPLE == 0)
+    require(fits, "attention_window", f"a multiple of {WINDOW_MULTIPLE}, 0 or None", window)
+    _check_device(device)
+    if threads is not None:
+        require(is_integer(threads) and 1 <= threads <= 1024, "threads", "a whole number from 1 to 1024", threads)
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(threads)
+        _C.set_num_threads(threads)
+    if path is None and not any((EMBEDDED_MODEL / name).is_file() for name in (CONFIG_FILE, PACKED_FILE)):
+        raise FileNotFoundError("this installation has no embedded model: give the path of a checkpoint")
+    folder = EMBEDDED_MODEL if path is None else resolve(path)
+    runner = _runner(folder, dtype, device, threads, kv_dtype, window)
+    return Engine(runner, _find_tokenizer(folder, runner.config), folder)
+
+
+def _runner(
+    folder: Path, dtype: str, device: str, threads: int | None, kv_dtype: str | None, window: int | None
+) -> Runner:
+    if device == "cpu":
+        return CpuRunner.from_checkpoint(folder, dtype, kv_dtype, threads, CACHE_BUDGET, window)
+    from hrmcore.engine.cuda_runner import CudaRunner
+
+    require(kv_dtype in (None, "bfloat16"), "kv_dtype", f"bfloat16 on {device}", kv_dtype)
+    return CudaRunner.from_checkpoint(folder, dtype, device, window)
+
+
+class Engine:
+    """A loaded model. Every method raises ValueError on a bad argument, before anything runs.
+
+    `tokenizer` is None when the checkpoint came without one; then only `tokens` and `logits` work.
+    """
+
+    def __init__(self, runner: Runner, tokenizer: Tokenizer | None, source: Path) -> None:
+        self.tokenizer = tokenizer
+        self.source = source
+        self._runner = runner
+
+    @property
+    def config(self) -> HRMConfig:
+        """The model's configuration."""
+        return self._runner.config
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return self._runner.parameters
+
+    @overload
+    def generate(self, prompt: str, **options: Unpack[TextOptions]) -> str: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def generate(self, prompt: Sequence[str], **options: Unpack[TextOptions]) -> list[str]: ...
+
+    def generate(self, prompt: str | Sequence[str], **options: Unpack[TextOptions]) -> str | list[str]:
+        """Answer one prompt, or many in one batch, in their order. Takes the options of `stream`.
+
+        Every prompt of a batch gets the answer that it would get alone, with the same seed.
+        """
+        if isinstance(prompt, str):
+            return "".join(self.stream(prompt, **options))
+        answers = []
+        for index, text in enumerate(prompt):
+            try:
+                answers.append(self.stream(text, **options))
+            except ValueError as error:
+                raise ValueError(f"prompt {index}: {error}") from None
+        pieces: list[list[str]] = [[] for _ in answers]
+        for index, token in self._decode([answer.request for answer in answers]):
+            pieces[index].append(answers[index].push(token))
+        return ["".join([*parts, answer.flush()]) for parts, answer in zip(pieces, answers, strict=True)]
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 256,
+        condition: str = "direct",
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] | None = None,
+        seed: int | None = None,
+    ) -> Answer:
+        """Answer a prompt piece by piece. Pieces are whole characters; `.close()` cancels.
+
+        The answer ends where the model ends it, before the first `stop` string, after max_new_tokens, or at the end of
+        the context; `.finish` says which. Temperature 0 is greedy. The same seed gives the same answer.
+        """
+        if self.tokenizer is None:
+            raise ValueError(f"{self.source} has no tokenizer: give token ids to Engine.tokens instead")
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        stops = _check_stop(stop)
+        ids = self.tokenizer.prompt(_check_text(prompt), condition)
+        request = self._request(ids, len(ids), max_new_tokens, sampling, ignore_eos=False)
+        return Answer(Tokens(request, self._follow(request)), PieceDecoder(self.tokenizer), StopFilter(stops))
+
+    def tokens(
+        self,
+        ids: Sequence[int] | Tensor | NDArray[np.integer],
+        prefix_length: int | None = None,
+        max_new_tokens: int = 64,
+        ignore_eos: bool = False,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+    ) -> Tokens:
+        """Continue token ids (T), yielding token ids. Needs no tokenizer; `.close()` cancels.
+
+        The first `prefix_length` ids see each other both ways, None means all. The token that ends an answer is not
+        yielded, unless `ignore_eos` makes it a token like any other. Ends at the end of the context at the latest.
+        """
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        known = self._check_ids(ids)
+        prefix = _check_prefix(prefix_length, len(known))
+        request = self._request(known, prefix, max_new_tokens, sampling, ignore_eos)
+        return Tokens(request, self._follow(request))
+
+    def logits(self, ids: Sequence[int] | Tensor | NDArray[np.integer], prefix_length: int | None = None) -> Tensor:
+        """The logits after every token of ids (T): float32 (T, V). `prefix_length` is as in `tokens`."""
+        import torch
+
+        known = self._check_ids(ids)
+        return torch.from_numpy(self._runner.logits(known, _check_prefix(prefix_length, len(known))))
+
+    def _request(
+        self, ids: list[int], prefix_length: int, max_new_tokens: int, sampling: Sampling, ignore_eos: bool
+    ) -> Request:
+        expected = "a whole number of at least 1"
+        require(is_integer(max_new_tokens) and max_new_tokens >= 1, "max_new_tokens", expected, max_new_tokens)
+        context = self.config.context
+        if len(ids) >= context:
+            raise ValueError(f"the prompt has {len(ids)} tokens; it must leave room in the context of {context} tokens")
+        limit = min(max_new_tokens, context - len(ids))
+        ends = {*self.config.eos_token_ids, *([self.tokenizer.eoa] if self.tokenizer else [])}
+        return Request(
+            ids,
+            prefix_length,
+            limit,
+            at_limit="length" if limit == max_new_tokens else "context",
+            ends=frozenset() if ignore_eos else frozenset(ends),
+            sampler=Sampler(sampling, ids),
+        )
+
+    def _check_ids(self, ids: Sequence[int] | Tensor | NDArray[np.integer]) -> list[int]:
+        known = ids if isinstance(ids, Sequence) or not hasattr(ids, "tolist") else ids.tolist()
+        whole = isinstance(known, Sequence) and not isinstance(known, str) and all(is_integer(i) for i in known)
+        if not whole:
+            raise ValueError("ids must be whole numbers: a list, or a one-dimensional tensor or array")
+        if not known:
+            raise ValueError("ids must hold at least one token, got none")
+        vocabulary = self.config.vocab_size
+        for position, token in enumerate(known):
+            if not 0 <= token < vocabulary:
+                raise ValueError(f"ids must be in [0, vocab_size={vocabulary}), got {token} at position {position}")
+        self.config.check_length(len(known))
+        return [int(token) for token in known]
+
+    def _follow(self, request: Request) -> Generator[int, None, None]:
+        with contextlib.closing(self._decode([request])) as run:
+            for _, token in run:
+                yield token
+
+    def _decode(self, requests: Sequence[Request]) -> Generator[tuple[int, int], None, None]:
+        """Decode requests together, yielding (index, token) as tokens come. Requests join as others leave.
+
+        A request whose `finish` the consumer sets, from whatever thread, leaves before the next step, or soon when it
+        is in a long prefill; closing the generator ends them all.
+        """
+        waiting = deque(enumerate(requests))
+        active: list[tuple[int, Request]] = []
+        try:
+            while waiting or active:
+                tokens: list[int] = []
+                joining = self._admit(waiting, active)
+                if active:
+                    running = [request for _, request in active]
+                    rows = self._runner.step([r.handle for r in running], [r.last for r in running])
+                    tokens += sample([r.sampler for r in running], rows)
+                if joining:
+                    fresh = [request for _, request in joining]
+                    try:
+                        rows = self._open(fresh)
+                        active += joining
+                        tokens += sample([r.sampler for r in fresh], rows)
+                    except Interrupted:
+                        waiting.extendleft(reversed(joining))
+                for (index, request), token in zip(active, tokens, strict=True):
+                    if not request.finish and request.take(token):
+                        yield index, token
+                for entry in [entry for entry in active if entry[1].finish]:
+                    active.remove(entry)
+                    self._runner.close(entry[1].handle)
+        finally:
+            for _, request in active:
+                self._runner.close(request.handle)
+
+    def _open(self, requests: Sequence[Request]) -> NDArray[np.float32]:
+        """Prefill requests; raises Interrupted when one of them is over before it began."""
+
+        def stop() -> bool:
+            return any(request.finish for request in requests)
+
+        prompts, prefixes = [r.ids for r in requests], [r.prefix_length for r in requests]
+        handles, rows = self._runner.open(prompts, prefixes, stop)
+        for request, handle in zip(requests, handles, strict=True):
+            request.handle = handle
+        return rows
+
+    def _admit(
+        self, waiting: deque[tuple[int, Request]], active: Sequence[tuple[int, Request]]
+    ) -> list[tuple[int, Request]]:
+        """Take from the queue what fits beside the active requests; at least one when there are none."""
+        budget = CACHE_BUDGET // self._runner.cache_bytes_per_token - sum(r.most_tokens for _, r in active)
+        prefill = PREFILL_TOKENS
+        admitted: list[tuple[int, Request]] = []
+        while waiting and len(active) + len(admitted) < MAX_BATCH:
+            request = waiting[0][1]
+            if request.finish:
+                waiting.popleft()
+                continue
+            budget -= request.most_tokens
+            prefill -= len(request.ids)
+            if (budget < 0 and (active or admitted)) or (prefill < 0 and admitted):
+                break
+            admitted.append(waiting.popleft())
+        return admitted
+
+        # Another thread is inside, and sees `finish`.
+
+
+def _check_device(device: str) -> None:
+    on_cuda = isinstance(device, str) and re.fullmatch(r"cuda(:\d+)?", device) is not None
+    require(on_cuda or device == "cpu", "device", "'cpu', 'cuda' or 'cuda:N'", device)
+
+
+def _check_prefix(prefix_length: int | None, length: int) -> int:
+    if prefix_length is None:
+        return length
+    expected = f"between 0 and the {length} tokens given"
+    require(is_integer(prefix_length) and 0 <= prefix_length <= length, "prefix_length", expected, prefix_length)
+    return int(prefix_length)
+
+
+def _check_text(prompt: str) -> str:
+    require(isinstance(prompt, str), "prompt", "text or a list of texts", prompt)
+    return prompt
+
+
+def _check_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    stops = () if stop is None else (stop,) if isinstance(stop, str) else stop
+    good = isinstance(stops, Sequence) and all(isinstance(text, str) and text for text in stops)
+    require(good, "stop", "a non-empty text or a list of them", stop)
+    return tuple(stops)
+
+
+def _find_tokenizer(folder: Path, config: HRMConfig) -> Tokenizer | None:
+    try:
+        tokenizer = Tokenizer.load(folder)
+    except FileNotFoundError:
+        return None
+    if tokenizer.vocab_size > config.vocab_size:
+        sizes = f"{tokenizer.vocab_size} tokens, but the model's vocab_size is {config.vocab_size}"
+        raise ValueError(f"{tokenizer.source}: the tokenizer has {sizes}")
+    return tokenizer

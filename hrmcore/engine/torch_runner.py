@@ -1,0 +1,148 @@
+"""What the engine asks of whatever runs the recurrence, and the reference answer to it in torch.
+
+Shapes: T tokens, S sequences, H heads, d head_dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hrmcore.config import HRMConfig
+from hrmcore.engine.runner import Rows
+from hrmcore.model import HRM, Layout
+
+BLOCK = 64  # tokens in one block of the KV cache
+
+
+@dataclass
+class _Sequence:
+    prefix: int
+    length: int = 0
+    blocks: list[int] = field(default_factory=list)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """The rows of the pool that hold the tokens from start to stop."""
+        position = torch.arange(start, stop)
+        return torch.tensor(self.blocks)[position // BLOCK] * BLOCK + position % BLOCK
+
+
+class _Pool:
+    """Keys and values of all sequences: (slots, 2, rows, H, d), handed out in blocks of rows. Grows, never shrinks."""
+
+    def __init__(self, config: HRMConfig, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (config.cache_slots, 2, 0, config.num_attention_heads, config.head_dim)
+        self.kv = torch.empty(shape, dtype=dtype, device=device)
+        self._free: list[int] = []  # highest block first, so that a lone sequence gets neighbouring blocks
+
+    def reserve(self, sequence: _Sequence, length: int) -> None:
+        """Give a sequence enough blocks for this many tokens."""
+        missing = -(-length // BLOCK) - len(sequence.blocks)
+        if missing > len(self._free):
+            self._grow(missing)
+        sequence.blocks += [self._free.pop() for _ in range(missing)]
+
+    def release(self, sequence: _Sequence) -> None:
+        """Take a sequence's blocks back."""
+        self._free = sorted([*self._free, *sequence.blocks], reverse=True)
+        sequence.blocks = []
+
+    def _grow(self, blocks: int) -> None:
+        slots, two, rows, heads, head_dim = self.kv.shape
+        added = max(blocks * BLOCK, rows)
+        grown = self.kv.new_empty(slots, two, rows + added, heads, head_dim)
+        grown[:, :, :rows] = self.kv
+        self.kv = grown
+        self._free = sorted([*self._free, *range(rows // BLOCK, (rows + added) // BLOCK)], reverse=True)
+
+
+class _Call:
+    """The cache of one packed call (model.Cache): which rows of the pool its new tokens go to, and all come from."""
+
+    def __init__(self, kv: Tensor, sequences: Sequence[_Sequence], counts: Sequence[int]) -> None:
+        lengths = [s.length + n for s, n in zip(sequences, counts, strict=True)]
+        self._kv = kv
+        new = torch.cat([s.rows(s.length, n) for s, n in zip(sequences, lengths, strict=True)])
+        rows = torch.cat([s.rows(0, n) for s, n in zip(sequences, lengths, strict=True)])
+        neighbours = bool((rows.diff() == 1).all())
+        self._run = slice(int(rows[0]), int(rows[-1]) + 1) if neighbours else None
+        self._new, self._all = new.to(kv.device), rows.to(kv.device)
+        offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        self._key_offsets = offsets.to(kv.device)
+
+    @property
+    def key_offsets(self) -> Tensor:
+        return self._key_offsets
+
+    def extend(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self._kv[slot, 0], self._kv[slot, 1]
+        keys.index_copy_(0, self._new, k)
+        values.index_copy_(0, self._new, v)
+        if self._run is not None:
+            return keys[self._run], values[self._run]
+        return keys.index_select(0, self._all), values.index_select(0, self._all)
+
+
+class TorchRunner:
+    """The reference runner: HRM.hidden over packed sequences, with one paged slot for each (visit, layer)."""
+
+    def __init__(self, model: HRM) -> None:
+        self.config = model.config
+        self.parameters = sum(p.numel() for p in model.parameters()) + model.z_L_init.numel()
+        dtype = model.lm_head.weight.dtype
+        self.cache_bytes_per_token = 2 * self.config.cache_slots * self.config.attention_width * dtype.itemsize
+        self._model = model.eval()
+        self._device = model.lm_head.weight.device
+        self._pool = _Pool(self.config, dtype, self._device)
+        self._sequences: dict[int, _Sequence] = {}
+        self._handles = itertools.count()
+
+    @property
+    def open_sequences(self) -> int:
+        return len(self._sequences)
+
+    def open(
+        self,
+        prompts: Sequence[Sequence[int]],
+        prefix_lengths: Sequence[int],
+        stop: Callable[[], bool] | None = None,
+    ) -> tuple[list[int], Rows]:
+        sequences = [_Sequence(prefix if self.config.prefix_lm else 0) for prefix in prefix_lengths]
+        handles = [next(self._handles) for _ in sequences]
+        self._sequences.update(zip(handles, sequences, strict=True))
+        try:
+            return handles, self._advance(sequences, prompts)
+        except BaseException:
+            for handle in handles:
+                self.close(handle)
+            raise
+
+    def step(self, handles: Sequence[int], tokens: Sequence[int]) -> Rows:
+        return self._advance([self._sequences[handle] for handle in handles], [[token] for token in tokens])
+
+    def close(self, handle: int) -> None:
+        self._pool.release(self._sequences.pop(handle))
+
+    @torch.inference_mode()
+    def logits(self, ids: Sequence[int], prefix_length: int) -> Rows:
+        return self._model(torch.tensor([list(ids)], device=self._device), prefix_length)[0].cpu().numpy()
+
+    @torch.inference_mode()
+    def _advance(self, sequences: Sequence[_Sequence], added: Sequence[Sequence[int]]) -> Rows:
+        """Run the added tokens of each sequence; logits after the last of each. An interrupted call changes nothing."""
+        counts = [len(tokens) for tokens in added]
+        for sequence, count in zip(sequences, counts, strict=True):
+            self._pool.reserve(sequence, sequence.length + count)
+        prefixes, starts = [s.prefix for s in sequences], [s.length for s in sequences]
+        layout = Layout.of(counts, prefixes, starts, self._device)
+        call = _Call(self._pool.kv, sequences, counts)
+        ids = torch.tensor(list(itertools.chain.from_iterable(added)), device=self._device)
+        final = self._model.hidden(ids, layout, call)
+        logits = self._model.lm_head(final[layout.offsets[1:].long() - 1]).float()
+        for sequence, count in zip(sequences, counts, strict=True):
+            sequence.length += count
+        return logits.cpu().numpy()

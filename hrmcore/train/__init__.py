@@ -1,0 +1,21 @@
+"""Training: the loop, its run file, and what a run leaves behind; the public names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hrmcore._lazy import lazy
+
+if TYPE_CHECKING:
+    from hrmcore.train.run_file import TrainConfig as TrainConfig
+    from hrmcore.train.run_file import read_config as read_config
+    from hrmcore.train.trainer import Trainer as Trainer
+    from hrmcore.train.trainer import make_optimizer as make_optimizer
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "run_file": ["TrainConfig", "read_config"],
+        "trainer": ["Trainer", "make_optimizer"],
+    },
+)

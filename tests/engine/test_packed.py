@@ -1,0 +1,307 @@
+"""The packed runner against the torch one, the packed file, and every way to damage it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hrmcore import cli
+from hrmcore.checkpoint.hrm_text import Arrays, load_model, save_model
+from hrmcore.config import HRMConfig
+from hrmcore.engine.cpu_runner import CpuRunner, convert, rotations
+from hrmcore.engine.engine import Engine, load
+from hrmcore.engine.packed_file import PACKED_FILE
+from hrmcore.engine.torch_runner import TorchRunner
+from hrmcore.model import HRM
+from hrmcore.ops.rope import rope_table
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PROMPTS = ["what is 3 plus 4?", "é ü", "copy\n1 2\n3 4", "what is 17 plus 25? copy"]
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "int8", "int4"])
+def packed(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed") / request.param
+    convert(checkpoint, folder, request.param)
+    return folder
+
+
+@pytest.fixture
+def int8(checkpoint: Path, tmp_path: Path) -> Path:
+    convert(checkpoint, tmp_path / "int8", "int8")
+    return tmp_path / "int8"
+
+
+def test_float32_is_the_torch_runner(checkpoint: Path, engine: Engine) -> None:
+    reference = Engine(TorchRunner(load_model(checkpoint)), engine.tokenizer, checkpoint)
+    assert engine.parameters == reference.parameters
+    for prompt in PROMPTS:
+        ids = engine.tokenizer.prompt(prompt)
+        for prefix in (None, 0, 3):
+            assert distance(engine.logits(ids, prefix), reference.logits(ids, prefix)) < 1e-5
+        assert engine.generate(prompt, max_new_tokens=80) == reference.generate(prompt, max_new_tokens=80)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low", "high"), [("bfloat16", 5e-4, 1e-2), ("int8", 2e-3, 5e-2), ("int4", 2e-2, 0.5)]
+)
+def test_a_smaller_dtype_is_close_and_not_the_same(
+    checkpoint: Path, engine: Engine, dtype: str, low: float, high: float
+) -> None:
+    ids = engine.tokenizer.prompt(PROMPTS[3])
+    assert low < distance(load(checkpoint, dtype=dtype).logits(ids), engine.logits(ids)) < high
+
+
+def test_auto_is_what_the_checkpoint_holds(checkpoint: Path, tmp_path: Path) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        folder = tmp_path / str(dtype)
+        save_model(load_model(checkpoint), folder, dtype)
+        runner = load(folder)._runner
+        assert isinstance(runner, CpuRunner)
+        assert f"torch.{runner.dtype}" == str(dtype)
+
+
+def test_a_packed_file_gives_the_same_bits(checkpoint: Path, packed: Path) -> None:
+    direct, mapped = load(checkpoint, dtype=packed.name), load(packed)
+    ids = direct.tokenizer.prompt(PROMPTS[0])
+    assert torch.equal(direct.logits(ids), mapped.logits(ids))
+    assert mapped.config == direct.config
+    assert mapped.generate(PROMPTS, max_new_tokens=20) == direct.generate(PROMPTS, max_new_tokens=20)
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_a_batch_of_sixteen_cancelled_at_random_gives_no_wrong_token(packed: Path, kv_dtype: str | None) -> None:
+    engine = load(packed, kv_dtype=kv_dtype)
+    runner, chance = engine._runner, random.Random(0)
+    assert isinstance(runner, CpuRunner)
+    prompts = [[chance.randrange(engine.config.vocab_size) for _ in range(chance.randint(1, 70))] for _ in range(24)]
+    alone = [list(engine.tokens(ids, max_new_tokens=12, ignore_eos=True)) for ids in prompts]
+    running: dict[int, tuple[int, list[int]]] = {}
+    for _ in range(150):
+        while len(running) < 16:
+            index = chance.randrange(len(prompts))
+            (handle,), rows = runner.open([prompts[index]], [len(prompts[index])])
+            running[handle] = (index, [int(rows[0].argmax())])
+        rows = runner.step(list(running), [tokens[-1] for _, tokens in running.values()])
+        for (_, tokens), row in zip(running.values(), rows, strict=True):
+            tokens.append(int(row.argmax()))
+        for handle, (index, tokens) in list(running.items()):
+            assert tokens == alone[index][: len(tokens)]
+            if len(tokens) == 12 or chance.random() < 0.1:
+                runner.close(handle)
+                del running[handle]
+    for handle in running:
+        runner.close(handle)
+    assert runner.core.cache_blocks_used == 0
+
+
+def test_a_cache_that_is_full_is_a_clear_error_and_others_go_on(int8: Path) -> None:
+    runner = CpuRunner.from_checkpoint(int8, "auto", None, None, cache_bytes=0)
+    ids = list(range(40))
+    (first,), _ = runner.open([ids], [40])
+    context = runner.config.max_position_embeddings
+    held = [runner.open([[1] * context], [0])[0][0] for _ in range(2)]
+    with pytest.raises(MemoryError, match=r"KV cache has no room.*of its 96 blocks"):
+        runner.open([[1] * context], [0])
+    row = runner.step([first], [7])
+    for handle in held:
+        runner.close(handle)
+    assert np.array_equal(row[0], runner.logits([*ids, 7], 40)[-1])
+
+
+GENERATE = """
+import sys, hrmcore
+engine = hrmcore.load(sys.argv[1])
+prompt, options = "what is 3 plus 4?", {"max_new_tokens": 12, "temperature": 1.0, "seed": 3}
+answers = [engine.generate(prompt, **options), "".join(engine.stream(prompt, **options))]
+answers += engine.generate([prompt], **options)
+ids = engine.tokenizer.prompt(prompt)
+print(len(set(answers)), len(list(engine.tokens(ids, max_new_tokens=12))), "torch" in sys.modules)
+logits = engine.logits(ids)
+print(type(logits).__module__, "torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "int8"])
+def test_generation_imports_no_torch(kind: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(kind)
+    child = subprocess.run([sys.executable, "-c", GENERATE, folder], capture_output=True, text=True, check=True)
+    assert child.stdout == "1 12 False\ntorch True\n"
+
+
+@pytest.mark.parametrize(("head_dim", "theta"), [(8, 10000.0), (32, 10000.0), (128, 10000.0), (64, 1e6)])
+def test_rotations_are_those_of_the_model(checkpoint: Path, head_dim: int, theta: float) -> None:
+    config = load_model(checkpoint).config
+    table = rotations(config.replace(head_dim=head_dim, rope_theta=theta, max_position_embeddings=4096))
+    expected = rope_table(4096, head_dim, theta).numpy()
+    assert table.dtype == np.float32
+    np.testing.assert_allclose(table, expected, rtol=0, atol=1.2e-7)
+    assert np.array_equal(table == 0, expected == 0)
+
+
+OUT_OF_MEMORY = """
+import resource, sys, numpy as np
+from pathlib import Path
+from hrmcore.engine.cpu_runner import CpuRunner
+runner = CpuRunner.from_checkpoint(Path(sys.argv[1]), "auto", None, 1, cache_bytes=1 << 40)
+(handle,), rows = runner.open([list(range(40))], [40])
+expected = runner.logits([*range(40), 7, 8], 40)
+in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (in_use + (1 << 20), -1))
+held = []
+try:
+    for _ in range(2000):  # caches, or the room for a prefill, whichever comes first
+        held += runner.open([[1] * 2000], [2000])[0]
+except MemoryError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+print([bool(np.array_equal(runner.step([handle], [token])[0], row)) for token, row in zip((7, 8), expected[-2:])])
+"""
+
+
+def test_a_system_without_memory_is_a_clear_error_and_others_go_on(int8: Path) -> None:
+    child = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY, int8], capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    error, unharmed = child.stdout.splitlines()
+    assert re.fullmatch(r"out of memory: the system has no \d+ MB to give", error)
+    assert unharmed == "[True, True]"
+
+
+def damage(path: Path, position: int, value: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(position, os.SEEK_END if position < 0 else os.SEEK_SET)
+        file.write(value)
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, b"X", "not a packed checkpoint"),
+        (8, b"\x09", "packed format version 9, this hrmcore reads 1"),
+        (60, b"?", "damaged, its header does not match its checksum"),
+        (12, b"\xff\xff\xff\xff", "damaged, its header"),
+        (-1, b"\x55", "damaged, the weights do not match their checksum"),
+        (30000, b"\x55", "damaged, the weights do not match their checksum"),
+    ],
+)
+def test_a_changed_file_is_refused(int8: Path, position: int, value: bytes, message: str) -> None:
+    damage(int8 / PACKED_FILE, position, value)
+    with pytest.raises(ValueError, match=rf"{PACKED_FILE}: {message}"):
+        load(int8)
+
+
+@pytest.mark.parametrize(("left", "message"), [(0, "not a packed"), (30, "not a packed"), (100, "damaged, its header")])
+def test_a_file_cut_in_its_header_is_refused(int8: Path, left: int, message: str) -> None:
+    os.truncate(int8 / PACKED_FILE, left)
+    with pytest.raises(ValueError, match=message):
+        load(int8)
+
+
+def test_a_file_cut_in_its_weights_is_refused(int8: Path) -> None:
+    path = int8 / PACKED_FILE
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(ValueError, match=r"weights\.hrmpack: truncated, \d+ bytes where \d+ are needed"):
+        load(int8)
+
+
+def test_a_file_changed_while_in_use_stops_the_engine(int8: Path) -> None:
+    engine = load(int8)
+    ids = engine.tokenizer.prompt(PROMPTS[0])
+    engine.logits(ids)
+    damage(int8 / PACKED_FILE, 30000, b"\x55")
+    os.utime(int8 / PACKED_FILE, (1, 1))  # coarse clocks: the write itself may carry the same time
+    with pytest.raises(OSError, match="the file changed while it was in use"):
+        engine.logits(ids)
+
+
+@pytest.fixture(scope="module")
+def two_packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("two_packed")
+    config = HRMConfig(61, 128, 256, 2, 2, 64, max_position_embeddings=700)
+    for seed, name in enumerate(("int8", "int4")):
+        torch.manual_seed(seed)
+        save_model(HRM(config), folder / "whole" / name)
+        convert(folder / "whole" / name, folder / name, name)
+    return folder / "int8", folder / "int4"
+
+
+def cut_short(case: str, packed: tuple[Path, Path], folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    copy = shutil.copytree(packed[0], folder / "cut")
+    command = [sys.executable, *options, Path(__file__).parents[1] / "soak" / "cut_short.py", case, copy, packed[1]]
+    environment = os.environ | {"HRMCORE_ISA": "generic"}  # slow, so that a small model's step is long
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.mark.parametrize("case", ["step", "answers"])
+def test_a_file_cut_short_in_a_step_is_an_error_and_another_model_goes_on(
+    case: str, two_packed: tuple[Path, Path], tmp_path: Path
+) -> None:
+    child = cut_short(case, two_packed, tmp_path)
+    assert child.returncode == 0, child.stderr
+    error = f"{tmp_path}/cut/{PACKED_FILE}: the file changed while it was in use; load the model again"
+    assert child.stdout.splitlines() == [f"1 {error}", error, "0 True"]
+
+
+@pytest.mark.parametrize("options", [(), ("-X", "faulthandler")])
+def test_a_fault_elsewhere_ends_the_process_as_before(
+    options: tuple[str, ...], two_packed: tuple[Path, Path], tmp_path: Path
+) -> None:
+    child = cut_short("foreign", two_packed, tmp_path, *options)
+    assert child.returncode == -signal.SIGBUS
+    assert child.stdout == ""
+    assert ("Fatal Python error: Bus error" in child.stderr) == bool(options)
+
+
+def test_a_checkpoint_cut_short_while_it_is_packed_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "cut")
+    arrays = Arrays(folder)
+    runner = CpuRunner(arrays.config, "int8", None, 1, cache_bytes=0)
+    runner.core.allocate_weights()
+    os.truncate(folder / "model.safetensors", 0)
+    name = "lm_head.weight"
+    with pytest.raises(OSError, match=f"{name}: its file was cut short while it was read"):
+        runner.core.set_weight(name, arrays[name])
+
+
+def test_a_file_that_is_replaced_or_removed_stays_readable(int8: Path) -> None:
+    engine = load(int8)
+    ids = engine.tokenizer.prompt(PROMPTS[0])
+    before = engine.logits(ids)
+    (int8 / PACKED_FILE).unlink()
+    assert torch.equal(engine.logits(ids), before)
+
+
+def test_the_command_converts(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["convert", str(checkpoint), str(tmp_path / "out"), "--dtype", "int4"]) == 0
+    assert "weights.hrmpack" in capsys.readouterr().out
+    assert load(tmp_path / "out")._runner.dtype == "int4"
+
+
+def test_wrong_conversions_are_named(checkpoint: Path, int8: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, int8, int4, got 'fp4'"):
+        convert(checkpoint, tmp_path / "out", "fp4")
+    with pytest.raises(ValueError, match="is packed already"):
+        convert(int8, tmp_path / "out", "int4")
+    with pytest.raises(ValueError, match="holds a checkpoint"):
+        convert(checkpoint, shutil.copytree(checkpoint, tmp_path / "copy"), "int8")
+    with pytest.raises(ValueError, match="holds int8 weights; dtype must be auto or int8"):
+        load(int8, dtype="bfloat16")
+    assert not (tmp_path / "out").exists()
+    assert json.loads((checkpoint / "config.json").read_text())["model_type"] == "hrm_text"
