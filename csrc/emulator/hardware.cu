@@ -1,4 +1,4 @@
-// Kernels that ask a GPU whether it does what csrc/core/ptx.cuh says of it; bench/gpu_checklist.py runs them
+// Kernels that ask a GPU whether it does what csrc/core/ptx.cuh says of it; bench/gpu/checklist.py runs them
 // there, and on the emulator. Built for the tests' library, and by nvcc into one of its own; no product code
 // uses them.
 #include "core/cuda.cuh"
