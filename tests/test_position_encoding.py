@@ -258,10 +258,10 @@ def test_blocks_behind_the_window_are_given_back(tmp_path: Path) -> None:
     used = []
     for token in ids[PROMPT:]:
         runner.step([handle], [token])
-        used.append(runner.core.cache_blocks_used)
+        used.append(runner.core.cache_pages_used)
     assert max(used) == 2
     runner.close(handle)
-    assert runner.core.cache_blocks_used == 0
+    assert runner.core.cache_pages_used == 0
 
 
 def test_load_takes_a_window_and_long_inputs(tmp_path: Path) -> None:

@@ -46,9 +46,9 @@ inline DType dtype_of(const DlTensor& t) {
 }
 
 // Borrows the tensors of one call: the capsules live, unconsumed, until it returns.
-class Borrowed {
+class DlpackArgs {
  public:
-  explicit Borrowed(const char* op) : op_(op) {}
+  explicit DlpackArgs(const char* op) : op_(op) {}
 
   TensorView view(const py::object& array, const char* argument) {
     py::object capsule = array;
@@ -120,24 +120,24 @@ void run(const Args& args, void (*kernel)(const Args&) noexcept) {
 }
 
 template <class Args>
-void run_on_cuda(const Borrowed& borrowed, std::uintptr_t stream, const Args& args) {
+void run_on_cuda(const DlpackArgs& operands, std::uintptr_t stream, const Args& args) {
   using Launch = const char* (*)(const Args&, void*);
-  const auto launch = reinterpret_cast<Launch>(device_kernel(borrowed.op()));
+  const auto launch = reinterpret_cast<Launch>(device_kernel(operands.op()));
   const char* error = nullptr;
   {
     py::gil_scoped_release unlocked;
     error = launch(args, reinterpret_cast<void*>(stream));
   }
-  if (error != nullptr) throw std::runtime_error(std::string(borrowed.op()) + " on CUDA: " + error);
+  if (error != nullptr) throw std::runtime_error(std::string(operands.op()) + " on CUDA: " + error);
 }
 
 // The same for an op that has CUDA kernels: runs where its operands are, on CUDA in the order of the stream.
 template <class Args>
-void run(const Borrowed& borrowed, std::uintptr_t stream, const Args& args,
+void run(const DlpackArgs& operands, std::uintptr_t stream, const Args& args,
          void (*kernel)(const Args&) noexcept) {
   check(args);
-  if (borrowed.device() != Device::cpu || emulating_cuda()) {
-    run_on_cuda(borrowed, stream, args);
+  if (operands.device() != Device::cpu || emulating_cuda()) {
+    run_on_cuda(operands, stream, args);
     return;
   }
   py::gil_scoped_release unlocked;

@@ -1,4 +1,4 @@
-// The engine, the CUDA step and the sampler in Python.
+// The engine, the decode step on CUDA and the sampler in Python.
 #include <cstdint>
 #include <exception>
 #include <memory>
@@ -29,12 +29,12 @@ std::unique_lock<std::mutex> lock_engine(Engine& engine) {
 }
 
 // What may end a long step: a signal's handler that raises, or `stop`, a callable that says true.
-class Watch {
+class CancelCheck {
  public:
-  explicit Watch(const py::object& stop) : stop_(stop) {}
+  explicit CancelCheck(const py::object& stop) : stop_(stop) {}
 
   Interrupt interrupt() {
-    return {[](void* self) noexcept { return static_cast<Watch*>(self)->wanted(); }, this};
+    return {[](void* self) noexcept { return static_cast<CancelCheck*>(self)->wanted(); }, this};
   }
   void rethrow() const {
     if (error_) std::rethrow_exception(error_);
@@ -66,10 +66,10 @@ void bind_engine(py::module_& m) {
       PyErr_SetString(PyExc_OSError, error.what());
     }
   });
-  m.attr("cache_block_tokens") = block_tokens;
-  m.def("cache_block_bytes",
+  m.attr("page_tokens") = page_tokens;
+  m.def("page_bytes",
         [](const std::string& kv_dtype, std::int64_t slots, std::int64_t heads, std::int64_t head_dim) {
-          return CacheShape{packing_of("kv_dtype", kv_dtype), slots, heads, head_dim}.block_bytes();
+          return CacheShape{packing_of("kv_dtype", kv_dtype), slots, heads, head_dim}.page_bytes();
         });
   py::class_<Engine>(m, "Engine")
       .def(py::init([](std::int64_t vocab_size, std::int64_t hidden_size, std::int64_t intermediate_size,
@@ -77,8 +77,8 @@ void bind_engine(py::module_& m) {
                        std::int64_t head_dim, std::int64_t h_cycles, std::int64_t l_cycles, double eps,
                        double embedding_scale, const py::object& rope, const std::string& dtype,
                        const std::string& kv_dtype, int threads, std::int64_t cache_tokens,
-                       const py::object& rates, std::int64_t window) {
-             Borrowed b("Engine");
+                       const py::object& log_decay, std::int64_t window) {
+             DlpackArgs b("Engine");
              const TensorView table = b.view(rope, "rope");
              const std::int64_t positions = table.rank > 0 ? table.shape[0] : 0;
              const ModelShape shape{vocab_size,
@@ -95,19 +95,19 @@ void bind_engine(py::module_& m) {
                                     static_cast<float>(embedding_scale)};
              return std::make_unique<Engine>(shape, packing_of("dtype", dtype),
                                              packing_of("kv_dtype", kv_dtype), threads, cache_tokens, table,
-                                             b.optional(rates, "rates"), window);
+                                             b.optional(log_decay, "log_decay"), window);
            }),
            py::kw_only(), py::arg("vocab_size"), py::arg("hidden_size"), py::arg("intermediate_size"),
            py::arg("L_layers"), py::arg("H_layers"), py::arg("num_heads"), py::arg("head_dim"),
            py::arg("H_cycles"), py::arg("L_cycles"), py::arg("eps"), py::arg("embedding_scale"),
            py::arg("rope"), py::arg("dtype"), py::arg("kv_dtype"), py::arg("threads"),
-           py::arg("cache_tokens"), py::arg("rates") = py::none(), py::arg("window") = 0)
+           py::arg("cache_tokens"), py::arg("log_decay") = py::none(), py::arg("window") = 0)
       .def("allocate_weights", [](Engine& e) { e.weights().allocate(); })
       .def("map_weights", [](Engine& e, const std::string& path, std::int64_t offset,
                              std::uint64_t checksum) { e.weights().map_file(path, offset, checksum); })
       .def("set_weight",
            [](Engine& e, const std::string& name, const py::object& tensor) {
-             Borrowed b("set_weight");
+             DlpackArgs b("set_weight");
              TensorView view = b.view(tensor, "tensor");
              // numpy has no bfloat16 and brings its bits.
              if (view.dtype == DType::u16) view.dtype = DType::bf16;
@@ -115,7 +115,7 @@ void bind_engine(py::module_& m) {
            })
       .def("get_weight",
            [](const Engine& e, const std::string& name, const py::object& out) {
-             Borrowed b("get_weight");
+             DlpackArgs b("get_weight");
              e.weights().get(name, b.view(out, "out"));
            })
       .def("packed_weights",  // borrowed: valid while the engine lives
@@ -139,17 +139,17 @@ void bind_engine(py::module_& m) {
           [](Engine& e, const std::vector<std::int64_t>& requests,
              const std::vector<std::vector<std::int64_t>>& ids, const py::object& logits, bool every_row,
              const py::object& stop) {
-            Borrowed b("step");
+            DlpackArgs b("step");
             const TensorView out = b.view(logits, "logits");
-            Watch watch(stop);
+            CancelCheck cancel(stop);
             const auto lock = lock_engine(e);
             e.begin(requests, ids, every_row, out);
             bool done = false;
             {
               py::gil_scoped_release unlocked;
-              done = e.run(watch.interrupt());
+              done = e.run(cancel.interrupt());
             }
-            watch.rethrow();
+            cancel.rethrow();
             if (done) e.commit();
             return done;  // or else nothing has happened, because `stop` said so
           },
@@ -160,45 +160,45 @@ void bind_engine(py::module_& m) {
       .def_property_readonly("workspace_bytes", &Engine::workspace_bytes)
       .def_property_readonly("threads", &Engine::threads)
       .def_property_readonly("open_requests", &Engine::open_requests)
-      .def_property_readonly("cache_blocks", [](const Engine& e) { return e.cache().capacity(); })
-      .def_property_readonly("cache_blocks_used", [](const Engine& e) { return e.cache().used(); });
+      .def_property_readonly("cache_pages", [](const Engine& e) { return e.cache().capacity(); })
+      .def_property_readonly("cache_pages_used", [](const Engine& e) { return e.cache().used(); });
 }
 
 void bind_cuda_step(py::module_& m) {
-  m.attr("step_columns") = step_columns;
-  m.def("cuda_step_workspace_bytes", &step_workspace_bytes);
+  m.attr("max_batch") = max_batch;
+  m.def("cuda_step_workspace_bytes", &decode_workspace_bytes);
   m.def(
       "cuda_step",
       [](const py::object& tokens, const py::object& positions, const py::object& tables,
          const py::object& kv, const py::object& embedding, const py::object& z_init, const py::object& rope,
-         const py::object& rates, const py::object& weights, const py::object& logits,
-         const py::object& workspace, std::int64_t ffn, std::int64_t fast_layers, std::int64_t slow_layers,
+         const py::object& log_decay, const py::object& weights, const py::object& logits,
+         const py::object& workspace, std::int64_t ffn, std::int64_t l_layers, std::int64_t h_layers,
          std::int64_t h_cycles, std::int64_t l_cycles, double eps, double embedding_scale,
          std::int64_t window, const std::string& dtype, bool persistent, std::int64_t blocks,
          std::uintptr_t stream) {
-        Borrowed b("cuda_step");
-        const CudaStep args{b.view(tokens, "tokens"),
-                            b.view(positions, "positions"),
-                            b.view(tables, "tables"),
-                            b.view(kv, "kv"),
-                            b.view(embedding, "embedding"),
-                            b.view(z_init, "z_init"),
-                            b.view(rope, "rope"),
-                            b.optional(rates, "rates"),
-                            b.view(weights, "weights"),
-                            b.view(logits, "logits"),
-                            b.view(workspace, "workspace"),
-                            ffn,
-                            fast_layers,
-                            slow_layers,
-                            h_cycles,
-                            l_cycles,
-                            eps,
-                            embedding_scale,
-                            window,
-                            packing_of("dtype", dtype),
-                            persistent,
-                            blocks};
+        DlpackArgs b("cuda_step");
+        const DecodeStep args{b.view(tokens, "tokens"),
+                              b.view(positions, "positions"),
+                              b.view(tables, "tables"),
+                              b.view(kv, "kv"),
+                              b.view(embedding, "embedding"),
+                              b.view(z_init, "z_init"),
+                              b.view(rope, "rope"),
+                              b.optional(log_decay, "log_decay"),
+                              b.view(weights, "weights"),
+                              b.view(logits, "logits"),
+                              b.view(workspace, "workspace"),
+                              ffn,
+                              l_layers,
+                              h_layers,
+                              h_cycles,
+                              l_cycles,
+                              eps,
+                              embedding_scale,
+                              window,
+                              packing_of("dtype", dtype),
+                              persistent,
+                              blocks};
         check(args);
         if (b.device() == Device::cpu && !emulating_cuda()) {
           reject("cuda_step", "tokens", "on a CUDA device", "a tensor on the CPU");
@@ -206,8 +206,8 @@ void bind_cuda_step(py::module_& m) {
         run_on_cuda(b, stream, args);
       },
       py::kw_only(), py::arg("tokens"), py::arg("positions"), py::arg("tables"), py::arg("kv"),
-      py::arg("embedding"), py::arg("z_init"), py::arg("rope"), py::arg("rates"), py::arg("weights"),
-      py::arg("logits"), py::arg("workspace"), py::arg("ffn"), py::arg("fast_layers"), py::arg("slow_layers"),
+      py::arg("embedding"), py::arg("z_init"), py::arg("rope"), py::arg("log_decay"), py::arg("weights"),
+      py::arg("logits"), py::arg("workspace"), py::arg("ffn"), py::arg("L_layers"), py::arg("H_layers"),
       py::arg("H_cycles"), py::arg("L_cycles"), py::arg("eps"), py::arg("embedding_scale"), py::arg("window"),
       py::arg("dtype"), py::arg("persistent"), py::arg("blocks"), py::arg("stream"));
 }
@@ -225,7 +225,7 @@ void bind_sampler(py::module_& m) {
            py::arg("repetition_penalty"), py::arg("seed"), py::arg("prompt"));
   // The next token of each sampler from its row of logits (S, V); all are counted, or on an error none.
   m.def("sample", [](const std::vector<Sampler*>& samplers, const py::object& logits) {
-    Borrowed b("sample");
+    DlpackArgs b("sample");
     const TensorView rows = b.view(logits, "logits");
     const auto count = static_cast<std::int64_t>(samplers.size());
     Check("sample", "logits", rows).cpu().dtype({DType::f32}).rank(2).size(0, count, "samplers").contiguous();

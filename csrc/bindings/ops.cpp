@@ -24,9 +24,9 @@ void bind_attention(py::module_& m) {
       "attention_forward",
       [](const py::object& q, const py::object& k, const py::object& v, const py::object& gate,
          const py::object& offsets, const py::object& key_offsets, const py::object& prefix,
-         const py::object& out, const py::object& lse, const py::object& rates, std::int64_t window,
+         const py::object& out, const py::object& lse, const py::object& log_decay, std::int64_t window,
          std::uintptr_t stream) {
-        Borrowed b("attention_forward");
+        DlpackArgs b("attention_forward");
         const AttentionForward args{b.view(q, "q"),
                                     b.view(k, "k"),
                                     b.view(v, "v"),
@@ -36,12 +36,12 @@ void bind_attention(py::module_& m) {
                                     b.view(prefix, "prefix"),
                                     b.view(out, "out"),
                                     b.view(lse, "lse"),
-                                    b.optional(rates, "rates"),
+                                    b.optional(log_decay, "log_decay"),
                                     window};
         run(b, stream, args, attention_forward);
       },
       py::arg("q"), py::arg("k"), py::arg("v"), py::arg("gate"), py::arg("offsets"), py::arg("key_offsets"),
-      py::arg("prefix"), py::arg("out"), py::arg("lse"), py::arg("rates"), py::arg("window"),
+      py::arg("prefix"), py::arg("out"), py::arg("lse"), py::arg("log_decay"), py::arg("window"),
       py::arg("stream") = 0);
   m.def(
       "attention_backward",
@@ -49,8 +49,8 @@ void bind_attention(py::module_& m) {
          const py::object& offsets, const py::object& key_offsets, const py::object& prefix,
          const py::object& out, const py::object& lse, const py::object& grad_out, const py::object& grad_q,
          const py::object& grad_k, const py::object& grad_v, const py::object& grad_gate,
-         const py::object& rates, std::int64_t window, std::uintptr_t stream) {
-        Borrowed b("attention_backward");
+         const py::object& log_decay, std::int64_t window, std::uintptr_t stream) {
+        DlpackArgs b("attention_backward");
         const AttentionBackward args{b.view(q, "q"),
                                      b.view(k, "k"),
                                      b.view(v, "v"),
@@ -65,13 +65,13 @@ void bind_attention(py::module_& m) {
                                      b.view(grad_k, "grad_k"),
                                      b.view(grad_v, "grad_v"),
                                      b.view(grad_gate, "grad_gate"),
-                                     b.optional(rates, "rates"),
+                                     b.optional(log_decay, "log_decay"),
                                      window};
         run(b, stream, args, attention_backward);
       },
       py::arg("q"), py::arg("k"), py::arg("v"), py::arg("gate"), py::arg("offsets"), py::arg("key_offsets"),
       py::arg("prefix"), py::arg("out"), py::arg("lse"), py::arg("grad_out"), py::arg("grad_q"),
-      py::arg("grad_k"), py::arg("grad_v"), py::arg("grad_gate"), py::arg("rates"), py::arg("window"),
+      py::arg("grad_k"), py::arg("grad_v"), py::arg("grad_gate"), py::arg("log_decay"), py::arg("window"),
       py::arg("stream") = 0);
 }
 
@@ -80,7 +80,7 @@ void bind_cross_entropy(py::module_& m) {
       "cross_entropy_forward",
       [](const py::object& logits, const py::object& targets, const py::object& losses, const py::object& lse,
          std::uintptr_t stream) {
-        Borrowed b("cross_entropy_forward");
+        DlpackArgs b("cross_entropy_forward");
         const CrossEntropyForward args{b.view(logits, "logits"), b.view(targets, "targets"),
                                        b.view(losses, "losses"), b.view(lse, "lse")};
         run(b, stream, args, cross_entropy_forward);
@@ -90,7 +90,7 @@ void bind_cross_entropy(py::module_& m) {
       "cross_entropy_backward",
       [](const py::object& logits, const py::object& targets, const py::object& lse, double scale,
          std::uintptr_t stream) {
-        Borrowed b("cross_entropy_backward");
+        DlpackArgs b("cross_entropy_backward");
         const CrossEntropyBackward args{b.view(logits, "logits"), b.view(targets, "targets"),
                                         b.view(lse, "lse"), scale};
         run(b, stream, args, cross_entropy_backward);
@@ -104,25 +104,25 @@ class TensorLists {
  public:
   using List = std::vector<py::object>;
 
-  TensorLists(Borrowed& borrowed, const std::vector<std::int64_t>& numbers)
-      : borrowed_(borrowed), numbers_(numbers) {}
+  TensorLists(DlpackArgs& operands, const std::vector<std::int64_t>& numbers)
+      : operands_(operands), numbers_(numbers) {}
 
   std::size_t count() const { return numbers_.size(); }
   std::int64_t number(std::size_t i) const { return numbers_[i]; }
 
   TensorView at(const List& list, std::size_t i, const char* argument) {
     if (list.size() != count()) {
-      reject(borrowed_.op(), argument, "a list of " + std::to_string(count()), std::to_string(list.size()));
+      reject(operands_.op(), argument, "a list of " + std::to_string(count()), std::to_string(list.size()));
     }
     try {
-      return borrowed_.optional(list[i], argument);
+      return operands_.optional(list[i], argument);
     } catch (const std::invalid_argument& error) {
       throw std::invalid_argument("parameter " + std::to_string(numbers_[i]) + ": " + error.what());
     }
   }
 
  private:
-  Borrowed& borrowed_;
+  DlpackArgs& operands_;
   const std::vector<std::int64_t>& numbers_;
 };
 
@@ -152,7 +152,7 @@ void bind_optim(py::module_& m) {
          const List& hessians, const List& emas, const py::object& clipped, double lr, double beta1,
          double weight_decay, double rho, double batch_tokens, double eps, double ema_decay,
          std::uintptr_t stream) {
-        Borrowed b("sophia_step");
+        DlpackArgs b("sophia_step");
         TensorLists lists(b, numbers);
         const auto tensors = step_tensors(lists, params, grads, exp_avgs, hessians, "hessian", emas);
         const auto count = static_cast<std::int64_t>(tensors.size());
@@ -173,19 +173,19 @@ void bind_optim(py::module_& m) {
       py::arg("rho"), py::arg("batch_tokens"), py::arg("eps"), py::arg("ema_decay"), py::arg("stream") = 0);
   m.def(
       "sophia_curvature",
-      [](const Numbers& numbers, const List& hessians, const List& us, const List& ws, double beta2,
+      [](const Numbers& numbers, const List& hessians, const List& probes, const List& hvps, double beta2,
          std::uintptr_t stream) {
-        Borrowed b("sophia_curvature");
+        DlpackArgs b("sophia_curvature");
         TensorLists lists(b, numbers);
         std::vector<CurvatureTensors> tensors(lists.count());
         for (std::size_t i = 0; i < tensors.size(); ++i) {
-          tensors[i] = {lists.at(hessians, i, "hessian"), lists.at(us, i, "u"), lists.at(ws, i, "w"),
-                        lists.number(i)};
+          tensors[i] = {lists.at(hessians, i, "hessian"), lists.at(probes, i, "probe"),
+                        lists.at(hvps, i, "hvp"), lists.number(i)};
         }
         const SophiaCurvature args{tensors.data(), static_cast<std::int64_t>(tensors.size()), beta2};
         run(b, stream, args, sophia_curvature);
       },
-      py::arg("numbers"), py::arg("hessians"), py::arg("us"), py::arg("ws"), py::arg("beta2"),
+      py::arg("numbers"), py::arg("hessians"), py::arg("probes"), py::arg("hvps"), py::arg("beta2"),
       py::arg("stream") = 0);
   const auto bind_adam = [&m](const char* op, void (*kernel)(const AdamStep&) noexcept) {
     m.def(
@@ -193,7 +193,7 @@ void bind_optim(py::module_& m) {
         [op, kernel](const Numbers& numbers, const List& params, const List& grads, const List& exp_avgs,
                      const List& exp_avg_sqs, const List& emas, const Numbers& steps, double lr, double beta1,
                      double beta2, double weight_decay, double eps, double ema_decay, std::uintptr_t stream) {
-          Borrowed b(op);
+          DlpackArgs b(op);
           TensorLists lists(b, numbers);
           auto tensors = step_tensors(lists, params, grads, exp_avgs, exp_avg_sqs, "exp_avg_sq", emas);
           if (steps.size() != tensors.size()) {
@@ -217,7 +217,7 @@ void bind_rms_norm(py::module_& m) {
       "rms_norm_forward",
       [](const py::object& x, const py::object& residual, const py::object& y, const py::object& sum,
          double eps, std::uintptr_t stream) {
-        Borrowed b("rms_norm_forward");
+        DlpackArgs b("rms_norm_forward");
         const RmsNormForward args{b.view(x, "x"), b.optional(residual, "residual"), b.view(y, "y"),
                                   b.optional(sum, "sum"), eps};
         run(b, stream, args, rms_norm_forward);
@@ -227,7 +227,7 @@ void bind_rms_norm(py::module_& m) {
       "rms_norm_backward",
       [](const py::object& u, const py::object& grad_y, const py::object& grad_sum, const py::object& grad_u,
          double eps, std::uintptr_t stream) {
-        Borrowed b("rms_norm_backward");
+        DlpackArgs b("rms_norm_backward");
         const RmsNormBackward args{b.view(u, "u"), b.view(grad_y, "grad_y"), b.optional(grad_sum, "grad_sum"),
                                    b.view(grad_u, "grad_u"), eps};
         run(b, stream, args, rms_norm_backward);
@@ -242,7 +242,7 @@ void bind_rms_norm_inject(py::module_& m) {
       [](const py::object& x, const py::object& residual, const py::object& injection,
          const py::object& state, const py::object& y, const py::object& sum, const py::object& scale,
          double eps, std::uintptr_t stream) {
-        Borrowed b("rms_norm_inject_forward");
+        DlpackArgs b("rms_norm_inject_forward");
         const RmsNormInjectForward args{b.view(x, "x"),
                                         b.view(residual, "residual"),
                                         b.view(injection, "injection"),
@@ -260,7 +260,7 @@ void bind_rms_norm_inject(py::module_& m) {
       [](const py::object& state, const py::object& sum, const py::object& scale,
          const py::object& grad_state, const py::object& grad_y, const py::object& grad_sum,
          const py::object& grad_u, const py::object& grad_injection, double eps, std::uintptr_t stream) {
-        Borrowed b("rms_norm_inject_backward");
+        DlpackArgs b("rms_norm_inject_backward");
         const RmsNormInjectBackward args{b.view(state, "state"),
                                          b.view(sum, "sum"),
                                          b.view(scale, "scale"),
@@ -282,7 +282,7 @@ void bind_rope(py::module_& m) {
       "rope",
       [](const py::object& q, const py::object& k, const py::object& table, const py::object& positions,
          const py::object& q_out, const py::object& k_out, bool inverse, std::uintptr_t stream) {
-        Borrowed b("rope");
+        DlpackArgs b("rope");
         const Rope args{b.view(q, "q"),
                         b.view(k, "k"),
                         b.view(table, "table"),
@@ -300,7 +300,7 @@ void bind_swiglu(py::module_& m) {
   m.def(
       "swiglu_forward",
       [](const py::object& ab, const py::object& y, std::uintptr_t stream) {
-        Borrowed b("swiglu_forward");
+        DlpackArgs b("swiglu_forward");
         const SwigluForward args{b.view(ab, "ab"), b.view(y, "y")};
         run(b, stream, args, swiglu_forward);
       },
@@ -309,7 +309,7 @@ void bind_swiglu(py::module_& m) {
       "swiglu_backward",
       [](const py::object& ab, const py::object& grad_y, const py::object& grad_ab, const py::object& y,
          std::uintptr_t stream) {
-        Borrowed b("swiglu_backward");
+        DlpackArgs b("swiglu_backward");
         const SwigluBackward args{b.view(ab, "ab"), b.view(grad_y, "grad_y"), b.view(grad_ab, "grad_ab"),
                                   b.optional(y, "y")};
         run(b, stream, args, swiglu_backward);
@@ -319,15 +319,15 @@ void bind_swiglu(py::module_& m) {
 
 void bind_machine_limits(py::module_& m) {
   m.def("stream_read", [](const py::object& source, const py::object& sums) {
-    Borrowed b("stream_read");
+    DlpackArgs b("stream_read");
     run<StreamRead>({b.view(source, "source"), b.view(sums, "sums")}, stream_read);
   });
   m.def("stream_copy", [](const py::object& source, const py::object& target) {
-    Borrowed b("stream_copy");
+    DlpackArgs b("stream_copy");
     run<StreamCopy>({b.view(source, "source"), b.view(target, "target")}, stream_copy);
   });
   m.def("multiply_add", [](const py::object& sums, std::int64_t rounds) {
-    Borrowed b("multiply_add");
+    DlpackArgs b("multiply_add");
     run<MultiplyAdd>({b.view(sums, "sums"), rounds}, multiply_add);
   });
   m.attr("multiply_add_width") = multiply_add_width;

@@ -1,5 +1,5 @@
-// The products of a step: weights in fragment order stream through a ring of each warp's own, activations lie
-// in shared memory.
+// The GEMMs of a decode step: weights in fragment order stream through a ring of each warp's own, activations
+// lie in shared memory. A warp loads for itself: its copies run ahead of what it consumes.
 //
 // mma.sync takes the weights as its 16 rows and the requests as its 8 columns. With g = lane / 4 and h = lane
 // % 4 a lane holds of 16 columns of weights 4h to 4h + 3 in rows g and g + 8, and of the activations the same
@@ -11,33 +11,33 @@
 
 namespace hrmcore::cuda {
 
-constexpr int step_warps = 8, step_threads = 32 * step_warps, most_columns = 8;
-constexpr int partial_floats = step_warps * step_tile_rows * most_columns;
+constexpr int decode_warps = 8, decode_threads = 32 * decode_warps;
+constexpr int partial_floats = decode_warps * tile_rows * max_batch;
 
 // Shared memory: partial sums of two tiles, the warps' sums of squares for two norms, where the requests' new
 // tokens stand, activations (or what the attention exchanges), rings.
 constexpr int squares_offset = 2 * partial_floats * 4;
-constexpr int places_offset = squares_offset + 2 * step_warps * most_columns * 4;
-constexpr int activations_offset = places_offset + 128;
+constexpr int positions_offset = squares_offset + 2 * decode_warps * max_batch * 4;
+constexpr int activations_offset = positions_offset + 128;
 
-__device__ __forceinline__ int step_lane() { return static_cast<int>(threadIdx.x % 32); }
-__device__ __forceinline__ int step_warp() { return static_cast<int>(threadIdx.x / 32); }
+__device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x % 32); }
+__device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x / 32); }
 
 // This warp's items of one matrix, in the order in which it takes them: those of its share of each of the
-// block's tiles. `stages - 1` of them are on their way at any time.
+// block's tiles. begin() and fetch() load, take() consumes; `stages - 1` items are on their way at any time.
 template <Packing packing, int stages>
 class WeightStream {
  public:
   static constexpr int groups = ItemOf<packing>::groups;
 
   __device__ __forceinline__ explicit WeightStream(int ring_offset)
-      : ring_(shared_array<std::uint8_t>(ring_offset + step_warp() * stages * item_bytes<packing>)) {}
+      : ring_(shared_array<std::uint8_t>(ring_offset + warp_id() * stages * item_bytes<packing>)) {}
 
   // Starts on a matrix; what it was given before is over.
   __device__ __forceinline__ void begin(const Matrix& matrix) {
     matrix_ = matrix;
     tile_ = static_cast<int>(blockIdx.x);
-    item_ = step_warp();
+    item_ = warp_id();
     stage_ = 0;
     if (item_ >= matrix.items) tile_ = matrix.tiles;
 #pragma unroll
@@ -52,18 +52,18 @@ class WeightStream {
     wait_for_copies<stages - 2>();
     const SharedArray<std::uint8_t> item = ring_ + stage_ * item_bytes<packing>;
     piece = SharedArray<Packed<std::uint32_t, 4>>{
-        reinterpret_cast<Packed<std::uint32_t, 4>*>(item.data)}[step_lane()];
+        reinterpret_cast<Packed<std::uint32_t, 4>*>(item.data)}[lane_id()];
     if constexpr (groups > 0) {
       __syncwarp();  // the scales were copied by other lanes
       const SharedArray<bf16> rows{reinterpret_cast<bf16*>((item + fragment_bytes).data)};
 #pragma unroll
       for (int group = 0; group < groups; ++group) {
-        const int row = step_tile_rows * group + step_lane() / 4;
+        const int row = tile_rows * group + lane_id() / 4;
         scales[group][0] = to_float(static_cast<bf16>(rows[row]));
         scales[group][1] = to_float(static_cast<bf16>(rows[row + 8]));
       }
     }
-    fetch(stage_ == 0 ? stages - 1 : stage_ - 1);  // the place of the item before, which all lanes have read
+    fetch(stage_ == 0 ? stages - 1 : stage_ - 1);  // the item before's, which all lanes have read
     stage_ = stage_ + 1 == stages ? 0 : stage_ + 1;
   }
 
@@ -72,15 +72,15 @@ class WeightStream {
     if (tile_ < matrix_.tiles) {
       const std::byte* item =
           matrix_.data + (static_cast<std::int64_t>(tile_) * matrix_.items + item_) * item_bytes<packing>;
-      const int lane = step_lane();
-      const SharedArray<std::uint8_t> place = ring_ + stage * item_bytes<packing>;
-      copy_async((place + 16 * lane).data, item + 16 * lane, 16);
+      const int lane = lane_id();
+      const SharedArray<std::uint8_t> target = ring_ + stage * item_bytes<packing>;
+      copy_async((target + 16 * lane).data, item + 16 * lane, 16);
       if (16 * lane < groups * group_scale_bytes) {
-        copy_async((place + (fragment_bytes + 16 * lane)).data, item + fragment_bytes + 16 * lane, 16);
+        copy_async((target + (fragment_bytes + 16 * lane)).data, item + fragment_bytes + 16 * lane, 16);
       }
-      item_ += step_warps;
+      item_ += decode_warps;
       if (item_ >= matrix_.items) {
-        item_ = step_warp();
+        item_ = warp_id();
         tile_ += static_cast<int>(gridDim.x);
       }
     }
@@ -95,27 +95,27 @@ class WeightStream {
 // Activations in shared memory: of each 16 columns of the matrix, each request's 16 elements in turn.
 struct Activations {
   SharedArray<bf16> data;
-  int columns;
+  int batch;
 
-  __device__ __forceinline__ void put(int column, int k, const Packed<bf16, 8>& eight) const {
+  __device__ __forceinline__ void put(int request, int k, const Packed<bf16, 8>& eight) const {
     const SharedArray<Packed<bf16, 8>> pieces{reinterpret_cast<Packed<bf16, 8>*>(data.data)};
-    pieces[(k / 16 * columns + column) * 2 + k % 16 / 8] = eight;
+    pieces[(k / 16 * batch + request) * 2 + k % 16 / 8] = eight;
   }
   // This lane's two registers of 16 columns.
   __device__ __forceinline__ void take(int sixteen, bf16x2 (&b)[2]) const {
-    const int column = step_lane() / 4;
+    const int request = lane_id() / 4;
     b[0] = b[1] = 0;
-    if (column < columns) {
+    if (request < batch) {
       const SharedArray<Packed<bf16x2, 2>> pieces{reinterpret_cast<Packed<bf16x2, 2>*>(data.data)};
-      const Packed<bf16x2, 2> pair = pieces[(sixteen * columns + column) * 4 + step_lane() % 4];
+      const Packed<bf16x2, 2> pair = pieces[(sixteen * batch + request) * 4 + lane_id() % 4];
       b[0] = pair.at[0];
       b[1] = pair.at[1];
     }
   }
 };
 
-__device__ __forceinline__ Activations activations(const Step& step) {
-  return {shared_array<bf16>(activations_offset), step.columns};
+__device__ __forceinline__ Activations activations(const DecodeParams& params) {
+  return {shared_array<bf16>(activations_offset), params.batch};
 }
 
 // Four bytes w + 128, as two pairs of bfloat16: exact.
@@ -175,16 +175,16 @@ __device__ __forceinline__ void multiply_item(float (&sum)[4], const Packed<std:
 // Multiplies the stream's matrix with the activations. finish(tile, row, request, sum of the tile's row
 // `row`, sum of row + 8) runs once for each row < 8 and request, in the threads that `finishes` names.
 template <Packing packing, int stages, class Finish>
-__device__ __forceinline__ void multiply(const Step& step, WeightStream<packing, stages>& stream,
+__device__ __forceinline__ void multiply(const DecodeParams& params, WeightStream<packing, stages>& stream,
                                          const Finish& finish) {
-  const Activations x = activations(step);
-  const int lane = step_lane(), tiles = stream.matrix().tiles, items = stream.matrix().items;
-  const int row = static_cast<int>(threadIdx.x) / most_columns,
-            column = static_cast<int>(threadIdx.x) % most_columns;
+  const Activations x = activations(params);
+  const int lane = lane_id(), tiles = stream.matrix().tiles, items = stream.matrix().items;
+  const int row = static_cast<int>(threadIdx.x) / max_batch,
+            request = static_cast<int>(threadIdx.x) % max_batch;
   int parity = 0;
   for (int tile = static_cast<int>(blockIdx.x); tile < tiles; tile += static_cast<int>(gridDim.x)) {
     float sum[4] = {};
-    for (int item = step_warp(); item < items; item += step_warps) {
+    for (int item = warp_id(); item < items; item += decode_warps) {
       Packed<std::uint32_t, 4> piece;
       float scales[2][2];
       stream.take(piece, scales);
@@ -192,19 +192,19 @@ __device__ __forceinline__ void multiply(const Step& step, WeightStream<packing,
     }
     const SharedArray<float> partial = shared_array<float>(0) + parity * partial_floats;
     const SharedArray<Packed<float, 2>> mine{
-        reinterpret_cast<Packed<float, 2>*>((partial + step_warp() * step_tile_rows * most_columns).data)};
+        reinterpret_cast<Packed<float, 2>*>((partial + warp_id() * tile_rows * max_batch).data)};
     mine[lane] = Packed<float, 2>{{sum[0], sum[1]}};
     mine[lane + 32] = Packed<float, 2>{{sum[2], sum[3]}};
     __syncthreads();
-    if (row < 8 && column < step.columns) {
+    if (row < 8 && request < params.batch) {
       float low = 0, high = 0;
 #pragma unroll
-      for (int warp = 0; warp < step_warps; ++warp) {
-        const int first = (warp * step_tile_rows + row) * most_columns + column;
+      for (int warp = 0; warp < decode_warps; ++warp) {
+        const int first = (warp * tile_rows + row) * max_batch + request;
         low += partial[first];
-        high += partial[first + 8 * most_columns];
+        high += partial[first + 8 * max_batch];
       }
-      finish(tile, row, column, low, high);
+      finish(tile, row, request, low, high);
     }
     parity ^= 1;
   }

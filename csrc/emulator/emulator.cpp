@@ -37,7 +37,7 @@ struct Copy {
 
 struct Thread {
   Coordinates at;
-  void* fibre = nullptr;
+  void* fiber = nullptr;
   std::byte* stack = nullptr;
   Block* block = nullptr;
   ThreadId id = 0;
@@ -126,15 +126,15 @@ std::string name(ThreadId id) {
   machine.failed = true;
   machine.message = message + " (kernel launched at " + text(machine.launch) + ")";
   void* abandoned;
-  hrmcore_switch_fibre(&abandoned, machine.scheduler);
-  std::abort();  // an abandoned fibre is never resumed
+  hrmcore_switch_fiber(&abandoned, machine.scheduler);
+  std::abort();  // an abandoned fiber is never resumed
 }
 
 [[noreturn]] void stop_here(const std::string& message, Site site) {
   stop(name(machine.current->id) + " at " + text(site) + ": " + message);
 }
 
-void yield() { hrmcore_switch_fibre(&machine.current->fibre, machine.scheduler); }
+void yield() { hrmcore_switch_fiber(&machine.current->fiber, machine.scheduler); }
 
 void make_ready(Thread& thread) {
   thread.wait = Wait::nothing;
@@ -259,7 +259,7 @@ void start_block(Block& block, unsigned number, std::size_t slot) {
     thread.at = {dim3(t, 0, 0), index, dim3(shape.threads), shape.grid};
     thread.stack = machine.stacks.base + (slot * shape.threads + t) * stack_bytes;
     std::memcpy(thread.stack, &stack_mark, sizeof(stack_mark));
-    thread.fibre = new_fibre(thread.stack + stack_bytes, thread_main);
+    thread.fiber = new_fiber(thread.stack + stack_bytes, thread_main);
     thread.block = &block;
     thread.id = number * threads_per_block + t;
     thread.lane = t % 32;
@@ -279,7 +279,7 @@ void run_warp(Warp& warp) {
     if (thread.wait != Wait::nothing) continue;
     machine.current = &thread;
     running = &thread.at;
-    hrmcore_switch_fibre(&machine.scheduler, thread.fibre);
+    hrmcore_switch_fiber(&machine.scheduler, thread.fiber);
   }
 }
 

@@ -1,7 +1,7 @@
 // CUDA's execution model on one processor thread: what a .cu file sees of CUDA when the host compiler
 // compiles it. Forced into those files by the build (-include); nothing else includes it.
 //
-// A thread is a fibre. It runs until it waits: at a barrier, in an operation of its warp, or at its end.
+// A thread is a fiber. It runs until it waits: at a barrier, in an operation of its warp, or at its end.
 // Which warp goes on then, in which order its lanes run, and how many blocks are under way at once, a seeded
 // generator decides; a kernel that is right computes the same bits for every seed. What is an error here, and
 // stops the launch with a message that says who waits where, is undefined or a hang on hardware:

@@ -6,10 +6,10 @@
 #if defined(__x86_64__)
 asm(R"(
   .text
-  .globl hrmcore_switch_fibre
-  .hidden hrmcore_switch_fibre
-  .type hrmcore_switch_fibre, @function
-hrmcore_switch_fibre:
+  .globl hrmcore_switch_fiber
+  .hidden hrmcore_switch_fiber
+  .type hrmcore_switch_fiber, @function
+hrmcore_switch_fiber:
   pushq %rbp
   pushq %rbx
   pushq %r12
@@ -25,15 +25,15 @@ hrmcore_switch_fibre:
   popq %rbx
   popq %rbp
   ret
-  .size hrmcore_switch_fibre, . - hrmcore_switch_fibre
+  .size hrmcore_switch_fiber, . - hrmcore_switch_fiber
 )");
 #elif defined(__aarch64__)
 asm(R"(
   .text
-  .globl hrmcore_switch_fibre
-  .hidden hrmcore_switch_fibre
-  .type hrmcore_switch_fibre, %function
-hrmcore_switch_fibre:
+  .globl hrmcore_switch_fiber
+  .hidden hrmcore_switch_fiber
+  .type hrmcore_switch_fiber, %function
+hrmcore_switch_fiber:
   sub sp, sp, #160
   stp x19, x20, [sp, #0]
   stp x21, x22, [sp, #16]
@@ -60,15 +60,15 @@ hrmcore_switch_fibre:
   ldp d14, d15, [sp, #144]
   add sp, sp, #160
   ret
-  .size hrmcore_switch_fibre, . - hrmcore_switch_fibre
+  .size hrmcore_switch_fiber, . - hrmcore_switch_fiber
 )");
 #else
-#error "the emulator switches fibres on x86-64 and aarch64 only; build with -DHRMCORE_EMULATOR=OFF"
+#error "the emulator switches fibers on x86-64 and aarch64 only; build with -DHRMCORE_EMULATOR=OFF"
 #endif
 
 namespace hrmcore::emulator {
 
-void* new_fibre(std::byte* end, void (*entry)()) {
+void* new_fiber(std::byte* end, void (*entry)()) {
 #if defined(__x86_64__)
   constexpr std::size_t frame = 64, return_address = 48;  // six registers, the entry, a return address of 0
 #else

@@ -41,12 +41,11 @@ class FlushDenormals {
 
 }  // namespace
 
-void Worker::expect(const Upcoming& upcoming) {
-  if (upcoming.data == nullptr) return;
-  const std::int64_t begin = upcoming.tasks * rank_ / team_.size_,
-                     end = upcoming.tasks * (rank_ + 1) / team_.size_;
-  const std::int64_t bytes = (end - begin) * upcoming.bytes_a_task;
-  next_ = reinterpret_cast<const char*>(upcoming.data) + begin * upcoming.bytes_a_task;
+void Worker::hint(const PrefetchHint& later) {
+  if (later.data == nullptr) return;
+  const std::int64_t begin = later.tasks * rank_ / pool_.size_, end = later.tasks * (rank_ + 1) / pool_.size_;
+  const std::int64_t bytes = (end - begin) * later.bytes_a_task;
+  next_ = reinterpret_cast<const char*>(later.data) + begin * later.bytes_a_task;
   next_end_ = next_ + (bytes < prefetch_limit ? bytes : prefetch_limit);
 }
 
@@ -54,7 +53,7 @@ void Worker::prefetch_some() {
   for (int line = 0; line < 4 && next_ < next_end_; ++line, next_ += 64) __builtin_prefetch(next_, 0, 2);
 }
 
-Team::Team(int threads) : cursors_(static_cast<std::size_t>(threads)), owner_(getpid()) {
+ThreadPool::ThreadPool(int threads) : cursors_(static_cast<std::size_t>(threads)), owner_(getpid()) {
   try {
     for (int rank = 1; rank < threads; ++rank) {
       threads_.emplace_back([this, rank] { loop(rank); });
@@ -64,7 +63,7 @@ Team::Team(int threads) : cursors_(static_cast<std::size_t>(threads)), owner_(ge
   }
 }
 
-Team::~Team() {
+ThreadPool::~ThreadPool() {
   if (owner_ != getpid()) {
     // After a fork the threads exist only in the parent.
     for (auto& thread : threads_) thread.detach();
@@ -79,7 +78,7 @@ Team::~Team() {
   for (auto& thread : threads_) thread.join();
 }
 
-void Team::run(Job job, void* context) noexcept {
+void ThreadPool::run(Job job, void* context) noexcept {
   if (owner_ != getpid()) {
     // A forked child has only the calling thread.
     size_ = 1;
@@ -99,12 +98,12 @@ void Team::run(Job job, void* context) noexcept {
   while (running_.load(std::memory_order_acquire) > 0) pause_briefly();
 }
 
-void Team::work(int rank) {
+void ThreadPool::work(int rank) {
   Worker worker(*this, rank);
   job_(context_, worker);
 }
 
-void Team::loop(int rank) {
+void ThreadPool::loop(int rank) {
   FlushDenormals flush;
   for (std::uint64_t seen = 0;; ++seen) {
     wait_for_job(seen);
@@ -114,7 +113,7 @@ void Team::loop(int rank) {
   }
 }
 
-void Team::wait_for_job(std::uint64_t seen) {
+void ThreadPool::wait_for_job(std::uint64_t seen) {
   const auto deadline = std::chrono::steady_clock::now() + patience;
   for (int spin = 0; epoch_.load(std::memory_order_acquire) == seen; ++spin) {
     pause_briefly();
@@ -128,7 +127,7 @@ void Team::wait_for_job(std::uint64_t seen) {
   }
 }
 
-void Team::finish_phase(Worker& worker) {
+void ThreadPool::finish_phase(Worker& worker) {
   const std::uint64_t phase = phase_.load(std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
     for (Cursor& cursor : cursors_) cursor.taken.store(0, std::memory_order_relaxed);

@@ -1,6 +1,5 @@
-// A persistent team of threads for one engine. A job runs on all of them from beginning to end and is cut
-// into phases; between phases stands a spin barrier, not a fork and join, because a token has about a
-// thousand phases.
+// The threads of one engine. A job runs on all of them from beginning to end and is cut into phases; between
+// phases stands a spin barrier, not a fork and join, because a token has about a thousand phases.
 //
 // A phase's tasks are dealt out in equal runs, one to each thread, so that each reads its own stretch of the
 // weights; who is done early takes from the others. Which thread runs a task must not matter to its result.
@@ -19,48 +18,48 @@
 
 namespace hrmcore {
 
-class Team;
+class ThreadPool;
 
 // Tasks of a later phase that will read memory, `bytes_a_task` each, in order from `data`.
-struct Upcoming {
+struct PrefetchHint {
   const std::byte* data = nullptr;
   std::int64_t bytes_a_task = 0;
   std::int64_t tasks = 0;
 };
 
-// One thread's view of its team during a job.
+// One thread's view of its pool during a job.
 class Worker {
  public:
-  Worker(Team& team, int rank) : team_(team), rank_(rank) {}
+  Worker(ThreadPool& pool, int rank) : pool_(pool), rank_(rank) {}
   int rank() const { return rank_; }
 
-  // Runs f(task) for this thread's part of [0, tasks); returns when all of the team's tasks are done.
+  // Runs f(task) for this thread's part of [0, tasks); returns when all of the pool's tasks are done.
   template <class F>
-  void share(std::int64_t tasks, const F& f);
+  void parallel_for(std::int64_t tasks, const F& f);
 
   // From now on, waiting prefetches this.
-  void expect(const Upcoming& upcoming);
+  void hint(const PrefetchHint& later);
 
  private:
-  friend class Team;
+  friend class ThreadPool;
   void prefetch_some();
 
-  Team& team_;
+  ThreadPool& pool_;
   const int rank_;
   const char* next_ = nullptr;
   const char* next_end_ = nullptr;
 };
 
-class Team {
+class ThreadPool {
  public:
-  explicit Team(int threads);  // fewer if the system grants no more
-  ~Team();
-  Team(const Team&) = delete;
-  Team& operator=(const Team&) = delete;
+  explicit ThreadPool(int threads);  // fewer if the system grants no more
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
 
   int size() const { return size_; }
 
-  // job(context, worker) on every thread of the team, this one included; not reentrant. Denormals are zero
+  // job(context, worker) on every thread of the pool, this one included; not reentrant. Denormals are zero
   // meanwhile.
   using Job = void (*)(void* context, Worker& worker);
   void run(Job job, void* context) noexcept;
@@ -93,18 +92,18 @@ class Team {
 };
 
 template <class F>
-void Worker::share(std::int64_t tasks, const F& f) {
-  const int size = team_.size_;
+void Worker::parallel_for(std::int64_t tasks, const F& f) {
+  const int size = pool_.size_;
   for (int offset = 0; offset < size; ++offset) {
     const int victim = (rank_ + offset) % size;
     const std::int64_t begin = tasks * victim / size, count = tasks * (victim + 1) / size - begin;
-    std::atomic<std::int64_t>& taken = team_.cursors_[static_cast<std::size_t>(victim)].taken;
+    std::atomic<std::int64_t>& taken = pool_.cursors_[static_cast<std::size_t>(victim)].taken;
     while (taken.load(std::memory_order_relaxed) < count) {
       const std::int64_t task = taken.fetch_add(1, std::memory_order_relaxed);
       if (task < count) f(begin + task);
     }
   }
-  team_.finish_phase(*this);
+  pool_.finish_phase(*this);
 }
 
 }  // namespace hrmcore

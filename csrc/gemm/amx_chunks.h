@@ -1,5 +1,4 @@
-// The order in which a product of the matrix unit takes its weights; for kernels of the instruction set
-// `amx`.
+// The order in which a GEMM on AMX takes its weights; for kernels of the instruction set `amx`.
 #pragma once
 
 #include "gemm/amx_gemm.h"
@@ -9,7 +8,7 @@ namespace hrmcore::HRMCORE_ISA {
 
 // A step is a chunk of a panel: all panels of the first chunk come first, then those of the next.
 struct ChunkWalk {
-  const MatrixProduct& args;
+  const AmxGemm& args;
   std::int64_t panels = args.panel_end - args.panel_begin;
   std::int64_t steps = args.x.chunks() * panels;
 
@@ -24,7 +23,7 @@ struct ChunkWalk {
            chunk(step) * tile_chunk_groups * group_bytes(args.weights.packing);
   }
   // A step's weights, to be asked for ahead; nothing beyond the last.
-  Fetching fetching(std::int64_t step) const {
+  PrefetchRange prefetch(std::int64_t step) const {
     if (step >= steps) return {};
     const std::byte* from = weights(step);
     return {from, from + groups(step) * group_bytes(args.weights.packing)};

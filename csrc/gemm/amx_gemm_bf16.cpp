@@ -6,10 +6,10 @@
 namespace hrmcore::HRMCORE_ISA {
 namespace {
 
-void walk_chunks(const MatrixProduct& args) {
+void walk_chunks(const AmxGemm& args) {
   const ChunkWalk walk{args};
   const std::int64_t bands = args.band_end - args.band_begin, pairs = (bands + 1) / 2, steps = walk.steps;
-  std::byte* rooms[2] = {args.scratch, args.scratch + matrix_scratch_bytes / 2};
+  std::byte* rooms[2] = {args.scratch, args.scratch + amx_scratch_bytes / 2};
   Widening widening;
   set_order(widening);
   const auto begin_widening = [&](std::int64_t step) {
@@ -26,10 +26,10 @@ void walk_chunks(const MatrixProduct& args) {
     if (step + 1 < steps) begin_widening(step + 1);
     const std::int64_t multiplications = 2 * pairs * groups;
     const std::int64_t pace = (widening.quarters() + multiplications - 1) / multiplications;
-    Fetching ahead = walk.fetching(step + 2);
+    PrefetchRange ahead = walk.prefetch(step + 2);
     const std::int64_t lines = ((ahead.end - ahead.next) / 64 + multiplications - 1) / multiplications;
     const auto meanwhile = [&]() __attribute__((always_inline)) {
-      fetch_lines(ahead, lines);
+      prefetch_lines(ahead, lines);
       const std::int64_t end = widening.next + pace;
       widen_to<Packing::bf16>(widening, end < widening.quarters() ? end : widening.quarters());
     };
@@ -57,7 +57,7 @@ void walk_chunks(const MatrixProduct& args) {
 
 }  // namespace
 
-void matrix_product(const MatrixProduct& args) noexcept {
+void amx_gemm_bf16(const AmxGemm& args) noexcept {
   const TileShapes shapes;
   _tile_loadconfig(&shapes);
   walk_chunks(args);

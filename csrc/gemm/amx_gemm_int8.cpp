@@ -23,7 +23,7 @@ struct Scratch {
   Integers integers[2];
   std::int16_t shares[tile_chunk_groups][panel_rows][4];  // of a group's scale in the row's, times 2^15
 };
-static_assert(sizeof(Scratch) <= matrix_scratch_bytes, "the scratch must hold it");
+static_assert(sizeof(Scratch) <= amx_scratch_bytes, "the scratch must hold it");
 
 // A panel's chunk on its way to one scale for each row, the largest magnitude of its groups' (an int4 has
 // negative scales, too), where the largest weight is 127. It goes in quarters of a tile, between the products
@@ -174,7 +174,7 @@ HRMCORE_INLINE void multiply(const std::byte* x, std::int64_t tiles, const std::
 }
 
 template <Packing packing>
-void walk_chunks(const MatrixProduct& args) {
+void walk_chunks(const AmxGemm& args) {
   const ChunkWalk walk{args};
   const std::int64_t bands = args.band_end - args.band_begin;
   auto& scratch = *reinterpret_cast<Scratch*>(args.scratch);
@@ -192,10 +192,10 @@ void walk_chunks(const MatrixProduct& args) {
     }
     const std::int64_t slots = 2 * ((bands + 1) / 2) * tiles;
     const std::int64_t pace = (rescaling.quarters() + slots - 1) / slots;
-    Fetching ahead = walk.fetching(step + 2);
+    PrefetchRange ahead = walk.prefetch(step + 2);
     const std::int64_t lines = ((ahead.end - ahead.next) / 64 + slots - 1) / slots;
     const auto meanwhile = [&]() __attribute__((always_inline)) {
-      fetch_lines(ahead, lines);
+      prefetch_lines(ahead, lines);
       go_on(unloading, 1);
       go_on<packing>(rescaling, pace, scratch);
     };
@@ -228,7 +228,7 @@ void walk_chunks(const MatrixProduct& args) {
 
 }  // namespace
 
-void matrix_product_int8(const MatrixProduct& args) noexcept {
+void amx_gemm_int8(const AmxGemm& args) noexcept {
   const TileShapes shapes;
   _tile_loadconfig(&shapes);
   args.weights.packing == Packing::int8 ? walk_chunks<Packing::int8>(args) : walk_chunks<Packing::int4>(args);

@@ -1,8 +1,8 @@
-// Rows of activations as the matrix unit reads them, and what happens to them between two of its products. T
-// tokens, D width, F ffn width.
+// Rows of activations as AMX reads them, and what happens to them between two GEMMs. T tokens, D width, F ffn
+// width.
 //
 // A tile is 16 rows of 64 bytes, 1 KiB in one piece: 32 columns in bfloat16 or 64 in int8; 16 rows are a
-// band. The tiles that a product reads together lie together, the last chunk with what is left:
+// band. The tiles that a GEMM reads together lie together, the last chunk with what is left:
 //
 //   activations    [chunk of 256 columns][band][tile][16 rows][64 bytes]
 //   their scales   [chunk][band][16 rows] float32, behind the tiles: max |x| / 127 of a chunk, int8 only
@@ -75,7 +75,7 @@ struct RoundTiles {
   std::int64_t row_begin, row_end;
 };
 
-// Sums of a product, copied or added to rows.
+// Sums of a GEMM, copied or added to rows.
 struct UnloadTiles {
   const float* sums;  // [panels][bands][4][16][16]
   std::int64_t panels, rows;
@@ -92,9 +92,9 @@ struct SwigluTiles {
   std::int64_t first_row, first_chunk;  // of y
 };
 
-HRMCORE_DECLARE_MATRIX_KERNEL(normalise_tiles, NormaliseTiles)
-HRMCORE_DECLARE_MATRIX_KERNEL(round_tiles, RoundTiles)
-HRMCORE_DECLARE_MATRIX_KERNEL(unload_tiles, UnloadTiles)
-HRMCORE_DECLARE_MATRIX_KERNEL(swiglu_tiles, SwigluTiles)
+HRMCORE_DECLARE_AMX_KERNEL(normalise_tiles, NormaliseTiles)
+HRMCORE_DECLARE_AMX_KERNEL(round_tiles, RoundTiles)
+HRMCORE_DECLARE_AMX_KERNEL(unload_tiles, UnloadTiles)
+HRMCORE_DECLARE_AMX_KERNEL(swiglu_tiles, SwigluTiles)
 
 }  // namespace hrmcore

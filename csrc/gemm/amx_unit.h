@@ -1,4 +1,4 @@
-// The matrix unit's tiles, and packed weights widened to them; for kernels of the instruction set `amx`.
+// The tiles of AMX, and packed weights widened to them; for kernels of the instruction set `amx`.
 #pragma once
 
 #include "gemm/amx_tiles.h"
@@ -52,7 +52,7 @@ HRMCORE_INLINE void widen(vint cells, const __m512i (&order)[4], const vfloat (&
 }
 
 // A chunk of a panel on its way to tiles: [4 x 16 rows][groups][16 pairs of columns][16 rows][2]. It goes in
-// quarters of a tile, between the products of the chunk before it: the matrix unit leaves the vector units
+// quarters of a tile, between the products of the chunk before it: AMX leaves the vector units
 // idle.
 struct Widening {
   const std::byte* from = nullptr;

@@ -56,7 +56,7 @@ HRMCORE_INLINE void fetch(const std::byte* from, std::int64_t bytes, Ahead& ahea
 }
 
 template <Cells cells, int tokens>
-void float_tile(const ChunkProduct& c, const std::byte* w, const std::byte* x, float* out, Ahead ahead) {
+void float_tile(const GemmChunk& c, const std::byte* w, const std::byte* x, float* out, Ahead ahead) {
   constexpr int columns = group_columns / slabs_of(cells);  // in a cell
   vfloat sums[tokens][vectors] = {};
   const std::byte* whole = c.weights;
@@ -92,7 +92,7 @@ void float_tile(const ChunkProduct& c, const std::byte* w, const std::byte* x, f
 }
 
 template <Cells cells, int tokens>
-void int_tile(const ChunkProduct& c, const std::byte* w, const std::byte* x, float* out, Ahead ahead) {
+void int_tile(const GemmChunk& c, const std::byte* w, const std::byte* x, float* out, Ahead ahead) {
   constexpr int parts = cells == Cells::nibbles ? 2 : 1;  // of a cell, four columns each
   constexpr std::int32_t offset = cells == Cells::bytes ? 128 : 8;
   vfloat sums[tokens][vectors];
@@ -155,7 +155,7 @@ void int_tile(const ChunkProduct& c, const std::byte* w, const std::byte* x, flo
 }
 
 template <Cells cells, int limit>
-HRMCORE_INLINE void tile(std::int64_t tokens, const ChunkProduct& c, const std::byte* w, const std::byte* x,
+HRMCORE_INLINE void tile(std::int64_t tokens, const GemmChunk& c, const std::byte* w, const std::byte* x,
                          float* out, const Ahead& ahead) {
   if (tokens < limit) {
     if constexpr (limit > 1) tile<cells, limit - 1>(tokens, c, w, x, out, ahead);
@@ -167,7 +167,7 @@ HRMCORE_INLINE void tile(std::int64_t tokens, const ChunkProduct& c, const std::
 }
 
 template <Cells cells>
-void multiply_cells(const ChunkProduct& c) {
+void multiply_cells(const GemmChunk& c) {
   constexpr int most = is_float(cells) ? float_tokens : int_tokens;
   const std::int64_t tiles = (c.tokens + most - 1) / most * (panel_rows / tile_rows);
   Ahead ahead{c.streams ? c.groups * bytes_of(cells) : 0, 0, tiles, true};
@@ -208,7 +208,7 @@ void expand(Packing packing, const std::byte* from, std::int64_t groups, std::by
 
 }  // namespace
 
-void multiply_chunk(Packing packing, const ChunkProduct& chunk) noexcept {
+void multiply_chunk(Packing packing, const GemmChunk& chunk) noexcept {
   switch (packing) {
     case Packing::f32:
       return multiply_cells<Cells::floats>(chunk);
@@ -221,7 +221,7 @@ void multiply_chunk(Packing packing, const ChunkProduct& chunk) noexcept {
   }
 }
 
-void packed_product(const PackedProduct& args) noexcept {
+void packed_gemm(const PackedGemm& args) noexcept {
   const PackedMatrix& w = args.weights;
   const bool expands =
       (w.packing == Packing::bf16 || w.packing == Packing::int4) && args.tokens >= expand_from_tokens;
@@ -231,9 +231,9 @@ void packed_product(const PackedProduct& args) noexcept {
     for (std::int64_t panel = args.panel_begin; panel < args.panel_end; ++panel) {
       const std::byte* weights = w.data + panel * w.panel_bytes() + group * weight_bytes;
       float* out = args.out + (panel - args.panel_begin) * panel_rows;
-      ChunkProduct chunk{weights,          groups,      args.x + group * x_bytes,
-                         args.x_row_bytes, args.tokens, out,
-                         args.out_stride,  group > 0,   !expands};
+      GemmChunk chunk{weights,          groups,      args.x + group * x_bytes,
+                      args.x_row_bytes, args.tokens, out,
+                      args.out_stride,  group > 0,   !expands};
       if (!expands) {
         multiply_chunk(w.packing, chunk);
         continue;

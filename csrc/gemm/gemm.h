@@ -17,7 +17,7 @@
 namespace hrmcore {
 
 // A range of whole panels of a matrix times some rows of activations.
-struct PackedProduct {
+struct PackedGemm {
   PackedMatrix weights;
   std::int64_t panel_begin, panel_end;
   const std::byte* x;        // [tokens][groups], each activation_bytes(packing)
@@ -25,11 +25,11 @@ struct PackedProduct {
   std::int64_t tokens;
   float* out;               // [tokens][64 (panel_end - panel_begin)], written
   std::int64_t out_stride;  // in floats
-  std::byte* scratch;       // product_scratch_bytes, private to the thread, 64-byte aligned
+  std::byte* scratch;       // gemm_scratch_bytes, private to the thread, 64-byte aligned
 };
 
-constexpr std::int64_t product_scratch_bytes = chunk_groups * 32 * slab_bytes;
+constexpr std::int64_t gemm_scratch_bytes = chunk_groups * 32 * slab_bytes;
 
-HRMCORE_DECLARE_KERNEL(packed_product, PackedProduct)
+HRMCORE_DECLARE_KERNEL(packed_gemm, PackedGemm)
 
 }  // namespace hrmcore

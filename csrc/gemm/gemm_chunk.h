@@ -1,5 +1,5 @@
-// One chunk of one panel times some rows: what packed_product is made of, and attention scores too (a cache
-// block of 64 keys is a panel whose columns are the head's channels).
+// One chunk of one panel times some rows: what packed_gemm is made of, and attention scores too (a cache
+// page of 64 keys is a panel whose columns are the head's channels).
 #pragma once
 
 #include "core/simd.h"
@@ -7,7 +7,7 @@
 
 namespace hrmcore::HRMCORE_ISA {
 
-struct ChunkProduct {
+struct GemmChunk {
   const std::byte* weights;
   std::int64_t groups;
   const std::byte* x;
@@ -19,6 +19,6 @@ struct ChunkProduct {
   bool streams;     // the weights come from memory, the following chunk's right behind them
 };
 
-void multiply_chunk(Packing packing, const ChunkProduct& chunk) noexcept;
+void multiply_chunk(Packing packing, const GemmChunk& chunk) noexcept;
 
 }  // namespace hrmcore::HRMCORE_ISA

@@ -6,11 +6,11 @@
 
 namespace hrmcore::HRMCORE_ISA {
 
-struct Fetching {
+struct PrefetchRange {
   const std::byte *next = nullptr, *end = nullptr;
 };
 
-HRMCORE_INLINE void fetch_lines(Fetching& f, std::int64_t lines) {
+HRMCORE_INLINE void prefetch_lines(PrefetchRange& f, std::int64_t lines) {
   for (; lines > 0 && f.next < f.end; --lines, f.next += 64) __builtin_prefetch(f.next, 0, 2);
 }
 

@@ -1,4 +1,4 @@
-// The KV cache's blocks of 64 tokens, each for all slots and heads (paged_attention.h), handed out to
+// The KV cache's pages of 64 tokens, each for all slots and heads (paged_attention.h), handed out to
 // requests.
 #pragma once
 
@@ -17,13 +17,12 @@ class CacheFull : public OutOfMemory {
 
 class KvCache {
  public:
-  KvCache(const CacheShape& shape, std::int64_t capacity_blocks)
-      : shape_(shape), capacity_(capacity_blocks) {}
+  KvCache(const CacheShape& shape, std::int64_t capacity_pages) : shape_(shape), capacity_(capacity_pages) {}
 
-  // Appends blocks until `blocks` has room for `tokens`. Throws CacheFull, or OutOfMemory when the system has
+  // Appends pages until `pages` has room for `tokens`. Throws CacheFull, or OutOfMemory when the system has
   // none left; then everything is as it was.
-  void reserve(std::vector<std::byte*>& blocks, std::int64_t tokens);
-  void release(std::vector<std::byte*>& blocks) noexcept;
+  void reserve(std::vector<std::byte*>& pages, std::int64_t tokens);
+  void release(std::vector<std::byte*>& pages) noexcept;
 
   std::int64_t capacity() const { return capacity_; }
   std::int64_t used() const { return static_cast<std::int64_t>(owned_.size() - free_.size()); }

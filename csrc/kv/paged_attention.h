@@ -1,14 +1,14 @@
 // Attention over the paged KV cache, for the tokens of one step.
 //
-// A block holds 64 consecutive tokens of a request for every slot, and in it for each slot and head:
-//   keys    one panel of weight_layout.h: the 64 tokens are its rows, the head's channels its columns (f32, bf16 or
-//           int8)
+// A page holds 64 consecutive tokens of a request for every slot, and in it for each slot and head:
+//   keys    one panel of weight_layout.h (f32, bf16 or int8): the 64 tokens are its rows, the head's channels
+//           its columns
 //   values  [64][d'] in f32 or bf16; or int8, then a float32 scale for each token; d' is d rounded up to 32
 //
-// Under xPos (PagedFading) a key is stored faded by its distance to the end of its span of blocks; a query is
-// faded by its distance to the start of its own span, once, and by what lies between the two edges when it
-// comes to another span, which is 1 - span tokens in its own. Keys after the query are faded to the start of
-// their span instead, from what is stored, and the query to the end of its own: that happens to prefixes
+// Under xPos (PagedXpos) a key is stored decayed by its distance to the end of its span of pages; a query is
+// decayed by its distance to the start of its own span, once, and by what lies between the two edges when it
+// comes to another span, which is 1 - span tokens in its own. Keys after the query are decayed to the start
+// of their span instead, from what is stored, and the query to the end of its own: that happens to prefixes
 // only. A window W hides from query i the keys j with |floor(i / W) - floor(j / W)| > 1.
 //
 //   append_tokens  turns q and k by their position (RoPE, half split), multiplies q by 1/sqrt(d) and stores
@@ -28,7 +28,7 @@
 
 namespace hrmcore {
 
-constexpr std::int64_t block_tokens = panel_rows;
+constexpr std::int64_t page_tokens = panel_rows;
 constexpr std::int64_t most_head_channels = 256;
 constexpr std::int64_t query_tile = 12;
 
@@ -40,54 +40,54 @@ struct CacheShape {
   std::int64_t key_bytes() const { return groups_of(head_dim) * group_bytes(packing); }
   std::int64_t value_bytes() const {
     const std::int64_t one = packing == Packing::f32 ? 4 : packing == Packing::bf16 ? 2 : 1;
-    return block_tokens * (channels() * one + (packing == Packing::int8 ? 4 : 0));
+    return page_tokens * (channels() * one + (packing == Packing::int8 ? 4 : 0));
   }
   std::int64_t head_bytes() const { return key_bytes() + value_bytes(); }
   std::int64_t slot_bytes() const { return heads * head_bytes(); }
-  std::int64_t block_bytes() const { return slots * slot_bytes(); }
+  std::int64_t page_bytes() const { return slots * slot_bytes(); }
 };
 
 // Where one token of a step belongs.
 struct TokenPlace {
-  std::byte* block;       // of its request
+  std::byte* page;        // of its request
   std::int64_t position;  // in its request
 };
 
-// xPos: a score fades by exp(rate_c * distance) in channel c.
-struct PagedFading {
-  // rates: (head_dim / 2), none positive. Zero beyond head_dim, where queries are zero, too.
-  PagedFading(const float* rates, std::int64_t head_dim, std::int64_t positions);
+// xPos: a score decays by exp(log_decay_c * distance) in channel c.
+struct PagedXpos {
+  // log_decay: (head_dim / 2), none positive. Zero beyond head_dim, where queries are zero, too.
+  PagedXpos(const float* log_decay, std::int64_t head_dim, std::int64_t positions);
 
-  // Tokens, whole blocks: as many as the fastest channel halves over, for a query is faded and quantised anew
-  // for each span, and what is left of that channel in an int8 key has lost a bit at most. One block at
+  // Tokens, whole pages: as many as the fastest channel halves over, for a query is decayed and quantised
+  // anew for each span, and what is left of that channel in an int8 key has lost a bit at most. One page at
   // least.
   std::int64_t span;
-  // exp(rate * distance), distances 0 to span - 1: [distance][channels]
+  // exp(log_decay * distance), distances 0 to span - 1: [distance][channels]
   std::vector<float> over;
-  // What makes keys that are faded to the end of their span those faded to its start: [channels][span]
+  // What makes keys that are decayed to the end of their span those decayed to its start: [channels][span]
   std::vector<float> to_start;
   // Between the facing edges of two spans that are so many spans apart: [spans][channels]. What is too small
   // to count is zero, so that no product with it is denormal.
   std::vector<float> between;
 };
 
-// What fades a token to the start (side 0) or the end (1) of its span: [channels].
-[[maybe_unused]] static const float* fading_to_edge(const PagedFading& fading, std::int64_t channels,
-                                                    std::int64_t position, int side) {
-  const std::int64_t index = position % fading.span;
-  return fading.over.data() + (side == 0 ? index : fading.span - 1 - index) * channels;
+// What decays a token to the start (side 0) or the end (1) of its span: [channels].
+[[maybe_unused]] static const float* xpos_to_edge(const PagedXpos& xpos, std::int64_t channels,
+                                                  std::int64_t position, int side) {
+  const std::int64_t index = position % xpos.span;
+  return xpos.over.data() + (side == 0 ? index : xpos.span - 1 - index) * channels;
 }
 
 // And between there and the facing edge of another span, or of its own, which is behind it: [channels].
-[[maybe_unused]] static const float* fading_between(const PagedFading& fading, std::int64_t channels,
-                                                    std::int64_t position, std::int64_t span) {
-  const std::int64_t own = position / fading.span, apart = own > span ? own - span : span - own;
-  return fading.between.data() + apart * channels;
+[[maybe_unused]] static const float* xpos_between(const PagedXpos& xpos, std::int64_t channels,
+                                                  std::int64_t position, std::int64_t span) {
+  const std::int64_t own = position / xpos.span, apart = own > span ? own - span : span - own;
+  return xpos.between.data() + apart * channels;
 }
 
 struct AppendTokens {
   CacheShape shape;
-  const PagedFading* fading;  // null: RoPE
+  const PagedXpos* xpos;  // null: RoPE
   std::int64_t slot;
   const TokenPlace* places;
   float* gqkv;  // [tokens][gate | q | k | v], q rewritten
@@ -97,11 +97,11 @@ struct AppendTokens {
 
 struct Attend {
   CacheShape shape;
-  const PagedFading* fading;  // null: RoPE
-  std::int64_t window;        // a multiple of block_tokens; 0: none
+  const PagedXpos* xpos;  // null: RoPE
+  std::int64_t window;    // a multiple of page_tokens; 0: none
   std::int64_t slot, head;
-  const std::byte* const* blocks;  // of the request
-  std::int64_t start, prefix;      // tokens cached before this step; tokens that see each other both ways
+  const std::byte* const* pages;  // of the request
+  std::int64_t start, prefix;     // tokens cached before this step; tokens that see each other both ways
   std::int64_t query_begin, query_end;  // among the request's tokens of this step
   const float* gqkv;                    // its first token
   std::int64_t stride;

@@ -8,8 +8,9 @@ namespace {
 constexpr std::int64_t key_tiles = prefix_keys / lanes, key_groups = prefix_keys / group_columns;
 constexpr std::int64_t group_tiles = group_columns / lanes;
 
-// The scratch, and what else is known of each query. Under xPos queries and keys are faded to an edge of the
-// keys' span: side 0 for keys up to their query, to the span's end; side 1 for those after it, to its start.
+// The scratch, and what else is known of each query. Under xPos queries and keys are decayed to an edge of
+// the keys' span: side 0 for keys up to their query, to the span's end; side 1 for those after it, to its
+// start.
 struct Room {
   std::byte* queries[2];  // [bands][channel groups] tiles
   std::byte* keys[2];     // [16 keys][channel groups] tiles
@@ -17,7 +18,7 @@ struct Room {
   std::byte* weights;     // [2 bands][key groups] tiles
   float* scores;          // [2 bands][16 keys][16][16]
   float* sums;            // [bands][16 channels][16][16]
-  alignas(64) float top[prefix_queries], total[prefix_queries];
+  alignas(64) float row_max[prefix_queries], row_sum[prefix_queries];
   alignas(64) float scale[prefix_keys];      // of the values
   alignas(64) float after[4 * tile_floats];  // scores of side 1 where queries meet themselves
 
@@ -40,8 +41,8 @@ struct Part {
   std::int64_t first, queries, groups, channel_tiles;
 };
 
-const std::byte* cached(const AttendPrefix& args, std::int64_t block) {
-  return args.blocks[block] + args.slot * args.shape.slot_bytes() + args.head * args.shape.head_bytes();
+const std::byte* cached(const AttendPrefix& args, std::int64_t page) {
+  return args.pages[page] + args.slot * args.shape.slot_bytes() + args.head * args.shape.head_bytes();
 }
 
 // head_dim floats of a row from `column` on, with zeros up to the channels' end.
@@ -53,16 +54,16 @@ HRMCORE_INLINE void take_row(const AttendPrefix& args, std::int64_t position, st
   for (std::int64_t c = dim; c < args.shape.channels(); ++c) row[c] = 0;
 }
 
-// Queries as they are, or faded for keys of `span`.
+// Queries as they are, or decayed for keys of `span`.
 void load_queries(const Part& part, Room& room, std::int64_t span, int side) {
   const AttendPrefix& args = part.args;
   const std::int64_t channels = args.shape.channels();
   alignas(64) float row[most_head_channels];
   for (std::int64_t q = 0; q < part.queries; ++q) {
     take_row(args, part.first + q, args.shape.heads * args.shape.head_dim, row);
-    if (args.fading != nullptr) {
-      const float* within = fading_to_edge(*args.fading, channels, part.first + q, side);
-      const float* between = fading_between(*args.fading, channels, part.first + q, span);
+    if (args.xpos != nullptr) {
+      const float* within = xpos_to_edge(*args.xpos, channels, part.first + q, side);
+      const float* between = xpos_between(*args.xpos, channels, part.first + q, span);
       for (std::int64_t c = 0; c < channels; c += lanes)
         store(row + c, load(row + c) * load(within + c) * load(between + c));
     }
@@ -79,8 +80,8 @@ void load_keys(const Part& part, Room& room, std::int64_t first, std::int64_t co
   set_order(widening);
   widening.to = room.keys[0];
   widening.groups = part.groups;
-  for (std::int64_t key = 0; key < count; key += block_tokens) {
-    widening.from = cached(part.args, (first + key) / block_tokens);
+  for (std::int64_t key = 0; key < count; key += page_tokens) {
+    widening.from = cached(part.args, (first + key) / page_tokens);
     widening.next = 0;
     widen_to<packing>(widening, widening.quarters());
     widening.to += panel_tiles * part.groups * tile_bytes;
@@ -88,16 +89,16 @@ void load_keys(const Part& part, Room& room, std::int64_t first, std::int64_t co
 }
 
 // Keys of side 0 as those of side 1.
-void fade_keys(const Part& part, Room& room, std::int64_t first, std::int64_t count) {
-  const PagedFading& fading = *part.args.fading;
+void decay_keys(const Part& part, Room& room, std::int64_t first, std::int64_t count) {
+  const PagedXpos& xpos = *part.args.xpos;
   const std::byte* from = room.keys[0];
   std::byte* to = room.keys[1];
   for (std::int64_t key = 0; key < count; key += lanes) {
-    const float* to_start = fading.to_start.data() + (first + key) % fading.span;
+    const float* to_start = xpos.to_start.data() + (first + key) % xpos.span;
     for (std::int64_t channel = 0; channel < part.args.shape.channels(); channel += 2) {
       const vint pairs = load_bits(from);
-      put_interleaved(low_half(pairs) * load(to_start + channel * fading.span),
-                      high_half(pairs) * load(to_start + (channel + 1) * fading.span), to);
+      put_interleaved(low_half(pairs) * load(to_start + channel * xpos.span),
+                      high_half(pairs) * load(to_start + (channel + 1) * xpos.span), to);
       from += tile_line_bytes;
       to += tile_line_bytes;
     }
@@ -121,8 +122,8 @@ void load_values(const Part& part, Room& room, std::int64_t first, std::int64_t 
   const CacheShape& shape = part.args.shape;
   const std::int64_t channels = shape.channels();
   for (std::int64_t key = 0; key < groups_of(count) * group_columns; key += 2) {
-    const std::byte* values = cached(part.args, (first + key) / block_tokens) + shape.key_bytes();
-    const std::int64_t row = (first + key) % block_tokens;
+    const std::byte* values = cached(part.args, (first + key) / page_tokens) + shape.key_bytes();
+    const std::int64_t row = (first + key) % page_tokens;
     const std::uint32_t shown[2] = {key < count ? ~0u : 0u, key + 1 < count ? ~0u : 0u};
     std::byte* line =
         room.values + key / group_columns * tile_bytes + key % group_columns / 2 * tile_line_bytes;
@@ -133,7 +134,7 @@ void load_values(const Part& part, Room& room, std::int64_t first, std::int64_t 
       __builtin_memcpy(line, &pairs, sizeof(pairs));
     }
     if constexpr (packing == Packing::int8) {
-      const auto* scales = reinterpret_cast<const float*>(values + block_tokens * channels) + row;
+      const auto* scales = reinterpret_cast<const float*>(values + page_tokens * channels) + row;
       room.scale[key] = shown[0] != 0 ? scales[0] : 0.0f;
       room.scale[key + 1] = shown[1] != 0 ? scales[1] : 0.0f;
     }
@@ -149,8 +150,8 @@ HRMCORE_INLINE void soften(const Part& part, Room& room, std::int64_t query, std
     scores[key / lanes * tile_floats + key % lanes] = -__builtin_inff();
   vfloat most = load(scores);
   for (std::int64_t tile = 1; tile < tiles; ++tile) most = max(most, load(scores + tile * tile_floats));
-  const float here = max(most), before = room.top[query];
-  const float top = here > before ? here : before;
+  const float here = max(most), before = room.row_max[query];
+  const float new_max = here > before ? here : before;
   vfloat total = {};
   std::byte* line =
       room.weights + row / band_rows * key_groups * tile_bytes + row % band_rows * tile_line_bytes;
@@ -158,20 +159,20 @@ HRMCORE_INLINE void soften(const Part& part, Room& room, std::int64_t query, std
     vfloat weights[group_tiles];
 #pragma GCC unroll 2
     for (int i = 0; i < group_tiles; ++i) {
-      weights[i] = exp(load(scores + (group * group_tiles + i) * tile_floats) - top);
+      weights[i] = exp(load(scores + (group * group_tiles + i) * tile_floats) - new_max);
       total += weights[i];
       if constexpr (packing == Packing::int8)
         weights[i] *= load(room.scale + group * group_columns + i * lanes);
     }
     put_pair(weights[0], weights[1], line);
   }
-  const vfloat decay = exp(splat(before - top));
-  room.total[query] = room.total[query] * decay[0] + sum(total);
-  room.top[query] = top;
-  if (before == top || before == -__builtin_inff()) return;
+  const vfloat rescale = exp(splat(before - new_max));
+  room.row_sum[query] = room.row_sum[query] * rescale[0] + sum(total);
+  room.row_max[query] = new_max;
+  if (before == new_max || before == -__builtin_inff()) return;
   float* sums = room.sums + query / band_rows * part.channel_tiles * tile_floats + query % band_rows * lanes;
   for (std::int64_t tile = 0; tile < part.channel_tiles; ++tile, sums += tile_floats)
-    store(sums, load(sums) * decay);
+    store(sums, load(sums) * rescale);
 }
 
 // Scores of two bands of queries that are among these 32 keys: those after a query are side 1's.
@@ -199,7 +200,7 @@ void meet(Room& room, Block block, std::int64_t queries_step, std::int64_t keys_
 void score(const Part& part, Room& room, std::int64_t band, std::int64_t key, std::int64_t keys) {
   const std::int64_t column = part.groups * tile_bytes, first = part.first + band * band_rows;
   for (std::int64_t tile = 0; tile < groups_of(keys) * group_tiles; tile += 2) {
-    const std::int64_t ahead = part.args.fading == nullptr ? -1 : key + tile * lanes - first;
+    const std::int64_t ahead = part.args.xpos == nullptr ? -1 : key + tile * lanes - first;
     const int side = ahead > 0 ? 1 : 0;
     const Block block{
         room.queries[side] + band * column, room.keys[side] + tile * column, column, column, part.groups,
@@ -242,7 +243,7 @@ void finish(const Part& part, const Room& room) {
     take_row(part.args, part.first + q, 0, row);
     const float* sums = room.sums + q / band_rows * part.channel_tiles * tile_floats + q % band_rows * lanes;
     for (float* c = row; c < row + part.args.shape.channels(); c += lanes, sums += tile_floats)
-      store(c, load(sums) / room.total[q] * sigmoid(load(c)));
+      store(c, load(sums) / room.row_sum[q] * sigmoid(load(c)));
     __builtin_memcpy(part.args.out + (part.first + q) * part.args.out_stride + part.args.head * dim, row,
                      static_cast<std::size_t>(dim) * sizeof(float));
   }
@@ -252,23 +253,23 @@ void finish(const Part& part, const Room& room) {
 template <Packing packing>
 void load_sides(const Part& part, Room& room, std::int64_t key, std::int64_t keys) {
   load_keys<packing>(part, room, key, keys);
-  const PagedFading* fading = part.args.fading;
-  if (fading == nullptr) return;
-  const std::int64_t span = key / fading->span;
+  const PagedXpos* xpos = part.args.xpos;
+  if (xpos == nullptr) return;
+  const std::int64_t span = key / xpos->span;
   if (key < part.first + part.queries) load_queries(part, room, span, 0);
   if (key + keys <= part.first) return;
   load_queries(part, room, span, 1);
-  fade_keys(part, room, key, keys);
+  decay_keys(part, room, key, keys);
 }
 
 template <Packing packing>
 void attend_part(const Part& part, Room& room) {
   const AttendPrefix& args = part.args;
   for (std::int64_t q = 0; q < part.queries; ++q) {
-    room.top[q] = -__builtin_inff();
-    room.total[q] = 0;
+    room.row_max[q] = -__builtin_inff();
+    room.row_sum[q] = 0;
   }
-  if (args.fading == nullptr) load_queries(part, room, 0, 0);
+  if (args.xpos == nullptr) load_queries(part, room, 0, 0);
   std::int64_t begin = 0, end = args.prefix;
   if (const std::int64_t window = args.window; window > 0) {
     const std::int64_t own = part.first / window;
@@ -277,8 +278,8 @@ void attend_part(const Part& part, Room& room) {
   }
   for (std::int64_t key = begin, keys; key < end; key += keys) {
     keys = end - key < prefix_keys ? end - key : prefix_keys;
-    if (args.fading != nullptr) {
-      const std::int64_t left = args.fading->span - key % args.fading->span;
+    if (args.xpos != nullptr) {
+      const std::int64_t left = args.xpos->span - key % args.xpos->span;
       keys = left < keys ? left : keys;
     }
     load_sides<packing>(part, room, key, keys);

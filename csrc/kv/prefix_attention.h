@@ -1,7 +1,7 @@
-// Attention among the tokens of a prefix on the processor's matrix unit (AMX): what paged_attention.h
+// Attention among the tokens of a prefix on AMX, the processor's matrix unit: what paged_attention.h
 // defines, for a bfloat16 or int8 cache.
 //
-// Queries, and xPos's keys that stand after a query, are rounded to bfloat16 when they are faded; scores,
+// Queries, and xPos's keys that stand after a query, are rounded to bfloat16 when they are decayed; scores,
 // softmax and sums are float32; the weights of the keys, times their values' scales where those are int8, are
 // rounded to bfloat16. A query visits its keys in pieces of 256, from the first one that its window shows it
 // (under xPos they end with spans, too), with a running maximum: a query's bits follow from its position and
@@ -23,10 +23,10 @@ constexpr std::int64_t prefix_keys = 256;
 
 struct AttendPrefix {
   CacheShape shape;
-  const PagedFading* fading;  // null: RoPE
-  std::int64_t window;        // a multiple of block_tokens; 0: none
+  const PagedXpos* xpos;  // null: RoPE
+  std::int64_t window;    // a multiple of page_tokens; 0: none
   std::int64_t slot, head;
-  const std::byte* const* blocks;       // of the request
+  const std::byte* const* pages;        // of the request
   std::int64_t prefix;                  // tokens, all of them cached
   std::int64_t query_begin, query_end;  // positions, at most prefix_queries, the first a multiple of them
   const float* gqkv;                    // of position 0
@@ -43,6 +43,6 @@ struct AttendPrefix {
          2 * band_rows * prefix_keys * (half + full) + prefix_queries * channels * full;
 }
 
-HRMCORE_DECLARE_MATRIX_KERNEL(attend_prefix, AttendPrefix)
+HRMCORE_DECLARE_AMX_KERNEL(attend_prefix, AttendPrefix)
 
 }  // namespace hrmcore

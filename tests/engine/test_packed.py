@@ -109,7 +109,7 @@ def test_a_batch_of_sixteen_cancelled_at_random_gives_no_wrong_token(packed: Pat
                 del running[handle]
     for handle in running:
         runner.close(handle)
-    assert runner.core.cache_blocks_used == 0
+    assert runner.core.cache_pages_used == 0
 
 
 def test_a_cache_that_is_full_is_a_clear_error_and_others_go_on(int8: Path) -> None:
