@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(decode_threads, 1) decode(Segment segment) {
     run_phase(params, stream, at);
     if (--left == 0) return;
     const bool multiplies = at.phase != Phase::attention;
-    at = params.after(at);
+    at = params.schedule.after(at);
     if (at.phase == Phase::head) {
       head.begin(params.head_matrix());
     } else if (multiplies) {
@@ -66,14 +66,14 @@ const char* launch_decode(const DecodeStep& args, const DecodeParams& params, in
   shape.shared_bytes =
       static_cast<std::size_t>(segment.ring_offset + decode_warps * stages * item_bytes<packing>);
   if (args.persistent) {
-    segment.phases = params.phases();
+    segment.phases = params.schedule.phases();
     shape.cooperative = true;
     return launch(decode<packing, stages>, shape, segment, stream);
   }
-  for (int left = params.phases(); left > 0; --left) {
+  for (int left = params.schedule.phases(); left > 0; --left) {
     const char* error = launch(decode<packing, stages>, shape, segment, stream);
     if (error != nullptr) return error;
-    segment.first = params.after(segment.first);
+    segment.first = params.schedule.after(segment.first);
   }
   return nullptr;
 }
@@ -121,10 +121,10 @@ DecodeParams params_of(const DecodeStep& args) {
   params.heads = size(args.kv, 3);
   params.head_dim = size(args.kv, 4);
   params.vocabulary = size(args.logits, 1);
-  params.l_layers = static_cast<int>(args.l_layers);
-  params.h_layers = static_cast<int>(args.h_layers > 0 ? args.h_layers : args.l_layers);
-  params.h_cycles = static_cast<int>(args.h_cycles);
-  params.l_cycles = static_cast<int>(args.l_cycles);
+  params.schedule.l_layers = static_cast<int>(args.l_layers);
+  params.schedule.h_layers = static_cast<int>(args.h_layers > 0 ? args.h_layers : args.l_layers);
+  params.schedule.h_cycles = static_cast<int>(args.h_cycles);
+  params.schedule.l_cycles = static_cast<int>(args.l_cycles);
   params.window = static_cast<int>(args.window);
   params.table_length = size(args.tables, 1);
   params.cache_pages = size(args.kv, 2) / page_tokens;

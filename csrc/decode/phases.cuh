@@ -59,7 +59,7 @@ __device__ __forceinline__ Floats<8> stream_of_first_visit(const DecodeParams& p
 // The stream that enters a visit: the state that the visit before left, its norm taken now (from the bfloat16
 // copy, as every norm), plus the other one. Each block computes all of it; one writes it down.
 __device__ __forceinline__ void enter_visit(const DecodeParams& params, int visit, int padded) {
-  const bool first = visit == 0, h_before = !first && params.is_h(visit - 1);
+  const bool first = visit == 0, h_before = !first && params.schedule.is_h(visit - 1);
   const float* before = params.streams[(visit + 1) % 2];
   float *after = params.streams[visit % 2], *changed = params.states[h_before],
         *kept = params.states[!h_before];

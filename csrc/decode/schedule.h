@@ -92,8 +92,9 @@ struct Matrix {
 };
 
 // The parameters of every kernel of a step: its schedule, shapes, and where everything lies.
-struct DecodeParams : Schedule {
+struct DecodeParams {
   int batch, width, ffn, heads, head_dim, vocabulary;
+  Schedule schedule;
   int window, table_length, cache_pages, rotations;
   Item item, head_item;
   float eps, embedding_scale;
@@ -142,7 +143,7 @@ struct DecodeParams : Schedule {
 
   // What a phase of a layer multiplies with; for the attention, the GEMM after it.
   HRMCORE_HOST_DEVICE Matrix matrix(const SchedulePoint& at) const {
-    const std::byte* layer = (is_h(at.visit) ? h_weights : l_weights) + at.layer * layer_bytes();
+    const std::byte* layer = (schedule.is_h(at.visit) ? h_weights : l_weights) + at.layer * layer_bytes();
     const Matrix gqkv = matrix(layer, 4 * attention_width(), width);
     if (at.phase == Phase::gqkv) return gqkv;
     const Matrix o = matrix(gqkv.data + bytes(gqkv), width, attention_width());
