@@ -29,6 +29,7 @@ class CudaRunner(TorchRunner):
         model = model.to(torch.bfloat16)
         model.reset_positions(len(model.rope_table))  # angles stay float32
         super().__init__(model)
+        self.dtype = dtype
         self._step = CudaStep(model, form, blocks, dtype)
 
     @classmethod

@@ -21,8 +21,8 @@ from hrmcore import _C
 from hrmcore.checkpoint.hrm_text import CONFIG_FILE, resolve
 from hrmcore.config import WINDOW_MULTIPLE, HRMConfig
 from hrmcore.engine.cpu_runner import CpuRunner
-from hrmcore.engine.packed_file import DTYPES, PACKED_FILE
-from hrmcore.engine.runner import Interrupted
+from hrmcore.engine.packed_file import PACKED_FILE
+from hrmcore.engine.runner import DTYPES, Interrupted
 from hrmcore.engine.sampling import Sampler, Sampling, is_integer, require, sample
 from hrmcore.engine.streams import Answer, Request, StopFilter, Tokens
 from hrmcore.tokenizer import PieceDecoder, Tokenizer
@@ -310,8 +310,6 @@ class Engine:
                 break
             admitted.append(waiting.popleft())
         return admitted
-
-        # Another thread is inside, and sees `finish`.
 
 
 def _check_device(device: str) -> None:

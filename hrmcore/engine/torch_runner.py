@@ -1,4 +1,4 @@
-"""What the engine asks of whatever runs the recurrence, and the reference answer to it in torch.
+"""The reference runner: the model in torch, with a paged KV cache.
 
 Shapes: T tokens, S sequences, H heads, d head_dim, V vocabulary.
 """
@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from hrmcore.config import HRMConfig
-from hrmcore.engine.runner import Rows
+from hrmcore.engine.runner import PAGE, Rows
 from hrmcore.model import HRM, Layout
-
-BLOCK = 64  # tokens in one block of the KV cache
 
 
 @dataclass
@@ -28,7 +26,7 @@ class _Sequence:
     def rows(self, start: int, stop: int) -> Tensor:
         """The rows of the pool that hold the tokens from start to stop."""
         position = torch.arange(start, stop)
-        return torch.tensor(self.blocks)[position // BLOCK] * BLOCK + position % BLOCK
+        return torch.tensor(self.blocks)[position // PAGE] * PAGE + position % PAGE
 
 
 class _Pool:
@@ -41,7 +39,7 @@ class _Pool:
 
     def reserve(self, sequence: _Sequence, length: int) -> None:
         """Give a sequence enough blocks for this many tokens."""
-        missing = -(-length // BLOCK) - len(sequence.blocks)
+        missing = -(-length // PAGE) - len(sequence.blocks)
         if missing > len(self._free):
             self._grow(missing)
         sequence.blocks += [self._free.pop() for _ in range(missing)]
@@ -53,11 +51,11 @@ class _Pool:
 
     def _grow(self, blocks: int) -> None:
         slots, two, rows, heads, head_dim = self.kv.shape
-        added = max(blocks * BLOCK, rows)
+        added = max(blocks * PAGE, rows)
         grown = self.kv.new_empty(slots, two, rows + added, heads, head_dim)
         grown[:, :, :rows] = self.kv
         self.kv = grown
-        self._free = sorted([*self._free, *range(rows // BLOCK, (rows + added) // BLOCK)], reverse=True)
+        self._free = sorted([*self._free, *range(rows // PAGE, (rows + added) // PAGE)], reverse=True)
 
 
 class _Call:
@@ -94,6 +92,7 @@ class TorchRunner:
         self.config = model.config
         self.parameters = sum(p.numel() for p in model.parameters()) + model.z_L_init.numel()
         dtype = model.lm_head.weight.dtype
+        self.dtype = str(dtype).removeprefix("torch.")
         self.cache_bytes_per_token = 2 * self.config.cache_slots * self.config.attention_width * dtype.itemsize
         self._model = model.eval()
         self._device = model.lm_head.weight.device

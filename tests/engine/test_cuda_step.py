@@ -22,7 +22,8 @@ from hrmcore.engine.cuda_decode import CudaStep, Form, traffic
 from hrmcore.engine.cuda_runner import CudaRunner
 from hrmcore.engine.engine import load
 from hrmcore.engine.mma_layout import in_fragments, matrix_bytes, paired, quantised
-from hrmcore.engine.torch_runner import BLOCK, TorchRunner
+from hrmcore.engine.runner import PAGE
+from hrmcore.engine.torch_runner import TorchRunner
 from hrmcore.model import HRM
 
 TOLERANCE = 2e-2  # in norm: activations meet the tensor cores as bfloat16; measured 2e-3 to 3e-3
@@ -79,7 +80,7 @@ class Requests:
         filler = TorchRunner(model)
         handles, _ = filler.open(self.prompts, prefixes)
         for handle in handles:
-            filler._pool.reserve(filler._sequences[handle], 7 * BLOCK)
+            filler._pool.reserve(filler._sequences[handle], 7 * PAGE)
         blocks = [filler._sequences[handle].blocks for handle in handles]
         self.tables = torch.tensor(blocks, dtype=torch.int32)
         self.kv = filler._pool.kv.bfloat16()

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-import hrmcore.engine
+import hrmcore.engine.engine
 from hrmcore import _C
 from hrmcore.config import HRMConfig
 from hrmcore.engine.engine import Engine, load
-from hrmcore.engine.runner import Rows
+from hrmcore.engine.runner import PAGE, Rows
 from hrmcore.engine.streams import StopFilter
-from hrmcore.engine.torch_runner import BLOCK, TorchRunner
+from hrmcore.engine.torch_runner import TorchRunner
 from hrmcore.model import HRM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,9 +72,9 @@ def test_cached_decode_is_the_full_forward_token_by_token(H_cycles: int, L_cycle
         assert difference(row, full[position]) <= 1e-5
 
 
-@pytest.mark.parametrize("length", [BLOCK - 2, BLOCK, 2 * BLOCK + 1])
+@pytest.mark.parametrize("length", [PAGE - 2, PAGE, 2 * PAGE + 1])
 def test_cached_decode_crosses_blocks(length: int) -> None:
-    hrm, ids = model(max_position_embeddings=512), random_ids(length + 2 * BLOCK)
+    hrm, ids = model(max_position_embeddings=512), random_ids(length + 2 * PAGE)
     full = hrm(torch.tensor([ids]), length)[0].detach()
     runner = TorchRunner(hrm)
     (handle,), _ = runner.open([ids[:length]], [length])
@@ -246,7 +246,7 @@ def test_long_queues_wait_for_room(
     assert len({len(answer) for answer in alone}) > 2
     watched = Watched(engine._runner)
     assert watched.cache_bytes_per_token == 3072
-    monkeypatch.setattr(hrmcore.engine, limit, value)
+    monkeypatch.setattr(hrmcore.engine.engine, limit, value)
     queued = Engine(watched, engine.tokenizer, engine.source)
     assert queued.generate(PROMPTS, max_new_tokens=20, **stops) == alone
     assert 1 <= watched.held <= most_held
@@ -413,7 +413,7 @@ def test_wrong_loading_options_are_named(checkpoint: Path, options: dict[str, An
 def test_a_missing_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load(tmp_path / "nowhere")
-    monkeypatch.setattr(hrmcore.engine, "EMBEDDED_MODEL", tmp_path)
+    monkeypatch.setattr(hrmcore.engine.engine, "EMBEDDED_MODEL", tmp_path)
     with pytest.raises(FileNotFoundError, match="no embedded model: give the path"):
         load()
 
