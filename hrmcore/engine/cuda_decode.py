@@ -6,7 +6,7 @@ Shapes: B requests, V vocabulary, D width, H heads, d head_dim, F ffn width, R a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +16,7 @@ from torch.utils.dlpack import to_dlpack
 
 from hrmcore import _C
 from hrmcore.config import HRMConfig
-from hrmcore.engine.mma_layout import DTYPES, TILE, in_fragments, matrix_bytes, paired
+from hrmcore.engine.mma_layout import DTYPES, TILE, in_fragments, paired
 from hrmcore.model import HRM, Block, Positions, Stack
 from hrmcore.ops.backend import stream_of
 
@@ -51,90 +51,6 @@ def pack(model: HRM, dtype: str) -> Tensor:
 def stacks(model: HRM) -> list[Stack]:
     """The stacks that have weights of their own."""
     return [model.L_module] if model.H_module is model.L_module else [model.L_module, model.H_module]
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that one step asks of global memory, by what they are. What several blocks ask for counts several times."""
-
-    weights: int
-    cache: int
-    activations: int
-    activations_once: int  # those that nobody has asked for in the same phase
-
-    @property
-    def floor(self) -> int:
-        """What must come from memory: every weight once a visit, the visible keys and values once."""
-        return self.weights + self.cache
-
-    @property
-    def total(self) -> int:
-        return self.floor + self.activations
-
-    @property
-    def from_memory(self) -> int:
-        """What comes from memory when a cache holds what a phase's blocks all ask for: a few KB a request."""
-        return self.floor + self.activations_once
-
-
-def traffic(config: HRMConfig, positions: Sequence[int], blocks: int, dtype: str = "bfloat16") -> Traffic:
-    """What the kernels of csrc/engine/step_phases.cuh read for requests that hold so many tokens, on so many blocks.
-
-    The tests hold it to the emulator's count.
-    """
-    width, ffn, heads, attention = (
-        config.hidden_size,
-        config.intermediate_size,
-        config.num_attention_heads,
-        config.attention_width,
-    )
-    threads, block, requests = 256, _C.cache_block_tokens, len(positions)
-    head_dtype = "int8" if dtype == "int4" else dtype
-
-    def active(rows: int) -> int:
-        return min(blocks, -(-rows // TILE))
-
-    layer = sum(
-        matrix_bytes(rows, columns, dtype)
-        for rows, columns in ((4 * attention, width), (width, attention), (2 * ffn, width), (width, ffn))
-    )
-    cache = 0  # of one layer, as all that follows
-    parts_read = attention_read = attention_once = 0
-    faded = config.position_encoding != "rope"
-    for position in positions:
-        window = config.attention_window
-        first = max(0, (position // window - 1) * window) // block if window else 0
-        seen = position // block + 1 - first
-        parts = min(-(-seen // 4), 4)
-        joined = 4 * parts if parts > 1 else 0  # the parts' weights, of one head
-        cache += 4 * attention * (position + 1 - first * block)
-        attention_read += parts * (8 * attention + 32 * heads * threads * faded) + 4 * heads * seen * threads // 32
-        parts_read += active(width) * attention // 8 * (16 * parts + joined)
-        attention_once += 8 * attention + 4 * seen + 2 * attention * parts + heads * joined
-    between = requests * (active(4 * attention) * 2 * width + 8 * attention)
-    others = active(2 * ffn) * 2 * width + active(width) * 2 * ffn + 8 * width
-    per_layer = between + attention_read + parts_read + requests * others
-    per_layer_once = attention_once + 2 * config.head_dim * faded + 4 * config.head_dim * len(set(positions))
-    per_layer_once += requests * (2 * width + 2 * width + 2 * ffn + 8 * width)
-    entering = 8 * requests * width  # beyond the bfloat16 copy that every other layer begins with
-    entering_read = blocks * requests * 10 * width - requests * active(4 * attention) * 2 * width
-    first_entering = requests * (2 * width + 4) + 4 * width - 10 * requests * width
-    first_entering_read = blocks * requests * (6 * width + width // 2) - blocks * requests * 10 * width
-    places = 8 * requests
-    return Traffic(
-        weights=config.cache_slots * layer + matrix_bytes(config.vocab_size, width, head_dtype),
-        cache=config.cache_slots * cache,
-        activations=config.cache_slots * per_layer
-        + config.visits * entering_read
-        + first_entering_read
-        + requests * active(config.vocab_size) * 2 * width
-        + blocks * places,
-        activations_once=config.cache_slots * per_layer_once
-        + config.visits * entering
-        + first_entering
-        + 2 * requests * width
-        + places,
-    )
 
 
 @dataclass(frozen=True)

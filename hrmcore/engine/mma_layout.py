@@ -44,13 +44,6 @@ def in_fragments(weight: Tensor, dtype: str) -> Tensor:
     return torch.cat([bytes_, ordered.view(tiles, items, -1).view(torch.uint8)], dim=-1)
 
 
-def matrix_bytes(rows: int, columns: int, dtype: str) -> int:
-    """Bytes of a matrix in fragments."""
-    columns_of_item = ITEMS[dtype]
-    item = 512 + (0 if dtype == "bfloat16" else 2 * TILE * columns_of_item // GROUP)
-    return -(-rows // TILE) * -(-columns // columns_of_item) * item
-
-
 def quantised(weight: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     """Whole numbers (R, K) and scales (R, K / 32) bfloat16, the same as the CPU engine's (csrc/engine/pack.cpp)."""
     groups = weight.view(len(weight), -1, GROUP)

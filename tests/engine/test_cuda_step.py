@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 import torch
 from support.emulator import counters, emulated_cuda, seeded
+from support.traffic import matrix_bytes, traffic
 from torch import Tensor
 
 from hrmcore.config import HRMConfig
 from hrmcore.engine.cpu_runner import CpuRunner
-from hrmcore.engine.cuda_decode import CudaStep, Form, traffic
+from hrmcore.engine.cuda_decode import CudaStep, Form
 from hrmcore.engine.cuda_runner import CudaRunner
 from hrmcore.engine.engine import load
-from hrmcore.engine.mma_layout import in_fragments, matrix_bytes, paired, quantised
+from hrmcore.engine.mma_layout import in_fragments, paired, quantised
 from hrmcore.engine.runner import PAGE
 from hrmcore.engine.torch_runner import TorchRunner
 from hrmcore.model import HRM
