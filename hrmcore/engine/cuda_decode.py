@@ -1,4 +1,4 @@
-"""The fused decode step on CUDA: one token for each of up to 8 requests. Kernels: csrc/engine/cuda_step.{h,cu}.
+"""The fused decode step on CUDA: one token for each of up to 8 requests. Kernels: csrc/decode/decode_step.{h,cu}.
 
 Shapes: B requests, V vocabulary, D width, H heads, d head_dim, F ffn width, R and K a matrix's rows and columns.
 """
@@ -16,7 +16,7 @@ from torch.utils.dlpack import to_dlpack
 
 from hrmcore import _C
 from hrmcore.config import HRMConfig
-from hrmcore.engine.mma_layout import DTYPES, TILE, in_fragments, paired
+from hrmcore.engine.mma_layout import MMA_DTYPES, TILE, in_fragments, paired
 from hrmcore.model import HRM, Block, Positions, Stack
 from hrmcore.ops.backend import stream_of
 
@@ -28,7 +28,7 @@ _HEAD_DIMS = (16, 32, 64, 128)
 
 
 def pack(model: HRM, dtype: str) -> Tensor:
-    """All that the step multiplies with, in its order: L's layers, H's unless they are L's, the head. Bytes.
+    """All matrices of the model, as bytes in the step's order: L's layers, H's unless they are L's, the head.
 
     As in the CPU engine, the head of an int4 model is int8.
     """
@@ -55,7 +55,7 @@ def stacks(model: HRM) -> list[Stack]:
 
 @dataclass(frozen=True)
 class _Captured:
-    """A step's launches in a CUDA graph, and the operands that it reads and writes."""
+    """A CUDA graph of one decode step, and the tensors that it reads and writes."""
 
     tokens: Tensor
     positions: Tensor
@@ -72,13 +72,14 @@ class _Captured:
 
 
 class CudaStep:
-    """One model's decode step: `step(tokens, positions, tables, kv)` gives the logits (B, V) float32.
+    """One model's decode step: calling it with (tokens, positions, tables, kv) gives the logits (B, V) float32.
 
-    `form` is "persistent" (one cooperative launch) or "graph" (a launch a phase, on a GPU captured as a CUDA graph at
-    the first step of a shape and replayed from then on); the bits are the same.
-    `blocks` is the grid, 0 for one block a multiprocessor; `dtype` that of the weights: bfloat16, int8 or int4. Raises
-    ValueError on a model that the kernels do not take: head_dim other than 16, 32, 64 or 128, widths that are no
-    multiple of 16.
+    `form` is "persistent" (one cooperative launch) or "graph" (a launch for each phase; on a GPU, these are captured as
+    a CUDA graph at the first step of a shape and replayed from then on). Both give the same bits. `blocks` is the grid:
+    0 is one thread block for each multiprocessor. `dtype` is that of the weights: bfloat16, int8 or int4.
+
+    Raises ValueError on a model that the kernels do not take: a head_dim other than 16, 32, 64 or 128, or a width that
+    is not a multiple of 16.
     """
 
     def __init__(self, model: HRM, form: Form = "persistent", blocks: int = 0, dtype: str = "bfloat16") -> None:
@@ -91,16 +92,16 @@ class CudaStep:
             if not fits:
                 expected = "one of 16, 32, 64, 128" if name == "head_dim" else f"a multiple of {TILE}"
                 raise ValueError(f"the decode step on CUDA takes a {name} that is {expected}, got {value}")
-        if dtype not in DTYPES:
-            raise ValueError(f"the decode step on CUDA takes weights in {', '.join(DTYPES)}, got {dtype!r}")
+        if dtype not in MMA_DTYPES:
+            raise ValueError(f"the decode step on CUDA takes weights in {', '.join(MMA_DTYPES)}, got {dtype!r}")
         self.config: HRMConfig = config
         self.form = form
-        self._graphs: dict[tuple[int, int], _Captured] = {}  # by the requests and the tables' length
-        self._graphs_cache: int | None = None  # where the cache lies that they work on
+        self._graphs: dict[tuple[int, int], _Captured] = {}  # by the batch and the tables' length
+        self._graphs_cache: int | None = None  # address of the KV cache that they work on
         self.weights = pack(model, dtype)
         self._embedding = model.embed_tokens.weight.detach().to(torch.bfloat16)
         device = self.weights.device
-        where = Positions.of(config, config.context)
+        positions = Positions.of(config, config.context)
         layers = [len(stack.layers) for stack in stacks(model)]
         size = _C.cuda_step_workspace_bytes(
             config.hidden_size, config.intermediate_size, config.num_attention_heads, config.head_dim
@@ -108,11 +109,11 @@ class CudaStep:
         self._tensors = {
             "embedding": self._embedding,
             "z_init": model.z_L_init.float(),
-            "rope": where.table.to(device),
+            "rope": positions.table.to(device),
             "weights": self.weights,
             "workspace": torch.zeros(size, dtype=torch.uint8, device=device),
         }
-        self._rates = None if where.rates is None else where.rates.to(device)
+        self._log_decay = None if positions.rates is None else positions.rates.to(device)
         self._numbers = {
             "ffn": config.intermediate_size,
             "fast_layers": layers[0],
@@ -131,8 +132,8 @@ class CudaStep:
         """Append a token to each request's cache; the logits (B, V) float32 that follow.
 
         tokens and positions (how many tokens the cache holds) are (B) int32, B at most 8; `tables` (B, C) int32 are the
-        numbers of each request's blocks of 64 rows; kv is (slots, 2, rows, H, d) bfloat16. Values out of range are
-        taken to be the nearest in range.
+        numbers of each request's pages of 64 rows in kv, which is (slots, 2, rows, H, d) bfloat16. Values out of range
+        are taken to be the nearest in range.
         """
         if self.form == "graph" and tokens.is_cuda:
             return self._replayed(tokens, positions, tables, kv)
@@ -158,11 +159,11 @@ class CudaStep:
         return self._graphs[key].replay(tokens, positions, tables)
 
     def _launch(self, tokens: Tensor, positions: Tensor, tables: Tensor, kv: Tensor, logits: Tensor) -> None:
-        given = {"tokens": tokens, "positions": positions, "tables": tables, "kv": kv, "logits": logits}
+        operands = {"tokens": tokens, "positions": positions, "tables": tables, "kv": kv, "logits": logits}
         with torch.cuda.device(tokens.device) if tokens.is_cuda else contextlib.nullcontext():
             _C.cuda_step(
-                **{name: to_dlpack(tensor) for name, tensor in (given | self._tensors).items()},
-                rates=None if self._rates is None else to_dlpack(self._rates),
+                **{name: to_dlpack(tensor) for name, tensor in (operands | self._tensors).items()},
+                rates=None if self._log_decay is None else to_dlpack(self._log_decay),
                 **self._numbers,
                 stream=stream_of(tokens),
             )

@@ -74,7 +74,7 @@ def test_cached_decode_is_the_full_forward_token_by_token(H_cycles: int, L_cycle
 
 
 @pytest.mark.parametrize("length", [PAGE - 2, PAGE, 2 * PAGE + 1])
-def test_cached_decode_crosses_blocks(length: int) -> None:
+def test_cached_decode_crosses_pages(length: int) -> None:
     hrm, ids = model(max_position_embeddings=512), random_ids(length + 2 * PAGE)
     full = hrm(torch.tensor([ids]), length)[0].detach()
     runner = TorchRunner(hrm)
@@ -110,7 +110,7 @@ def test_sequences_that_join_and_leave_change_no_other() -> None:
     join(2)
     step(2, 0, 1)  # in any order
     runner.close(handles[1])
-    join(3)  # takes the blocks that 1 left
+    join(3)  # takes the pages that 1 left
     while at[0] < 90 and at[2] < 70:
         step(0, 2, 3)
     runner.close(handles[2])
@@ -139,7 +139,7 @@ def test_an_interrupted_step_changes_nothing(monkeypatch: pytest.MonkeyPatch) ->
             runner.step([handle], [1])
         with pytest.raises(KeyboardInterrupt):
             runner.open([ids], [3])
-    assert list(runner._sequences) == [handle]
+    assert runner.open_sequences == 1
     for position in (10, 11):
         assert difference(runner.step([handle], [ids[position]])[0], expected[position]) <= 1e-5
 

@@ -51,7 +51,7 @@ def int8(checkpoint: Path, tmp_path: Path) -> Path:
 
 def test_float32_is_the_torch_runner(checkpoint: Path, engine: Engine) -> None:
     reference = Engine(TorchRunner(load_model(checkpoint)), engine.tokenizer, checkpoint)
-    assert engine.parameters == reference.parameters
+    assert (engine.parameters, engine.dtype) == (reference.parameters, reference.dtype)
     for prompt in PROMPTS:
         ids = engine.tokenizer.prompt(prompt)
         for prefix in (None, 0, 3):
