@@ -103,9 +103,9 @@ def emulated() -> Iterator[None]:
 def prefilled(model: HRM, ids: list[int], room: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A cache in bfloat16 that holds ids, all of them a prefix, with room for more; and its table (1, C)."""
     runner = TorchRunner(model)
-    (handle,), _ = runner.open([ids], [len(ids)])
-    runner._pool.reserve(runner._sequences[handle], room)
-    return runner._pool.kv.bfloat16(), torch.tensor([runner._sequences[handle].blocks], dtype=torch.int32)
+    handles, _ = runner.open([ids], [len(ids)])
+    runner.reserve(handles, room - len(ids))
+    return runner.kv.bfloat16(), runner.page_tables(handles)
 
 
 if __name__ == "__main__":

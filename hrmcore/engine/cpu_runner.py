@@ -16,19 +16,19 @@ from numpy.typing import NDArray
 from hrmcore import _C
 from hrmcore.checkpoint.hrm_text import Arrays, key_table, resolve
 from hrmcore.config import HRMConfig
-from hrmcore.engine.packed_file import DTYPES, PACKED_FILE, Header, read_header, write_packed
-from hrmcore.engine.runner import Interrupted, Rows
+from hrmcore.engine.packed_file import PACKED_FILE, Header, read_header, write_packed
+from hrmcore.engine.runner import DTYPES, PAGE, Interrupted, Rows
 from hrmcore.tokenizer import TOKENIZER_FILES
 
-_MOST_TOGETHER = 64  # sequences, each of which may hold a block that is not full
+_MOST_TOGETHER = 64  # sequences, each of which may hold a page that is not full
 
 
 class CpuRunner:
-    """Sequences over packed weights. A sequence's logits have the same bits in any company, on any number of threads.
+    """Sequences over packed weights. Their logits are bit-identical at any batch size and on any number of threads.
 
-    `cache_bytes` bounds the keys and values of all open sequences, beyond a block for each of 64 sequences, but never
-    below one as long as the context; a step that does not fit is a MemoryError and changes nothing. `kv_dtype` None is
-    float32 beside float32 weights and bfloat16 beside all others.
+    `cache_bytes` is the room for the keys and values of all open sequences. It is raised where it could not hold one
+    sequence as long as the context; a page for each of 64 sequences comes on top. A call that does not fit raises
+    MemoryError. `kv_dtype` None is float32 beside float32 weights and bfloat16 beside all others.
     """
 
     def __init__(
@@ -38,10 +38,9 @@ class CpuRunner:
         self.dtype = dtype
         self.parameters = sum(math.prod(key.shape) for key in key_table(config))
         kv_dtype = kv_dtype or ("float32" if dtype == "float32" else "bfloat16")
-        block_bytes = _C.page_bytes(kv_dtype, config.cache_slots, config.num_attention_heads, config.head_dim)
-        block = _C.page_tokens
-        blocks = max(cache_bytes // block_bytes, -(-config.context // block)) + _MOST_TOGETHER
-        self.cache_bytes_per_token = block_bytes // block
+        page_bytes = _C.page_bytes(kv_dtype, config.cache_slots, config.num_attention_heads, config.head_dim)
+        pages = max(cache_bytes // page_bytes, -(-config.context // PAGE)) + _MOST_TOGETHER
+        self.cache_bytes_per_token = page_bytes // PAGE
         self.core = _C.Engine(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
@@ -58,7 +57,7 @@ class CpuRunner:
             dtype=dtype,
             kv_dtype=kv_dtype,
             threads=threads or _C.num_threads(),
-            cache_tokens=blocks * block,
+            cache_tokens=pages * PAGE,
             log_decay=fading(config),
             window=config.attention_window,
         )

@@ -1,4 +1,4 @@
-"""The engine on CUDA: prefill in torch, decoding in the fused step, one cache for both.
+"""The engine on CUDA: prefill in torch, decoding in the fused decode step, one KV cache for both.
 
 Shapes: S sequences, V vocabulary.
 """
@@ -12,7 +12,7 @@ import torch
 
 from hrmcore.checkpoint.hrm_text import CONFIG_FILE
 from hrmcore.engine.cuda_decode import MOST_REQUESTS, CudaStep, Form
-from hrmcore.engine.mma_layout import DTYPES
+from hrmcore.engine.mma_layout import MMA_DTYPES
 from hrmcore.engine.runner import Rows
 from hrmcore.engine.torch_runner import TorchRunner
 from hrmcore.model import HRM
@@ -22,24 +22,29 @@ from hrmcore.ops.backend import require_cuda
 class CudaRunner(TorchRunner):
     """Sequences over a model in bfloat16 on a CUDA device; the decode step's weights are `dtype`.
 
-    Prefill multiplies with the bfloat16 weights whatever the dtype, so int8 and int4 save time, not memory.
+    Prefill multiplies with the bfloat16 weights, whatever the dtype: int8 and int4 save time, but no memory. `form` and
+    `blocks` are those of CudaStep.
     """
 
     def __init__(self, model: HRM, dtype: str = "bfloat16", form: Form = "persistent", blocks: int = 0) -> None:
         model = model.to(torch.bfloat16)
         model.reset_positions(len(model.rope_table))  # angles stay float32
         super().__init__(model)
-        self._step = CudaStep(model, form, blocks, dtype)
+        self.dtype = dtype
+        self._decode_step = CudaStep(model, form, blocks, dtype)
 
     @classmethod
     def from_checkpoint(cls, folder: Path, dtype: str, device: str, attention_window: int | None) -> CudaRunner:
-        """Load a checkpoint; dtype auto is bfloat16. Raises ValueError, saying what is missing, where CUDA is."""
+        """Load a checkpoint; dtype auto is bfloat16.
+
+        Raises ValueError on another dtype, on a packed checkpoint, and where there is no CUDA: it says what is missing.
+        """
         try:
             require_cuda()
         except RuntimeError as error:
             raise ValueError(str(error)) from None
-        if dtype not in ("auto", *DTYPES):
-            raise ValueError(f"dtype must be auto, {', '.join(DTYPES)} on {device}, got {dtype!r}")
+        if dtype not in ("auto", *MMA_DTYPES):
+            raise ValueError(f"dtype must be auto, {', '.join(MMA_DTYPES)} on {device}, got {dtype!r}")
         if not (folder / CONFIG_FILE).is_file():
             raise ValueError(f"{folder}: a packed checkpoint is for the CPU; give the one that it was made from")
         model = HRM.from_pretrained(folder).requires_grad_(False)
@@ -52,20 +57,16 @@ class CudaRunner(TorchRunner):
     @torch.inference_mode()
     def step(self, handles: Sequence[int], tokens: Sequence[int]) -> Rows:
         """Append one token to each of these sequences, 8 at a time; returns the logits (S, V) float32 that follow."""
+        self.reserve(handles, 1)
         sequences = [self._sequences[handle] for handle in handles]
-        for sequence in sequences:
-            self._pool.reserve(sequence, sequence.length + 1)
         logits = []
-        for first in range(0, len(sequences), MOST_REQUESTS):
+        for first in range(0, len(handles), MOST_REQUESTS):
             group = slice(first, first + MOST_REQUESTS)
-            longest = max(len(sequence.blocks) for sequence in sequences[group])
-            tables = [sequence.blocks + [0] * (longest - len(sequence.blocks)) for sequence in sequences[group]]
             lengths = [sequence.length for sequence in sequences[group]]
-            ids, positions, blocks = (
-                torch.tensor(numbers, dtype=torch.int32, device=self._device)
-                for numbers in (tokens[group], lengths, tables)
+            ids, positions = (
+                torch.tensor(numbers, dtype=torch.int32, device=self._device) for numbers in (tokens[group], lengths)
             )
-            logits.append(self._step(ids, positions, blocks, self._pool.kv))
+            logits.append(self._decode_step(ids, positions, self.page_tables(handles[group]), self.kv))
         for sequence in sequences:
             sequence.length += 1
         return torch.cat(logits).cpu().numpy()

@@ -21,8 +21,8 @@ from hrmcore import _C
 from hrmcore.checkpoint.hrm_text import CONFIG_FILE, resolve
 from hrmcore.config import WINDOW_MULTIPLE, HRMConfig
 from hrmcore.engine.cpu_runner import CpuRunner
-from hrmcore.engine.packed_file import DTYPES, PACKED_FILE
-from hrmcore.engine.runner import Interrupted
+from hrmcore.engine.packed_file import PACKED_FILE
+from hrmcore.engine.runner import DTYPES, Interrupted
 from hrmcore.engine.sampling import Sampler, Sampling, is_integer, require, sample
 from hrmcore.engine.streams import Answer, Request, StopFilter, Tokens
 from hrmcore.tokenizer import PieceDecoder, Tokenizer
@@ -89,11 +89,11 @@ def load(
     if path is None and not any((EMBEDDED_MODEL / name).is_file() for name in (CONFIG_FILE, PACKED_FILE)):
         raise FileNotFoundError("this installation has no embedded model: give the path of a checkpoint")
     folder = EMBEDDED_MODEL if path is None else resolve(path)
-    runner = _runner(folder, dtype, device, threads, kv_dtype, window)
+    runner = _open_runner(folder, dtype, device, threads, kv_dtype, window)
     return Engine(runner, _find_tokenizer(folder, runner.config), folder)
 
 
-def _runner(
+def _open_runner(
     folder: Path, dtype: str, device: str, threads: int | None, kv_dtype: str | None, window: int | None
 ) -> Runner:
     if device == "cpu":
@@ -105,9 +105,10 @@ def _runner(
 
 
 class Engine:
-    """A loaded model. Every method raises ValueError on a bad argument, before anything runs.
+    """A loaded model: what `load` returns, or any Runner with a tokenizer and the folder that both came from.
 
-    `tokenizer` is None when the checkpoint came without one; then only `tokens` and `logits` work.
+    Every method raises ValueError on a bad argument, before anything runs. `tokenizer` is None when the checkpoint came
+    without one; then only `tokens` and `logits` work.
     """
 
     def __init__(self, runner: Runner, tokenizer: Tokenizer | None, source: Path) -> None:
@@ -124,6 +125,16 @@ class Engine:
     def parameters(self) -> int:
         """Number of weights."""
         return self._runner.parameters
+
+    @property
+    def dtype(self) -> str:
+        """What the weights are held as: float32, bfloat16, int8 or int4."""
+        return self._runner.dtype
+
+    @property
+    def open_requests(self) -> int:
+        """How many answers hold a part of the KV cache now: begun, and neither ended nor closed."""
+        return self._runner.open_sequences
 
     @overload
     def generate(self, prompt: str, **options: Unpack[TextOptions]) -> str: ...  # type: ignore[overload-overlap]
@@ -310,8 +321,6 @@ class Engine:
                 break
             admitted.append(waiting.popleft())
         return admitted
-
-        # Another thread is inside, and sees `finish`.
 
 
 def _check_device(device: str) -> None:

@@ -11,14 +11,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-DTYPES = ("bfloat16", "int8", "int4")
+MMA_DTYPES = ("bfloat16", "int8", "int4")
 
 TILE = 16  # rows
 GROUP = 32  # columns that share a scale
 ITEMS = {"bfloat16": 16, "int8": 32, "int4": 64}  # columns
 
-# As csrc/gemm/pack.cpp: the scales of int4 that are tried, as what the largest weight is divided by.
-_DIVISORS = (-8.5, -8.0, -7.75, -7.5, -7.25, -7.0, -6.75, -6.5, -6.0, 7.25, 6.75, 6.25)
+# The int4 scales that are tried for a group: its weight of largest magnitude, divided by each of these. The CPU engine
+# (csrc/gemm/pack.cpp) tries the same; tests/engine/test_cuda_step.py holds the weights of both to be equal.
+INT4_DIVISORS = (-8.5, -8.0, -7.75, -7.5, -7.25, -7.0, -6.75, -6.5, -6.0, 7.25, 6.75, 6.25)
 
 
 def in_fragments(weight: Tensor, dtype: str) -> Tensor:
@@ -44,13 +45,6 @@ def in_fragments(weight: Tensor, dtype: str) -> Tensor:
     return torch.cat([bytes_, ordered.view(tiles, items, -1).view(torch.uint8)], dim=-1)
 
 
-def matrix_bytes(rows: int, columns: int, dtype: str) -> int:
-    """Bytes of a matrix in fragments."""
-    columns_of_item = ITEMS[dtype]
-    item = 512 + (0 if dtype == "bfloat16" else 2 * TILE * columns_of_item // GROUP)
-    return -(-rows // TILE) * -(-columns // columns_of_item) * item
-
-
 def quantised(weight: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     """Whole numbers (R, K) and scales (R, K / 32) bfloat16, the same as the CPU engine's (csrc/gemm/pack.cpp)."""
     groups = weight.view(len(weight), -1, GROUP)
@@ -72,7 +66,7 @@ def _int4_scales(groups: Tensor) -> Tensor:
     """Of the scales tried, the one with the least squared error, summed over the columns in order."""
     extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0]
     best, least = torch.zeros_like(extreme), torch.full_like(extreme, 3e38)
-    for divisor in _DIVISORS:
+    for divisor in INT4_DIVISORS:
         scales = (extreme / divisor).bfloat16()
         miss = groups - scales.float()[..., None] * _rounded(groups, scales, -8, 7)
         error = torch.zeros_like(extreme)
@@ -83,7 +77,10 @@ def _int4_scales(groups: Tensor) -> Tensor:
     return best.bfloat16()
 
 
-def paired(weight: Tensor, parts: int) -> Tensor:
-    """Rows of `parts` pieces, each cut in halves, so that every 16 rows hold 8 of a lower half and their 8 partners."""
+def paired(weight: Tensor, pieces: int) -> Tensor:
+    """Reorder rows, cut into equal `pieces`: every 16 hold 8 of a piece's lower half and their 8 partners of the upper.
+
+    Partners are the rows that are rotated together (RoPE), or multiplied (the gate and the value of the FFN).
+    """
     rows, columns = weight.shape
-    return weight.reshape(parts, 2, rows // parts // 16, 8, columns).transpose(1, 2).reshape(rows, columns)
+    return weight.reshape(pieces, 2, rows // pieces // 16, 8, columns).transpose(1, 2).reshape(rows, columns)

@@ -20,22 +20,10 @@ from hrmcore.config import HRMConfig
 
 PACKED_FILE = "weights.hrmpack"
 
-
-DTYPES = ("float32", "bfloat16", "int8", "int4")
-
-
 _MAGIC = b"HRMPACK\0"
-
-
 _VERSION = 1
-
-
 _PREFIX = struct.Struct("<8sII32s")
-
-
-_PAGE = 4096
-
-
+_ALIGNMENT = 4096  # bytes; a mapping begins at a page of the operating system
 _MAX_HEADER_BYTES = 1 << 20
 
 
@@ -75,7 +63,7 @@ def read_header(path: Path) -> Header:
 
 
 def _data_offset(header_length: int) -> int:
-    return -(-(_PREFIX.size + header_length) // _PAGE) * _PAGE
+    return -(-(_PREFIX.size + header_length) // _ALIGNMENT) * _ALIGNMENT
 
 
 def write_packed(path: Path, header: Mapping[str, Any], weights: memoryview) -> Path:

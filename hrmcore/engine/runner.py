@@ -11,15 +11,36 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hrmcore import _C
 from hrmcore.config import HRMConfig
+
+# What weights may be held as; a runner may take fewer.
+DTYPES = ("float32", "bfloat16", "int8", "int4")
+
+# Tokens in one page of the KV cache, in every runner: the kernels of csrc/kv and csrc/decode are built for it.
+PAGE: int = _C.cache_block_tokens
 
 Rows = NDArray[np.float32]
 
 
 class Runner(Protocol):
-    """Sequences that join, advance by one token together, and leave. Arguments have been checked by the engine."""
+    """Sequences that are opened with a prompt, advance by one token together, and are closed.
+
+    The engine has checked every argument: token ids are in the vocabulary, no sequence grows beyond the context, every
+    handle is open. A sequence's logits must not depend on which others are open, or advance in the same call.
+    CpuRunner may be called from several threads, and works on one call at a time; the runners in torch are for one
+    thread.
+
+    A call that raises has changed nothing: the sequences that were open still are, at the length they had, and none was
+    added. MemoryError says that the KV cache has no room; OSError, that the weights' file can no longer be read. The
+    rows that a call returns belong to the caller.
+
+    `dtype` is how the weights are held, one of DTYPES; `parameters` counts the weights; `cache_bytes_per_token` is what
+    one token adds to the KV cache, by which the engine decides how many requests run together.
+    """
 
     config: HRMConfig
+    dtype: str
     parameters: int
     cache_bytes_per_token: int
 
@@ -36,22 +57,27 @@ class Runner(Protocol):
     ) -> tuple[list[int], Rows]:
         """Prefill new sequences; returns a handle for each, and the logits (S, V) float32 after their last tokens.
 
-        May ask `stop` meanwhile, and raise `hrmcore.engine.runner.Interrupted`, nothing being left, when it says True.
+        The first `prefix_lengths[i]` tokens of a prompt see each other both ways; a model without prefix_lm ignores
+        that. A handle is not used again while its sequence is open. A runner may call `stop` during the prefill; when
+        it returns True, the runner raises Interrupted.
         """
         ...
 
     def step(self, handles: Sequence[int], tokens: Sequence[int]) -> Rows:
-        """Append one token to each of these sequences; returns the logits (S, V) float32 that follow."""
+        """Append one token to each of these sequences; returns the logits (S, V) float32 that follow, in their order.
+
+        No handle comes twice; sequences that are not named wait.
+        """
         ...
 
     def close(self, handle: int) -> None:
-        """Release what a sequence holds."""
+        """Release what a sequence holds. The handle must not be used any more."""
         ...
 
     def logits(self, ids: Sequence[int], prefix_length: int) -> Rows:
-        """The logits (T, V) float32 of every position, without a cache."""
+        """The logits (T, V) float32 after every token of one sequence, which leaves nothing open."""
         ...
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: someone asked for it
-    """A step that `stop` ended before its time; nothing has happened."""
+    """A call ended early because `stop` returned True; it has changed nothing."""

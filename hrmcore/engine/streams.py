@@ -5,14 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from hrmcore.engine.sampling import Sampler
 from hrmcore.tokenizer import PieceDecoder
-
-if TYPE_CHECKING:
-    pass
-
 
 # Why an answer is over: the model ended it, a stop string, max_new_tokens, the end of the context, close().
 Finish = Literal["end", "stop", "length", "context", "closed"]
@@ -71,7 +67,7 @@ class Tokens(Iterator[int]):
             self._run.close()
         except ValueError:
             if inspect.getgeneratorstate(self._run) != inspect.GEN_RUNNING:
-                raise
+                raise  # else another thread is inside the generator, and sees `finish`
 
 
 class Answer(Iterator[str]):

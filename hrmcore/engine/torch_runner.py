@@ -1,6 +1,6 @@
-"""What the engine asks of whatever runs the recurrence, and the reference answer to it in torch.
+"""The reference runner: the model in torch, with a paged KV cache.
 
-Shapes: T tokens, S sequences, H heads, d head_dim, V vocabulary.
+Shapes: T tokens, S sequences, H heads, d head_dim, V vocabulary, C pages of the longest sequence.
 """
 
 from __future__ import annotations
@@ -13,64 +13,62 @@ import torch
 from torch import Tensor
 
 from hrmcore.config import HRMConfig
-from hrmcore.engine.runner import Rows
+from hrmcore.engine.runner import PAGE, Rows
 from hrmcore.model import HRM, Layout
-
-BLOCK = 64  # tokens in one block of the KV cache
 
 
 @dataclass
 class _Sequence:
     prefix: int
     length: int = 0
-    blocks: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
 
     def rows(self, start: int, stop: int) -> Tensor:
         """The rows of the pool that hold the tokens from start to stop."""
         position = torch.arange(start, stop)
-        return torch.tensor(self.blocks)[position // BLOCK] * BLOCK + position % BLOCK
+        return torch.tensor(self.pages)[position // PAGE] * PAGE + position % PAGE
 
 
 class _Pool:
-    """Keys and values of all sequences: (slots, 2, rows, H, d), handed out in blocks of rows. Grows, never shrinks."""
+    """Keys and values of all sequences: (slots, 2, rows, H, d), handed out in pages of rows. Grows, never shrinks."""
 
     def __init__(self, config: HRMConfig, dtype: torch.dtype, device: torch.device) -> None:
         shape = (config.cache_slots, 2, 0, config.num_attention_heads, config.head_dim)
         self.kv = torch.empty(shape, dtype=dtype, device=device)
-        self._free: list[int] = []  # highest block first, so that a lone sequence gets neighbouring blocks
+        self._free: list[int] = []  # highest page first, so that a lone sequence gets neighbouring pages
 
     def reserve(self, sequence: _Sequence, length: int) -> None:
-        """Give a sequence enough blocks for this many tokens."""
-        missing = -(-length // BLOCK) - len(sequence.blocks)
+        """Give a sequence enough pages for this many tokens."""
+        missing = -(-length // PAGE) - len(sequence.pages)
         if missing > len(self._free):
             self._grow(missing)
-        sequence.blocks += [self._free.pop() for _ in range(missing)]
+        sequence.pages += [self._free.pop() for _ in range(missing)]
 
     def release(self, sequence: _Sequence) -> None:
-        """Take a sequence's blocks back."""
-        self._free = sorted([*self._free, *sequence.blocks], reverse=True)
-        sequence.blocks = []
+        """Take a sequence's pages back."""
+        self._free = sorted([*self._free, *sequence.pages], reverse=True)
+        sequence.pages = []
 
-    def _grow(self, blocks: int) -> None:
+    def _grow(self, pages: int) -> None:
         slots, two, rows, heads, head_dim = self.kv.shape
-        added = max(blocks * BLOCK, rows)
+        added = max(pages * PAGE, rows)
         grown = self.kv.new_empty(slots, two, rows + added, heads, head_dim)
         grown[:, :, :rows] = self.kv
         self.kv = grown
-        self._free = sorted([*self._free, *range(rows // BLOCK, (rows + added) // BLOCK)], reverse=True)
+        self._free = sorted([*self._free, *range(rows // PAGE, (rows + added) // PAGE)], reverse=True)
 
 
-class _Call:
-    """The cache of one packed call (model.Cache): which rows of the pool its new tokens go to, and all come from."""
+class _CacheView:
+    """What one packed forward sees of the pool (model.Cache): where its new tokens go, and what they attend to."""
 
     def __init__(self, kv: Tensor, sequences: Sequence[_Sequence], counts: Sequence[int]) -> None:
         lengths = [s.length + n for s, n in zip(sequences, counts, strict=True)]
         self._kv = kv
-        new = torch.cat([s.rows(s.length, n) for s, n in zip(sequences, lengths, strict=True)])
+        slot_mapping = torch.cat([s.rows(s.length, n) for s, n in zip(sequences, lengths, strict=True)])
         rows = torch.cat([s.rows(0, n) for s, n in zip(sequences, lengths, strict=True)])
-        neighbours = bool((rows.diff() == 1).all())
-        self._run = slice(int(rows[0]), int(rows[-1]) + 1) if neighbours else None
-        self._new, self._all = new.to(kv.device), rows.to(kv.device)
+        contiguous = bool((rows.diff() == 1).all())
+        self._slice = slice(int(rows[0]), int(rows[-1]) + 1) if contiguous else None
+        self._slot_mapping, self._rows = slot_mapping.to(kv.device), rows.to(kv.device)
         offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         self._key_offsets = offsets.to(kv.device)
 
@@ -80,20 +78,21 @@ class _Call:
 
     def extend(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self._kv[slot, 0], self._kv[slot, 1]
-        keys.index_copy_(0, self._new, k)
-        values.index_copy_(0, self._new, v)
-        if self._run is not None:
-            return keys[self._run], values[self._run]
-        return keys.index_select(0, self._all), values.index_select(0, self._all)
+        keys.index_copy_(0, self._slot_mapping, k)
+        values.index_copy_(0, self._slot_mapping, v)
+        if self._slice is not None:  # a view, without a copy
+            return keys[self._slice], values[self._slice]
+        return keys.index_select(0, self._rows), values.index_select(0, self._rows)
 
 
 class TorchRunner:
-    """The reference runner: HRM.hidden over packed sequences, with one paged slot for each (visit, layer)."""
+    """The reference runner: HRM.hidden over packed sequences. The cache has a slot for each (visit, layer)."""
 
     def __init__(self, model: HRM) -> None:
         self.config = model.config
         self.parameters = sum(p.numel() for p in model.parameters()) + model.z_L_init.numel()
         dtype = model.lm_head.weight.dtype
+        self.dtype = str(dtype).removeprefix("torch.")
         self.cache_bytes_per_token = 2 * self.config.cache_slots * self.config.attention_width * dtype.itemsize
         self._model = model.eval()
         self._device = model.lm_head.weight.device
@@ -104,6 +103,11 @@ class TorchRunner:
     @property
     def open_sequences(self) -> int:
         return len(self._sequences)
+
+    @property
+    def kv(self) -> Tensor:
+        """The keys and values of all sequences: (slots, 2, rows, H, d). Replaced when the pool grows."""
+        return self._pool.kv
 
     def open(
         self,
@@ -127,6 +131,18 @@ class TorchRunner:
     def close(self, handle: int) -> None:
         self._pool.release(self._sequences.pop(handle))
 
+    def reserve(self, handles: Sequence[int], tokens: int) -> None:
+        """Give each of these sequences pages for so many more tokens."""
+        for handle in handles:
+            sequence = self._sequences[handle]
+            self._pool.reserve(sequence, sequence.length + tokens)
+
+    def page_tables(self, handles: Sequence[int]) -> Tensor:
+        """The numbers of each sequence's pages in `kv`, in order: (S, C) int32, filled up with zeros."""
+        pages = [self._sequences[handle].pages for handle in handles]
+        longest = max(map(len, pages))
+        return torch.tensor([row + [0] * (longest - len(row)) for row in pages], dtype=torch.int32, device=self._device)
+
     @torch.inference_mode()
     def logits(self, ids: Sequence[int], prefix_length: int) -> Rows:
         return self._model(torch.tensor([list(ids)], device=self._device), prefix_length)[0].cpu().numpy()
@@ -139,9 +155,9 @@ class TorchRunner:
             self._pool.reserve(sequence, sequence.length + count)
         prefixes, starts = [s.prefix for s in sequences], [s.length for s in sequences]
         layout = Layout.of(counts, prefixes, starts, self._device)
-        call = _Call(self._pool.kv, sequences, counts)
+        cache = _CacheView(self._pool.kv, sequences, counts)
         ids = torch.tensor(list(itertools.chain.from_iterable(added)), device=self._device)
-        final = self._model.hidden(ids, layout, call)
+        final = self._model.hidden(ids, layout, cache)
         logits = self._model.lm_head(final[layout.offsets[1:].long() - 1]).float()
         for sequence, count in zip(sequences, counts, strict=True):
             sequence.length += count

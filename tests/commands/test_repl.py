@@ -26,6 +26,7 @@ from prompt_toolkit.output import DummyOutput
 
 from hrmcore.commands import repl
 from hrmcore.data.records import Rejected, read_records
+from hrmcore.engine.cpu_runner import CpuRunner
 from hrmcore.engine.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -188,9 +189,9 @@ def test_another_model_is_loaded_or_the_old_one_stays(engine: Engine, screen: Sc
     )
 
 
-def test_a_model_without_a_tokenizer_is_refused(engine: Engine) -> None:
+def test_a_model_without_a_tokenizer_is_refused(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match="no tokenizer"):
-        session_of(Engine(engine._runner, None, engine.source))
+        session_of(Engine(CpuRunner.from_checkpoint(checkpoint, "auto", None, 1, 0), None, checkpoint))
 
 
 def test_the_introduction_tells_what_to_try(session: repl.Session, screen: Screen) -> None:
@@ -416,23 +417,24 @@ def test_an_interruption_that_comes_too_late_does_nothing(
 def test_an_interruption_stops_the_answer_and_not_the_program(
     keyboard: PipeInput, engine: Engine, screen: Screen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = session_of(engine, screen, max_new_tokens=50)
+    runner = CpuRunner.from_checkpoint(engine.source, "auto", None, 1, 0)
+    session = session_of(Engine(runner, engine.tokenizer, engine.source), screen, max_new_tokens=50)
     steps = iter(range(1000))
-    step = engine._runner.step
+    step = runner.step
 
     def interrupted_step(*arguments: Any) -> Any:
         if next(steps) == 5:
             signal.raise_signal(signal.SIGINT)
         return step(*arguments)
 
-    monkeypatch.setattr(engine._runner, "step", interrupted_step)
+    monkeypatch.setattr(runner, "step", interrupted_step)
     keyboard.send_text("é" + ENTER + "copy" + ENTER + "/quit" + ENTER)
     repl.converse(session)
     monkeypatch.undo()
     shown = screen.take()
     assert re.search(r"6 tokens, \d+ tokens/s, stopped", shown)
     assert re.search(r"50 tokens, \d+ tokens/s, cut at max_new_tokens", shown)
-    assert engine._runner.open_sequences == 0
+    assert session.engine.open_requests == 0
     assert [record["instruction"] for record in session._records] == ["copy"]
 
 

@@ -14,15 +14,17 @@ from typing import Any
 import pytest
 import torch
 from support.emulator import counters, emulated_cuda, seeded
+from support.traffic import matrix_bytes, traffic
 from torch import Tensor
 
 from hrmcore.config import HRMConfig
 from hrmcore.engine.cpu_runner import CpuRunner
-from hrmcore.engine.cuda_decode import CudaStep, Form, traffic
+from hrmcore.engine.cuda_decode import CudaStep, Form
 from hrmcore.engine.cuda_runner import CudaRunner
 from hrmcore.engine.engine import load
-from hrmcore.engine.mma_layout import in_fragments, matrix_bytes, paired, quantised
-from hrmcore.engine.torch_runner import BLOCK, TorchRunner
+from hrmcore.engine.mma_layout import in_fragments, paired, quantised
+from hrmcore.engine.runner import PAGE
+from hrmcore.engine.torch_runner import TorchRunner
 from hrmcore.model import HRM
 
 TOLERANCE = 2e-2  # in norm: activations meet the tensor cores as bfloat16; measured 2e-3 to 3e-3
@@ -76,13 +78,11 @@ class Requests:
         torch.manual_seed(1)
         self.prompts = [torch.randint(0, model.config.vocab_size, (n,)).tolist() for n in lengths]
         prefixes = [n // 2 for n in lengths]
-        filler = TorchRunner(model)
-        handles, _ = filler.open(self.prompts, prefixes)
-        for handle in handles:
-            filler._pool.reserve(filler._sequences[handle], 7 * BLOCK)
-        blocks = [filler._sequences[handle].blocks for handle in handles]
-        self.tables = torch.tensor(blocks, dtype=torch.int32)
-        self.kv = filler._pool.kv.bfloat16()
+        prefill = TorchRunner(model)
+        handles, _ = prefill.open(self.prompts, prefixes)
+        prefill.reserve(handles, 6 * PAGE)
+        self.tables = prefill.page_tables(handles)
+        self.kv = prefill.kv.bfloat16()
         model.save_pretrained(folder, allow_xpos=True)
         self.engine = CpuRunner.from_checkpoint(folder, dtype, "bfloat16", 1, 0)
         self.handles, self.logits = self.engine.open(self.prompts, prefixes)
@@ -105,7 +105,7 @@ def test_the_step_equals_the_cpu_engine(shape: str, tmp_path: Path) -> None:
     model = random_model(**SHAPES[shape])
     requests = Requests(model, [63, 200, 1], tmp_path)
     step = CudaStep(model, form="graph", blocks=3)
-    for tokens in ([3, 1, 4], [1, 5, 9]):  # the first request crosses into its second block of the cache
+    for tokens in ([3, 1, 4], [1, 5, 9]):  # the first request crosses into its second page of the cache
         ours, theirs = requests.advance(step, tokens)
         assert error(ours, theirs) < TOLERANCE
 
@@ -129,7 +129,7 @@ def test_quantised_weights_are_those_of_the_cpu_engine(dtype: str, tmp_path: Pat
     assert error(ours, theirs) < TOLERANCE
 
 
-def test_both_forms_every_schedule_grid_and_company_give_the_same_bits(tmp_path: Path) -> None:
+def test_the_bits_are_the_same_in_both_forms_and_for_every_schedule_grid_and_batch(tmp_path: Path) -> None:
     model = random_model(num_layers_per_stack=1, H_cycles=1, L_cycles=2)
     requests = Requests(model, [300, 64, 127, 1, 63, 20, 128, 5], tmp_path)
     tokens = torch.arange(8, dtype=torch.int32)
@@ -174,13 +174,13 @@ def test_the_graph_form_is_captured_once_a_shape_and_replayed(tmp_path: Path, mo
     monkeypatch.setattr(torch.cuda, "graph", capture)
     plain, captured, kv = CudaStep(model, "graph", 2), CudaStep(model, "graph", 2), requests.kv.clone()
     with emulated_cuda():
-        for turn in range(3):  # the first request crosses into its second block of the cache
+        for turn in range(3):  # the first request crosses into its second page of the cache
             tokens, positions = torch.tensor([turn, 7 - turn], dtype=torch.int32), requests.positions + turn
             tables = requests.tables[:, : 2 + turn].contiguous()
             expected = plain(tokens, positions, tables, requests.kv)
             assert torch.equal(captured._replayed(tokens, positions, tables, kv), expected)
             assert torch.equal(kv.view(torch.int16), requests.kv.view(torch.int16))
-        assert len(graphs) == 2  # tables of 2, and of up to 4 blocks
+        assert len(graphs) == 2  # tables of 2, and of up to 4 pages
         captured._replayed(tokens[:1], positions[:1], tables[:1].contiguous(), kv)
         captured._replayed(tokens, positions, tables, kv.clone())
     assert len(graphs) == 4
@@ -204,7 +204,7 @@ def test_a_token_is_one_launch_and_five_barriers_a_layer(tmp_path: Path) -> None
     [("bfloat16", {"attention_window": 128}), ("int8", {"position_encoding": "xpos"}), ("int4", {})],
 )
 def test_the_bytes_read_are_those_of_the_plan(dtype: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    """What blocks ask for, and what of it nobody has asked for before in its phase."""
+    """All that the thread blocks read, and what of it no other block has read before in its phase."""
     model = random_model(num_layers_per_stack=2, H_cycles=1, L_cycles=1, **changes)
     requests = Requests(model, [400, 5], tmp_path)
     counters()
@@ -300,20 +300,21 @@ def test_wrong_operands_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_engine_on_cuda_prefills_in_torch_and_decodes_in_the_step(tmp_path: Path) -> None:
-    """Ten sequences, so two steps; one more token for each than the CPU engine has seen."""
+    """Ten sequences, which take two steps of at most eight; then one of them alone."""
     model = random_model(num_layers_per_stack=1)
     model.save_pretrained(tmp_path)
     prompts, prefixes = [list(range(1, 3 + i)) for i in range(10)], [1 + i for i in range(10)]
     cpu = CpuRunner.from_checkpoint(tmp_path, "bfloat16", None, 1, 0)
-    handles, _ = cpu.open(prompts, prefixes)
-    theirs = torch.from_numpy(cpu.step(handles, range(10)))
+    cpu_handles, _ = cpu.open(prompts, prefixes)
+    theirs = torch.from_numpy(cpu.step(cpu_handles, range(10)))
     runner = CudaRunner(model, blocks=3)
     handles, _ = runner.open(prompts, prefixes)
     with emulated_cuda():
         ours = torch.from_numpy(runner.step(handles, range(10)))
         assert error(ours, theirs) < TOLERANCE
-        one = runner.step(handles[9:], [4])
-        assert one.shape == (1, model.config.vocab_size)
+        one = torch.from_numpy(runner.step(handles[9:], [4]))
+    assert error(one, torch.from_numpy(cpu.step(cpu_handles[9:], [4]))) < TOLERANCE
+    assert runner.dtype == "bfloat16"
     for handle in handles:
         runner.close(handle)
     assert runner.open_sequences == 0

@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-import hrmcore.engine
+import hrmcore.engine.engine
 from hrmcore import _C
 from hrmcore.config import HRMConfig
+from hrmcore.engine.cpu_runner import CpuRunner
 from hrmcore.engine.engine import Engine, load
-from hrmcore.engine.runner import Rows
+from hrmcore.engine.runner import PAGE, Rows
 from hrmcore.engine.streams import StopFilter
-from hrmcore.engine.torch_runner import BLOCK, TorchRunner
+from hrmcore.engine.torch_runner import TorchRunner
 from hrmcore.model import HRM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,9 +73,9 @@ def test_cached_decode_is_the_full_forward_token_by_token(H_cycles: int, L_cycle
         assert difference(row, full[position]) <= 1e-5
 
 
-@pytest.mark.parametrize("length", [BLOCK - 2, BLOCK, 2 * BLOCK + 1])
-def test_cached_decode_crosses_blocks(length: int) -> None:
-    hrm, ids = model(max_position_embeddings=512), random_ids(length + 2 * BLOCK)
+@pytest.mark.parametrize("length", [PAGE - 2, PAGE, 2 * PAGE + 1])
+def test_cached_decode_crosses_pages(length: int) -> None:
+    hrm, ids = model(max_position_embeddings=512), random_ids(length + 2 * PAGE)
     full = hrm(torch.tensor([ids]), length)[0].detach()
     runner = TorchRunner(hrm)
     (handle,), _ = runner.open([ids[:length]], [length])
@@ -109,7 +110,7 @@ def test_sequences_that_join_and_leave_change_no_other() -> None:
     join(2)
     step(2, 0, 1)  # in any order
     runner.close(handles[1])
-    join(3)  # takes the blocks that 1 left
+    join(3)  # takes the pages that 1 left
     while at[0] < 90 and at[2] < 70:
         step(0, 2, 3)
     runner.close(handles[2])
@@ -120,11 +121,11 @@ def test_sequences_that_join_and_leave_change_no_other() -> None:
 def test_a_causal_model_ignores_the_prefix() -> None:
     hrm, ids = model(prefix_lm=False), random_ids(12)
     expected = hrm(torch.tensor([ids]), 0)[0].detach()
-    engine = Engine(TorchRunner(hrm), None, Path("nowhere"))
-    assert difference(engine.logits(ids), expected) <= 1e-6
-    (handle,), first = engine._runner.open([ids[:8]], [8])
+    runner = TorchRunner(hrm)
+    assert difference(Engine(runner, None, Path("nowhere")).logits(ids), expected) <= 1e-6
+    (handle,), first = runner.open([ids[:8]], [8])
     assert difference(first[0], expected[7]) <= 1e-5
-    assert difference(engine._runner.step([handle], [ids[8]])[0], expected[8]) <= 1e-5
+    assert difference(runner.step([handle], [ids[8]])[0], expected[8]) <= 1e-5
 
 
 def test_an_interrupted_step_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +139,7 @@ def test_an_interrupted_step_changes_nothing(monkeypatch: pytest.MonkeyPatch) ->
             runner.step([handle], [1])
         with pytest.raises(KeyboardInterrupt):
             runner.open([ids], [3])
-    assert list(runner._sequences) == [handle]
+    assert runner.open_sequences == 1
     for position in (10, 11):
         assert difference(runner.step([handle], [ids[position]])[0], expected[position]) <= 1e-5
 
@@ -190,15 +191,15 @@ def test_closing_releases_the_sequence() -> None:
     engine = untexted()
     running = engine.tokens(random_ids(5))
     next(running)
-    assert engine._runner.open_sequences == 1
+    assert engine.open_requests == 1
     running.close()
-    assert engine._runner.open_sequences == 0
+    assert engine.open_requests == 0
     assert list(running) == []
     abandoned = engine.tokens(random_ids(5))
     next(abandoned)
     del abandoned
     gc.collect()
-    assert engine._runner.open_sequences == 0
+    assert engine.open_requests == 0
 
 
 # --- text --------------------------------------------------------------------------------------------------------
@@ -213,23 +214,23 @@ def test_a_batch_answers_as_each_prompt_alone(engine: Engine, options: dict[str,
     assert engine.generate(list(reversed(PROMPTS)), max_new_tokens=24, **options) == alone[::-1]
     assert len(set(alone)) == len(PROMPTS) - 1
     assert engine.generate([]) == []
-    assert engine._runner.open_sequences == 0
+    assert engine.open_requests == 0
 
 
 class Watched:
     """A runner that notes how many sequences it held, and how many tokens it was given at once."""
 
     def __init__(self, runner: Any) -> None:
-        self._runner = runner
+        self._watched = runner
         self.held = 0
         self.prefill = 0
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._runner, name)
+        return getattr(self._watched, name)
 
     def open(self, prompts: Sequence[Sequence[int]], *rest: Any) -> tuple[list[int], Rows]:
-        opened = self._runner.open(prompts, *rest)
-        self.held = max(self.held, self._runner.open_sequences)
+        opened = self._watched.open(prompts, *rest)
+        self.held = max(self.held, self._watched.open_sequences)
         self.prefill = max(self.prefill, sum(map(len, prompts)))
         return opened
 
@@ -244,9 +245,9 @@ def test_long_queues_wait_for_room(
     stops = {"stop": ["a"]}  # answers of unequal length
     alone = [engine.generate(prompt, max_new_tokens=20, **stops) for prompt in PROMPTS]
     assert len({len(answer) for answer in alone}) > 2
-    watched = Watched(engine._runner)
+    watched = Watched(CpuRunner.from_checkpoint(engine.source, "auto", None, 1, 0))
     assert watched.cache_bytes_per_token == 3072
-    monkeypatch.setattr(hrmcore.engine, limit, value)
+    monkeypatch.setattr(hrmcore.engine.engine, limit, value)
     queued = Engine(watched, engine.tokenizer, engine.source)
     assert queued.generate(PROMPTS, max_new_tokens=20, **stops) == alone
     assert 1 <= watched.held <= most_held
@@ -332,9 +333,9 @@ def changed(checkpoint: Path, folder: Path, **config: Any) -> None:
 def test_closing_an_answer_cancels_it(engine: Engine) -> None:
     answer = engine.stream("what is 3 plus 4?", stop="\x00\x00")
     next(answer)
-    assert engine._runner.open_sequences == 1
+    assert engine.open_requests == 1
     answer.close()
-    assert engine._runner.open_sequences == 0
+    assert engine.open_requests == 0
     assert list(answer) == []
     assert answer.finish == "closed"
     unused = engine.stream("é")
@@ -363,9 +364,12 @@ def test_bfloat16_is_close_to_float32_and_not_it(checkpoint: Path, engine: Engin
     half = load(checkpoint, dtype="bfloat16")
     ids = engine.tokenizer.prompt(PROMPTS[3])
     assert 1e-3 < difference(half.logits(ids), engine.logits(ids)) < 3e-2
-    (handle,), first = half._runner.open([ids[:-1]], [5])
-    assert difference(half._runner.step([handle], ids[-1:])[0], engine.logits(ids, 5)[-1]) < 3e-2
-    assert half._runner.cache_bytes_per_token * 2 == engine._runner.cache_bytes_per_token
+    whole_runner, half_runner = (
+        CpuRunner.from_checkpoint(checkpoint, dtype, None, None, 0) for dtype in ("float32", "bfloat16")
+    )
+    (handle,), first = half_runner.open([ids[:-1]], [5])
+    assert difference(half_runner.step([handle], ids[-1:])[0], engine.logits(ids, 5)[-1]) < 3e-2
+    assert half_runner.cache_bytes_per_token * 2 == whole_runner.cache_bytes_per_token
     assert first.dtype == np.float32
 
 
@@ -413,7 +417,7 @@ def test_wrong_loading_options_are_named(checkpoint: Path, options: dict[str, An
 def test_a_missing_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load(tmp_path / "nowhere")
-    monkeypatch.setattr(hrmcore.engine, "EMBEDDED_MODEL", tmp_path)
+    monkeypatch.setattr(hrmcore.engine.engine, "EMBEDDED_MODEL", tmp_path)
     with pytest.raises(FileNotFoundError, match="no embedded model: give the path"):
         load()
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hrmcore import _C
 from hrmcore.config import HRMConfig
+from hrmcore.engine.mma_layout import INT4_DIVISORS
 from hrmcore.model import HRM
 from hrmcore.ops.rope import rope_table
 
@@ -146,10 +147,9 @@ def int8_scales(matrix: Tensor) -> Tensor:
 
 def int4_candidates(matrix: Tensor) -> Tensor:
     """(R, groups, 12): the scales among which a group's is chosen."""
-    divisors = torch.tensor([-8.5, -8, -7.75, -7.5, -7.25, -7, -6.75, -6.5, -6, 7.25, 6.75, 6.25])
     groups = groups_of(matrix)
     extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    return (extreme / divisors).bfloat16().float()
+    return (extreme / torch.tensor(INT4_DIVISORS)).bfloat16().float()
 
 
 def int4_scales(matrix: Tensor, packed: Tensor) -> Tensor:
@@ -401,7 +401,7 @@ VARIANTS = [("float32", "float32"), ("bfloat16", "bfloat16"), ("int8", "int8"), 
 
 
 @pytest.mark.parametrize(("dtype", "kv_dtype"), VARIANTS)
-def test_bits_do_not_depend_on_company_chunks_or_threads(dtype: str, kv_dtype: str, isa: str) -> None:
+def test_bits_do_not_depend_on_the_batch_chunks_or_threads(dtype: str, kv_dtype: str, isa: str) -> None:
     model = make_model("d32")
     prompts = [(some_ids(model.config, n, seed=n), prefix) for n, prefix in [(40, 11), (70, 65), (3, 0), (96, 96)]]
     alone = []
@@ -442,7 +442,7 @@ def test_bits_do_not_depend_on_company_chunks_or_threads(dtype: str, kv_dtype: s
                 del open_requests[request]
 
 
-def test_memory_stays_flat_and_blocks_come_back() -> None:
+def test_memory_stays_flat_and_pages_come_back() -> None:
     model = make_model("tiny")
     engine = make_engine(model, "int8", threads=2)
     ids = some_ids(model.config, 130)

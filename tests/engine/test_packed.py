@@ -51,7 +51,7 @@ def int8(checkpoint: Path, tmp_path: Path) -> Path:
 
 def test_float32_is_the_torch_runner(checkpoint: Path, engine: Engine) -> None:
     reference = Engine(TorchRunner(load_model(checkpoint)), engine.tokenizer, checkpoint)
-    assert engine.parameters == reference.parameters
+    assert (engine.parameters, engine.dtype) == (reference.parameters, reference.dtype)
     for prompt in PROMPTS:
         ids = engine.tokenizer.prompt(prompt)
         for prefix in (None, 0, 3):
@@ -73,9 +73,7 @@ def test_auto_is_what_the_checkpoint_holds(checkpoint: Path, tmp_path: Path) -> 
     for dtype in (torch.float32, torch.bfloat16):
         folder = tmp_path / str(dtype)
         save_model(load_model(checkpoint), folder, dtype)
-        runner = load(folder)._runner
-        assert isinstance(runner, CpuRunner)
-        assert f"torch.{runner.dtype}" == str(dtype)
+        assert f"torch.{load(folder).dtype}" == str(dtype)
 
 
 def test_a_packed_file_gives_the_same_bits(checkpoint: Path, packed: Path) -> None:
@@ -88,9 +86,8 @@ def test_a_packed_file_gives_the_same_bits(checkpoint: Path, packed: Path) -> No
 
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
 def test_a_batch_of_sixteen_cancelled_at_random_gives_no_wrong_token(packed: Path, kv_dtype: str | None) -> None:
-    engine = load(packed, kv_dtype=kv_dtype)
-    runner, chance = engine._runner, random.Random(0)
-    assert isinstance(runner, CpuRunner)
+    runner, chance = CpuRunner.from_checkpoint(packed, "auto", kv_dtype, None, 0), random.Random(0)
+    engine = Engine(runner, None, packed)
     prompts = [[chance.randrange(engine.config.vocab_size) for _ in range(chance.randint(1, 70))] for _ in range(24)]
     alone = [list(engine.tokens(ids, max_new_tokens=12, ignore_eos=True)) for ids in prompts]
     running: dict[int, tuple[int, list[int]]] = {}
@@ -291,7 +288,7 @@ def test_a_file_that_is_replaced_or_removed_stays_readable(int8: Path) -> None:
 def test_the_command_converts(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["convert", str(checkpoint), str(tmp_path / "out"), "--dtype", "int4"]) == 0
     assert "weights.hrmpack" in capsys.readouterr().out
-    assert load(tmp_path / "out")._runner.dtype == "int4"
+    assert load(tmp_path / "out").dtype == "int4"
 
 
 def test_wrong_conversions_are_named(checkpoint: Path, int8: Path, tmp_path: Path) -> None:

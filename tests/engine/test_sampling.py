@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from support.sampler_reference import SamplerRef, Scores, keep_min_p, keep_top_k, keep_top_p, penalize
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -18,17 +19,7 @@ from transformers.generation.logits_process import (
 )
 
 from hrmcore import _C
-from hrmcore.engine.sampling import (
-    Sampler,
-    SamplerRef,
-    Sampling,
-    Scores,
-    keep_min_p,
-    keep_top_k,
-    keep_top_p,
-    penalize,
-    sample,
-)
+from hrmcore.engine.sampling import Sampler, Sampling, sample
 
 
 def pick(sampler: Sampler, logits: NDArray[np.floating]) -> int:

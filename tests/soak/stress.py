@@ -30,14 +30,14 @@ CALLERS = 2
 BATCH = 16
 
 
-def make_engine(dtype: str, kv_dtype: str, threads: int) -> Engine:
+def make_runner(dtype: str, kv_dtype: str, threads: int) -> CpuRunner:
     """A model of random weights."""
     runner = CpuRunner(CONFIG, dtype, kv_dtype, threads, cache_bytes=0)
     runner.core.allocate_weights()
     chance = np.random.default_rng(0)
     for key in key_table(CONFIG):
         runner.core.set_weight(key.name, chance.normal(scale=0.2, size=key.shape).astype(np.float32))
-    return Engine(runner, None, Path("nowhere"))
+    return runner
 
 
 def make_requests(count: int) -> list[dict]:
@@ -70,10 +70,11 @@ def make_requests(count: int) -> list[dict]:
 class Stress:
     """One engine under several callers."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, runner: CpuRunner) -> None:
+        self.runner = runner
+        self.engine = Engine(runner, None, Path("nowhere"))
         self.requests = make_requests(48)
-        self.alone = [list(engine.tokens(**request)) for request in self.requests]
+        self.alone = [list(self.engine.tokens(**request)) for request in self.requests]
         self.tokens = self.cancelled = 0
         self.failures: list[BaseException] = []
 
@@ -89,8 +90,8 @@ class Stress:
             thread.join()
         if self.failures:
             raise self.failures[0]
-        core = self.engine._runner.core
-        assert (core.open_requests, core.cache_pages_used) == (0, 0), "something was not released"
+        held = (self.engine.open_requests, self.runner.core.cache_pages_used)
+        assert held == (0, 0), "something was not released"
 
     def _call(self, batches: int, chance: random.Random) -> None:
         try:
@@ -136,7 +137,7 @@ def resident_kib() -> int:
 
 def main() -> None:
     batches, threads = map(int, sys.argv[1:])
-    stresses = [Stress(make_engine(dtype, dtype, threads)) for dtype in ("float32", "int8")]
+    stresses = [Stress(make_runner(dtype, dtype, threads)) for dtype in ("float32", "int8")]
     grown = 0
     for seed in (1, 100):
         before = resident_kib()
