@@ -26,7 +26,7 @@ from hrmcore import _C, machine
 from hrmcore.checkpoint import training_state
 from hrmcore.checkpoint.training_state import find_newest, find_states, load_state
 from hrmcore.data.packing import BatchStream
-from hrmcore.train import trainer as train_module
+from hrmcore.train import resume
 from hrmcore.train.run_file import TrainConfig, read_config
 from hrmcore.train.trainer import Trainer
 
@@ -99,7 +99,7 @@ def mutate(name: str) -> None:
                 if ".ema." in key:
                     tensor.zero_()
 
-        train_module.restore = forgetful  # type: ignore[assignment]
+        resume.restore = forgetful  # type: ignore[assignment]
     else:
         raise ValueError(f"no mutation {name!r}")
 

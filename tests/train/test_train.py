@@ -29,6 +29,7 @@ from hrmcore.optim import Sophia
 from hrmcore.tokenizer import train_tokenizer
 from hrmcore.train import curvature
 from hrmcore.train.run_file import OPTIMIZERS, TrainConfig, ema_decay, explain, horizon, learning_rate, read_config
+from hrmcore.train.throughput import visible_pairs
 from hrmcore.train.trainer import Trainer
 
 WORDS = ["alpha", "beta", "gamma", "delta", "omega", "sigma", "kappa", "theta"]
@@ -570,7 +571,7 @@ def test_the_pairs_that_attention_sees_are_counted(trainer: Trainer) -> None:
         for query in range(int(stop - start)):
             seen += sum(key < max(int(prefix), query + 1) for key in range(int(stop - start)))
     fill = int(batch.offsets[-1] - batch.offsets[len(batch.records)])
-    assert trainer._visible_pairs(batch) == seen - fill * (fill + 1) // 2
+    assert visible_pairs(batch, prefix_lm=True) == seen - fill * (fill + 1) // 2
 
 
 def test_sophia_g_takes_b_times_the_squared_mean_gradient_whatever_the_batches(trainer: Trainer) -> None:
