@@ -9,7 +9,6 @@ temporary name, flushed to the disk and renamed, so a name stands for a whole fi
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -37,14 +36,13 @@ from hrmcore.checkpoint.sharded_state import (
     shapes_of_parts,
     verify_parts,
 )
-from hrmcore.durable import flush
+from hrmcore.durable import replacing, sha256_of
 
 FORMAT = "hrmcore-training-state"
 VERSION = "1"
 STATES = "states"
 
-_BLOCK = 1 << 22  # bytes read at a time
-_TEMPORARY = ".writing.tmp"
+_TEMPORARY = ".writing.tmp"  # one name for all steps: what a killed process leaves, the next state overwrites
 
 
 def save_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -58,14 +56,11 @@ def save_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappin
         if not bool(torch.isfinite(tensor).all()):
             raise FloatingPointError(f"{path}: not written, because {name} is not finite")
     shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in sorted(tensors.items())}
-    temporary = path.with_name(_TEMPORARY)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(temporary, shapes, tensors.__getitem__, completed(metadata))
-        os.replace(temporary, path)
-        flush(path.parent)
+        with replacing(path, temporary=_TEMPORARY) as [temporary]:
+            write_tensors(temporary, shapes, tensors.__getitem__, completed(metadata))
     except OSError as error:
-        _remove(temporary)
         raise OSError(
             f"{path}: the training state cannot be written ({error.strerror or error}); the states before it are intact"
         ) from None
@@ -96,12 +91,7 @@ def verify(path: Path) -> tuple[list[str], dict[str, str]]:
         metadata = verify_parts(path)
         return list(shapes_of_parts(path)), metadata
     start, entries, metadata = _read_header(path)
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        file.seek(start)
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    if digest.hexdigest() != metadata["sha256"]:
+    if sha256_of(path, start) != metadata["sha256"]:
         raise ValueError(f"{path}: damaged, the tensors' checksum is not the one that was written")
     return list(entries), metadata
 
@@ -298,8 +288,3 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any], dict[str, str]]:
     if _header_digest(entries, metadata) != metadata.get("header_sha256"):
         raise ValueError(f"{path}: damaged, the header's checksum is not the one that was written")
     return 8 + length, entries, metadata
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):  # the error that led here is the one to report
-        path.unlink(missing_ok=True)

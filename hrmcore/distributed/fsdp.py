@@ -20,8 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from hrmcore.data.packing import BatchStream, PackedBatch, pack
 from hrmcore.data.records import Corpus
-from hrmcore.distributed.world import World, local
+from hrmcore.distributed.world import World
 from hrmcore.model import HRM, Block
+from hrmcore.optim import local
 
 
 def shard(model: HRM, world: World, precision: str) -> None:

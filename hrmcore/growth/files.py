@@ -23,7 +23,7 @@ from hrmcore.checkpoint.training_state import completed, find_states, is_state, 
 from hrmcore.config import HRMConfig
 from hrmcore.durable import new_folder
 from hrmcore.growth.operators import GROWTH_KEY, Growth, state_metadata
-from hrmcore.tokenizer import TOKENIZER_FILES
+from hrmcore.tokenizer import tokenizer_files
 
 OPTIMIZERS = ("adamw", "adamatan2", "sophia-g", "sophia-h")
 
@@ -65,9 +65,8 @@ def _grow_checkpoint(folder: Path, out: Path, sizes: Mapping[str, int], options:
         return growth.tensor(name, None if source is None else tensors[source]).to(types[released])
 
     with new_folder(out) as temporary:
-        for name in TOKENIZER_FILES:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, temporary / name)
+        for file in tokenizer_files(folder):
+            shutil.copyfile(file, temporary / file.name)
         shapes = {name: (types[name], key.shape) for name, key in keys.items()}
         write_tensors(temporary / WEIGHTS_FILE, shapes, grown, lambda *_: {"format": "pt"})
         config = json.dumps(released_config(growth.after, types["lm_head.weight"]), indent=2) + "\n"

@@ -17,7 +17,7 @@ from hrmcore.checkpoint.training_state import is_state, read_metadata
 from hrmcore.config import HRMConfig
 from hrmcore.data.store import MANIFEST, TOKENIZER
 from hrmcore.growth.stages import GrowStage, growths_of, read_stages
-from hrmcore.tokenizer import TOKENIZER_FILES, Tokenizer
+from hrmcore.tokenizer import Tokenizer, tokenizer_files
 from hrmcore.train.metrics import SINKS
 
 if sys.version_info >= (3, 11):
@@ -216,7 +216,7 @@ def _found_tokenizer(values: Mapping[str, Any]) -> str | None:
     """The tokenizer that `init_from` brings, else the one of the store."""
     if (source := values.get("init_from")) and not is_state(source):
         folder = resolve(source)
-        if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        if tokenizer_files(folder):
             return str(folder)
     for file in values.get("train_files", ()):
         if (Path(file) / MANIFEST).is_file():

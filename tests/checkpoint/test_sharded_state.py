@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from hrmcore.checkpoint import sharded_state
 from hrmcore.checkpoint.sharded_state import read_parts, save_parts, verify_parts
 from hrmcore.checkpoint.training_state import find_newest, find_states, load_state, remove_old, state_path
 
@@ -87,7 +86,7 @@ def test_a_disk_that_fails_late_names_no_state(tmp_path: Path, monkeypatch: pyte
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     save(tmp_path, 1)
-    monkeypatch.setattr(sharded_state.os, call, fail)
+    monkeypatch.setattr(os, call, fail)
     with pytest.raises(OSError, match="No space left on device"):
         save(tmp_path, 2)
     monkeypatch.undo()

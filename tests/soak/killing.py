@@ -61,7 +61,7 @@ def train(config: TrainConfig, last: tuple[str, int] | None = None) -> Callable[
                     os.kill(os.getpid(), signal.SIGKILL)
                 return plain(*args)
 
-            setattr(training_state.os, name, killing)
+            setattr(os, name, killing)
         Trainer(config).run()
 
     return work
