@@ -1,6 +1,6 @@
-"""Training states that every rank writes its part of, with torch.distributed.checkpoint.
+"""Training states that every rank writes its shard of, with torch.distributed.checkpoint.
 
-A state is a folder: safetensors files, of every rank its parts of the tensors and where in them they belong, and
+A state is a folder: safetensors files, one a rank, with its shards of the tensors and where in them they belong, and
 state.json, written last, with the trainer's metadata, the sha256 of each file, and `sha256`, of all the rest of
 state.json. The folder is written under a temporary name, flushed and renamed, so a name stands for a whole state.
 torch's own format for this is a pickle, whose loading runs what it holds; its safetensors storage is none.
@@ -39,10 +39,10 @@ _TEMPORARY = ".writing"
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-def save_parts(
+def save_shards(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], group: dist.ProcessGroup | None = None
 ) -> None:
-    """Write a state, each rank of `group` its parts: whole and under its final name when this returns, or not at all.
+    """Write a state, each rank of `group` its shards: whole and under its final name when this returns, or not at all.
 
     Raises, on every rank, FloatingPointError with nothing written when a tensor is not finite; OSError, with what was
     there before intact, when one of them cannot write; ConnectionError when another rank has ended.
@@ -58,7 +58,7 @@ def save_parts(
         raise lost_rank(f"{path}: not written", error) from None
 
 
-def verify_parts(path: Path) -> dict[str, str]:
+def verify_shards(path: Path) -> dict[str, str]:
     """Read every file of a state and compare its checksum; returns the metadata. Raises ValueError."""
     manifest = _read_manifest(path)
     found = sorted(file.name for file in path.iterdir() if file.name != MANIFEST)
@@ -71,20 +71,20 @@ def verify_parts(path: Path) -> dict[str, str]:
     return metadata
 
 
-def read_parts_metadata(path: Path) -> dict[str, str]:
+def read_shards_metadata(path: Path) -> dict[str, str]:
     """A state's metadata, its checksum verified. Raises ValueError."""
     metadata: dict[str, str] = _read_manifest(path)["metadata"]
     return metadata
 
 
-def shapes_of_parts(path: Path) -> dict[str, tuple[int, ...]]:
+def shapes_of_shards(path: Path) -> dict[str, tuple[int, ...]]:
     """The shape of every whole tensor of a state."""
     entries = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     return {name: tuple(entry.size) for name, entry in entries.items()}  # type: ignore[union-attr]
 
 
 @torch.no_grad()
-def read_parts(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def read_shards(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Fill the tensors with what a state holds under their names, as far as this rank holds them.
 
     Any number of ranks reads what any other number wrote. All ranks must call this when tensors are sharded.
@@ -93,7 +93,7 @@ def read_parts(path: Path, tensors: Mapping[str, Tensor]) -> None:
     load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=alone)
 
 
-def remove_parts(path: Path) -> None:
+def remove_shards(path: Path) -> None:
     """Remove a state. One that is half removed has lost its name."""
     doomed = path.with_name(".removing")
     shutil.rmtree(doomed, ignore_errors=True)

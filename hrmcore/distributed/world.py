@@ -39,7 +39,7 @@ class World:
         self.rank = dist.get_rank() if self.ranks > 1 else 0
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is rank 0, which alone writes: metrics, states, the checkpoint."""
         return self.rank == 0
 
@@ -74,15 +74,15 @@ class World:
         self._reduce([parameter.grad for parameter in held if parameter.grad is not None])
 
     @contextlib.contextmanager
-    def leader_first(self) -> Iterator[None]:
+    def main_first(self) -> Iterator[None]:
         """Rank 0 runs this context to its end, then the others do."""
-        if not self.leads:
+        if not self.is_main:
             self.sum(0)
         yield
-        if self.leads:
+        if self.is_main:
             self.sum(0)
 
-    def agree(self, text: str) -> None:
+    def assert_same_on_all_ranks(self, text: str) -> None:
         """Raise ValueError on every rank when their texts or their kernels differ: their weights would drift apart."""
         if self.ranks == 1:
             return

@@ -51,7 +51,7 @@ class Trainer:
         self._held.callback(self.world.close)
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            if self.world.leads:
+            if self.world.is_main:
                 self._held.enter_context(lock(self.out))
             self._prepare()
         except BaseException:
@@ -72,16 +72,16 @@ class Trainer:
         self._throughput = Throughput(self.world, config.precision)
         self._begin_at(Progress(step=0, tokens=0, skipped=0, typical_loss=None, position=(0, 0)))
         self._saved = -1  # the step of the newest state
-        parts = config.parallel == "sharded"
-        group = self.world.group() if parts else None
-        self._writer = StateWriter(self.out, config.keep, config.keep_every, parts, group)
-        with self.world.leader_first():  # it compares checksums and sets damaged states aside
-            newest = find_newest(self.out, self._say, contents=self.world.leads)
+        sharded = config.parallel == "sharded"  # of one process, too: the state is a folder with one shard
+        group = self.world.group() if sharded else None
+        self._writer = StateWriter(self.out, config.keep, config.keep_every, sharded, group)
+        with self.world.main_first():  # it compares checksums and sets damaged states aside
+            newest = find_newest(self.out, self._say, contents=self.world.is_main)
         if newest:
             self._resume(*newest)
-        self.world.agree(repr(config) + json.dumps(self._metadata()))
+        self.world.assert_same_on_all_ranks(repr(config) + json.dumps(self._metadata()))
         self._metrics: Metrics | None = None
-        if self.world.leads:
+        if self.world.is_main:
             self._metrics = Metrics(self.out, self.step, config.log, dataclasses.asdict(config))
             self._held.callback(self._metrics.close)
 
@@ -92,9 +92,9 @@ class Trainer:
         if config.objective == "all":
             self.corpus = self.corpus.with_loss_on_all()
         self._fingerprint = resume.fingerprint_of(config, self.corpus, checksum)
-        self.heldout: Corpus | None = None
+        self.validation: Corpus | None = None
         if config.heldout_files:
-            self.heldout, _ = load_corpus(config.heldout_files, self.tokenizer, context, self._say)
+            self.validation, _ = load_corpus(config.heldout_files, self.tokenizer, context, self._say)
 
     def _begin_at(self, progress: Progress) -> None:
         """Stand where a run stood; the stream of batches goes on from there."""
@@ -120,12 +120,12 @@ class Trainer:
 
     def _train(self, asked: threading.Event) -> None:
         config = self.config
-        leads = self.world.leads
-        with tqdm(total=config.steps, initial=self.step, unit="step", disable=None if leads else True) as bar:
+        is_main = self.world.is_main
+        with tqdm(total=config.steps, initial=self.step, unit="step", disable=None if is_main else True) as bar:
             while self.step < config.steps and not self.world.sum(asked.is_set()):
                 metrics = self._train_step()
                 due = self.step % config.eval_every == 0 or self.step == config.steps
-                if due and (leads or self._sharded):
+                if due and (is_main or self._sharded):
                     metrics |= self.evaluate()
                 if self._metrics is not None:
                     self._metrics.record(metrics)
@@ -147,20 +147,20 @@ class Trainer:
         folder, tokenizer, half = self.out / "checkpoint", self.config.tokenizer, torch.bfloat16
         with self._averaged():
             model = fsdp.gathered(self.model, self.world, half) if self._sharded else self.model
-            if self.world.leads and model is not None:
+            if self.world.is_main and model is not None:
                 # The run file asked for xPos, if this is xPos; the checkpoint says so, and hrmcore loads it.
                 save_model(model, folder, dtype=half, tokenizer_folder=tokenizer, allow_xpos=True)
         self._say(f"{folder}: the model, for hrmcore generate, eval, inspect and grow")
 
     def evaluate(self) -> dict[str, float]:
         """Held-out loss and share of right answers, of the averaged weights; empty without held-out records."""
-        if self.heldout is None:
+        if self.validation is None:
             return {}
         checked, batch_tokens = self.config.check_records, self.config.batch_tokens
         with self._precision(), self._averaged():
-            found = {"heldout_loss": validation.mean_loss(self.model, self.heldout, batch_tokens)}
+            found = {"heldout_loss": validation.mean_loss(self.model, self.validation, batch_tokens)}
             if checked:
-                right = validation.exact_matches(self.model, self.heldout, checked, batch_tokens)
+                right = validation.exact_matches(self.model, self.validation, checked, batch_tokens)
                 found["heldout_exact"] = right
         return found
 
@@ -262,7 +262,7 @@ class Trainer:
             if records := share(lengths, batch.records, rank, ranks):
                 shares.append(pack(self.corpus, records, BatchStream.MULTIPLE))
             elif self._sharded:
-                shares.append(fsdp.filler(self.corpus, batch))
+                shares.append(fsdp.dummy_batch(self.corpus, batch))
         return shares
 
     def _update(self, batches: Sequence[PackedBatch], k: int) -> None:
@@ -331,7 +331,7 @@ class Trainer:
                 fsdp.reshard(self.model)
 
     def _say(self, line: str) -> None:
-        if self.world.leads:
+        if self.world.is_main:
             tqdm.write(line, file=sys.stderr)
 
     def _cost_of_growing(self) -> dict[str, float]:
@@ -348,7 +348,7 @@ class Trainer:
         if self.step == self._saved:
             return
         self._saved = self.step
-        if self.world.leads or self._sharded:
+        if self.world.is_main or self._sharded:
             self._writer.save(self.step, self._tensors(), self._metadata())
 
     def _tensors(self) -> dict[str, torch.Tensor]:

@@ -70,8 +70,8 @@ def train(config: TrainConfig, last: tuple[str, int] | None = None) -> Callable[
 def kill_until_done(config: TrainConfig, longest: float, chance: random.Random) -> Iterator[bool]:
     """Start the run again and again, killing it; yields, for each kill, whether a state was being written."""
     while True:
-        parts = config.parallel == "sharded"
-        started, temporary = time.time(), Path(config.out) / "states" / (".writing" if parts else ".writing.tmp")
+        name = ".writing" if config.parallel == "sharded" else ".writing.tmp"
+        started, temporary = time.time(), Path(config.out) / "states" / name
         at_a_point = chance.random() < 0.2
         pid = fork(train(config, chance.choice(POINTS) if at_a_point else None))
         if not at_a_point:
