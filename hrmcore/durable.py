@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -19,13 +19,44 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def sha256_of(path: Path) -> str:
-    """The checksum of a file, in hexadecimal."""
+def sha256_of(path: Path, start: int = 0) -> str:
+    """The checksum of a file's bytes from `start` on, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
+        file.seek(start)
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def put_in_place(names: Mapping[Path, Path]) -> None:
+    """Flush what was written under temporary names, then give each its final name, {temporary: final}, for good.
+
+    A final name stands for the old contents or for all of the new ones, whenever the power goes.
+    """
+    for temporary in names:
+        flush(temporary)
+    for temporary, final in names.items():
+        os.replace(temporary, final)
+    for folder in {final.parent for final in names.values()}:
+        flush(folder)
+
+
+@contextmanager
+def replacing(*paths: Path, temporary: str = ".{name}.{process}.tmp") -> Iterator[list[Path]]:
+    """Temporary paths, one beside each of `paths`, whose files replace those when the block ends well.
+
+    Whatever happens before that leaves the old files as they were and no temporary ones; a killed process leaves those.
+    `temporary` makes their names from the final `name` and the number of this `process`.
+    """
+    names = {path.with_name(temporary.format(name=path.name, process=os.getpid())): path for path in paths}
+    try:
+        yield list(names)
+        put_in_place(names)
+    finally:
+        for path in names:
+            with suppress(OSError):  # the error that led here is the one to report
+                path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -46,10 +77,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise FileExistsError(f"{temporary}: {message}") from None
     try:
         yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
+        for path in temporary.rglob("*"):
             flush(path)
-        temporary.rename(folder)
-        flush(folder.parent)
+        put_in_place({temporary: folder})
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

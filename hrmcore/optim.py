@@ -235,7 +235,7 @@ class Sophia(_Fused):
             group["eps"],
             group["ema"] or 0.0,
         )
-        self._counted += sum(_local(parameter).numel() for parameter in batch.parameters)
+        self._counted += sum(local(parameter).numel() for parameter in batch.parameters)
 
     def update_hessian(self, loss: Tensor | None = None, generator: torch.Generator | None = None) -> None:
         """Let a curvature sample into h: h = b2 h + (1 − b2) ĥ.
@@ -372,10 +372,10 @@ def _run(kernel: Callable[..., None], device: torch.device, numbers: list[int], 
 def _exported(operand: Any) -> Any:
     if isinstance(operand, list):
         return [_exported(entry) for entry in operand]
-    return to_dlpack(_local(operand)) if isinstance(operand, Tensor) else operand
+    return to_dlpack(local(operand)) if isinstance(operand, Tensor) else operand
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
     """This process's shard of a DTensor; another tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

@@ -31,6 +31,11 @@ RELEASED_NAMES = {
 OWN_NAMES = {name: f"<{name}>" for name in ("boq", "eoq", "eoa", *CONDITIONS)}
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Those of TOKENIZER_FILES that a folder holds."""
+    return [path for name in TOKENIZER_FILES if (path := folder / name).is_file()]
+
+
 class _Backend(Protocol):
     """What the two libraries have in common."""
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -32,8 +31,8 @@ from hrmcore.checkpoint.safetensors_reader import (
     stored_tensors,
 )
 from hrmcore.config import HRMConfig
-from hrmcore.durable import flush
-from hrmcore.tokenizer import TOKENIZER_FILES
+from hrmcore.durable import replacing
+from hrmcore.tokenizer import tokenizer_files
 
 if TYPE_CHECKING:
     import torch
@@ -422,7 +421,7 @@ def _released_weights(model: HRM, dtype: torch.dtype) -> dict[str, Tensor]:
 def _tokenizer_files(folder: str | Path | None) -> list[Path]:
     if folder is None:
         return []
-    files = [path for name in TOKENIZER_FILES if (path := Path(folder) / name).is_file()]
+    files = tokenizer_files(Path(folder))
     if not {path.name for path in files} & {"tokenizer.model", "tokenizer.json"}:
         raise FileNotFoundError(f"{folder}: no tokenizer.model and no tokenizer.json")
     return files
@@ -430,20 +429,12 @@ def _tokenizer_files(folder: str | Path | None) -> list[Path]:
 
 def _write_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
     """Write all files under temporary names, flush them to the disk, then rename all."""
-    staged = {folder / name: folder / f".{name}.{os.getpid()}.tmp" for name in writers}
-    try:
-        for temporary, write in zip(staged.values(), writers.values(), strict=True):
+    with replacing(*(folder / name for name in writers)) as staged:
+        for temporary, write in zip(staged, writers.values(), strict=True):
             temporary.touch()
             mode = temporary.stat().st_mode
             write(temporary)
             temporary.chmod(mode)  # safetensors leaves files that only their owner can read
-            flush(temporary)
-        for target, temporary in staged.items():
-            os.replace(temporary, target)
-        flush(folder)
-    finally:
-        for temporary in staged.values():
-            temporary.unlink(missing_ok=True)
 
 
 def _parts_on_disk(key: Key, stored: Mapping[str, Stored], folder: Path) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ def write_tensors(
     tensor_of: Callable[[str], Tensor],
     metadata: Callable[[Mapping[str, Any], str], Mapping[str, str]],
 ) -> None:
-    """Write a file and flush it to the disk; no more than one tensor of it is held at any time.
+    """Write a file, holding no more than one of its tensors at any time; the caller flushes it to the disk.
 
     `metadata` makes the header's metadata from its entries (dtype, shape, data_offsets by name) and the sha256 of the
     tensors' bytes. It is called twice, first without knowing the checksum, and both answers must be of one length.
@@ -49,8 +48,6 @@ def write_tensors(
             raise ValueError(f"{path}: the metadata's length depends on the checksum's value")
         file.seek(0)
         file.write(header)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _header(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:

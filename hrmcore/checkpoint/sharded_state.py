@@ -1,6 +1,6 @@
-"""Training states that every rank writes its part of, with torch.distributed.checkpoint.
+"""Training states that every rank writes its shard of, with torch.distributed.checkpoint.
 
-A state is a folder: safetensors files, of every rank its parts of the tensors and where in them they belong, and
+A state is a folder: safetensors files, one a rank, with its shards of the tensors and where in them they belong, and
 state.json, written last, with the trainer's metadata, the sha256 of each file, and `sha256`, of all the rest of
 state.json. The folder is written under a temporary name, flushed and renamed, so a name stands for a whole state.
 torch's own format for this is a pickle, whose loading runs what it holds; its safetensors storage is none.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -26,24 +25,24 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
-from hrmcore.distributed.world import local
-from hrmcore.durable import flush
+from hrmcore.distributed.world import lost_rank
+from hrmcore.durable import flush, put_in_place, sha256_of
+from hrmcore.optim import local
 
 FORMAT = "hrmcore-sharded-training-state"
 VERSION = "1"
 MANIFEST = "state.json"
 
 _TEMPORARY = ".writing"
-_BLOCK = 1 << 22  # bytes read at a time
 
 # One process needs no process group to write or read a state.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-def save_parts(
+def save_shards(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], group: dist.ProcessGroup | None = None
 ) -> None:
-    """Write a state, each rank of `group` its parts: whole and under its final name when this returns, or not at all.
+    """Write a state, each rank of `group` its shards: whole and under its final name when this returns, or not at all.
 
     Raises, on every rank, FloatingPointError with nothing written when a tensor is not finite; OSError, with what was
     there before intact, when one of them cannot write; ConnectionError when another rank has ended.
@@ -56,39 +55,36 @@ def save_parts(
             f"{path}: the training state cannot be written ({error.strerror or error}); the states before it are intact"
         ) from None
     except RuntimeError as error:
-        raise ConnectionError(
-            f"{path}: not written, another process of this run has ended or cannot be reached; its own message says "
-            f"why ({str(error).splitlines()[0].split('. ')[0]})"
-        ) from None
+        raise lost_rank(f"{path}: not written", error) from None
 
 
-def verify_parts(path: Path) -> dict[str, str]:
+def verify_shards(path: Path) -> dict[str, str]:
     """Read every file of a state and compare its checksum; returns the metadata. Raises ValueError."""
     manifest = _read_manifest(path)
     found = sorted(file.name for file in path.iterdir() if file.name != MANIFEST)
     if found != sorted(manifest["files"]):
         raise ValueError(f"{path}: damaged, it holds the files {found}, was written with {sorted(manifest['files'])}")
     for name, sha256 in manifest["files"].items():
-        if _sha256_of(path / name) != sha256:
+        if sha256_of(path / name) != sha256:
             raise ValueError(f"{path / name}: damaged, its checksum is not the one that was written")
     metadata: dict[str, str] = manifest["metadata"]
     return metadata
 
 
-def read_parts_metadata(path: Path) -> dict[str, str]:
+def read_shards_metadata(path: Path) -> dict[str, str]:
     """A state's metadata, its checksum verified. Raises ValueError."""
     metadata: dict[str, str] = _read_manifest(path)["metadata"]
     return metadata
 
 
-def shapes_of_parts(path: Path) -> dict[str, tuple[int, ...]]:
+def shapes_of_shards(path: Path) -> dict[str, tuple[int, ...]]:
     """The shape of every whole tensor of a state."""
     entries = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     return {name: tuple(entry.size) for name, entry in entries.items()}  # type: ignore[union-attr]
 
 
 @torch.no_grad()
-def read_parts(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def read_shards(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Fill the tensors with what a state holds under their names, as far as this rank holds them.
 
     Any number of ranks reads what any other number wrote. All ranks must call this when tensors are sharded.
@@ -97,7 +93,7 @@ def read_parts(path: Path, tensors: Mapping[str, Tensor]) -> None:
     load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=alone)
 
 
-def remove_parts(path: Path) -> None:
+def remove_shards(path: Path) -> None:
     """Remove a state. One that is half removed has lost its name."""
     doomed = path.with_name(".removing")
     shutil.rmtree(doomed, ignore_errors=True)
@@ -122,7 +118,7 @@ def _save(
         causes = [cause for cause, _ in error.failures.values()]
         raise next((cause for cause in causes if isinstance(cause, OSError)), OSError(str(causes[0]))) from None
     files = sorted(temporary.iterdir())
-    digests = _exchange({file.name: _sha256_of(file) for file in files[rank::ranks]}, group)
+    digests = _exchange({file.name: sha256_of(file) for file in files[rank::ranks]}, group)
     failure: OSError | None = None
     if rank == 0:
         try:
@@ -136,13 +132,10 @@ def _save(
 
 def _complete(temporary: Path, path: Path, files: Mapping[str, str], metadata: Mapping[str, str]) -> None:
     manifest = {"format": FORMAT, "version": VERSION, "files": dict(sorted(files.items())), "metadata": dict(metadata)}
-    with (temporary / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump({**manifest, "sha256": _digest(manifest)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    flush(temporary)
-    os.replace(temporary, path)
-    flush(path.parent)
+    text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1)
+    (temporary / MANIFEST).write_text(text, encoding="utf-8")
+    flush(temporary / MANIFEST)
+    put_in_place({temporary: path})
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -162,14 +155,6 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _exchange(mine: Any, group: dist.ProcessGroup | None) -> Sequence[Any]:

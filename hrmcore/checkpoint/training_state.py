@@ -9,7 +9,6 @@ temporary name, flushed to the disk and renamed, so a name stands for a whole fi
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -30,21 +29,20 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hrmcore.checkpoint.safetensors_writer import write_tensors
 from hrmcore.checkpoint.sharded_state import (
-    read_parts,
-    read_parts_metadata,
-    remove_parts,
-    save_parts,
-    shapes_of_parts,
-    verify_parts,
+    read_shards,
+    read_shards_metadata,
+    remove_shards,
+    save_shards,
+    shapes_of_shards,
+    verify_shards,
 )
-from hrmcore.durable import flush
+from hrmcore.durable import replacing, sha256_of
 
 FORMAT = "hrmcore-training-state"
 VERSION = "1"
 STATES = "states"
 
-_BLOCK = 1 << 22  # bytes read at a time
-_TEMPORARY = ".writing.tmp"
+_TEMPORARY = ".writing.tmp"  # one name for all steps: what a killed process leaves, the next state overwrites
 
 
 def save_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -58,14 +56,11 @@ def save_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappin
         if not bool(torch.isfinite(tensor).all()):
             raise FloatingPointError(f"{path}: not written, because {name} is not finite")
     shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in sorted(tensors.items())}
-    temporary = path.with_name(_TEMPORARY)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(temporary, shapes, tensors.__getitem__, completed(metadata))
-        os.replace(temporary, path)
-        flush(path.parent)
+        with replacing(path, temporary=_TEMPORARY) as [temporary]:
+            write_tensors(temporary, shapes, tensors.__getitem__, completed(metadata))
     except OSError as error:
-        _remove(temporary)
         raise OSError(
             f"{path}: the training state cannot be written ({error.strerror or error}); the states before it are intact"
         ) from None
@@ -79,9 +74,9 @@ def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = Path(path)
     names, metadata = verify(path)
     if path.is_dir():
-        parts = {name: torch.empty(shape) for name, shape in shapes_of_parts(path).items()}
-        read_parts(path, parts)
-        return parts, metadata
+        whole = {name: torch.empty(shape) for name, shape in shapes_of_shards(path).items()}
+        read_shards(path, whole)
+        return whole, metadata
     try:
         with safe_open(path, "pt") as tensors:
             # Copies: the library's tensors are views of the file.
@@ -93,15 +88,10 @@ def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def verify(path: Path) -> tuple[list[str], dict[str, str]]:
     """Read a state once and compare its checksums; returns its tensors' names and its metadata. Raises ValueError."""
     if path.is_dir():
-        metadata = verify_parts(path)
-        return list(shapes_of_parts(path)), metadata
+        metadata = verify_shards(path)
+        return list(shapes_of_shards(path)), metadata
     start, entries, metadata = _read_header(path)
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        file.seek(start)
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    if digest.hexdigest() != metadata["sha256"]:
+    if sha256_of(path, start) != metadata["sha256"]:
         raise ValueError(f"{path}: damaged, the tensors' checksum is not the one that was written")
     return list(entries), metadata
 
@@ -109,7 +99,7 @@ def verify(path: Path) -> tuple[list[str], dict[str, str]]:
 def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of a state."""
     if path.is_dir():
-        return shapes_of_parts(path)
+        return shapes_of_shards(path)
     return {name: tuple(entry["shape"]) for name, entry in _read_header(path)[1].items()}
 
 
@@ -120,7 +110,7 @@ def restore(path: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises ValueError when the state cannot be read.
     """
     if path.is_dir():
-        read_parts(path, tensors)
+        read_shards(path, tensors)
         return
     try:
         with safe_open(path, "pt") as file:
@@ -136,7 +126,7 @@ def restore(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def read_metadata(path: str | Path) -> dict[str, str]:
     """A state's metadata, its checksum verified; raises as `load_state` does."""
     path = Path(path)
-    return read_parts_metadata(path) if path.is_dir() else _read_header(path)[2]
+    return read_shards_metadata(path) if path.is_dir() else _read_header(path)[2]
 
 
 def is_state(path: str | Path) -> bool:
@@ -145,9 +135,9 @@ def is_state(path: str | Path) -> bool:
     return path.is_file() or (path.is_dir() and re.fullmatch(r"step-\d+", path.name) is not None)
 
 
-def state_path(folder: Path, step: int, parts: bool = False) -> Path:
-    """Where the state of a step lies in a run folder: a file, or a folder of the ranks' parts."""
-    return folder / STATES / f"step-{step:08d}{'' if parts else '.safetensors'}"
+def state_path(folder: Path, step: int, sharded: bool = False) -> Path:
+    """Where the state of a step lies in a run folder: a file, or a folder of the ranks' shards."""
+    return folder / STATES / f"step-{step:08d}{'' if sharded else '.safetensors'}"
 
 
 def find_states(folder: Path) -> list[tuple[int, Path]]:
@@ -186,7 +176,7 @@ def remove_old(folder: Path, keep: int, keep_every: int) -> None:
         if keep_every and step % keep_every == 0:
             continue
         if path.is_dir():
-            remove_parts(path)
+            remove_shards(path)
         else:
             path.unlink(missing_ok=True)
 
@@ -215,15 +205,15 @@ def lock(folder: Path) -> TextIOWrapper:
 class StateWriter:
     """Writes states in a thread, so that a step waits only for the copy of the tensors; one at a time.
 
-    With `parts`, as folders; every rank of `group`, which nothing else uses, makes a writer and saves the same steps.
+    With `sharded`, as folders; every rank of `group`, which nothing else uses, makes a writer and saves the same steps.
     An error of the thread is raised, in the caller's thread, by the next `save`, `check` or `finish`.
     """
 
     def __init__(
-        self, folder: Path, keep: int, keep_every: int, parts: bool = False, group: dist.ProcessGroup | None = None
+        self, folder: Path, keep: int, keep_every: int, sharded: bool = False, group: dist.ProcessGroup | None = None
     ) -> None:
         self._folder, self._keep, self._keep_every = folder, keep, keep_every
-        self._parts, self._group = parts, group
+        self._sharded, self._group = sharded, group
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -249,9 +239,9 @@ class StateWriter:
 
     def _write(self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         try:
-            path = state_path(self._folder, step, self._parts)
-            if self._parts:
-                save_parts(path, tensors, metadata, self._group)
+            path = state_path(self._folder, step, self._sharded)
+            if self._sharded:
+                save_shards(path, tensors, metadata, self._group)
             else:
                 save_state(path, tensors, metadata)
             if self._group is None or dist.get_rank(self._group) == 0:
@@ -298,8 +288,3 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any], dict[str, str]]:
     if _header_digest(entries, metadata) != metadata.get("header_sha256"):
         raise ValueError(f"{path}: damaged, the header's checksum is not the one that was written")
     return 8 + length, entries, metadata
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):  # the error that led here is the one to report
-        path.unlink(missing_ok=True)

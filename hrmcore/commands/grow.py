@@ -8,7 +8,7 @@ EXAMPLE = """\
 examples:
   hrmcore grow checkpoint/ wider/ --hidden-size 512 --heads 8
   hrmcore grow checkpoint/ deeper/ --layers 6 --interleaved
-  hrmcore grow run/ larger-run/ --hidden-size 512 --ffn 1536 --mode masked --mask-steps 200
+  hrmcore grow run/ larger-run/ --hidden-size 512 --ffn 1536 --mode ramped --mask-steps 200
 
 The last one grows the newest training state of a run: weights, averages and the optimizer's state. To train on, give
 the run file the larger sizes in [model], and larger-run/ as out.
@@ -40,10 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         described = _DESCRIBED.get(name, name.replace("_", " "))
         parser.add_argument(flag, dest=name, type=int, metavar="N", help=f"{described}, at least as before")
     parser.add_argument("--cycles", nargs=2, type=int, metavar=("H", "L"), help="needs --change-function")
-    parser.add_argument("--change-function", action="store_true", help="more cycles may change what the model computes")
-    parser.add_argument("--interleaved", action="store_true", help="new layers between the old ones, not on top")
-    parser.add_argument("--mode", default="zero", help="zero or masked: how new entries come in (zero)")
-    parser.add_argument("--mask-steps", type=int, default=0, metavar="N", help="steps that mode masked takes")
+    parser.add_argument(
+        "--change-function", action="store_true", help="more cycles may change what the model computes (experimental)"
+    )
+    parser.add_argument(
+        "--interleaved", action="store_true", help="new layers between the old ones, not on top (experimental)"
+    )
+    parser.add_argument("--mode", default="zero", help="zero, or ramped (experimental): how new entries come in (zero)")
+    parser.add_argument("--mask-steps", type=int, default=0, metavar="N", help="steps over which mode ramped rises")
     parser.add_argument("--seed", type=int, default=0, help="seed of the new entries (0)")
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from hrmcore.data.records import PARQUET, Record, Rejected, encode, parse_record, read_lines, read_records
 from hrmcore.data.store import TOKENIZER, Store, TokenWriter, open_store, write_index, write_manifest
 from hrmcore.durable import new_folder, sha256_of
-from hrmcore.tokenizer import TOKENIZER_FILES, Tokenizer, train_tokenizer
+from hrmcore.tokenizer import Tokenizer, tokenizer_files, train_tokenizer
 
 _BATCH_LINES = 512  # what a worker gets at once: so many lines,
 _BATCH_BYTES = 1 << 20  # or so many bytes if that is less
@@ -140,9 +140,8 @@ def _check_arguments(paths: Sequence[Path], context: int, caps: Mapping[str, int
 def _copy_tokenizer(source: Path, target: Path) -> None:
     Tokenizer.load(source)
     target.mkdir()
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    for file in tokenizer_files(source):
+        shutil.copyfile(file, target / file.name)
 
 
 def _texts(paths: Sequence[Path]) -> Iterator[str]:

@@ -1,9 +1,9 @@
-"""FSDP2 on the model: each rank holds its part of every weight, and so of the gradients, the optimizer and the EMA.
+"""FSDP2 on the model: each rank holds its shard of every weight, and so of the gradients, the optimizer and the EMA.
 
-A block is visited several times in a step. Its weights are gathered at its first visit and stay so until `reshard` at
-the step's end: one gather a step, where giving them back after every visit would take one for each visit of forward
-and of backward. Gradients are reduced to their parts after each visit that carries some, so none is ever held whole for
-longer than its block's backward.
+A block is visited several times in a step. Its weights are gathered at its first visit and stay gathered until
+`reshard` at the step's end. That is one gather a step; giving them back after every visit would take a gather for
+each visit of the forward pass and of the backward pass. Gradients are reduced to their shards after each visit that
+carries some. No gradient is therefore held whole for longer than its block's backward pass.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from torch.distributed.tensor import DTensor
 
 from hrmcore.data.packing import BatchStream, PackedBatch, pack
 from hrmcore.data.records import Corpus
-from hrmcore.distributed.world import World, local
+from hrmcore.distributed.world import World
 from hrmcore.model import HRM, Block
+from hrmcore.optim import local
 
 
 def shard(model: HRM, world: World, precision: str) -> None:
-    """Cut every parameter along its first dimension, one part a rank; gradients will be sums over the ranks.
+    """Cut every parameter along its first dimension, one shard a rank; gradients will be sums over the ranks.
 
     With `precision` bfloat16 the blocks' weights are gathered in it and their gradients summed in float32. The
     embedding and the head stay float32, as they do in one process. An optimizer must be made after this.
@@ -46,7 +47,7 @@ def shard(model: HRM, world: World, precision: str) -> None:
 
 
 def reshard(model: HRM) -> None:
-    """Give the gathered weights back; the parameters are this rank's parts again.
+    """Give the gathered weights back; the parameters are this rank's shards again.
 
     To be called before anything touches the parameters: what was gathered does not follow them.
     """
@@ -56,7 +57,7 @@ def reshard(model: HRM) -> None:
 
 
 def clip_gradients(parameters: Iterable[Tensor], limit: float, world: World) -> float:
-    """Scale gradients down to the norm `limit` over all ranks' parts; returns the norm that they had."""
+    """Scale gradients down to the norm `limit` over all ranks' shards; returns the norm that they had."""
     gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     norm = math.sqrt(world.sum(sum(float(torch.linalg.vector_norm(gradient)) ** 2 for gradient in gradients)))
     if (scale := limit / (norm + 1e-6)) < 1:  # as torch's clip_grad_norm_ has it
@@ -65,7 +66,7 @@ def clip_gradients(parameters: Iterable[Tensor], limit: float, world: World) -> 
     return norm
 
 
-def filler(corpus: Corpus, batch: PackedBatch) -> PackedBatch:
+def dummy_batch(corpus: Corpus, batch: PackedBatch) -> PackedBatch:
     """For a rank that gets no record of a batch: the shortest one, unsupervised.
 
     Its loss is 0 and so are its gradients, but the rank takes part in every gather and every sum.
@@ -84,9 +85,9 @@ def gathered(model: HRM, world: World, dtype: torch.dtype) -> HRM | None:
     weights = {}
     for name, tensor in model.state_dict().items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if world.leads:
+        if world.is_main:
             weights[name] = whole.to("cpu", dtype)
-    if not world.leads:
+    if not world.is_main:
         return None
     with torch.device("meta"):
         copy = HRM(model.config)

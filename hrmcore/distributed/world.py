@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from hrmcore import _C
 from hrmcore.ops.backend import require_cuda
@@ -40,7 +39,7 @@ class World:
         self.rank = dist.get_rank() if self.ranks > 1 else 0
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is rank 0, which alone writes: metrics, states, the checkpoint."""
         return self.rank == 0
 
@@ -75,15 +74,15 @@ class World:
         self._reduce([parameter.grad for parameter in held if parameter.grad is not None])
 
     @contextlib.contextmanager
-    def leader_first(self) -> Iterator[None]:
+    def main_first(self) -> Iterator[None]:
         """Rank 0 runs this context to its end, then the others do."""
-        if not self.leads:
+        if not self.is_main:
             self.sum(0)
         yield
-        if self.leads:
+        if self.is_main:
             self.sum(0)
 
-    def agree(self, text: str) -> None:
+    def assert_same_on_all_ranks(self, text: str) -> None:
         """Raise ValueError on every rank when their texts or their kernels differ: their weights would drift apart."""
         if self.ranks == 1:
             return
@@ -105,10 +104,15 @@ class World:
                 if work is not None:
                     work.wait()
         except RuntimeError as error:
-            raise ConnectionError(
-                f"rank {self.rank} of {self.ranks}: another process of this run has ended or cannot be reached; its "
-                f"own message says why ({str(error).splitlines()[0].split('. ')[0]})"
-            ) from None
+            raise lost_rank(f"rank {self.rank} of {self.ranks}", error) from None
+
+
+def lost_rank(where: str, error: RuntimeError) -> ConnectionError:
+    """What to raise for an error of torch.distributed: another rank has ended."""
+    reason = str(error).splitlines()[0].split(". ")[0]
+    return ConnectionError(
+        f"{where}: another process of this run has ended or cannot be reached; its own message says why ({reason})"
+    )
 
 
 def _device_of_rank(device: str) -> torch.device:
@@ -126,8 +130,3 @@ def _device_of_rank(device: str) -> torch.device:
         )
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; another tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hrmcore.config import HRMConfig
+from hrmcore.durable import replacing
 
 PACKED_FILE = "weights.hrmpack"
 
@@ -69,15 +69,8 @@ def _data_offset(header_length: int) -> int:
 def write_packed(path: Path, header: Mapping[str, Any], weights: memoryview) -> Path:
     """Write a packed file, which appears whole or not at all; returns its path."""
     text = json.dumps(header).encode()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(_PREFIX.pack(_MAGIC, _VERSION, len(text), hashlib.sha256(text).digest()) + text)
-            file.seek(_data_offset(len(text)))
-            file.write(weights)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as [temporary], temporary.open("wb") as file:
+        file.write(_PREFIX.pack(_MAGIC, _VERSION, len(text), hashlib.sha256(text).digest()) + text)
+        file.seek(_data_offset(len(text)))
+        file.write(weights)
     return path

@@ -18,7 +18,7 @@ from hrmcore.config import HRMConfig
 DTYPES = ("float32", "bfloat16", "int8", "int4")
 
 # Tokens in one page of the KV cache, in every runner: the kernels of csrc/kv and csrc/decode are built for it.
-PAGE: int = _C.cache_block_tokens
+PAGE: int = _C.page_tokens
 
 Rows = NDArray[np.float32]
 

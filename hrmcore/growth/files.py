@@ -23,7 +23,7 @@ from hrmcore.checkpoint.training_state import completed, find_states, is_state, 
 from hrmcore.config import HRMConfig
 from hrmcore.durable import new_folder
 from hrmcore.growth.operators import GROWTH_KEY, Growth, state_metadata
-from hrmcore.tokenizer import TOKENIZER_FILES
+from hrmcore.tokenizer import tokenizer_files
 
 OPTIMIZERS = ("adamw", "adamatan2", "sophia-g", "sophia-h")
 
@@ -48,7 +48,7 @@ def _grow_checkpoint(folder: Path, out: Path, sizes: Mapping[str, int], options:
     growth = Growth.of(tensors.config, dict(sizes), **options)
     if growth.mask_steps:
         raise ValueError(
-            f"{folder}: a checkpoint cannot carry mode 'masked', which rises with the steps of a run; "
+            f"{folder}: a checkpoint cannot carry mode 'ramped', which rises with the steps of a run; "
             "grow a training state, or in the run with [[grow]]"
         )
     s = math.sqrt(growth.after.hidden_size / growth.before.hidden_size)
@@ -65,9 +65,8 @@ def _grow_checkpoint(folder: Path, out: Path, sizes: Mapping[str, int], options:
         return growth.tensor(name, None if source is None else tensors[source]).to(types[released])
 
     with new_folder(out) as temporary:
-        for name in TOKENIZER_FILES:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, temporary / name)
+        for file in tokenizer_files(folder):
+            shutil.copyfile(file, temporary / file.name)
         shapes = {name: (types[name], key.shape) for name, key in keys.items()}
         write_tensors(temporary / WEIGHTS_FILE, shapes, grown, lambda *_: {"format": "pt"})
         config = json.dumps(released_config(growth.after, types["lm_head.weight"]), indent=2) + "\n"
@@ -81,7 +80,7 @@ def _grow_state(path: Path, out: Path, sizes: Mapping[str, int], options: Mappin
         known = ", ".join(OPTIMIZERS)
         raise ValueError(f"{path}: its optimizer {metadata.get('optimizer')!r} is unknown; known are {known}")
     if GROWTH_KEY in metadata:
-        raise ValueError(f"{path}: a growth in mode 'masked' is still under way; train on to its end first")
+        raise ValueError(f"{path}: a growth in mode 'ramped' is still under way; train on to its end first")
     growth = Growth.of(HRMConfig.from_dict(json.loads(metadata["model_config"])), dict(sizes), **options)
     # Its run file begins at the grown shape: the stages of the run that it comes from are not those of the next.
     metadata = {**metadata, "grown": "[]", **state_metadata(growth, int(metadata["step"]))}
@@ -95,9 +94,9 @@ def _grow_state(path: Path, out: Path, sizes: Mapping[str, int], options: Mappin
             if entry.origin is not None:
                 old = torch.empty(held[entry.origin])
                 restore(path, {entry.origin: old})
-            if entry.state == "step":
+            if entry.slot == "step":
                 return torch.tensor(0.0) if old is None else old
-            return growth.tensor(entry.weight, old, entry.state)
+            return growth.tensor(entry.weight, old, entry.slot)
 
         shapes = {name: (torch.float32, entries[name].shape) for name in sorted(entries)}
         target = state_path(temporary, int(metadata["step"]))
@@ -111,7 +110,7 @@ class _Entry(NamedTuple):
 
     name: str
     weight: str
-    state: str  # "weight", "step", or a state that Growth.tensor knows
+    slot: str  # "weight", "step" (the optimizer's count), or a slot that Growth.tensor knows
     shape: tuple[int, ...]
     origin: str | None  # None in a new layer
 
@@ -127,7 +126,7 @@ def _entries(growth: Growth, names: Set[str], path: Path) -> Iterator[_Entry]:
         alike = growth.alike(key.name)
         if f"model.{alike}" not in names:
             raise ValueError(f"{path}: the tensor 'model.{alike}' of its model_config is missing")
-        for state, prefix in prefixes.items():
+        for slot, prefix in prefixes.items():
             if f"{prefix}.{alike}" in names:
                 origin = None if growth.source(key.name) is None else f"{prefix}.{alike}"
-                yield _Entry(f"{prefix}.{key.name}", key.name, state, () if state == "step" else key.shape, origin)
+                yield _Entry(f"{prefix}.{key.name}", key.name, slot, () if slot == "step" else key.shape, origin)

@@ -27,7 +27,7 @@ from hrmcore.config import HRMConfig
 from hrmcore.model import HRM, truncated_normal_
 from hrmcore.optim import AdamAtan2, AdamW, Sophia
 
-MODES = ("zero", "masked")
+MODES = ("zero", "ramped", "masked")  # the last is an older name of the second
 
 # What may differ between a model and the one it grows into; embedding_scale follows from the width. As sizes,
 # num_layers_per_stack is the depth of both stacks, L_layers and H_layers that of one.
@@ -81,8 +81,9 @@ _BLOCK = 1 << 18  # numbers drawn at a time
 
 GROWTH_KEY = "growth"  # of a training state's metadata
 
-# A weight scaled by a has gradients divided by a. Optimizer state -> the power of a that scales its old entries.
-STATES = {"ema": 1, "exp_avg": -1, "exp_avg_sq": -2, "hessian": -2}
+# A weight scaled by a has gradients divided by a. What an optimizer keeps for a weight (a slot) -> the power of a that
+# scales the old entries of it.
+SLOTS = {"ema": 1, "exp_avg": -1, "exp_avg_sq": -2, "hessian": -2}
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,11 @@ class Growth:
     top of the stack, or after each old layer in turn when `interleaved`. More cycles change the function, so they need
     `change_function`.
 
-    In mode "masked" the new writing entries are to become random times a scalar that rises linearly from 0 to 1 over
-    `mask_steps` steps: they begin at 0 as in mode "zero", and the training loop calls `advance` after each step.
+    In mode "ramped" the new writing entries become random numbers times a scalar that rises linearly from 0 to 1 over
+    `mask_steps` steps. They begin at 0 as in mode "zero", and the training loop calls `advance` after each step.
+
+    `interleaved`, `change_function` and mode "ramped" are experimental: they do what is said here, but no measurement
+    shows that a model trained on from them is better.
     """
 
     before: HRMConfig
@@ -108,9 +112,9 @@ class Growth:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise ValueError(f"grow: mode must be one of {', '.join(MODES)}, got {self.mode!r}")
-        if self.mask_steps < 0 or (self.mode == "masked") != (self.mask_steps > 0):
-            raise ValueError(f"grow: mode 'masked' takes mask_steps of at least 1, the others 0; got {self.mask_steps}")
+            raise ValueError(f"grow: mode must be one of {', '.join(MODES[:2])}, got {self.mode!r}")
+        if self.mask_steps < 0 or (self.mode != "zero") != (self.mask_steps > 0):
+            raise ValueError(f"grow: mode 'ramped' takes mask_steps of at least 1, the others 0; got {self.mask_steps}")
         for field in dataclasses.fields(HRMConfig):
             if field.name not in ("num_layers_per_stack", "H_layers"):
                 _check_growth(field.name, getattr(self.before, field.name), getattr(self.after, field.name))
@@ -162,21 +166,21 @@ class Growth:
         return self.source(name) or re.sub(r"\.layers\.\d+\.", ".layers.0.", name)
 
     def factor(self, name: str, power: int = 1) -> float:
-        """What the old entries of a weight are multiplied by (a in STATES), to some power."""
+        """What the old entries of a weight are multiplied by (a in SLOTS), to some power."""
         ratio = self.after.hidden_size / self.before.hidden_size
         return float(ratio ** (power * kind_of(name).power / 2))
 
-    def tensor(self, name: str, old: Tensor | None, state: str = "weight") -> Tensor:
+    def tensor(self, name: str, old: Tensor | None, slot: str = "weight") -> Tensor:
         """One tensor of the larger model, float32, from the one it grows from, or from None in a new layer.
 
-        `state` is "weight", or a key of STATES for an optimizer's tensor of that weight: averages of weights grow as
-        the weights do, moments begin at 0 in new entries. Raises ValueError on another state or a shape that does not
+        `slot` is "weight", or a key of SLOTS for what an optimizer keeps for that weight: averages of weights grow as
+        the weights do, moments begin at 0 in new entries. Raises ValueError on another slot or a shape that does not
         fit.
         """
         kind = kind_of(name)
-        if state != "weight" and state not in STATES:
-            raise ValueError(f"{name}: unknown optimizer state {state!r}; known are {', '.join(STATES)}")
-        power = STATES.get(state, 1)
+        if slot != "weight" and slot not in SLOTS:
+            raise ValueError(f"{name}: unknown optimizer slot {slot!r}; known are {', '.join(SLOTS)}")
+        power = SLOTS.get(slot, 1)
         grown = self._new(name, kind) if power == 1 else torch.zeros(kind.shape(self.after))
         if old is None:
             return grown
@@ -248,7 +252,7 @@ class Growth:
 
     @torch.no_grad()
     def advance(self, model: HRM, step: int) -> None:
-        """Mode masked: after step number `step`, counted from 1 at the growth, raise the scalar to step / mask_steps.
+        """Mode ramped: after step number `step`, counted from 1 at the growth, raise the scalar to step / mask_steps.
 
         Adds the scalar's rise times the random entries, so at every moment the weights are those to evaluate and save;
         after `mask_steps` steps, and in mode zero, it does nothing.
@@ -257,10 +261,10 @@ class Growth:
             return
         for name, weight in model.state_dict().items():
             if kind_of(name).writes:
-                weight.add_(self.masked_entries(name).to(weight.device, weight.dtype), alpha=1 / self.mask_steps)
+                weight.add_(self.ramped_entries(name).to(weight.device, weight.dtype), alpha=1 / self.mask_steps)
 
-    def masked_entries(self, name: str) -> Tensor:
-        """What the scalar of mode masked multiplies in one tensor: random in new writing entries, 0 in all others."""
+    def ramped_entries(self, name: str) -> Tensor:
+        """What the scalar of mode ramped multiplies in one tensor: random in new writing entries, 0 in all others."""
         kind = kind_of(name)
         entries = torch.zeros(kind.shape(self.after))
         if not kind.writes:
@@ -330,7 +334,7 @@ def grow(
 
     Sizes that are None stay; num_layers_per_stack is the depth of both stacks, L_layers and H_layers that of one.
     `options` are the fields of Growth (seed, mode, mask_steps, interleaved, change_function); make a Growth yourself to
-    grow an optimizer along, or to raise the scalar of mode "masked". Raises ValueError on a size that shrinks, a head
+    grow an optimizer along, or to raise the scalar of mode "ramped". Raises ValueError on a size that shrinks, a head
     count that does not divide the width, and cycles without `change_function`.
 
     >>> bigger = hrmcore.grow(model, hidden_size=2 * model.config.hidden_size)
@@ -351,7 +355,7 @@ def grow(
 
 
 def state_metadata(growth: Growth, step: int) -> dict[str, str]:
-    """What a training state's metadata says of a growth at a step: the model's config and, in mode masked, the rest."""
+    """What a training state's metadata says of a growth at a step: the model's config and, in mode ramped, the rest."""
     metadata = {"model_config": json.dumps(growth.after.to_dict())}
     if growth.mask_steps:
         metadata[GROWTH_KEY] = json.dumps({**dataclasses.asdict(growth), "step": step})
@@ -359,7 +363,7 @@ def state_metadata(growth: Growth, step: int) -> dict[str, str]:
 
 
 def growth_under_way(metadata: Mapping[str, str]) -> tuple[Growth, int] | None:
-    """The growth in mode masked that a training state was in the middle of, and the step at which it began."""
+    """The growth in mode ramped that a training state was in the middle of, and the step at which it began."""
     if GROWTH_KEY not in metadata:
         return None
     values = json.loads(metadata[GROWTH_KEY])

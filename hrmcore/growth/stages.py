@@ -33,10 +33,15 @@ class GrowStage:
     num_attention_heads: int | None = field(default=None, metadata={"explain": "more heads"})
     warmup_steps: int = field(default=100, metadata={"explain": "steps over which the learning rate rises anew"})
     mode: str = field(
-        default="zero", metadata={"explain": "'zero': new entries begin without effect; 'masked': random ones fade in"}
+        default="zero",
+        metadata={
+            "explain": "'zero': new entries begin without effect; 'ramped' (experimental): random ones rise from 0"
+        },
     )
-    mask_steps: int = field(default=0, metadata={"explain": "steps that mode masked takes"})
-    interleaved: bool = field(default=False, metadata={"explain": "new layers between the old ones, not on top"})
+    mask_steps: int = field(default=0, metadata={"explain": "steps over which mode ramped rises"})
+    interleaved: bool = field(
+        default=False, metadata={"explain": "new layers between the old ones, not on top (experimental)"}
+    )
 
     def growth(self, config: HRMConfig, seed: int) -> Growth:
         """From the config before this stage. Raises ValueError where that is not growing."""
@@ -92,7 +97,7 @@ class GrowthSchedule:
         self._stages = stages
         self._growths = growths_of(stages, config, seed)
         self._grown: list[int] = []  # the steps after which the model grew
-        self._ramp: tuple[Growth, int] | None = None  # a growth in mode masked under way, and the step of its begin
+        self._ramp: tuple[Growth, int] | None = None  # a growth in mode ramped under way, and the step of its begin
 
     @property
     def largest(self) -> HRMConfig:
@@ -100,7 +105,7 @@ class GrowthSchedule:
         return self._growths[-1].after if self._growths else self._first
 
     def due(self, tokens: int) -> bool:
-        """Whether the next stage's time has come; one in mode masked is waited for."""
+        """Whether the next stage's time has come; one in mode ramped is waited for."""
         number = len(self._grown)
         return self._ramp is None and number < len(self._stages) and tokens >= self._stages[number].at_tokens
 
@@ -139,7 +144,7 @@ class GrowthSchedule:
         return bigger, larger, report | {"growth_loss_after": after}
 
     def advance(self, model: HRM, step: int) -> None:
-        """After step number `step`, counted from 1: raise the scalar of mode masked."""
+        """After step number `step`, counted from 1: raise the scalar of mode ramped."""
         if self._ramp is None:
             return
         growth, begin = self._ramp

@@ -6,7 +6,8 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hrmcore.checkpoint.training_state import is_state, read_metadata
 from hrmcore.config import HRMConfig
 from hrmcore.data.store import MANIFEST, TOKENIZER
 from hrmcore.growth.stages import GrowStage, growths_of, read_stages
-from hrmcore.tokenizer import TOKENIZER_FILES, Tokenizer
+from hrmcore.tokenizer import Tokenizer, tokenizer_files
 from hrmcore.train.metrics import SINKS
 
 if sys.version_info >= (3, 11):
@@ -35,8 +36,22 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 
 
-def _key(explanation: str, default: Any = dataclasses.MISSING) -> Any:
-    metadata = {"explain": explanation}
+# The headings of `hrmcore train --explain`, in their order; each key names its own.
+GROUPS = (
+    "required",
+    "data",
+    "model",
+    "schedule",
+    "optimizer",
+    "precision and devices",
+    "checkpoints and states",
+    "growth",
+    "validation and logging",
+)
+
+
+def _key(group: str, explanation: str, default: Any = dataclasses.MISSING) -> Any:
+    metadata = {"explain": explanation, "group": group}
     if default is dataclasses.MISSING:
         return field(metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -50,51 +65,85 @@ class TrainConfig:
     """
 
     model: HRMConfig
-    train_files: tuple[str, ...] = _key("JSON-lines or .parquet files to train on, or a folder from `hrmcore prepare`")
-    tokenizer: str = _key("folder with tokenizer.model or tokenizer.json; init_from and a store bring theirs")
-    out: str = _key("run folder: metrics.jsonl, states/ and checkpoint/ are written here")
-    steps: int = _key("optimizer steps")
-    heldout_files: tuple[str, ...] = _key("the same for the loss that is reported; never trained on", ())
-    init_from: str | None = _key(
-        "start from these weights: an hrm_text checkpoint (its config.json is the [model])", None
+    train_files: tuple[str, ...] = _key(
+        "required", "JSON-lines or .parquet files to train on, or one folder that `hrmcore prepare` wrote"
     )
-    batch_tokens: int = _key("input tokens of a packed batch, at most", 8192)
+    tokenizer: str = _key(
+        "required",
+        "folder with tokenizer.model or tokenizer.json; may be left out with init_from or with a prepared folder, "
+        "which bring their own",
+    )
+    out: str = _key("required", "run folder: metrics.jsonl, states/ and checkpoint/ are written here")
+    steps: int = _key("required", "optimizer steps of the whole run")
+    heldout_files: tuple[str, ...] = _key("data", "validation files, of the same kinds; never trained on", ())
+    batch_tokens: int = _key("data", "most input tokens of a packed batch", 8192)
+    accumulate: int = _key("data", "packed batches whose gradients make one step", 1)
     objective: str = _key(
-        "tokens with loss: 'response', or 'all' after the first, for a model with prefix_lm = false", "response"
+        "data",
+        "which tokens carry loss: 'response', or 'all' but the first; 'all' needs a model with prefix_lm = false",
+        "response",
     )
-    accumulate: int = _key("packed batches whose gradients make one step", 1)
-    optimizer: str = _key(f"one of {', '.join(OPTIMIZERS)}", "adamatan2")
-    learning_rate: float = _key("peak learning rate", None)
+    seed: int = _key("data", "seed of the initial weights, of the data's order and of the curvature samples", 0)
+    init_from: str | None = _key(
+        "model", "begin with these weights: an hrm_text checkpoint or a training state, which brings the [model]", None
+    )
+    warmup_steps: int = _key("schedule", "steps over which the learning rate rises linearly from 0", 100)
+    schedule: str = _key(
+        "schedule", "learning rate after the warm-up: 'constant', or 'cosine' to 0 at the end", "cosine"
+    )
+    horizon_first: int = _key(
+        "schedule", "gradient horizon K at the start (docs/model.md): how many of a forward pass's last visits carry gradient", 2
+    )
+    horizon_last: int = _key("schedule", "gradient horizon K once it has risen", 5)
+    horizon_fraction: float = _key("schedule", "fraction of the steps over which K rises", 0.2)
+    optimizer: str = _key("optimizer", f"one of {', '.join(OPTIMIZERS)}", "adamatan2")
+    learning_rate: float = _key("optimizer", "peak learning rate", None)
     betas: tuple[float, float] = _key(
-        "decay of the first and of the second moment; Sophia: of the curvature; try 0.8 first if the loss stays flat",
+        "optimizer",
+        "decay of the first moment, and of the second (Sophia: of the curvature); if Sophia's loss stays flat, "
+        "try 0.8 for the first",
         None,
     )
-    eps: float | None = _key("what the divisor is held above (Sophia) or has added (AdamW)", None)
-    rho: float | None = _key("Sophia: a step is clipped where |m| > rho·B·h; aim at 0.5 to 0.9 clipped", None)
-    curvature_every: int | None = _key("Sophia: steps between two samples of the curvature", None)
-    weight_decay: float = _key("decoupled weight decay", 0.1)
-    ema: float = _key("decay of the averaged weights that are evaluated and exported; 0 keeps none", 0.9999)
-    warmup_steps: int = _key("steps over which the learning rate rises linearly from 0", 100)
-    schedule: str = _key("what follows the warm-up: 'constant', or 'cosine' to 0 at the last step", "cosine")
-    grad_clip: float = _key("gradient norm above which gradients are scaled down", 1.0)
-    horizon_first: int = _key("gradient horizon K at the start (docs/model.md)", 2)
-    horizon_last: int = _key("gradient horizon K after its warm-up", 5)
-    horizon_fraction: float = _key("share of the steps over which K rises", 0.2)
-    device: str = _key("'cpu' or 'cuda'; of several processes on one machine each takes a GPU of its own", "cpu")
-    parallel: str = _key(
-        "several processes: 'data', each holds the whole model, or 'sharded', each its part of it (FSDP2)", "data"
+    eps: float | None = _key("optimizer", "added to the divisor (AdamW), or its least value (Sophia)", None)
+    rho: float | None = _key(
+        "optimizer", "Sophia: an update is clipped where |m| > rho·B·h; aim at a clipped_fraction of 0.5 to 0.9", None
     )
-    precision: str = _key("arithmetic of the matrix products and activations: 'float32' or 'bfloat16'", "float32")
-    on_nonfinite: str = _key("what a NaN or a spike does: 'stop', or 'skip' the step and count it", "stop")
-    spike_factor: float = _key("a loss above so many times its running mean is a spike; 0: none is", 0.0)
-    seed: int = _key("seed of the initial weights, of the data order and of the curvature samples", 0)
-    eval_every: int = _key("steps between held-out losses", 500)
-    check_records: int = _key("held-out records whose answers are checked as well; 0: none", 64)
-    save_every: int = _key("steps between training states", 500)
-    keep: int = _key("how many of the newest training states stay", 2)
-    keep_every: int = _key("training states at multiples of so many steps stay for good; 0: none", 0)
-    log: tuple[str, ...] = _key(f"besides metrics.jsonl, into the run folder: {' and '.join(SINKS)} (offline)", ())
-    grow: tuple[GrowStage, ...] = _key("stages, each a table under [[grow]]: see below", ())
+    curvature_every: int | None = _key("optimizer", "Sophia: steps between two samples of the curvature", None)
+    weight_decay: float = _key("optimizer", "decoupled weight decay", 0.1)
+    grad_clip: float = _key("optimizer", "norm above which the gradients are scaled down to it", 1.0)
+    ema: float = _key(
+        "optimizer", "decay of the averaged weights that are validated and exported; 0: no average", 0.9999
+    )
+    on_nonfinite: str = _key(
+        "optimizer", "what a NaN or a spike of the loss does: 'stop' the run, or 'skip' the step and count it", "stop"
+    )
+    spike_factor: float = _key(
+        "optimizer", "a loss above this many times its running mean is a spike; 0: none is (experimental)", 0.0
+    )
+    precision: str = _key(
+        "precision and devices", "of matrix products and activations: 'float32' or 'bfloat16'", "float32"
+    )
+    device: str = _key("precision and devices", "'cpu' or 'cuda'; under torchrun each process takes one GPU", "cpu")
+    parallel: str = _key(
+        "precision and devices",
+        "under torchrun: 'data', every process holds the whole model, or 'sharded', each a shard of it (FSDP2)",
+        "data",
+    )
+    save_every: int = _key("checkpoints and states", "steps between training states", 500)
+    keep: int = _key("checkpoints and states", "how many of the newest training states are kept", 2)
+    keep_every: int = _key(
+        "checkpoints and states", "training states at multiples of this many steps are kept for good; 0: none is", 0
+    )
+    grow: tuple[GrowStage, ...] = _key(
+        "growth", "stages at which the model grows, each a [[grow]] table: see below", ()
+    )
+    eval_every: int = _key("validation and logging", "steps between validations on heldout_files", 500)
+    check_records: int = _key(
+        "validation and logging", "validation records of which greedy answers are checked as well; 0: none", 64
+    )
+    log: tuple[str, ...] = _key(
+        "validation and logging", f"where figures go besides metrics.jsonl: {' and '.join(SINKS)} (offline)", ()
+    )
 
     def __post_init__(self) -> None:
         self._choose("optimizer", tuple(OPTIMIZERS))
@@ -216,7 +265,7 @@ def _found_tokenizer(values: Mapping[str, Any]) -> str | None:
     """The tokenizer that `init_from` brings, else the one of the store."""
     if (source := values.get("init_from")) and not is_state(source):
         folder = resolve(source)
-        if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        if tokenizer_files(folder):
             return str(folder)
     for file in values.get("train_files", ()):
         if (Path(file) / MANIFEST).is_file():
@@ -260,32 +309,68 @@ def _typed(name: str, annotation: str, value: Any) -> Any:
 
 
 def explain() -> str:
-    """Every key of a run file with its default and meaning, as commented TOML."""
-    lines = []
-    for f in dataclasses.fields(TrainConfig):
-        if f.name != "model":
-            lines.append(_line(f, 17))
-    lines.append("\nwhere the default follows the optimizer ('-': it has no such key)")
-    names = [f.name for f in dataclasses.fields(TrainConfig) if any(f.name in own for own in OPTIMIZERS.values())]
-    lines.append(f"{'':<17} " + " ".join(f"{name:<15}" for name in OPTIMIZERS))
-    for name in names:
-        values = (str(list(v) if isinstance(v := own.get(name, "-"), tuple) else v) for own in OPTIMIZERS.values())
-        lines.append(f"{name:<17} " + " ".join(f"{value:<15}" for value in values).rstrip())
+    """Every key of a run file by heading, with its type, default and meaning."""
+    fields = [f for f in dataclasses.fields(TrainConfig) if f.name != "model"]
+    lines = ["A run file is TOML: these keys, then the table [model], then any number of [[grow]] tables."]
+    lines.append("Each line has a key, its type, its default ('-': none) and its meaning.")
+    for group in GROUPS:
+        lines += ["", group]
+        lines += _described([f for f in fields if f.metadata["group"] == group])
+    lines += ["", "defaults that follow the optimizer ('-': it has no such key)", *_optimizer_defaults()]
     filled_in = ("vocab_size", "eos_token_id", "pad_token_id")
-    lines.append(f"\n[model]  the keys of HRMConfig; {', '.join(filled_in)} follow the tokenizer; none with init_from")
-    lines += [_line(f, 24) for f in dataclasses.fields(HRMConfig) if f.name not in filled_in]
-    lines.append("\n[[grow]]  a larger model from at_tokens on; sizes that are left out stay")
-    lines += [_line(f, 24) for f in dataclasses.fields(GrowStage)]
+    lines += ["", f"[model]  required without init_from; {', '.join(filled_in)} follow the tokenizer"]
+    lines += _described([f for f in dataclasses.fields(HRMConfig) if f.name not in filled_in])
+    lines += ["", "[[grow]]  the model grows at at_tokens; sizes that are left out stay as they are"]
+    lines += _described(dataclasses.fields(GrowStage))
     return "\n".join(lines)
 
 
-def _line(f: dataclasses.Field[Any], width: int) -> str:
-    return f"{f.name:<{width}} {_default(f):<20} {f.metadata['explain']}"
+_COLUMNS = (26, 18, 13)  # characters of name, type and default
+
+
+def _described(fields: Sequence[dataclasses.Field[Any]]) -> list[str]:
+    lines = []
+    for f in fields:
+        cells = zip((f"  {f.name}", _type(f), _default(f)), _COLUMNS, strict=True)
+        head = "".join(f"{cell:<{width}}" for cell, width in cells)
+        meaning = textwrap.wrap(f.metadata["explain"], _WIDTH - sum(_COLUMNS), break_on_hyphens=False)
+        lines += [head + meaning[0], *(" " * sum(_COLUMNS) + line for line in meaning[1:])]
+    return lines
+
+
+_WIDTH = 120  # characters of a line
+_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "true or false"}
+
+
+def _type(f: dataclasses.Field[Any]) -> str:
+    """The type of a key in the words of TOML."""
+    annotation = str(f.type).removesuffix(" | None")
+    if annotation.startswith("tuple[GrowStage"):
+        return "tables"
+    if annotation.startswith("tuple[float"):
+        return "[number, number]"
+    if annotation.startswith("tuple[str"):
+        return "[string, ...]"
+    return _TYPES[annotation]
 
 
 def _default(f: dataclasses.Field[Any]) -> str:
+    """The default of a key as TOML; "-" where leaving it out is something else than any value."""
     if f.default is dataclasses.MISSING:
-        return "(required)"
+        return "required"
     if any(f.name in own for own in OPTIMIZERS.values()):
-        return "by optimizer"
-    return f"default {f.default!r}"
+        return "see below"
+    return "-" if f.default is None else _toml(f.default)
+
+
+def _toml(value: Any) -> str:
+    return json.dumps(list(value) if isinstance(value, tuple) else value)
+
+
+def _optimizer_defaults() -> list[str]:
+    widths = (_COLUMNS[0], *(16 for _ in OPTIMIZERS))
+    names = [f.name for f in dataclasses.fields(TrainConfig) if any(f.name in own for own in OPTIMIZERS.values())]
+    rows = [["", *OPTIMIZERS]]
+    for name in names:
+        rows.append([f"  {name}", *(_toml(own[name]) if name in own else "-" for own in OPTIMIZERS.values())])
+    return ["".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

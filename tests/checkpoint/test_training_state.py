@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hrmcore.checkpoint import training_state
 from hrmcore.checkpoint.training_state import (
     StateWriter,
     find_newest,
@@ -108,7 +107,7 @@ def test_a_disk_that_fails_late_leaves_the_state_of_that_name_intact(
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(training_state.os, call, fail)
+    monkeypatch.setattr(os, call, fail)
     with pytest.raises(OSError, match="No space left on device"):
         save_state(path, tensors(2.0), METADATA)
     monkeypatch.undo()
@@ -129,7 +128,7 @@ def test_the_writer_takes_a_copy_and_keeps_the_newest(tmp_path: Path, monkeypatc
         gate.wait(30)
         fsync(descriptor)
 
-    monkeypatch.setattr(training_state.os, "fsync", slow)
+    monkeypatch.setattr(os, "fsync", slow)
     writer = StateWriter(tmp_path, keep=2, keep_every=4)
     weights = tensors(1.0)
     writer.save(1, weights, METADATA)
@@ -154,7 +153,7 @@ def test_the_writer_removes_nothing_before_the_new_state_is_whole(
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(training_state.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     writer.save(2, tensors(), METADATA)
     with pytest.raises(OSError, match="No space left"):
         writer.finish()

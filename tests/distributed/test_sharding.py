@@ -52,9 +52,9 @@ def test_two_ranks_give_the_curve_of_one_and_any_number_goes_on_from_any(
     whole = 16 * planner.parameters(two.model)
     assert all(0.5 * whole <= held < 0.51 * whole + 1024 for held in ranks.held), (ranks.held, whole)
     assert [path.name for _, path in find_states(Path(two.out))] == ["step-00000050", "step-00000040", "step-00000020"]
-    parts = sorted(path.stat().st_size for path in find_states(Path(two.out))[0][1].glob("*.safetensors"))
-    assert len(parts) == 2
-    assert parts[0] > 0.45 * sum(parts)
+    sizes = sorted(path.stat().st_size for path in find_states(Path(two.out))[0][1].glob("*.safetensors"))
+    assert len(sizes) == 2
+    assert sizes[0] > 0.45 * sum(sizes)
 
     one = read_config(write_run(tmp_path / "one", tokenizer, parallel="sharded", **keys))
     go_on_from(two, 20, one)
@@ -175,11 +175,11 @@ def test_a_damaged_newest_state_is_set_aside_aloud(
     config = read_config(file)
     Trainer(config).run()
     expected, curve = load_state(find_states(Path(config.out))[0][1])[0], rows(config)
-    (part,) = state_path(Path(config.out), 6, parts=True).glob("*.safetensors")
-    contents = bytearray(part.read_bytes())
+    (shard,) = state_path(Path(config.out), 6, sharded=True).glob("*.safetensors")
+    contents = bytearray(shard.read_bytes())
     contents[-100] ^= 1
-    part.write_bytes(contents)
-    state_path(Path(config.out), 4, parts=True).joinpath("state.json").unlink()
+    shard.write_bytes(contents)
+    state_path(Path(config.out), 4, sharded=True).joinpath("state.json").unlink()
     capsys.readouterr()
     Trainer(config).run()
     said = capsys.readouterr().err

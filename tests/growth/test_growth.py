@@ -373,7 +373,7 @@ def test_options_groups_and_what_was_frozen_are_kept() -> None:
 @pytest.mark.parametrize("mask_steps", [0, 20])
 def test_every_new_row_and_column_moves_and_no_two_units_are_equal(mask_steps: int) -> None:
     model = make_model()
-    mode = "masked" if mask_steps else "zero"
+    mode = "ramped" if mask_steps else "zero"
     growth = Growth.of(CONFIG, EVERYTHING, mode=mode, mask_steps=mask_steps)
     optimizer = optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     backward(model)
@@ -405,9 +405,9 @@ def placed_mask(name: str, shape: torch.Size) -> Tensor:
     return placed(name, torch.ones_like(old), shape).bool()
 
 
-def test_mode_masked_begins_at_the_old_function_and_ends_at_random_entries() -> None:
+def test_mode_ramped_begins_at_the_old_function_and_ends_at_random_entries() -> None:
     model = make_model()
-    growth = Growth.of(CONFIG, EVERYTHING, mode="masked", mask_steps=4)
+    growth = Growth.of(CONFIG, EVERYTHING, mode="ramped", mask_steps=4)
     bigger = growth.model(model)
     start = {name: tensor.clone() for name, tensor in bigger.state_dict().items()}
     assert difference(logits(bigger), logits(model)) <= 2e-5
@@ -415,7 +415,7 @@ def test_mode_masked_begins_at_the_old_function_and_ends_at_random_entries() -> 
         growth.advance(bigger, step)
         scalar = min(step / 4, 1.0)
         for name, tensor in bigger.state_dict().items():
-            expected = start[name] + scalar * growth.masked_entries(name)
+            expected = start[name] + scalar * growth.ramped_entries(name)
             assert torch.allclose(tensor, expected, rtol=1e-5, atol=1e-7), (name, step)
     assert difference(logits(bigger), logits(model)) > 0.01
     state = bigger.state_dict()
@@ -445,9 +445,9 @@ def test_mode_masked_begins_at_the_old_function_and_ends_at_random_entries() -> 
         ({"hidden_size": 0}, "hidden_size must be a whole number of at least 1, got 0"),
         ({"hidden_size": "48"}, "hidden_size must be a whole number of at least 1, got '48'"),
         ({"intermediate_size": 1.5}, "intermediate_size must be of type int, got 1.5"),
-        ({"hidden_size": 48, "mode": "gentle"}, "mode must be one of zero, masked, got 'gentle'"),
-        ({"hidden_size": 48, "mode": "masked"}, "mode 'masked' takes mask_steps of at least 1"),
-        ({"hidden_size": 48, "mask_steps": 5}, "mode 'masked' takes mask_steps"),
+        ({"hidden_size": 48, "mode": "gentle"}, "mode must be one of zero, ramped, got 'gentle'"),
+        ({"hidden_size": 48, "mode": "ramped"}, "mode 'ramped' takes mask_steps of at least 1"),
+        ({"hidden_size": 48, "mask_steps": 5}, "mode 'ramped' takes mask_steps"),
     ],
     ids=str,
 )
@@ -484,7 +484,7 @@ def test_models_and_optimizers_that_do_not_belong_are_refused() -> None:
         growth.optimizer(torch.optim.SGD(model.parameters()), model, bigger)
     with pytest.raises(ValueError, match="parameters that are not of this model"):
         growth.optimizer(optim.AdamW(make_model().parameters()), model, bigger)
-    with pytest.raises(ValueError, match="unknown optimizer state 'momentum'"):
+    with pytest.raises(ValueError, match="unknown optimizer slot 'momentum'"):
         growth.tensor("lm_head.weight", model.lm_head.weight, "momentum")
     with pytest.raises(ValueError, match=r"lm_head\.weight: has shape \(50, 31\), expected \(50, 32\)"):
         growth.tensor("lm_head.weight", torch.zeros(50, 31))

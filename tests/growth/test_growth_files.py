@@ -188,13 +188,14 @@ def test_a_state_of_one_stack_under_two_names_grows(tmp_path: Path) -> None:
     assert difference(bigger, model) <= 2e-5
 
 
-def test_a_state_carries_mode_masked(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["ramped", "masked"])
+def test_a_state_carries_a_ramp_under_both_its_names(tmp_path: Path, mode: str) -> None:
     source = saved(tmp_path / "run", "adamw")
-    options = {"mode": "masked", "mask_steps": 30, "seed": 2}
+    options = {"mode": mode, "mask_steps": 30, "seed": 2}
     growth = grow_files(state_path(source, 7), tmp_path / "out", SIZES, **options)
     _, metadata = load_state(state_path(tmp_path / "out", 7))
     assert growth_under_way(metadata) == (growth, 7)
-    with pytest.raises(ValueError, match="mode 'masked' is still under way; train on to its end first"):
+    with pytest.raises(ValueError, match="mode 'ramped' is still under way; train on to its end first"):
         grow_files(tmp_path / "out", tmp_path / "more", {"hidden_size": 64})
 
 
@@ -212,8 +213,8 @@ def test_a_state_carries_mode_masked(tmp_path: Path) -> None:
         ),
         (["--ffn", "many"], "argument --ffn: invalid int value: 'many'"),
         ([], "grow: say what grows: --hidden-size, --layers"),
-        (["--ffn", "64", "--mode", "masked", "--mask-steps", "3"], "a checkpoint cannot carry mode 'masked'"),
-        (["--ffn", "64", "--mode", "gentle"], "grow: mode must be one of zero, masked, got 'gentle'"),
+        (["--ffn", "64", "--mode", "masked", "--mask-steps", "3"], "a checkpoint cannot carry mode 'ramped'"),
+        (["--ffn", "64", "--mode", "gentle"], "grow: mode must be one of zero, ramped, got 'gentle'"),
     ],
     ids=str,
 )
@@ -270,7 +271,7 @@ def test_a_state_with_a_state_that_no_rule_knows(tmp_path: Path) -> None:
     tensors["optimizer.velocity.embed_tokens.weight"] = torch.zeros(300, 32)
     metadata = {"step": "7", "optimizer": "adamw", "model_config": json.dumps(model.config.to_dict())}
     save_state(tmp_path / "odd.safetensors", tensors, metadata)
-    with pytest.raises(ValueError, match="unknown optimizer state 'velocity'"):
+    with pytest.raises(ValueError, match="unknown optimizer slot 'velocity'"):
         grow_files(tmp_path / "odd.safetensors", tmp_path / "out", SIZES)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["odd.safetensors"]
 
@@ -289,7 +290,7 @@ import sys
 from pathlib import Path
 import torch
 import hrmcore
-from hrmcore.growth_files import grow_files
+from hrmcore.growth.files import grow_files
 
 how, source, out, tiny = sys.argv[1:]
 

@@ -123,12 +123,12 @@ def test_the_learning_rate_rises_again(write: Callable[..., Path]) -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamatan2", "sophia-g"])
 def test_a_run_stopped_anywhere_grows_to_the_same_bits(write: Callable[..., Path], optimizer: str) -> None:
-    """Before a growth, right at one, in the middle of mode masked, after the last."""
-    masked = STAGES.replace("warmup_steps = 3", 'warmup_steps = 3\nmode = "masked"\nmask_steps = 3')
+    """Before a growth, right at one, in the middle of mode ramped, after the last."""
+    ramped = STAGES.replace("warmup_steps = 3", 'warmup_steps = 3\nmode = "ramped"\nmask_steps = 3')
     keys = f'optimizer = "{optimizer}"\nema = 0.9'
-    whole = Trainer(read_config(write("whole", masked, keys=keys)))
+    whole = Trainer(read_config(write("whole", ramped, keys=keys)))
     whole.run()
-    stopped = read_config(write("stopped", masked, keys=keys))
+    stopped = read_config(write("stopped", ramped, keys=keys))
     for count in (2, 1, 1, 2, 4):
         trainer = Trainer(stopped)
         for _ in range(count):
@@ -144,19 +144,19 @@ def test_a_run_stopped_anywhere_grows_to_the_same_bits(write: Callable[..., Path
     assert sum("grown_parameters" in row for row in metrics(whole.config.out)) == 2
 
 
-def test_mode_masked_ends_with_its_random_entries(write: Callable[..., Path]) -> None:
+def test_mode_ramped_ends_with_its_random_entries(write: Callable[..., Path]) -> None:
     """With a learning rate next to nothing, what is left of the growth is what the scalar brought."""
-    stages = '[[grow]]\nat_tokens = 600\nhidden_size = 48\nmode = "masked"\nmask_steps = 3\n'
+    stages = '[[grow]]\nat_tokens = 600\nhidden_size = 48\nmode = "ramped"\nmask_steps = 3\n'
     path = write(stages=stages, keys='optimizer = "adamw"')
     config = read_config(_edited(path, "learning_rate = 3e-3", "learning_rate = 1e-12"))
     trainer = Trainer(config)
     trainer.run()
-    growth = Growth.of(config.model, {"hidden_size": 48}, seed=7, mode="masked", mask_steps=3)
+    growth = Growth.of(config.model, {"hidden_size": 48}, seed=7, mode="ramped", mask_steps=3)
     torch.manual_seed(7)
     small = HRM(config.model)
     expected = growth.model(small).state_dict()
     for name, tensor in trainer.model.state_dict().items():
-        assert torch.allclose(tensor, expected[name] + growth.masked_entries(name), atol=1e-6), name
+        assert torch.allclose(tensor, expected[name] + growth.ramped_entries(name), atol=1e-6), name
 
 
 def _edited(path: Path, old: str, new: str) -> Path:
@@ -204,17 +204,17 @@ def test_the_cost_of_the_schedule_is_the_planners(
 
 
 def test_a_grown_state_trains_on(write: Callable[..., Path], tmp_path: Path) -> None:
-    """`hrmcore grow` on a run folder, then a run file with the larger [model]; mode masked goes on there."""
+    """`hrmcore grow` on a run folder, then a run file with the larger [model]; mode ramped goes on there."""
     trainer = Trainer(read_config(write("small", "")))
     trainer._train_step()
     trainer.save()
     trainer.close()
-    options: dict[str, Any] = {"mode": "masked", "mask_steps": 4}
+    options: dict[str, Any] = {"mode": "ramped", "mask_steps": 4}
     grow_files(tmp_path / "small", tmp_path / "large", {"intermediate_size": 64}, **options)
     path = _edited(write("large", ""), "intermediate_size = 48", "intermediate_size = 64")
     larger = Trainer(read_config(path))
     assert larger.step == 1
-    entries = Growth.of(trainer.model.config, {"intermediate_size": 64}, **options).masked_entries
+    entries = Growth.of(trainer.model.config, {"intermediate_size": 64}, **options).ramped_entries
     name = "L_module.layers.0.down_proj.weight"
     new = [*range(24, 32), *range(56, 64)]  # after each half of the old units
     assert not larger.model.state_dict()[name][:, new].any()
@@ -234,7 +234,7 @@ def test_a_grown_state_trains_on(write: Callable[..., Path], tmp_path: Path) -> 
         ("[[grow]]\nat_tokens = 9\nhidden_size = 16", r"\[\[grow\]\] 1: hidden_size would shrink from 32 to 16"),
         ("[[grow]]\nat_tokens = 9", r"\[\[grow\]\] 1: no size differs"),
         ("[[grow]]\nat_tokens = 9\nhidden_size = 48.0", r"\[\[grow\]\] 1: hidden_size must be of type int, got 48\.0"),
-        (STAGES + 'mode = "masked"', r"\[\[grow\]\] 2: mode 'masked' takes mask_steps"),
+        (STAGES + 'mode = "ramped"', r"\[\[grow\]\] 2: mode 'ramped' takes mask_steps"),
         (
             "[[grow]]\nat_tokens = 9\nhidden_size = 48\nwarmup_steps = -1",
             r"\[\[grow\]\] 1: warmup_steps must be at least 0",

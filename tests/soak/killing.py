@@ -26,7 +26,7 @@ from hrmcore import _C, machine
 from hrmcore.checkpoint import training_state
 from hrmcore.checkpoint.training_state import find_newest, find_states, load_state
 from hrmcore.data.packing import BatchStream
-from hrmcore.train import trainer as train_module
+from hrmcore.train import resume
 from hrmcore.train.run_file import TrainConfig, read_config
 from hrmcore.train.trainer import Trainer
 
@@ -61,7 +61,7 @@ def train(config: TrainConfig, last: tuple[str, int] | None = None) -> Callable[
                     os.kill(os.getpid(), signal.SIGKILL)
                 return plain(*args)
 
-            setattr(training_state.os, name, killing)
+            setattr(os, name, killing)
         Trainer(config).run()
 
     return work
@@ -70,8 +70,8 @@ def train(config: TrainConfig, last: tuple[str, int] | None = None) -> Callable[
 def kill_until_done(config: TrainConfig, longest: float, chance: random.Random) -> Iterator[bool]:
     """Start the run again and again, killing it; yields, for each kill, whether a state was being written."""
     while True:
-        parts = config.parallel == "sharded"
-        started, temporary = time.time(), Path(config.out) / "states" / (".writing" if parts else ".writing.tmp")
+        name = ".writing" if config.parallel == "sharded" else ".writing.tmp"
+        started, temporary = time.time(), Path(config.out) / "states" / name
         at_a_point = chance.random() < 0.2
         pid = fork(train(config, chance.choice(POINTS) if at_a_point else None))
         if not at_a_point:
@@ -99,7 +99,7 @@ def mutate(name: str) -> None:
                 if ".ema." in key:
                     tensor.zero_()
 
-        train_module.restore = forgetful  # type: ignore[assignment]
+        resume.restore = forgetful  # type: ignore[assignment]
     else:
         raise ValueError(f"no mutation {name!r}")
 

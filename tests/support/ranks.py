@@ -21,8 +21,8 @@ from torch import Tensor
 from hrmcore import machine
 from hrmcore.cli import main
 from hrmcore.data.packing import PackedBatch
-from hrmcore.distributed.world import local
 from hrmcore.model import HRM
+from hrmcore.optim import local
 from hrmcore.train.trainer import Trainer
 
 machine.peak_flops = lambda precision, device: 1e12

@@ -124,7 +124,7 @@ def check_curve(found: TrainConfig, expected: TrainConfig, first: int = 1) -> No
 
 def go_on_from(source: TrainConfig, step: int, config: TrainConfig) -> None:
     """Put the state of a step of one run, a file or a folder, into the folder of another."""
-    found = state_path(Path(source.out), step, parts=source.parallel == "sharded")
+    found = state_path(Path(source.out), step, sharded=source.parallel == "sharded")
     path = Path(config.out) / "states" / found.name
     path.parent.mkdir(parents=True)
     if found.is_dir():

@@ -14,6 +14,7 @@ from hrmcore.data.records import Rejected, encode, read_records
 from hrmcore.model import HRM
 from hrmcore.tokenizer import Tokenizer
 from hrmcore.train.run_file import explain, read_config
+from hrmcore.train.throughput import visible_pairs
 from hrmcore.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,8 +73,8 @@ def test_a_causal_model_is_charged_for_causal_pairs(run_file: Path) -> None:
         trainer = Trainer(read_config(run_file))
         batch = next(trainer._stream)
         lengths = (batch.offsets[1:] - batch.offsets[:-1])[: len(batch.records)].double()
-        assert trainer._visible_pairs(batch) == float((lengths * (lengths + 1) / 2).sum())
-        counted.append(trainer._visible_pairs(batch))
+        counted.append(visible_pairs(batch, prefix_lm=False))
+        assert counted[-1] == float((lengths * (lengths + 1) / 2).sum())
         trainer.close()
     assert counted[0] == counted[1]
 

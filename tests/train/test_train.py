@@ -29,7 +29,17 @@ from hrmcore.model import HRM
 from hrmcore.optim import Sophia
 from hrmcore.tokenizer import train_tokenizer
 from hrmcore.train import curvature
-from hrmcore.train.run_file import OPTIMIZERS, TrainConfig, ema_decay, explain, horizon, learning_rate, read_config
+from hrmcore.train.run_file import (
+    GROUPS,
+    OPTIMIZERS,
+    TrainConfig,
+    ema_decay,
+    explain,
+    horizon,
+    learning_rate,
+    read_config,
+)
+from hrmcore.train.throughput import visible_pairs
 from hrmcore.train.trainer import Trainer
 
 WORDS = ["alpha", "beta", "gamma", "delta", "omega", "sigma", "kappa", "theta"]
@@ -438,13 +448,28 @@ def test_fine_tuning_starts_from_a_checkpoint_or_a_state(run_file: Path, capsys:
 
 def test_explain_says_what_every_key_means() -> None:
     lines = explain().splitlines()
+    assert max(map(len, lines)) <= 120
     model, grow = (next(i for i, line in enumerate(lines) if line.startswith(head)) for head in ("[model]", "[[grow]]"))
     tables = (TrainConfig, lines[:model]), (HRMConfig, lines[model:grow]), (GrowStage, lines[grow:])
     for table, told in tables:
         for f in dataclasses.fields(table):
             if f.name not in ("model", "vocab_size", "eos_token_id", "pad_token_id"):
-                [line] = [line for line in told if line.startswith(f"{f.name} ")][:1]
-                assert line.endswith(" " + f.metadata["explain"]), f.name
+                first = next(number for number, line in enumerate(told) if line.startswith(f"  {f.name} "))
+                key, kind, *rest = " ".join(line.strip() for line in told[first : first + 4]).split()
+                assert key == f.name
+                assert kind in ("string", "integer", "number", "true", "[string,", "[number,", "tables"), f.name
+                assert " ".join(f.metadata["explain"].split()) in " ".join(rest), f.name
+                if f.default is dataclasses.MISSING:
+                    assert " required " in told[first], f.name
+
+
+def test_explain_groups_the_keys_and_begins_with_those_that_must_be_there() -> None:
+    headings = [line for line in explain().splitlines() if line in GROUPS]
+    assert headings == list(GROUPS)
+    for f in dataclasses.fields(TrainConfig):
+        if f.name != "model":
+            assert (f.metadata["group"] == "required") == (f.default is dataclasses.MISSING), f.name
+            assert f.metadata["group"] in GROUPS
 
 
 def test_the_command_fails_with_one_line_when_training_diverges(
@@ -579,7 +604,7 @@ def test_the_pairs_that_attention_sees_are_counted(trainer: Trainer) -> None:
         for query in range(int(stop - start)):
             seen += sum(key < max(int(prefix), query + 1) for key in range(int(stop - start)))
     fill = int(batch.offsets[-1] - batch.offsets[len(batch.records)])
-    assert trainer._visible_pairs(batch) == seen - fill * (fill + 1) // 2
+    assert visible_pairs(batch, prefix_lm=True) == seen - fill * (fill + 1) // 2
 
 
 def test_sophia_g_takes_b_times_the_squared_mean_gradient_whatever_the_batches(trainer: Trainer) -> None:
