@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hrmcore.config import HRMConfig
-from hrmcore.ops.attention import attention
+from hrmcore.ops.attention import PackedMask, attention
 from hrmcore.ops.backend import reference_active, require_cuda
 from hrmcore.ops.cross_entropy import check_rows, cross_entropy, rows_filled, sample_targets
 from hrmcore.ops.rms_norm import rms_norm
@@ -48,10 +48,10 @@ class Cache(Protocol):
 
 
 class Positions(NamedTuple):
-    """What the blocks need to know about positions."""
+    """A model's tables of positions."""
 
     table: Tensor  # (P, d) float32, as rope_table makes it
-    rates: Tensor | None  # (d/2) float32, as xpos_rates makes them; None is RoPE
+    log_decay: Tensor | None  # (d/2) float32, as xpos_rates makes them; None is RoPE
 
     @classmethod
     def of(cls, config: HRMConfig, length: int) -> Positions:
@@ -63,11 +63,10 @@ class Positions(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the sequences of one packed call lie, and what each of them may see.
+    """Where the sequences of one packed call lie.
 
-    Query i of sequence s sees key j iff j < max(prefix[s], i + 1), both counted from the sequence's first token; with
-    an attention window W only if also |i // W - j // W| <= 1. A prefix longer than the window so is seen both ways
-    within neighbouring blocks; what lies farther reaches a token through the layers and the recurrence.
+    What each token sees is `PackedMask`'s formula. A token sees a prefix longer than the attention window both ways
+    within neighbouring blocks; what lies farther reaches it through the layers and the recurrence.
     """
 
     offsets: Tensor  # (S+1) int32
@@ -90,6 +89,36 @@ class Layout:
         return cls(*(x.to(device) for x in (offsets, torch.tensor(prefix, dtype=torch.int32), positions)))
 
 
+@dataclass(frozen=True)
+class ForwardContext:
+    """What one packed call gives the blocks beside the residual stream."""
+
+    positions: Tensor  # (T) int32, counted from each sequence's first token
+    table: Tensor  # (P, d) float32, as rope_table makes it
+    mask: PackedMask
+    cache: Cache | None = None
+    slot: int = 0  # the cache's slot of the layer that runs next
+    rows: Tensor | None = None  # (R) int64: the tokens whose final state is wanted; None: all of them
+
+    @classmethod
+    def of(
+        cls,
+        layout: Layout,
+        tables: Positions,
+        window: int = 0,
+        cache: Cache | None = None,
+        rows: Tensor | None = None,
+    ) -> ForwardContext:
+        """For the first layer of a model."""
+        key_offsets = None if cache is None else cache.key_offsets
+        mask = PackedMask(layout.offsets, layout.prefix, key_offsets, tables.log_decay, window)
+        return cls(layout.positions, tables.table, mask, cache, rows=rows)
+
+    def at(self, slot: int, last: bool) -> ForwardContext:
+        """For the layer of this slot; `last` says that what it returns is the last to be read of its visit."""
+        return replace(self, slot=slot, rows=self.rows if last else None)
+
+
 class Opened(NamedTuple):
     """What a visit begins with, both (T, D)."""
 
@@ -110,46 +139,33 @@ class Block(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, width, bias=False)
 
     def forward(
-        self,
-        x: Tensor,
-        residual: Tensor,
-        layout: Layout,
-        where: Positions,
-        cache: Cache | None,
-        slot: int,
-        opened: bool = False,
-        rows: Tensor | None = None,
+        self, x: Tensor, residual: Tensor, context: ForwardContext, opened: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream is x + residual, both (T, D); returns its two new halves, of `rows` if given.
+        """The residual stream is x + residual, both (T, D); returns its two new halves, of `context.rows` if given.
 
         The first block of a visit gets the stream `opened` instead: x is then its norm and `residual` the whole of it.
         """
-        if cache is None and not reference_active():
-            return self._fused(x, residual, layout, where, opened, rows)
+        if context.cache is None and not reference_active():
+            return self._fused(x, residual, context, opened)
         config = self.config
         normed, residual = (x, residual) if opened else rms_norm(x, residual, config.rms_norm_eps)
         gqkv = self.gqkv_proj(normed).view(-1, 4, config.num_attention_heads, config.head_dim)
         gate, q, k, v = gqkv.unbind(1)
-        q, k = rope(q, k, where.table, layout.positions)
-        key_offsets = None
-        if cache is not None:
-            k, v = cache.extend(slot, k, v)
-            key_offsets = cache.key_offsets
-        window = config.attention_window
-        attended = attention(q, k, v, gate, layout.offsets, layout.prefix, key_offsets, where.rates, window)
+        q, k = rope(q, k, context.table, context.positions)
+        if context.cache is not None:
+            k, v = context.cache.extend(context.slot, k, v)
+        attended = attention(q, k, v, gate, context.mask)
         x = self.o_proj(attended.flatten(1))
         normed, residual = rms_norm(x, residual, config.rms_norm_eps)
-        return _chosen(self.down_proj(swiglu(self.gate_up_proj(normed))), residual, rows)
+        return _chosen(self.down_proj(swiglu(self.gate_up_proj(normed))), residual, context.rows)
 
-    def _fused(
-        self, x: Tensor, residual: Tensor, layout: Layout, where: Positions, opened: bool, rows: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _fused(self, x: Tensor, residual: Tensor, context: ForwardContext, opened: bool) -> tuple[Tensor, Tensor]:
         """The same without a cache, in two ops that keep less for backward; of `rows` alone from the MLP on."""
         config, gqkv, o = self.config, self.gqkv_proj.weight, self.o_proj.weight
-        seen = (layout.offsets, layout.prefix, where.rates, config.attention_window)
         heads, eps = config.num_attention_heads, config.rms_norm_eps
-        x, residual = attention_sublayer(x, residual, gqkv, o, heads, eps, where.table, layout.positions, *seen, opened)
-        x, residual = _chosen(x, residual, rows)
+        rotation = context.table, context.positions
+        x, residual = attention_sublayer(x, residual, gqkv, o, heads, eps, rotation, context.mask, opened)
+        x, residual = _chosen(x, residual, context.rows)
         return mlp_sublayer(x, residual, self.gate_up_proj.weight, self.down_proj.weight, eps)
 
 
@@ -166,24 +182,17 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList([Block(config) for _ in range(depth)])
 
     def forward(
-        self,
-        opened: Opened,
-        injection: Tensor | None,
-        layout: Layout,
-        where: Positions,
-        cache: Cache | None,
-        slot: int,
-        rows: Tensor | None = None,
+        self, opened: Opened, injection: Tensor | None, context: ForwardContext
     ) -> tuple[Tensor, Opened | None]:
         """One visit: the new state (T, D), normalised, and what the next visit begins with: that state + `injection`.
 
-        `injection` is (T, D); without it the next visit is not opened. `slot` is that of the first layer. With `rows`
-        (R) int64 and without an injection, the state is that of these tokens alone, (R, D).
+        `injection` is (T, D); without it the next visit is not opened. `context` is that of the first layer. With
+        `context.rows` (R) int64 and without an injection, the state is that of these tokens alone, (R, D).
         """
         x, residual = opened
         for index, block in enumerate(self.layers):
-            chosen = rows if index == len(self.layers) - 1 else None
-            x, residual = block(x, residual, layout, where, cache, slot + index, opened=index == 0, rows=chosen)
+            at_block = context.at(context.slot + index, last=index == len(self.layers) - 1)
+            x, residual = block(x, residual, at_block, opened=index == 0)
         if injection is None:
             return rms_norm(x, residual, self.eps)[0], None
         state, *following = rms_norm_inject(x, residual, injection, self.eps)
@@ -243,10 +252,10 @@ class HRM(nn.Module):
 
     def reset_positions(self, length: int) -> None:
         """Make the tables for sequences of up to `length` tokens."""
-        table, rates = Positions.of(self.config, length)
+        table, log_decay = Positions.of(self.config, length)
         device = self.z_L_init.device
         self.register_buffer("rope_table", table.to(device), persistent=False)
-        self.register_buffer("xpos_rates", None if rates is None else rates.to(device), persistent=False)
+        self.register_buffer("xpos_rates", None if log_decay is None else log_decay.to(device), persistent=False)
 
     def states(
         self,
@@ -267,7 +276,8 @@ class HRM(nn.Module):
         graded = graded_visits(config.H_cycles, config.L_cycles, horizon) if torch.is_grad_enabled() else set()
         if self.xpos_rates is not None and (length := int(layout.positions.max()) + 1) > len(self.rope_table):
             self.reset_positions(min(2 * length, config.context))
-        where = Positions(self.rope_table, self.xpos_rates)
+        tables = Positions(self.rope_table, self.xpos_rates)
+        context = ForwardContext.of(layout, tables, config.attention_window, cache, rows)
         z_H = self.embed_tokens(ids) * config.embedding_scale
         if torch.is_autocast_enabled(z_H.device.type):
             z_H = z_H.to(torch.get_autocast_dtype(z_H.device.type))
@@ -277,11 +287,11 @@ class HRM(nn.Module):
             opens = following is not None and (following in graded) == ((h, l) in graded)
             with torch.set_grad_enabled((h, l) in graded):
                 opened = opened or Opened(*rms_norm(z_L, z_H, config.rms_norm_eps))
+                at_visit = context.at(slot, last=following is None)
                 if l < config.L_cycles:
-                    z_L, opened = self.L_module(opened, z_H if opens else None, layout, where, cache, slot)
+                    z_L, opened = self.L_module(opened, z_H if opens else None, at_visit)
                 else:
-                    chosen = rows if following is None else None
-                    z_H, opened = self.H_module(opened, z_L if opens else None, layout, where, cache, slot, chosen)
+                    z_H, opened = self.H_module(opened, z_L if opens else None, at_visit)
             slot += config.depths[l == config.L_cycles]
             yield h, l, z_L if l < config.L_cycles else z_H
 

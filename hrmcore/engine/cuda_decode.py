@@ -196,7 +196,7 @@ class CudaStep:
             "weights": self.weights,
             "workspace": torch.zeros(size, dtype=torch.uint8, device=device),
         }
-        self._rates = None if where.rates is None else where.rates.to(device)
+        self._rates = None if where.log_decay is None else where.log_decay.to(device)
         self._numbers = {
             "ffn": config.intermediate_size,
             "fast_layers": layers[0],

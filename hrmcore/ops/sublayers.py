@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
 from hrmcore import _C
+from hrmcore.ops.attention import PackedMask
 from hrmcore.ops.backend import DEVICES, stream_of
 
 
@@ -27,22 +28,19 @@ def attention_sublayer(
     o_weight: Tensor,
     heads: int,
     eps: float,
-    table: Tensor,
-    positions: Tensor,
-    offsets: Tensor,
-    prefix: Tensor,
-    rates: Tensor | None,
-    window: int,
+    rotation: tuple[Tensor, Tensor],
+    mask: PackedMask,
     opened: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(o(gated attention(rotated gqkv(rms(u)))), u) with u = x + residual; both (T, D), float32 or bfloat16.
 
-    gqkv_weight: (4 A, D), rows gate | q | k | v; o_weight: (D, A); both rounded to x's dtype for the products. The
-    rest as in `rope` and `attention`, which also check it. Where the stream is `opened`, its norm being known, x is
-    rms(u) and `residual` u. Raises ValueError on a wrong dtype, shape or stride.
+    gqkv_weight: (4 A, D), rows gate | q | k | v; o_weight: (D, A); both rounded to x's dtype for the products.
+    `rotation` is (table, positions) as in `rope`; `mask`, without key_offsets, as in `attention`; both check them.
+    Where the stream is `opened`, its norm being known, x is rms(u) and `residual` u. Raises ValueError on a wrong
+    dtype, shape or stride.
     """
-    positional = (table, positions, offsets, prefix, rates, window)
-    y, u, *_ = _attention_sublayer(x, residual, gqkv_weight, o_weight, heads, eps, *positional, opened)
+    flat = (*rotation, mask.offsets, mask.prefix, mask.log_decay, mask.window)
+    y, u, *_ = _attention_sublayer(x, residual, gqkv_weight, o_weight, heads, eps, *flat, opened)
     return y, residual if opened else u
 
 
@@ -116,7 +114,7 @@ def _attention_sublayer(
     positions: Tensor,
     offsets: Tensor,
     prefix: Tensor,
-    rates: Tensor | None,
+    log_decay: Tensor | None,
     window: int,
     opened: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -126,7 +124,7 @@ def _attention_sublayer(
     _C.rope(*map(to_dlpack, (q, k, table, positions, q, k)), False, stream_of(x))
     attended, lse = x.new_empty(q.shape), x.new_empty(q.shape[:2], dtype=torch.float32)
     operands = map(to_dlpack, (q, k, v, gate, offsets, offsets, prefix, attended, lse))
-    _C.attention_forward(*operands, None if rates is None else to_dlpack(rates), window, stream_of(x))
+    _C.attention_forward(*operands, None if log_decay is None else to_dlpack(log_decay), window, stream_of(x))
     return _product(attended.flatten(1), o_weight), u, gqkv, attended, lse
 
 
@@ -142,7 +140,7 @@ def _attention_sublayer_backward(
     positions: Tensor,
     offsets: Tensor,
     prefix: Tensor,
-    rates: Tensor | None,
+    log_decay: Tensor | None,
     window: int,
     eps: float,
     opened: bool,
@@ -158,7 +156,7 @@ def _attention_sublayer_backward(
         sums = k.new_empty(k.shape, dtype=torch.float32), k.new_empty(k.shape, dtype=torch.float32)
     inputs = (q, k, v, gate, offsets, offsets, prefix, attended, lse, grad_attended.view(q.shape))
     operands = map(to_dlpack, (*inputs, grad_q, *sums, grad_gate))
-    _C.attention_backward(*operands, None if rates is None else to_dlpack(rates), window, stream_of(u))
+    _C.attention_backward(*operands, None if log_decay is None else to_dlpack(log_decay), window, stream_of(u))
     if gqkv.dtype != torch.float32:
         grad_k.copy_(sums[0])
         grad_v.copy_(sums[1])
