@@ -10,7 +10,7 @@ from torch import Tensor
 from hrmcore.config import HRMConfig
 from hrmcore.data.packing import PackedBatch
 from hrmcore.model import HRM
-from hrmcore.ops import backend, cross_entropy, rms_norm_inject, sublayers
+from hrmcore.ops import attention, backend, cross_entropy, rms_norm_inject, sublayers
 
 XPOS = {"position_encoding": "xpos", "xpos_scale_base": 64, "attention_window": 64}
 
@@ -92,7 +92,7 @@ class Recorder:
 def test_every_operand_of_a_kernel_is_where_the_inputs_are(monkeypatch):
     """What a CPU tensor made on the way would break, seen without a device: on "meta", in the ops' own code."""
     recorder = Recorder()
-    for page in (sublayers, rms_norm_inject, cross_entropy):
+    for page in (attention, sublayers, rms_norm_inject, cross_entropy):
         monkeypatch.setattr(page, "_C", recorder)
         monkeypatch.setattr(page, "to_dlpack", lambda x: x)
         monkeypatch.setattr(page, "stream_of", lambda x: "stream")

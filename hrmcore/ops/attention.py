@@ -100,6 +100,48 @@ def attention(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, mask: PackedMask) -
     return _attention(q, k, v, gate, *mask.flat)[0]
 
 
+# The launches: every call of the kernels, for the ops of this page and of sublayers.py
+
+Operands = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v, gate
+
+
+def launch_forward(operands: Operands, mask: PackedMask) -> tuple[Tensor, Tensor]:
+    """Run the forward kernel; returns the output (T, H, d) and the log-sum-exps of the scores (T, H) float32."""
+    q = operands[0]
+    results = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+    exported = map(to_dlpack, (*operands, *_offsets(mask), *results))
+    _C.attention_forward(*exported, *_form(mask), stream_of(q))
+    return results
+
+
+def launch_backward(
+    operands: Operands, mask: PackedMask, results: tuple[Tensor, Tensor], grad_out: Tensor, grads: Operands
+) -> None:
+    """Run the backward kernel, given what `launch_forward` returned; writes the gradients of the operands to `grads`.
+
+    The kernel sums the gradients of keys and values in float32, in place.
+    """
+    q = operands[0]
+    grad_q, grad_k, grad_v, grad_gate = grads
+    sums = grad_k, grad_v
+    if grad_k.dtype != torch.float32:
+        sums = grad_k.new_empty(grad_k.shape, dtype=torch.float32), grad_v.new_empty(grad_v.shape, dtype=torch.float32)
+    inputs = *operands, *_offsets(mask), *results, grad_out.contiguous()
+    exported = map(to_dlpack, (*inputs, grad_q, *sums, grad_gate))
+    _C.attention_backward(*exported, *_form(mask), stream_of(q))
+    if grad_k.dtype != torch.float32:
+        grad_k.copy_(sums[0])
+        grad_v.copy_(sums[1])
+
+
+def _offsets(mask: PackedMask) -> tuple[Tensor, Tensor, Tensor]:
+    return mask.offsets, mask.offsets if mask.key_offsets is None else mask.key_offsets, mask.prefix
+
+
+def _form(mask: PackedMask) -> tuple[Any, int]:
+    return None if mask.log_decay is None else to_dlpack(mask.log_decay), mask.window
+
+
 @torch.library.custom_op("hrmcore::attention", mutates_args=(), device_types=DEVICES)
 def _attention(
     q: Tensor,
@@ -112,11 +154,7 @@ def _attention(
     log_decay: Tensor | None,
     window: int,
 ) -> tuple[Tensor, Tensor]:
-    key_offsets = offsets if key_offsets is None else key_offsets
-    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
-    operands = map(to_dlpack, (q, k, v, gate, offsets, key_offsets, prefix, out, lse))
-    _C.attention_forward(*operands, None if log_decay is None else to_dlpack(log_decay), window, stream_of(q))
-    return out, lse
+    return launch_forward((q, k, v, gate), PackedMask(offsets, prefix, key_offsets, log_decay, window))
 
 
 @torch.library.custom_op("hrmcore::attention_backward", mutates_args=(), device_types=DEVICES)
@@ -134,13 +172,10 @@ def _attention_backward(
     log_decay: Tensor | None,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    key_offsets = offsets if key_offsets is None else key_offsets
-    grad_q, grad_gate = q.new_empty(q.shape), q.new_empty(q.shape)
-    grad_k, grad_v = (k.new_empty(k.shape, dtype=torch.float32) for _ in range(2))
-    inputs = (q, k, v, gate, offsets, key_offsets, prefix, out, lse, grad_out.contiguous())
-    operands = map(to_dlpack, (*inputs, grad_q, grad_k, grad_v, grad_gate))
-    _C.attention_backward(*operands, None if log_decay is None else to_dlpack(log_decay), window, stream_of(q))
-    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_gate
+    mask = PackedMask(offsets, prefix, key_offsets, log_decay, window)
+    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), gate.new_empty(gate.shape)
+    launch_backward((q, k, v, gate), mask, (out, lse), grad_out, grads)
+    return grads
 
 
 @_attention.register_fake

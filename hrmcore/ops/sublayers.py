@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
 from hrmcore import _C
-from hrmcore.ops.attention import PackedMask
+from hrmcore.ops.attention import PackedMask, launch_backward, launch_forward
 from hrmcore.ops.backend import DEVICES, stream_of
 
 
@@ -122,9 +122,8 @@ def _attention_sublayer(
     gqkv = _product(normed, gqkv_weight).view(len(x), 4, heads, -1)
     gate, q, k, v = _split(gqkv)
     _C.rope(*map(to_dlpack, (q, k, table, positions, q, k)), False, stream_of(x))
-    attended, lse = x.new_empty(q.shape), x.new_empty(q.shape[:2], dtype=torch.float32)
-    operands = map(to_dlpack, (q, k, v, gate, offsets, offsets, prefix, attended, lse))
-    _C.attention_forward(*operands, None if log_decay is None else to_dlpack(log_decay), window, stream_of(x))
+    mask = PackedMask(offsets, prefix, None, log_decay, window)
+    attended, lse = launch_forward((q, k, v, gate), mask)
     return _product(attended.flatten(1), o_weight), u, gqkv, attended, lse
 
 
@@ -151,16 +150,9 @@ def _attention_sublayer_backward(
     gate, q, k, v = _split(gqkv)
     grad_gqkv = torch.empty_like(gqkv)
     grad_gate, grad_q, grad_k, grad_v = _split(grad_gqkv)
-    sums = (grad_k, grad_v)  # the kernel sums these two in place, so in float32
-    if gqkv.dtype != torch.float32:
-        sums = k.new_empty(k.shape, dtype=torch.float32), k.new_empty(k.shape, dtype=torch.float32)
-    inputs = (q, k, v, gate, offsets, offsets, prefix, attended, lse, grad_attended.view(q.shape))
-    operands = map(to_dlpack, (*inputs, grad_q, *sums, grad_gate))
-    _C.attention_backward(*operands, None if log_decay is None else to_dlpack(log_decay), window, stream_of(u))
-    if gqkv.dtype != torch.float32:
-        grad_k.copy_(sums[0])
-        grad_v.copy_(sums[1])
-    del inputs, sums, grad_attended
+    mask, grads = PackedMask(offsets, prefix, None, log_decay, window), (grad_q, grad_k, grad_v, grad_gate)
+    launch_backward((q, k, v, gate), mask, (attended, lse), grad_attended.view(q.shape), grads)
+    del grad_attended
     _C.rope(*map(to_dlpack, (grad_q, grad_k, table, positions, grad_q, grad_k)), True, stream_of(u))
     grad_normed, grad_gqkv_weight = _product_backward(grad_gqkv.flatten(1), _norm(u, eps), gqkv_weight)
     grad_x = grad_normed if opened else _norm_backward_(grad_normed, u, grad_u, eps)
