@@ -120,14 +120,14 @@ class ForwardContext:
 
 
 class Opened(NamedTuple):
-    """What a visit begins with, both (T, D)."""
+    """The residual stream as a block gets it, both (T, D). A visit begins with the stream z_L + z_H."""
 
     normed: Tensor  # rms(stream)
-    stream: Tensor  # z_L + z_H
+    stream: Tensor
 
 
 class Block(nn.Module):
-    """Pre-norm attention with a sigmoid gate, then SwiGLU. Works on the residual stream in two halves (x, residual)."""
+    """Attention with a sigmoid gate, then SwiGLU, each after a norm; the stack computes the first one."""
 
     def __init__(self, config: HRMConfig) -> None:
         super().__init__()
@@ -138,35 +138,31 @@ class Block(nn.Module):
         self.gate_up_proj = nn.Linear(width, 2 * config.intermediate_size, bias=False)  # rows gate | up
         self.down_proj = nn.Linear(config.intermediate_size, width, bias=False)
 
-    def forward(
-        self, x: Tensor, residual: Tensor, context: ForwardContext, opened: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """The residual stream is x + residual, both (T, D); returns its two new halves, of `context.rows` if given.
+    def forward(self, normed: Tensor, stream: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        """Takes the residual stream and its norm, both (T, D); returns two tensors whose sum is the new stream.
 
-        The first block of a visit gets the stream `opened` instead: x is then its norm and `residual` the whole of it.
+        With `context.rows` the two are of these tokens alone, (R, D).
         """
         if context.cache is None and not reference_active():
-            return self._fused(x, residual, context, opened)
+            return self._fused(normed, stream, context)
         config = self.config
-        normed, residual = (x, residual) if opened else rms_norm(x, residual, config.rms_norm_eps)
         gqkv = self.gqkv_proj(normed).view(-1, 4, config.num_attention_heads, config.head_dim)
         gate, q, k, v = gqkv.unbind(1)
         q, k = rope(q, k, context.table, context.positions)
         if context.cache is not None:
             k, v = context.cache.extend(context.slot, k, v)
         attended = attention(q, k, v, gate, context.mask)
-        x = self.o_proj(attended.flatten(1))
-        normed, residual = rms_norm(x, residual, config.rms_norm_eps)
-        return _chosen(self.down_proj(swiglu(self.gate_up_proj(normed))), residual, context.rows)
+        normed, stream = rms_norm(self.o_proj(attended.flatten(1)), stream, config.rms_norm_eps)
+        return _chosen(self.down_proj(swiglu(self.gate_up_proj(normed))), stream, context.rows)
 
-    def _fused(self, x: Tensor, residual: Tensor, context: ForwardContext, opened: bool) -> tuple[Tensor, Tensor]:
+    def _fused(self, normed: Tensor, stream: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """The same without a cache, in two ops that keep less for backward; of `rows` alone from the MLP on."""
         config, gqkv, o = self.config, self.gqkv_proj.weight, self.o_proj.weight
         heads, eps = config.num_attention_heads, config.rms_norm_eps
         rotation = context.table, context.positions
-        x, residual = attention_sublayer(x, residual, gqkv, o, heads, eps, rotation, context.mask, opened)
-        x, residual = _chosen(x, residual, context.rows)
-        return mlp_sublayer(x, residual, self.gate_up_proj.weight, self.down_proj.weight, eps)
+        attended = attention_sublayer(normed, stream, gqkv, o, heads, eps, rotation, context.mask)
+        attended, stream = _chosen(attended, stream, context.rows)
+        return mlp_sublayer(attended, stream, self.gate_up_proj.weight, self.down_proj.weight, eps)
 
 
 def _chosen(x: Tensor, residual: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -174,7 +170,7 @@ def _chosen(x: Tensor, residual: Tensor, rows: Tensor | None) -> tuple[Tensor, T
 
 
 class Stack(nn.Module):
-    """N blocks closed by a final norm ("MagicNorm")."""
+    """N blocks, a norm before each, closed by a final norm ("MagicNorm")."""
 
     def __init__(self, config: HRMConfig, depth: int) -> None:
         super().__init__()
@@ -189,10 +185,12 @@ class Stack(nn.Module):
         `injection` is (T, D); without it the next visit is not opened. `context` is that of the first layer. With
         `context.rows` (R) int64 and without an injection, the state is that of these tokens alone, (R, D).
         """
-        x, residual = opened
+        normed, stream = opened
         for index, block in enumerate(self.layers):
-            at_block = context.at(context.slot + index, last=index == len(self.layers) - 1)
-            x, residual = block(x, residual, at_block, opened=index == 0)
+            last = index == len(self.layers) - 1
+            x, residual = block(normed, stream, context.at(context.slot + index, last))
+            if not last:
+                normed, stream = rms_norm(x, residual, self.eps)
         if injection is None:
             return rms_norm(x, residual, self.eps)[0], None
         state, *following = rms_norm_inject(x, residual, injection, self.eps)

@@ -22,26 +22,24 @@ from hrmcore.ops.backend import DEVICES, stream_of
 
 
 def attention_sublayer(
-    x: Tensor,
-    residual: Tensor,
+    normed: Tensor,
+    stream: Tensor,
     gqkv_weight: Tensor,
     o_weight: Tensor,
     heads: int,
     eps: float,
     rotation: tuple[Tensor, Tensor],
     mask: PackedMask,
-    opened: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """(o(gated attention(rotated gqkv(rms(u)))), u) with u = x + residual; both (T, D), float32 or bfloat16.
+) -> Tensor:
+    """o(gated attention(rotated gqkv(normed))), (T, D), where normed = rms(stream); float32 or bfloat16.
 
-    gqkv_weight: (4 A, D), rows gate | q | k | v; o_weight: (D, A); both rounded to x's dtype for the products.
+    gqkv_weight: (4 A, D), rows gate | q | k | v; o_weight: (D, A); both rounded to the stream's dtype for the products.
+    `eps` is that of the norm, which backward computes again from the stream; the gradient goes to `normed` alone.
     `rotation` is (table, positions) as in `rope`; `mask`, without key_offsets, as in `attention`; both check them.
-    Where the stream is `opened`, its norm being known, x is rms(u) and `residual` u. Raises ValueError on a wrong
-    dtype, shape or stride.
+    Raises ValueError on a wrong dtype, shape or stride.
     """
     flat = (*rotation, mask.offsets, mask.prefix, mask.log_decay, mask.window)
-    y, u, *_ = _attention_sublayer(x, residual, gqkv_weight, o_weight, heads, eps, *flat, opened)
-    return y, residual if opened else u
+    return _attention_sublayer(normed, stream, gqkv_weight, o_weight, heads, eps, *flat)[0]
 
 
 def mlp_sublayer(
@@ -104,8 +102,8 @@ def _split(gqkv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @torch.library.custom_op("hrmcore::attention_sublayer", mutates_args=(), device_types=DEVICES)
 def _attention_sublayer(
-    x: Tensor,
-    residual: Tensor,
+    normed: Tensor,
+    stream: Tensor,
     gqkv_weight: Tensor,
     o_weight: Tensor,
     heads: int,
@@ -116,20 +114,18 @@ def _attention_sublayer(
     prefix: Tensor,
     log_decay: Tensor | None,
     window: int,
-    opened: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    normed, u = (x, x.new_empty(0)) if opened else _add_norm(x, residual, eps)  # an op may not return an input
-    gqkv = _product(normed, gqkv_weight).view(len(x), 4, heads, -1)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gqkv = _product(normed, gqkv_weight).view(len(normed), 4, heads, -1)
     gate, q, k, v = _split(gqkv)
-    _C.rope(*map(to_dlpack, (q, k, table, positions, q, k)), False, stream_of(x))
+    _C.rope(*map(to_dlpack, (q, k, table, positions, q, k)), False, stream_of(q))
     mask = PackedMask(offsets, prefix, None, log_decay, window)
     attended, lse = launch_forward((q, k, v, gate), mask)
-    return _product(attended.flatten(1), o_weight), u, gqkv, attended, lse
+    return _product(attended.flatten(1), o_weight), gqkv, attended, lse
 
 
 @torch.library.custom_op("hrmcore::attention_sublayer_backward", mutates_args=(), device_types=DEVICES)
 def _attention_sublayer_backward(
-    u: Tensor,
+    stream: Tensor,
     gqkv: Tensor,
     attended: Tensor,
     lse: Tensor,
@@ -142,9 +138,7 @@ def _attention_sublayer_backward(
     log_decay: Tensor | None,
     window: int,
     eps: float,
-    opened: bool,
     grad_y: Tensor,
-    grad_u: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_attended, grad_o_weight = _product_backward(grad_y, attended.flatten(1), o_weight)
     gate, q, k, v = _split(gqkv)
@@ -153,41 +147,38 @@ def _attention_sublayer_backward(
     mask, grads = PackedMask(offsets, prefix, None, log_decay, window), (grad_q, grad_k, grad_v, grad_gate)
     launch_backward((q, k, v, gate), mask, (attended, lse), grad_attended.view(q.shape), grads)
     del grad_attended
-    _C.rope(*map(to_dlpack, (grad_q, grad_k, table, positions, grad_q, grad_k)), True, stream_of(u))
-    grad_normed, grad_gqkv_weight = _product_backward(grad_gqkv.flatten(1), _norm(u, eps), gqkv_weight)
-    grad_x = grad_normed if opened else _norm_backward_(grad_normed, u, grad_u, eps)
-    return grad_x, grad_gqkv_weight, grad_o_weight
+    _C.rope(*map(to_dlpack, (grad_q, grad_k, table, positions, grad_q, grad_k)), True, stream_of(q))
+    return *_product_backward(grad_gqkv.flatten(1), _norm(stream, eps), gqkv_weight), grad_o_weight
 
 
 @_attention_sublayer.register_fake
 def _(
-    x: Tensor, residual: Tensor, gqkv_weight: Tensor, o_weight: Tensor, heads: int, *others: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tokens, head_dim = x.shape[0], o_weight.shape[1] // heads
-    gqkv, attended = x.new_empty(tokens, 4, heads, head_dim), x.new_empty(tokens, heads, head_dim)
-    lse = x.new_empty(tokens, heads, dtype=torch.float32)
-    return x.new_empty(x.shape), x.new_empty((0,) if others[-1] else x.shape), gqkv, attended, lse
+    normed: Tensor, stream: Tensor, gqkv_weight: Tensor, o_weight: Tensor, heads: int, *others: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, head_dim = normed.shape[0], o_weight.shape[1] // heads
+    gqkv, attended = normed.new_empty(tokens, 4, heads, head_dim), normed.new_empty(tokens, heads, head_dim)
+    return normed.new_empty(normed.shape), gqkv, attended, normed.new_empty(tokens, heads, dtype=torch.float32)
 
 
 @_attention_sublayer_backward.register_fake
 def _(
-    u: Tensor, gqkv: Tensor, attended: Tensor, lse: Tensor, gqkv_weight: Tensor, o_weight: Tensor, *others: object
+    stream: Tensor, gqkv: Tensor, attended: Tensor, lse: Tensor, gqkv_weight: Tensor, o_weight: Tensor, *others: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return u.new_empty(u.shape), gqkv_weight.new_empty(gqkv_weight.shape), o_weight.new_empty(o_weight.shape)
+    return stream.new_empty(stream.shape), gqkv_weight.new_empty(gqkv_weight.shape), o_weight.new_empty(o_weight.shape)
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, residual, gqkv_weight, o_weight, _, ctx.eps, *positional, ctx.window, ctx.opened = inputs
-    _, u, *kept = output
-    ctx.mark_non_differentiable(*kept, *([u] if ctx.opened else []))
+    _, stream, gqkv_weight, o_weight, _, ctx.eps, *positional, ctx.window = inputs
+    kept = output[1:]
+    ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)  # or autograd would make zeros of the size of these outputs
-    ctx.save_for_backward(residual if ctx.opened else u, *kept, gqkv_weight, o_weight, *positional)
+    ctx.save_for_backward(stream, *kept, gqkv_weight, o_weight, *positional)
 
 
-def _attention_backward(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _attention_backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     grad_y = torch.zeros_like(ctx.saved_tensors[0]) if grad_y is None else grad_y
-    grads = _attention_sublayer_backward(*ctx.saved_tensors, ctx.window, ctx.eps, ctx.opened, grad_y, grad_u)
-    return grads[0], None if ctx.opened else grads[0], *grads[1:], *9 * [None]
+    grad_normed, *grads = _attention_sublayer_backward(*ctx.saved_tensors, ctx.window, ctx.eps, grad_y)
+    return grad_normed, None, *grads, *8 * [None]
 
 
 _attention_sublayer.register_autograd(_attention_backward, setup_context=_save_attention)

@@ -46,24 +46,9 @@ def in_float64(context):
 
 def outputs_and_gradients(block, x, residual, context, used):
     inputs = [x.clone().requires_grad_(), residual.clone().requires_grad_(), *block.parameters()]
-    y, u = block(*inputs[:2], context)
+    y, u = block(*rms_norm(*inputs[:2], block.config.rms_norm_eps), context)
     value = {"y": y.square(), "u": u**3, "both": y * u}[used].sum()
     return [y, u, *torch.autograd.grad(value, inputs, allow_unused=True)]
-
-
-@pytest.mark.parametrize("used", ["y", "u", "both"])
-@pytest.mark.parametrize("position_encoding", ["rope", "xpos"])
-def test_an_opened_stream_is_the_same_stream(position_encoding, used):
-    block, x, residual, context = block_and_streams(position_encoding=position_encoding)
-    results = []
-    for opened in (False, True):
-        inputs = [x.clone().requires_grad_(), residual.clone().requires_grad_()]
-        halves = rms_norm(*inputs, block.config.rms_norm_eps) if opened else inputs
-        y, u = block(*halves, context, opened=opened)
-        value = {"y": y.square(), "u": u**3, "both": y * u}[used].sum()
-        results.append([y, u, *torch.autograd.grad(value, [*inputs, *block.parameters()], allow_unused=True)])
-    for a, b in zip(*results, strict=True):
-        assert (a is None and b is None) or torch.equal(a, b)
 
 
 @pytest.mark.parametrize("used", ["y", "u", "both"])
@@ -96,7 +81,7 @@ def test_same_bits_for_any_number_of_threads():
 def test_a_second_backward_finds_what_the_first_found():
     block, x, residual, context = block_and_streams()
     x.requires_grad_()
-    y, u = block(x, residual, context)
+    y, u = block(*rms_norm(x, residual), context)
     first, second = (torch.autograd.grad((y * u).sum(), x, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
 
@@ -106,12 +91,10 @@ def test_opcheck():
     gqkv, o, gate_up, down = (p.detach().clone() for p in block.parameters())
     positional = (context.table, LAYOUT.positions, LAYOUT.offsets, LAYOUT.prefix, None, 0)
     streams = x.clone().requires_grad_(), residual.clone().requires_grad_()
-    for opened in (False, True):
-        weights = gqkv.clone().requires_grad_(), o
-        torch.library.opcheck(_attention_sublayer, (*streams, *weights, 2, 1e-6, *positional, opened))
-        kept = _attention_sublayer(x, residual, gqkv, o, 2, 1e-6, *positional, opened)[2:]
-        operands = residual, *kept, gqkv, o, *positional, 1e-6, opened, x, None if opened else residual
-        torch.library.opcheck(_attention_sublayer_backward, operands)
+    weights = gqkv.clone().requires_grad_(), o
+    torch.library.opcheck(_attention_sublayer, (*streams, *weights, 2, 1e-6, *positional))
+    _, *kept = _attention_sublayer(x, residual, gqkv, o, 2, 1e-6, *positional)
+    torch.library.opcheck(_attention_sublayer_backward, (residual, *kept, gqkv, o, *positional, 1e-6, x))
     torch.library.opcheck(_mlp_sublayer, (*streams, gate_up, down.clone().requires_grad_(), 1e-6))
     _, *kept = _mlp_sublayer(x, residual, gate_up, down, 1e-6)
     torch.library.opcheck(_mlp_sublayer_backward, (*kept, gate_up, down, 1e-6, x, None))
@@ -121,7 +104,9 @@ def test_bad_input_is_named_by_the_kernels():
     block, x, residual, context = block_and_streams()
     gqkv, o, gate_up, down = block.parameters()
     rotation = context.table, context.positions
+    with pytest.raises(ValueError, match="positions must be of size 3"):
+        attention_sublayer(x[:3], residual[:3], gqkv, o, 2, 1e-6, rotation, context.mask)
     with pytest.raises(ValueError, match="residual must be of the shape of the input"):
-        attention_sublayer(x, residual[:3], gqkv, o, 2, 1e-6, rotation, context.mask)
+        mlp_sublayer(x, residual[:3], gate_up, down, 1e-6)
     with pytest.raises(ValueError, match="residual must be float32, got bfloat16"):
         mlp_sublayer(x, residual.bfloat16(), gate_up, down, 1e-6)
