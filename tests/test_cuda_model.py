@@ -101,7 +101,7 @@ def test_every_operand_of_a_kernel_is_where_the_inputs_are(monkeypatch):
     packed, block = batch().to(torch.device("meta")), model.L_module.layers[0]
     x = torch.empty(len(packed.ids), 24, dtype=torch.bfloat16, device="meta")
     gqkv, o, gate_up, down = block.parameters()
-    positional = (model.rope_table, packed.positions, packed.offsets, packed.prefix, model.xpos_rates, 64)
+    positional = (model.rope_table, packed.positions, packed.offsets, packed.prefix, model.xpos_log_decay, 64)
     rms_norm._add_rms_norm._init_fn(x, x, 1e-6)
     rms_norm._rms_norm_backward._init_fn(x, x, x, 1e-6)
     _, *kept = sublayers._attention_sublayer._init_fn(x, x, gqkv, o, 2, 1e-6, *positional)

@@ -32,7 +32,7 @@ class PackedMask:
     offsets: Tensor  # (S + 1) int32: sequence s owns the query rows from offsets[s] to offsets[s + 1]
     prefix: Tensor  # (S) int32: every query of sequence s sees its first prefix[s] keys
     key_offsets: Tensor | None = None  # (S + 1) int32: the same as offsets for key rows; None: keys lie as queries do
-    log_decay: Tensor | None = None  # (d/2) float32 in [-0.5, 0], as `xpos_rates` makes them; None: no decay
+    log_decay: Tensor | None = None  # (d/2) float32 in [-0.5, 0], as `xpos_log_decay` makes them; None: no decay
     window: int = 0  # a multiple of 64; 0: no window
 
     @property
@@ -67,9 +67,9 @@ def _scores(q: Tensor, k: Tensor, log_decay: Tensor | None) -> Tensor:
     (queries, heads, _), keys = q.shape, k.shape[0]
     distance = (torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)).abs().to(q.device)
     scores = q.new_zeros(heads, queries, keys)
-    for pair, rate in enumerate(log_decay.to(q.dtype)):  # one at a time: all together would be a (H, T, Tk, d) tensor
+    for pair, slope in enumerate(log_decay.to(q.dtype)):  # one at a time: all together would be a (H, T, Tk, d) tensor
         channels = slice(pair, None, len(log_decay))
-        scores = scores + torch.einsum("ihd,jhd->hij", q[..., channels], k[..., channels]) * (rate * distance).exp()
+        scores = scores + torch.einsum("ihd,jhd->hij", q[..., channels], k[..., channels]) * (slope * distance).exp()
     return scores
 
 
@@ -235,7 +235,7 @@ def cases(dtype: torch.dtype = torch.float32) -> Iterator[dict[str, Any]]:
 
 
 def work(case: dict[str, Any], backward: bool = False) -> dict[str, int]:
-    """The bytes that one call must move and the FLOPs of its matrix products over the visible (query, key) pairs."""
+    """The bytes that one call must move and the FLOPs of its GEMMs over the visible (query, key) pairs."""
     queries, keys, mask = case["q"], case["k"], case["mask"]
     pairs = sum(
         int(_seen(rows.stop - rows.start, seen.stop - seen.start, prefix, mask.window).sum())

@@ -1,9 +1,9 @@
 """The two halves of a block as one op each, so that training keeps little and copies nothing.
 
-What they compute is written out in hrmcore/model.py, `Block.forward`, op by op: that is the reference. Here the matrix
-products (torch's) and the kernels run in one call. Backward finds the residual stream, the rotated projection, the
-attention's output and the input of SwiGLU; it computes the norms and the SwiGLU product again. Queries and keys are
-rotated in the projection's own buffer, and their gradients are written into one.
+The reference is `Block.forward` in hrmcore/model.py, which runs the same op by op. Here the GEMMs (torch's) and the
+kernels run in one call. Forward saves the residual stream, the rotated projection, the attention's output and SwiGLU's
+input; backward computes the norms and SwiGLU's output again. Queries and keys are rotated in place, in the projection's
+buffer, and all four gradients of the projection are written into one buffer.
 
 Shapes: T tokens, D width, H heads, d head_dim, A = H d, F ffn, P positions, S sequences.
 """
@@ -66,28 +66,28 @@ def _norm(u: Tensor, eps: float) -> Tensor:
 
 
 def _norm_backward_(grad_normed: Tensor, u: Tensor, grad_u: Tensor | None, eps: float) -> Tensor:
-    """The gradient of what was added up to u, in place of grad_normed."""
+    """The gradient of u and of both its summands; overwrites grad_normed."""
     passed_on = None if grad_u is None else to_dlpack(grad_u.contiguous())
     operands = to_dlpack(u), to_dlpack(grad_normed), passed_on, to_dlpack(grad_normed)
     _C.rms_norm_backward(*operands, eps, stream_of(u))
     return grad_normed
 
 
-def _product(rows: Tensor, weight: Tensor) -> Tensor:
+def _gemm(rows: Tensor, weight: Tensor) -> Tensor:
     """rows (T, N) weight (M, N)^T -> (T, M), in the dtype of the rows."""
     return torch.mm(rows, weight.to(rows.dtype).T)
 
 
-def _product_backward(grad: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of `_product` to its rows and to its weight."""
-    return _product_rows_backward(grad, weight), _product_weight_backward(grad, rows, weight)
+def _gemm_backward(grad: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `_gemm` to its rows and to its weight."""
+    return _gemm_rows_backward(grad, weight), _gemm_weight_backward(grad, rows, weight)
 
 
-def _product_rows_backward(grad: Tensor, weight: Tensor) -> Tensor:
+def _gemm_rows_backward(grad: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(grad, weight.to(grad.dtype))
 
 
-def _product_weight_backward(grad: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+def _gemm_weight_backward(grad: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(grad.T, rows).to(weight.dtype)
 
 
@@ -115,12 +115,12 @@ def _attention_sublayer(
     log_decay: Tensor | None,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gqkv = _product(normed, gqkv_weight).view(len(normed), 4, heads, -1)
+    gqkv = _gemm(normed, gqkv_weight).view(len(normed), 4, heads, -1)
     gate, q, k, v = _split(gqkv)
     _C.rope(*map(to_dlpack, (q, k, table, positions, q, k)), False, stream_of(q))
     mask = PackedMask(offsets, prefix, None, log_decay, window)
     attended, lse = launch_forward((q, k, v, gate), mask)
-    return _product(attended.flatten(1), o_weight), gqkv, attended, lse
+    return _gemm(attended.flatten(1), o_weight), gqkv, attended, lse
 
 
 @torch.library.custom_op("hrmcore::attention_sublayer_backward", mutates_args=(), device_types=DEVICES)
@@ -140,7 +140,7 @@ def _attention_sublayer_backward(
     eps: float,
     grad_y: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_attended, grad_o_weight = _product_backward(grad_y, attended.flatten(1), o_weight)
+    grad_attended, grad_o_weight = _gemm_backward(grad_y, attended.flatten(1), o_weight)
     gate, q, k, v = _split(gqkv)
     grad_gqkv = torch.empty_like(gqkv)
     grad_gate, grad_q, grad_k, grad_v = _split(grad_gqkv)
@@ -148,7 +148,7 @@ def _attention_sublayer_backward(
     launch_backward((q, k, v, gate), mask, (attended, lse), grad_attended.view(q.shape), grads)
     del grad_attended
     _C.rope(*map(to_dlpack, (grad_q, grad_k, table, positions, grad_q, grad_k)), True, stream_of(q))
-    return *_product_backward(grad_gqkv.flatten(1), _norm(stream, eps), gqkv_weight), grad_o_weight
+    return *_gemm_backward(grad_gqkv.flatten(1), _norm(stream, eps), gqkv_weight), grad_o_weight
 
 
 @_attention_sublayer.register_fake
@@ -191,8 +191,8 @@ def _mlp_sublayer(
     x: Tensor, residual: Tensor, gate_up_weight: Tensor, down_weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     normed, u = _add_norm(x, residual, eps)
-    ab = _product(normed, gate_up_weight)
-    return _product(_swiglu(ab), down_weight), u, ab
+    ab = _gemm(normed, gate_up_weight)
+    return _gemm(_swiglu(ab), down_weight), u, ab
 
 
 def _swiglu(ab: Tensor) -> Tensor:
@@ -211,11 +211,12 @@ def _mlp_sublayer_backward(
     grad_y: Tensor,
     grad_u: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_ab, product = torch.empty_like(ab), _product_rows_backward(grad_y, down_weight)
-    _C.swiglu_backward(*map(to_dlpack, (ab, product, grad_ab, product)), stream_of(ab))  # the gradient gives way to it
-    grad_down_weight = _product_weight_backward(grad_y, product, down_weight)
+    grad_ab, product = torch.empty_like(ab), _gemm_rows_backward(grad_y, down_weight)
+    # SwiGLU's output, computed again, overwrites its gradient.
+    _C.swiglu_backward(*map(to_dlpack, (ab, product, grad_ab, product)), stream_of(ab))
+    grad_down_weight = _gemm_weight_backward(grad_y, product, down_weight)
     del product
-    grad_normed, grad_gate_up_weight = _product_backward(grad_ab, _norm(u, eps), gate_up_weight)
+    grad_normed, grad_gate_up_weight = _gemm_backward(grad_ab, _norm(u, eps), gate_up_weight)
     return _norm_backward_(grad_normed, u, grad_u, eps), grad_gate_up_weight, grad_down_weight
 
 

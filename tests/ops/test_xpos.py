@@ -15,18 +15,18 @@ from support.oracle import DTYPES, bound, call, framed, listed, only_inside_writ
 from hrmcore import _C
 from hrmcore.ops.attention import PackedMask, _attention, _attention_backward, attention, attention_ref, cases
 from hrmcore.ops.backend import reference_ops
-from hrmcore.ops.rope import rope, rope_table, xpos_rates
+from hrmcore.ops.rope import rope, rope_table, xpos_log_decay
 
 OPERANDS = ("q", "k", "v", "gate")
 INDICES = range(len(list(cases())))
 FLOAT32_BOUND = 2e-6
-# (scale base, window): xPos, xPos that has faded out after some hundred tokens, a window alone, and both
+# (scale base, window): xPos, xPos that has decayed to nothing after some hundred tokens, a window alone, and both
 FORMS = [(512, 0), (8, 0), (None, 64), (512, 128)]
 
 
 def with_form(case, form):
     base, window = form
-    log_decay = None if base is None else xpos_rates(case["q"].shape[-1], base)
+    log_decay = None if base is None else xpos_log_decay(case["q"].shape[-1], base)
     return case | {"mask": replace(case["mask"], log_decay=log_decay, window=window)}
 
 
@@ -101,7 +101,7 @@ def test_kernels(isa, dtype, form, index):
 def test_kernels_on_cuda(dtype, form, index):
     """Not every case, which would take a minute: short ones in every form, and one of several tiles in three.
 
-    Weights and dO, and in xPos the faded queries and keys, are rounded to bfloat16 for the tensor cores.
+    Weights and dO, and in xPos the decayed queries and keys, are rounded to bfloat16 for the tensor cores.
     """
     with emulated_cuda():
         check_kernels(dtype, form, index, 1 if dtype == torch.float32 else 1.5 if form[0] is None else 2)
@@ -150,10 +150,10 @@ def definition(q, k, v, first, prefix, base, window=0):
     for i in range(half):
         zeta = (2 * i + 0.4 * 2 * half) / (1.4 * 2 * half)
         angle = distance * 10000.0 ** (-i / half)
-        fading = zeta ** (distance.abs() / base)
+        decay = zeta ** (distance.abs() / base)
         dot = q[:, i, None] * k[:, i] + q[:, i + half, None] * k[:, i + half]
         cross = q[:, i + half, None] * k[:, i] - q[:, i, None] * k[:, i + half]
-        scores += fading * (dot * angle.cos() - cross * angle.sin())
+        scores += decay * (dot * angle.cos() - cross * angle.sin())
     query, key = torch.arange(first, first + len(q))[:, None], torch.arange(len(k))
     seen = key < (query + 1).clamp(min=prefix)
     if window:
@@ -217,7 +217,7 @@ def test_the_definition_at_any_distance_on_cuda(far):
 
 
 def test_nothing_overflows_or_becomes_denormal(isa):
-    """At the smallest scale base of a config the first channel has faded to 1e-36 after 4,200 tokens."""
+    """At the smallest scale base of a config the first channel has decayed to 1e-36 after 4,200 tokens."""
     case = with_form(random_case([4200], [4200], heads=1, head_dim=8), (64, 0))
     case["v"] = torch.ones_like(case["v"])
     leaves = {name: case[name].requires_grad_() for name in OPERANDS}
@@ -227,13 +227,13 @@ def test_nothing_overflows_or_becomes_denormal(isa):
         assert grad.isfinite().all()
 
 
-def test_rates_are_those_of_the_paper():
-    rates = xpos_rates(128).double()
-    assert rates.exp()[0] ** 512 == pytest.approx(0.4 / 1.4, rel=1e-5)
-    assert rates.exp()[63] ** 512 == pytest.approx((126 + 51.2) / 179.2, rel=1e-5)
+def test_the_decay_is_that_of_the_paper():
+    log_decay = xpos_log_decay(128).double()
+    assert log_decay.exp()[0] ** 512 == pytest.approx(0.4 / 1.4, rel=1e-5)
+    assert log_decay.exp()[63] ** 512 == pytest.approx((126 + 51.2) / 179.2, rel=1e-5)
     for arguments, message in (((7,), "head_dim must be even"), ((8, 0), "scale_base must be at least 1")):
         with pytest.raises(ValueError, match=message):
-            xpos_rates(*arguments)
+            xpos_log_decay(*arguments)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -249,7 +249,7 @@ def test_same_bits_for_every_schedule(dtype):
     assert same_bits_for_every_schedule(lambda: forward_and_backward(case))
 
 
-def test_no_fading_is_rope(backend):
+def test_no_decay_is_rope(backend):
     case = with_form(random_case([70, 150], [0, 120], head_dim=40), (512, 0))
     ones, none = (case | {"mask": replace(case["mask"], log_decay=x)} for x in (torch.zeros(20), None))
     torch.testing.assert_close(attention(**ones), attention(**none), rtol=1e-5, atol=1e-6)
