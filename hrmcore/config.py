@@ -18,7 +18,7 @@ PRESETS: dict[str, dict[str, int]] = {
 
 
 MAX_POSITIONS = 1 << 20  # the table of rotations is held whole: 0.5 GB at this length and head_dim 128
-XPOS_POSITIONS = 65536  # what an xPos model takes, however long it was trained: so far its arithmetic is checked
+XPOS_POSITIONS = 65536  # the most tokens of an xPos model's sequence: up to here its arithmetic is tested
 WINDOW_MULTIPLE = 64  # tokens: a tile of the attention kernels and a block of the KV cache
 
 
@@ -31,12 +31,12 @@ def default_intermediate_size(hidden_size: int) -> int:
 class HRMConfig:
     """The shape and constants of an HRM. Raises ValueError on an unknown key or an impossible value.
 
-    The fields' explanations are what `hrmcore train --explain` prints; the rest of what there is to know:
-    `embedding_scale` None is the inverse of the initialisation's standard deviation. `eos_token_ids` are a tuple in
-    every case. Of the blocks of `attention_window` beside its own, a response sees the one before, the prefix both.
-    `H_layers` None and num_layers_per_stack are the same, for the released format has no word for it; where they
-    differ, num_layers_per_stack is L's. `shared_stacks` is after arXiv 2510.04871. With H_cycles and L_cycles 1 the
-    recurrence is a Transformer that passes each layer once, with L_cycles 1 and more H_cycles a looped one.
+    `hrmcore train --explain` prints the fields' explanations. In addition: `embedding_scale` None is the inverse of the
+    initialisation's standard deviation. With an `attention_window`, a token of a response sees its own block and the
+    one before, a token of the prefix also the one after. `H_layers` None means num_layers_per_stack, the only key of
+    the released format; where the two differ, num_layers_per_stack is L's. `shared_stacks` follows arXiv 2510.04871.
+    With H_cycles and L_cycles 1 the recurrence is a Transformer that passes each layer once, with L_cycles 1 and more
+    H_cycles a looped one.
     """
 
     vocab_size: int = field(metadata={"explain": "rows of the embedding and of the head"})
@@ -72,11 +72,11 @@ class HRMConfig:
         default=None, metadata={"explain": "the token, or tokens, that end an answer"}
     )
     position_encoding: str = field(
-        default="rope", metadata={"explain": "'rope', or 'xpos': RoPE's scores, fading with the distance"}
+        default="rope", metadata={"explain": "'rope', or 'xpos': RoPE's scores, which decay with the distance"}
     )
     xpos_scale_base: int = field(
         default=512,
-        metadata={"explain": "xPos: tokens of distance after which a channel's score has faded by its factor"},
+        metadata={"explain": "xPos: tokens of distance after which a channel's score has decayed by its factor"},
     )
     attention_window: int = field(
         default=0,
@@ -181,13 +181,13 @@ class HRMConfig:
 
     @property
     def context(self) -> int:
-        """The most tokens that one sequence may have: max_position_embeddings, for xPos models at least 65,536."""
+        """The most tokens of one sequence: max_position_embeddings; at least 65,536 for xPos models."""
         if self.position_encoding == "xpos":
             return max(self.max_position_embeddings, XPOS_POSITIONS)
         return self.max_position_embeddings
 
     def check_length(self, tokens: int) -> None:
-        """Raises ValueError when one sequence may not have so many tokens."""
+        """Raises ValueError when `tokens` is more than one sequence may have."""
         if tokens > self.context:
             key = " (max_position_embeddings)" if self.context == self.max_position_embeddings else " of an xPos model"
             raise ValueError(f"ids has {tokens} tokens, the context{key} is {self.context}")

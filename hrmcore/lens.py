@@ -22,9 +22,10 @@ from hrmcore.ops.rms_norm import rms_norm
 class Step:
     """One layer of one visit. `l` is the L cycle within the H cycle `h`, L_cycles for H; both count from 0.
 
-    `token` is the likeliest one and `probability` its own; `answer_probability` is that of the final answer. `kl` is
-    the divergence (nats) of the final distribution from this step's. `norm` is the residual stream's; `change` is how
-    far what the head would read has moved since the step of the same stack before, as a share of that.
+    `token` is the most probable token and `probability` its probability; `answer_probability` is that of the final
+    answer's token. `kl` is the divergence (nats) of the final distribution from this step's. `norm` is the norm of the
+    residual stream. `change` is the distance between the head's inputs at this step and at the last step of the same
+    stack, divided by the norm of the latter.
     """
 
     h: int
@@ -54,9 +55,10 @@ class Lens:
 
 @torch.inference_mode()
 def look(model: HRM, ids: Sequence[int], prefix_length: int | None = None) -> Lens:
-    """What every step would answer after the last of ids (T); the first `prefix_length` see each other, None means all.
+    """The tokens that every step would answer after ids (T).
 
-    The last step's logits are those of `model(ids, prefix_length)`, to the bit.
+    The first `prefix_length` ids see each other both ways; None means all. The last step's logits are bit-identical to
+    those of `model(ids, prefix_length)`.
     """
     known, layout = _layout(model, ids, prefix_length)
     streams: list[Tensor] = []
@@ -75,7 +77,7 @@ def look(model: HRM, ids: Sequence[int], prefix_length: int | None = None) -> Le
         for hook in hooks:
             hook.remove()
     logits = model.lm_head(torch.cat(reads)).float()
-    logits[-1] = model.lm_head(final).float()[-1]  # a product of all rows: one of a single row may round otherwise
+    logits[-1] = model.lm_head(final).float()[-1]  # of all rows: a GEMM of a single row may round differently
     return Lens(_steps(model, known, streams, reads, logits), logits)
 
 
@@ -125,7 +127,7 @@ def _steps(model: HRM, ids: Tensor, streams: list[Tensor], reads: list[Tensor], 
 
 @torch.inference_mode()
 def visits(model: HRM, ids: Sequence[int], prefix_length: int | None = None) -> Iterator[tuple[int, int, int, float]]:
-    """(h, l, token, probability) after each visit, as it is computed: what the model would answer if it stopped there.
+    """(h, l, token, probability) after each visit, as soon as it is computed: the answer if the model stopped there.
 
     `l` and `prefix_length` are as in `look`.
     """

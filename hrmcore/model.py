@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from hrmcore.config import HRMConfig
-from hrmcore.ops.attention import attention
+from hrmcore.ops.attention import PackedMask, attention
 from hrmcore.ops.backend import reference_active, require_cuda
 from hrmcore.ops.cross_entropy import check_rows, cross_entropy, rows_filled, sample_targets
 from hrmcore.ops.rms_norm import rms_norm
 from hrmcore.ops.rms_norm_inject import rms_norm_inject
-from hrmcore.ops.rope import rope, rope_table, xpos_rates
+from hrmcore.ops.rope import rope, rope_table, xpos_log_decay
 from hrmcore.ops.sublayers import attention_sublayer, mlp_sublayer
 from hrmcore.ops.swiglu import swiglu
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from hrmcore.data.packing import PackedBatch
 
 
-_ROWS = 256  # positions whose logits `likeliest` holds at once
+_ROWS = 256  # positions whose logits `greedy_tokens` holds at once
 
 
 class Cache(Protocol):
@@ -48,26 +48,25 @@ class Cache(Protocol):
 
 
 class Positions(NamedTuple):
-    """What the blocks need to know about positions."""
+    """A model's tables of positions."""
 
     table: Tensor  # (P, d) float32, as rope_table makes it
-    rates: Tensor | None  # (d/2) float32, as xpos_rates makes them; None is RoPE
+    log_decay: Tensor | None  # (d/2) float32, as xpos_log_decay makes them; None is RoPE
 
     @classmethod
     def of(cls, config: HRMConfig, length: int) -> Positions:
         """Of a model, for sequences of up to `length` tokens."""
         xpos = config.position_encoding == "xpos"
         table = rope_table(length, config.head_dim, config.rope_theta, exact=xpos)
-        return cls(table, xpos_rates(config.head_dim, config.xpos_scale_base) if xpos else None)
+        return cls(table, xpos_log_decay(config.head_dim, config.xpos_scale_base) if xpos else None)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the sequences of one packed call lie, and what each of them may see.
+    """Where the sequences of one packed call lie.
 
-    Query i of sequence s sees key j iff j < max(prefix[s], i + 1), both counted from the sequence's first token; with
-    an attention window W only if also |i // W - j // W| <= 1. A prefix longer than the window so is seen both ways
-    within neighbouring blocks; what lies farther reaches a token through the layers and the recurrence.
+    `PackedMask` has the formula of what each token sees. With an attention window shorter than the prefix, a token sees
+    the prefix both ways within the neighbouring blocks; tokens farther away reach it through the layers and visits.
     """
 
     offsets: Tensor  # (S+1) int32
@@ -90,15 +89,45 @@ class Layout:
         return cls(*(x.to(device) for x in (offsets, torch.tensor(prefix, dtype=torch.int32), positions)))
 
 
+@dataclass(frozen=True)
+class ForwardContext:
+    """What one packed call gives the blocks beside the residual stream."""
+
+    positions: Tensor  # (T) int32, counted from each sequence's first token
+    table: Tensor  # (P, d) float32, as rope_table makes it
+    mask: PackedMask
+    cache: Cache | None = None
+    slot: int = 0  # the cache's slot of the layer that runs next
+    rows: Tensor | None = None  # (R) int64: the tokens whose final state is wanted; None: all of them
+
+    @classmethod
+    def of(
+        cls,
+        layout: Layout,
+        tables: Positions,
+        window: int = 0,
+        cache: Cache | None = None,
+        rows: Tensor | None = None,
+    ) -> ForwardContext:
+        """For the first layer of a model."""
+        key_offsets = None if cache is None else cache.key_offsets
+        mask = PackedMask(layout.offsets, layout.prefix, key_offsets, tables.log_decay, window)
+        return cls(layout.positions, tables.table, mask, cache, rows=rows)
+
+    def at(self, slot: int, last: bool) -> ForwardContext:
+        """For the layer, or the visit, that begins at this slot; `rows` reach the last one alone."""
+        return replace(self, slot=slot, rows=self.rows if last else None)
+
+
 class Opened(NamedTuple):
-    """What a visit begins with, both (T, D)."""
+    """The residual stream as a block gets it, both (T, D). A visit begins with the stream z_L + z_H."""
 
     normed: Tensor  # rms(stream)
-    stream: Tensor  # z_L + z_H
+    stream: Tensor
 
 
 class Block(nn.Module):
-    """Pre-norm attention with a sigmoid gate, then SwiGLU. Works on the residual stream in two halves (x, residual)."""
+    """Attention with a sigmoid gate, then SwiGLU, each after a norm; the stack computes the first one."""
 
     def __init__(self, config: HRMConfig) -> None:
         super().__init__()
@@ -109,48 +138,31 @@ class Block(nn.Module):
         self.gate_up_proj = nn.Linear(width, 2 * config.intermediate_size, bias=False)  # rows gate | up
         self.down_proj = nn.Linear(config.intermediate_size, width, bias=False)
 
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor,
-        layout: Layout,
-        where: Positions,
-        cache: Cache | None,
-        slot: int,
-        opened: bool = False,
-        rows: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The residual stream is x + residual, both (T, D); returns its two new halves, of `rows` if given.
+    def forward(self, normed: Tensor, stream: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        """Takes the residual stream and its norm, both (T, D); returns two tensors whose sum is the new stream.
 
-        The first block of a visit gets the stream `opened` instead: x is then its norm and `residual` the whole of it.
+        With `context.rows` the two are of these tokens alone, (R, D).
         """
-        if cache is None and not reference_active():
-            return self._fused(x, residual, layout, where, opened, rows)
+        if context.cache is None and not reference_active():
+            return self._fused(normed, stream, context)
         config = self.config
-        normed, residual = (x, residual) if opened else rms_norm(x, residual, config.rms_norm_eps)
         gqkv = self.gqkv_proj(normed).view(-1, 4, config.num_attention_heads, config.head_dim)
         gate, q, k, v = gqkv.unbind(1)
-        q, k = rope(q, k, where.table, layout.positions)
-        key_offsets = None
-        if cache is not None:
-            k, v = cache.extend(slot, k, v)
-            key_offsets = cache.key_offsets
-        window = config.attention_window
-        attended = attention(q, k, v, gate, layout.offsets, layout.prefix, key_offsets, where.rates, window)
-        x = self.o_proj(attended.flatten(1))
-        normed, residual = rms_norm(x, residual, config.rms_norm_eps)
-        return _chosen(self.down_proj(swiglu(self.gate_up_proj(normed))), residual, rows)
+        q, k = rope(q, k, context.table, context.positions)
+        if context.cache is not None:
+            k, v = context.cache.extend(context.slot, k, v)
+        attended = attention(q, k, v, gate, context.mask)
+        normed, stream = rms_norm(self.o_proj(attended.flatten(1)), stream, config.rms_norm_eps)
+        return _chosen(self.down_proj(swiglu(self.gate_up_proj(normed))), stream, context.rows)
 
-    def _fused(
-        self, x: Tensor, residual: Tensor, layout: Layout, where: Positions, opened: bool, rows: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _fused(self, normed: Tensor, stream: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """The same without a cache, in two ops that keep less for backward; of `rows` alone from the MLP on."""
         config, gqkv, o = self.config, self.gqkv_proj.weight, self.o_proj.weight
-        seen = (layout.offsets, layout.prefix, where.rates, config.attention_window)
         heads, eps = config.num_attention_heads, config.rms_norm_eps
-        x, residual = attention_sublayer(x, residual, gqkv, o, heads, eps, where.table, layout.positions, *seen, opened)
-        x, residual = _chosen(x, residual, rows)
-        return mlp_sublayer(x, residual, self.gate_up_proj.weight, self.down_proj.weight, eps)
+        rotation = context.table, context.positions
+        attended = attention_sublayer(normed, stream, gqkv, o, heads, eps, rotation, context.mask)
+        attended, stream = _chosen(attended, stream, context.rows)
+        return mlp_sublayer(attended, stream, self.gate_up_proj.weight, self.down_proj.weight, eps)
 
 
 def _chosen(x: Tensor, residual: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -158,7 +170,7 @@ def _chosen(x: Tensor, residual: Tensor, rows: Tensor | None) -> tuple[Tensor, T
 
 
 class Stack(nn.Module):
-    """N blocks closed by a final norm ("MagicNorm")."""
+    """N blocks, a norm before each, closed by a final norm ("MagicNorm")."""
 
     def __init__(self, config: HRMConfig, depth: int) -> None:
         super().__init__()
@@ -166,34 +178,29 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList([Block(config) for _ in range(depth)])
 
     def forward(
-        self,
-        opened: Opened,
-        injection: Tensor | None,
-        layout: Layout,
-        where: Positions,
-        cache: Cache | None,
-        slot: int,
-        rows: Tensor | None = None,
+        self, opened: Opened, injection: Tensor | None, context: ForwardContext
     ) -> tuple[Tensor, Opened | None]:
         """One visit: the new state (T, D), normalised, and what the next visit begins with: that state + `injection`.
 
-        `injection` is (T, D); without it the next visit is not opened. `slot` is that of the first layer. With `rows`
-        (R) int64 and without an injection, the state is that of these tokens alone, (R, D).
+        `injection` is (T, D); without it the second result is None. `context` is that of the first layer. With
+        `context.rows` (R) int64 and without an injection, the state holds these tokens alone, (R, D).
         """
-        x, residual = opened
+        normed, stream = opened
         for index, block in enumerate(self.layers):
-            chosen = rows if index == len(self.layers) - 1 else None
-            x, residual = block(x, residual, layout, where, cache, slot + index, opened=index == 0, rows=chosen)
+            last = index == len(self.layers) - 1
+            x, residual = block(normed, stream, context.at(context.slot + index, last))
+            if not last:
+                normed, stream = rms_norm(x, residual, self.eps)
         if injection is None:
             return rms_norm(x, residual, self.eps)[0], None
         state, *following = rms_norm_inject(x, residual, injection, self.eps)
         return state, Opened(*following)
 
 
-def graded_visits(H_cycles: int, L_cycles: int, horizon: int | None) -> set[tuple[int, int]]:
+def grad_visits(H_cycles: int, L_cycles: int, horizon: int | None) -> set[tuple[int, int]]:
     """The (h, l) visits that carry gradient, l = L_cycles standing for H, when the gradient horizon is `horizon`.
 
-    H gets min(H_cycles, K − 1) of the last K steps, L the rest, each counted from the end (arXiv 2605.20613);
+    H gets min(H_cycles, K − 1) of the last K visits, L the rest, each counted from the end (arXiv 2605.20613);
     None is every visit.
     """
     h_visits = [(h, L_cycles) for h in range(H_cycles)]
@@ -211,7 +218,7 @@ class HRM(nn.Module):
 
     z_L_init: Tensor
     rope_table: Tensor
-    xpos_rates: Tensor | None
+    xpos_log_decay: Tensor | None
 
     def __init__(self, config: HRMConfig) -> None:
         super().__init__()
@@ -229,7 +236,7 @@ class HRM(nn.Module):
         self.reset_parameters()
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """As `torch.nn.Module.to`. Raises RuntimeError, saying what is missing, where CUDA is asked for in vain."""
+        """As `torch.nn.Module.to`. Raises RuntimeError, saying what is missing, if CUDA is not there."""
         target = kwargs.get("device", args[0] if args else None)
         if isinstance(target, int | str | torch.device) and torch.device(target).type == "cuda":
             require_cuda()
@@ -243,10 +250,10 @@ class HRM(nn.Module):
 
     def reset_positions(self, length: int) -> None:
         """Make the tables for sequences of up to `length` tokens."""
-        table, rates = Positions.of(self.config, length)
+        table, log_decay = Positions.of(self.config, length)
         device = self.z_L_init.device
         self.register_buffer("rope_table", table.to(device), persistent=False)
-        self.register_buffer("xpos_rates", None if rates is None else rates.to(device), persistent=False)
+        self.register_buffer("xpos_log_decay", None if log_decay is None else log_decay.to(device), persistent=False)
 
     def states(
         self,
@@ -259,29 +266,30 @@ class HRM(nn.Module):
         """Run the recurrence over packed ids (T), yielding (h, l, state (T, D)) after each visit; l = L_cycles is H.
 
         Visits outside the gradient horizon run without autograd and keep nothing. Every visit begins with z_L + z_H and
-        ends as a new one of the two; a visit opens the next in the same op, but not across the horizon's edge. With
-        `rows` (R) int64 the last state is that of these tokens alone, (R, D).
+        returns the new z_L or z_H. One op closes a visit and opens the next, except at the edge of the horizon. With
+        `rows` (R) int64 the last state holds these tokens alone, (R, D).
         """
         config = self.config
         visits = [(h, l) for h in range(config.H_cycles) for l in range(config.L_cycles + 1)]  # noqa: E741
-        graded = graded_visits(config.H_cycles, config.L_cycles, horizon) if torch.is_grad_enabled() else set()
-        if self.xpos_rates is not None and (length := int(layout.positions.max()) + 1) > len(self.rope_table):
+        with_grad = grad_visits(config.H_cycles, config.L_cycles, horizon) if torch.is_grad_enabled() else set()
+        if self.xpos_log_decay is not None and (length := int(layout.positions.max()) + 1) > len(self.rope_table):
             self.reset_positions(min(2 * length, config.context))
-        where = Positions(self.rope_table, self.xpos_rates)
+        tables = Positions(self.rope_table, self.xpos_log_decay)
+        context = ForwardContext.of(layout, tables, config.attention_window, cache, rows)
         z_H = self.embed_tokens(ids) * config.embedding_scale
         if torch.is_autocast_enabled(z_H.device.type):
             z_H = z_H.to(torch.get_autocast_dtype(z_H.device.type))
         z_L = self.z_L_init.to(z_H.dtype).expand_as(z_H)
         opened, slot = None, 0
         for (h, l), following in zip(visits, [*visits[1:], None], strict=True):  # noqa: E741
-            opens = following is not None and (following in graded) == ((h, l) in graded)
-            with torch.set_grad_enabled((h, l) in graded):
+            opens = following is not None and (following in with_grad) == ((h, l) in with_grad)
+            with torch.set_grad_enabled((h, l) in with_grad):
                 opened = opened or Opened(*rms_norm(z_L, z_H, config.rms_norm_eps))
+                at_visit = context.at(slot, last=following is None)
                 if l < config.L_cycles:
-                    z_L, opened = self.L_module(opened, z_H if opens else None, layout, where, cache, slot)
+                    z_L, opened = self.L_module(opened, z_H if opens else None, at_visit)
                 else:
-                    chosen = rows if following is None else None
-                    z_H, opened = self.H_module(opened, z_L if opens else None, layout, where, cache, slot, chosen)
+                    z_H, opened = self.H_module(opened, z_L if opens else None, at_visit)
             slot += config.depths[l == config.L_cycles]
             yield h, l, z_L if l < config.L_cycles else z_H
 
@@ -310,9 +318,9 @@ class HRM(nn.Module):
         return self.lm_head(self.hidden(ids.reshape(-1), layout)).float().view(batch, length, -1)
 
     def loss(self, batch: PackedBatch, horizon: int | None = None, sampler: torch.Generator | None = None) -> Tensor:
-        """Summed cross-entropy (float32, nats) over the supervised tokens of a packed batch, from whatever device.
+        """Summed cross-entropy (float32, nats) over the supervised tokens of a packed batch on any device.
 
-        With a `sampler`, of labels that it draws from the model's own distribution: the loss whose squared gradient is
+        With a `sampler`, the labels are drawn from the model's own distribution: the squared gradient of that loss is
         Sophia-G's curvature.
         """
         batch = batch.to(self.lm_head.weight.device)
@@ -323,21 +331,23 @@ class HRM(nn.Module):
         return cross_entropy(final, head, rows, targets)
 
     @torch.no_grad()
-    def likeliest(self, batch: PackedBatch) -> Tensor:
-        """The likeliest token (R) int64 after each supervised position of a packed batch, from whatever device."""
+    def greedy_tokens(self, batch: PackedBatch) -> Tensor:
+        """The most probable token (R) int64 after each supervised position of a packed batch, on any device."""
         final, supervised = self._supervised_states(batch.to(self.lm_head.weight.device))
         return torch.cat([self.lm_head(final[rows]).argmax(-1) for rows in supervised.split(_ROWS)])
 
     def _supervised_states(self, batch: PackedBatch, horizon: int | None = None) -> tuple[Tensor, Tensor]:
-        """Final states, and which of them are those of the supervised tokens; what only others need is left out."""
+        """Final states, and the rows of the supervised tokens in them; the last MLP skips the other tokens."""
         prefix = batch.prefix if self.config.prefix_lm else torch.zeros_like(batch.prefix)
         layout, rows = Layout(batch.offsets, prefix, batch.positions), batch.supervised
         check_rows(rows, len(batch.ids))
-        step = rows_filled(len(batch.ids) // 16)  # at most 16 row counts: oneDNN keeps some 4 MB for each
-        filled = -(-max(1, len(rows)) // step) * step
+        multiple = rows_filled(len(batch.ids) // 16)  # at most 16 row counts: oneDNN keeps some 4 MB for each
+        filled = -(-max(1, len(rows)) // multiple) * multiple
         if filled >= len(batch.ids):
             return self.hidden(batch.ids, layout, horizon=horizon), rows
-        chosen = torch.cat([rows, rows.new_zeros(filled - len(rows))])  # the first token's state, which is not read
+        chosen = torch.cat(
+            [rows, rows.new_zeros(filled - len(rows))]
+        )  # filled up with token 0, whose state is not read
         states = self.hidden(batch.ids, layout, horizon=horizon, rows=chosen)
         return states, torch.arange(len(rows), device=rows.device)
 
@@ -351,8 +361,8 @@ class HRM(nn.Module):
     def save_pretrained(self, path: str | Path, allow_xpos: bool = False) -> None:
         """Write config.json and model.safetensors in the released hrm_text format.
 
-        A model with xPos, an attention window or stacks of two depths is no such model: ValueError, unless `allow_xpos`
-        asks for a checkpoint that only hrmcore loads.
+        That format has no xPos, no attention window and no stacks of two depths. A model with one of them is a
+        ValueError, unless `allow_xpos` asks for a checkpoint that only hrmcore loads.
         """
         from hrmcore.checkpoint.hrm_text import save_model
 

@@ -30,7 +30,7 @@ __all__ = ["AdamAtan2", "AdamW", "Sophia"]
 
 @dataclass
 class _Batch:
-    """The parameters of one group and device that take part in a step: those with a gradient."""
+    """The parameters of one group on one device that have a gradient."""
 
     group: dict[str, Any]
     device: torch.device
@@ -69,7 +69,7 @@ class _Fused(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; returns what `closure`, run first, returned.
+        """Update every parameter that has a gradient; returns the result of `closure`, which runs first.
 
         Raises ValueError, before anything has changed, on a gradient or an option that cannot work.
         """
@@ -155,7 +155,7 @@ class Sophia(_Fused):
     """Sophia: momentum divided by a running estimate of the Hessian's diagonal, clipped to 1 in every coordinate.
 
     m = b1 m + (1 − b1) g;  p −= lr·wd·p;  p −= lr · clip(m / max(rho·B·h, eps), 1). Every 10 steps or so, call
-    `update_hessian` for h. As long as h is 0, so before its first call, every step is lr times the sign of m.
+    `update_hessian` for h. While h is 0, as it is before the first call, every step is lr times the sign of m.
 
     `variant` "G" (Gauss-Newton-Bartlett) takes the curvature from squared gradients of labels that the model itself
     sampled; B is then the number of tokens over which that loss was averaged. "H" (Hutchinson) takes it from Hessian
@@ -238,11 +238,11 @@ class Sophia(_Fused):
         self._counted += sum(local(parameter).numel() for parameter in batch.parameters)
 
     def update_hessian(self, loss: Tensor | None = None, generator: torch.Generator | None = None) -> None:
-        """Let a curvature sample into h: h = b2 h + (1 − b2) ĥ.
+        """Update h with one curvature sample ĥ: h = b2 h + (1 − b2) ĥ.
 
         G: ĥ = g², g being the gradients as they stand, of the mean loss of labels sampled from the model's own
-        distribution. They are left as they are: clear them before the next backward.
-        H: ĥ = u ⊙ ∇²L u with u normal, drawn from `generator`, and L = `loss`, a scalar that must be twice
+        distribution. The gradients are left alone: clear them before the next backward.
+        H: ĥ = u ⊙ ∇²L u with the probe u normal, drawn from `generator`, and L = `loss`, a scalar that must be twice
         differentiable: compute it inside hrmcore.ops.backend.reference_ops(). The gradients are left alone.
 
         Raises ValueError when `loss` is missing for H or given for G, and for H on sharded parameters.
@@ -264,34 +264,34 @@ class Sophia(_Fused):
         trained = [(index, group, p) for index, (group, p) in enumerate(everything) if p.requires_grad]
         gradients = torch.autograd.grad(loss, [p for _, _, p in trained], create_graph=True, allow_unused=True)
         used = [(*entry, g) for entry, g in zip(trained, gradients, strict=True) if g is not None]
-        directions = [
+        probes = [
             torch.randn(p.shape, generator=generator, device=generator.device if generator else p.device).to(p.device)
             for _, _, p, _ in used
         ]
-        curved = [(g, u) for (*_, g), u in zip(used, directions, strict=True) if g.requires_grad]
+        curved = [(g, u) for (*_, g), u in zip(used, probes, strict=True) if g.requires_grad]
         if not curved:
             raise ValueError("the loss has no second derivative; compute it from the parameters, in reference_ops()")
-        products = torch.autograd.grad(
+        hvps = torch.autograd.grad(  # Hessian-vector products ∇²L u
             [g for g, _ in curved], [p for _, _, p, _ in used], [u for _, u in curved], materialize_grads=True
         )
-        for (number, group, p, _), u, product in zip(used, directions, products, strict=True):
-            self._curve(group, [number], [p], [u], [product.contiguous()])
+        for (number, group, p, _), probe, hvp in zip(used, probes, hvps, strict=True):
+            self._curve(group, [number], [p], [probe], [hvp.contiguous()])
 
     def _curve(
         self,
         group: dict[str, Any],
         numbers: list[int],
         parameters: list[Tensor],
-        us: list[Tensor],
-        ws: list[Tensor],
+        probes: list[Tensor],
+        hvps: list[Tensor],
     ) -> None:
-        """Let the samples u ⊙ w into h."""
+        """Update h with the samples probe ⊙ hvp; for variant G both are the gradient."""
         hessians = [self._state(parameter, group)["hessian"] for parameter in parameters]
-        _run(_C.sophia_curvature, parameters[0].device, numbers, hessians, us, ws, group["betas"][1])
+        _run(_C.sophia_curvature, parameters[0].device, numbers, hessians, probes, hvps, group["betas"][1])
 
 
 class AdamAtan2(_Fused):
-    """AdamW with atan2(m̂, √v̂) in place of m̂ / (√v̂ + eps): no epsilon, and no scale of the gradients that matters.
+    """AdamW with atan2(m̂, √v̂) in place of m̂ / (√v̂ + eps): no epsilon, and the scale of the gradients does not matter.
 
     The paper writes a·atan2(m̂, b·√v̂) with constants a and b, for instance a = 4/π and b = 1; here a = b = 1, so at
     |m̂| = √v̂ a step is π/4 of AdamW's. (The adam-atan2 package takes m without its bias correction into the arctangent:

@@ -1,8 +1,8 @@
 """What a training run costs, before money is spent: parameters, FLOPs, memory, hours, dollars. Imports no torch.
 
-Letters: D width, A attention width (heads × head_dim), F ffn width, V vocabulary, K gradient horizon. FLOPs are those
-of the model, a multiply-add being two: what a kernel computes again is not counted, and what it leaves out (the last
-MLP of unsupervised tokens) is, so hours follow from model FLOPs utilization as it is commonly stated.
+Letters: D width, A attention width (heads × head_dim), F ffn width, V vocabulary, K gradient horizon. FLOPs are the
+model's, two for a multiply-add: recomputation in backward is not counted, and the last MLP of unsupervised tokens is,
+although the kernels skip it. Hours therefore follow from model FLOPs utilization (MFU) as it is commonly stated.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ GPUS = {
     )
 }
 
-LOGITS_AT_ONCE = 1 << 23  # hrmcore.ops.cross_entropy works in chunks of so many
+LOGITS_AT_ONCE = 1 << 23  # the most that a chunk of hrmcore.ops.cross_entropy holds
 PRECISIONS = {"bfloat16": 2, "float32": 4}  # bytes of an activation
 MAX_TOKENS = 1e18
 
@@ -127,7 +127,7 @@ def parameters(config: HRMConfig) -> int:
 
 
 def _layers(config: HRMConfig) -> int:
-    """Layers that there are, however often a token passes them."""
+    """Layers with weights of their own, however often a token passes them."""
     l_layers, h_layers = config.depths
     return l_layers if config.shared_stacks else l_layers + h_layers
 
@@ -135,7 +135,7 @@ def _layers(config: HRMConfig) -> int:
 def backward_visits(config: HRMConfig, horizon: int | None) -> int:
     """How many of a token's stack visits carry gradient when the horizon is K; None is every visit.
 
-    H gets min(H_cycles, K − 1) of them, L the rest as far as there are any. Raises ValueError when K is below 2.
+    H gets min(H_cycles, K − 1) of them, L the rest, at most all of its visits. Raises ValueError when K is below 2.
     """
     return sum(_backward_visits(config, horizon))
 
@@ -147,8 +147,8 @@ def _backward_visits(config: HRMConfig, horizon: int | None) -> tuple[int, int]:
         return l_visits, h_visits
     if horizon < 2:
         raise ValueError(f"horizon must be at least 2 (one H and one L step), got {horizon}")
-    h_graded = min(h_visits, horizon - 1)
-    return min(l_visits, horizon - h_graded), h_graded
+    h_grad = min(h_visits, horizon - 1)
+    return min(l_visits, horizon - h_grad), h_grad
 
 
 def training_flops(
@@ -186,11 +186,11 @@ class Memory:
 
 
 def activation_elements(config: HRMConfig, layers: int) -> int:
-    """Numbers that one visit, with gradient, of a stack of so many layers keeps a token, log-sum-exps aside.
+    """Numbers per token that one visit with gradient, of a stack of `layers` layers, keeps; log-sum-exps not counted.
 
-    Every block keeps both norms' inputs (2·D), the gqkv product, rotated in place, and the attention's result (5·A)
-    and the gate_up product (2·F); the stack's last norm keeps its output or its input (D). The rest is computed again.
-    The last visit of all keeps its last 2·D and 2·F for supervised tokens alone, see `memory`.
+    Every block keeps the inputs of both norms (2·D), the gqkv projection, rotated in place, with the attention's output
+    (5·A), and the gate_up projection (2·F); the stack's last norm keeps its output or its input (D). The rest is
+    computed again. The last visit of all keeps its last 2·D and 2·F for supervised tokens alone, see `memory`.
     """
     width, attention, ffn = config.hidden_size, config.attention_width, config.intermediate_size
     return layers * (2 * width + 5 * attention + 2 * ffn) + width
@@ -214,7 +214,7 @@ def memory(
         for layers in config.depths
     )
     # The last block's MLP and the last norm see supervised tokens alone. Backward does them first, then that block's
-    # attention, whose gradients of the gqkv product and of the attention's result come on top of what is still kept.
+    # attention: its gradients of the gqkv projection and of the attention's output are added to what is still kept.
     last_mlp = 2 * width * batch_tokens * (config.hidden_size + config.intermediate_size)
     unneeded = (1 - supervised) * last_mlp
     last_visit = h_visit - unneeded
@@ -224,8 +224,8 @@ def memory(
     casts = width * head if ranks == 1 and precision == "bfloat16" else 0
     gathered = width * count if ranks > 1 else 0
     kept, gradient = activations, 4 / ranks
-    # Backward goes through the visits one by one, an H first and then an L: what a visit kept goes as its stack's
-    # gradient comes, which later visits of that stack add to.
+    # Backward goes through the visits one by one, an H first and then an L. It frees what a visit kept as it allocates
+    # the gradient of the stack's weights; the other visits of that stack add to that gradient.
     most = max(
         kept + logits + casts + gradient * head,
         kept - supervised * last_mlp + work + gradient * (head + layer_weights(config)),
@@ -279,7 +279,7 @@ class Budget:
             raise ValueError(f"price must be 0 or more dollars a device-hour, got {self.price:g}")
 
     def hours(self, flops: float) -> float:
-        """Wall-clock hours that so many FLOPs take on all devices."""
+        """Wall-clock hours that this number of FLOPs takes on all devices."""
         return flops / (self.device.peak * self.count * self.utilization) / 3600
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from hrmcore.config import HRMConfig
 from hrmcore.data.packing import PackedBatch
 from hrmcore.model import HRM
-from hrmcore.ops import backend, cross_entropy, rms_norm_inject, sublayers
+from hrmcore.ops import attention, backend, cross_entropy, rms_norm, rms_norm_inject, sublayers
 
 XPOS = {"position_encoding": "xpos", "xpos_scale_base": 64, "attention_window": 64}
 
@@ -92,7 +92,7 @@ class Recorder:
 def test_every_operand_of_a_kernel_is_where_the_inputs_are(monkeypatch):
     """What a CPU tensor made on the way would break, seen without a device: on "meta", in the ops' own code."""
     recorder = Recorder()
-    for page in (sublayers, rms_norm_inject, cross_entropy):
+    for page in (attention, sublayers, rms_norm, rms_norm_inject, cross_entropy):
         monkeypatch.setattr(page, "_C", recorder)
         monkeypatch.setattr(page, "to_dlpack", lambda x: x)
         monkeypatch.setattr(page, "stream_of", lambda x: "stream")
@@ -101,9 +101,11 @@ def test_every_operand_of_a_kernel_is_where_the_inputs_are(monkeypatch):
     packed, block = batch().to(torch.device("meta")), model.L_module.layers[0]
     x = torch.empty(len(packed.ids), 24, dtype=torch.bfloat16, device="meta")
     gqkv, o, gate_up, down = block.parameters()
-    positional = (model.rope_table, packed.positions, packed.offsets, packed.prefix, model.xpos_rates, 64)
-    _, *kept = sublayers._attention_sublayer._init_fn(x, x, gqkv, o, 2, 1e-6, *positional, False)
-    sublayers._attention_sublayer_backward._init_fn(*kept, gqkv, o, *positional, 1e-6, False, x, x)
+    positional = (model.rope_table, packed.positions, packed.offsets, packed.prefix, model.xpos_log_decay, 64)
+    rms_norm._add_rms_norm._init_fn(x, x, 1e-6)
+    rms_norm._rms_norm_backward._init_fn(x, x, x, 1e-6)
+    _, *kept = sublayers._attention_sublayer._init_fn(x, x, gqkv, o, 2, 1e-6, *positional)
+    sublayers._attention_sublayer_backward._init_fn(x, *kept, gqkv, o, *positional, 1e-6, x)
     state, _, *kept = rms_norm_inject._rms_norm_inject._init_fn(x, x, x, 1e-6)
     rms_norm_inject._rms_norm_inject_backward._init_fn(state, *kept, x, x, x, 1e-6, True)
     _, *kept = sublayers._mlp_sublayer._init_fn(x, x, gate_up, down, 1e-6)

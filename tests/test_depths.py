@@ -22,7 +22,7 @@ from hrmcore.engine.cpu_runner import CpuRunner, convert
 from hrmcore.engine.torch_runner import TorchRunner
 from hrmcore.growth.operators import Growth, grow
 from hrmcore.lens import look
-from hrmcore.model import HRM, graded_visits
+from hrmcore.model import HRM, grad_visits
 from hrmcore.planner import activation_elements, layer_weights, memory, parameters, training_flops
 from hrmcore.train.run_file import read_config
 from hrmcore.train.trainer import Trainer
@@ -196,11 +196,11 @@ def test_the_planner_counts_each_stack(config: HRMConfig, horizon: int | None) -
     assert parameters(config) == sum(parameter.numel() for parameter in random_model(config).parameters())
     depths = dict(zip("LH", config.depths, strict=True))
     visits = list(itertools.product(range(config.H_cycles), range(config.L_cycles + 1)))
-    graded = graded_visits(config.H_cycles, config.L_cycles, horizon)
+    with_grad = grad_visits(config.H_cycles, config.L_cycles, horizon)
     stacks = attention = kept = 0
     for visit in visits:
         layers = depths["H" if visit[1] == config.L_cycles else "L"]
-        backward = visit in graded
+        backward = visit in with_grad
         stacks += 100 * layers * layer_weights(config) * (2 + 4 * backward)
         attention += 900 * layers * config.attention_width * (4 + 8 * backward)
         kept += backward * 100 * (4 * activation_elements(config, layers) + 4 * layers * config.num_attention_heads)

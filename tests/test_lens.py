@@ -122,10 +122,10 @@ def test_the_measures_are_what_they_say() -> None:
     entering: list[Tensor] = []
     blocks = [*model.L_module.layers, *model.H_module.layers]
 
-    def enter(_: nn.Module, given: tuple[Any, ...], named: dict[str, bool]) -> None:
-        entering.append((given[1] if named["opened"] else given[0] + given[1])[-1].double())
+    def enter(_: nn.Module, given: tuple[Any, ...]) -> None:
+        entering.append(given[1][-1].double())
 
-    hooks = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks]
+    hooks = [block.register_forward_pre_hook(enter) for block in blocks]
     seen = look(model, IDS)
     for hook in hooks:
         hook.remove()

@@ -7,6 +7,7 @@ import torch
 
 import hrmcore.ops.swiglu
 from hrmcore import _C, microbench, plots
+from hrmcore.ops.attention import PackedMask
 
 
 def cheap(monkeypatch, name="swiglu"):
@@ -138,9 +139,7 @@ def test_work_of_attention_counts_visible_pairs():
     case = {
         "q": torch.ones(5, 2, 8),
         "k": torch.ones(5, 2, 8),
-        "offsets": torch.tensor([0, 2, 5], dtype=torch.int32),
-        "prefix": torch.tensor([0, 2], dtype=torch.int32),
-        "key_offsets": None,
+        "mask": PackedMask(torch.tensor([0, 2, 5], dtype=torch.int32), torch.tensor([0, 2], dtype=torch.int32)),
     }
     pairs = (1 + 2) + (2 + 2 + 3)
     assert microbench._page("attention").work(case)["flops"] == 4 * pairs * 2 * 8

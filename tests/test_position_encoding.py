@@ -22,7 +22,7 @@ from hrmcore.engine.cpu_runner import CpuRunner, convert, fading, rotations
 from hrmcore.engine.torch_runner import TorchRunner
 from hrmcore.model import HRM
 from hrmcore.ops.backend import reference_ops
-from hrmcore.ops.rope import rope_table, xpos_rates
+from hrmcore.ops.rope import rope_table, xpos_log_decay
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -293,6 +293,6 @@ def test_the_engine_has_the_tables_of_the_ops() -> None:
     own = config(head_dim=64, xpos_scale_base=300)
     rates = fading(own)
     assert rates is not None
-    assert np.allclose(rates, xpos_rates(64, 300).numpy(), rtol=1e-7, atol=0)
+    assert np.allclose(rates, xpos_log_decay(64, 300).numpy(), rtol=1e-7, atol=0)
     assert np.abs(rotations(own)[::97] - rope_table(65536, 64, exact=True).numpy()[::97]).max() <= 1e-7
     assert fading(config(position_encoding="rope")) is None

@@ -119,7 +119,7 @@ def cases(here: Here, op: str, dtype: torch.dtype, real: bool) -> Iterator[dict[
         if op == "attention" and case["q"].shape[-1] > 128:
             continue
         if real or max(x.numel() for x in case.values() if isinstance(x, Tensor)) <= 6_000:
-            yield {key: x.to(here.device) if isinstance(x, Tensor) else x for key, x in case.items()}
+            yield {key: x.to(here.device) if hasattr(x, "to") else x for key, x in case.items()}
 
 
 def differentiate(run: Callable[..., Any], case: dict[str, Any]) -> dict[str, Tensor]:
@@ -442,7 +442,7 @@ def identical_repeats(here: Here) -> dict[str, Any]:
 
 def attention_against_sdpa(here: Here) -> dict[str, Any]:
     """Packed prefix attention beside torch's scaled_dot_product_attention, sequence by sequence; mean length 297."""
-    from hrmcore.ops.attention import attention
+    from hrmcore.ops.attention import PackedMask, attention
 
     count, mean, heads, head_dim = (4, 12, 2, 32) if here.emulated else (32, 297, 12, 128)
     generator = torch.Generator().manual_seed(5)
@@ -452,7 +452,7 @@ def attention_against_sdpa(here: Here) -> dict[str, Any]:
     fused = torch.randn(sum(lengths), 4, heads, head_dim, generator=generator).to(here.device, dtype)
     q, k, v, gate = fused.unbind(1)
     offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    packing = [x.to(here.device) for x in (offsets, torch.tensor(prefixes, dtype=torch.int32))]
+    mask = PackedMask(offsets, torch.tensor(prefixes, dtype=torch.int32)).to(here.device)
 
     def theirs(wide: torch.dtype = dtype) -> Tensor:
         outputs = []
@@ -464,7 +464,7 @@ def attention_against_sdpa(here: Here) -> dict[str, Any]:
         return torch.cat(outputs) * torch.sigmoid(gate.to(wide))
 
     with here.kernels():
-        out = attention(q, k, v, gate, *packing)
+        out = attention(q, k, v, gate, mask)
     exact = theirs(torch.float64)
     error = float((out.double() - exact).norm() / exact.norm())
     allowed = ALLOWED_ERROR["float32" if here.emulated else "bfloat16"]
@@ -473,7 +473,7 @@ def attention_against_sdpa(here: Here) -> dict[str, Any]:
     figures = {"sequences": count, "mean_length": sum(lengths) / count, "error": error}
     if here.emulated:
         return figures
-    ours = seconds_of(lambda: attention(q, k, v, gate, *packing))
+    ours = seconds_of(lambda: attention(q, k, v, gate, mask))
     return figures | {"milliseconds": 1e3 * ours, "sdpa_milliseconds": 1e3 * seconds_of(theirs)}
 
 

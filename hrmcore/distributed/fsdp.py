@@ -42,7 +42,7 @@ def shard(model: HRM, world: World, precision: str) -> None:
         # The loss is already divided by all ranks' supervised tokens: gradients are summed, not averaged.
         fsdp.set_gradient_divide_factor(1.0)
         fsdp.set_force_sum_reduction_for_comms(True)
-    for method in ("loss", "likeliest"):
+    for method in ("loss", "greedy_tokens"):
         register_fsdp_forward_method(model, method)
 
 

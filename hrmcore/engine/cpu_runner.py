@@ -185,7 +185,7 @@ def rotations(config: HRMConfig) -> NDArray[np.float32]:
 
 
 def fading(config: HRMConfig) -> NDArray[np.float32] | None:
-    """What `hrmcore.ops.rope.xpos_rates` gives, without torch: (head_dim / 2); None for a RoPE model."""
+    """What `hrmcore.ops.rope.xpos_log_decay` gives, without torch: (head_dim / 2); None for a RoPE model."""
     if config.position_encoding == "rope":
         return None
     zeta = (np.arange(0, config.head_dim, 2) + 0.4 * config.head_dim) / (1.4 * config.head_dim)

@@ -113,7 +113,7 @@ class CudaStep:
             "weights": self.weights,
             "workspace": torch.zeros(size, dtype=torch.uint8, device=device),
         }
-        self._log_decay = None if positions.rates is None else positions.rates.to(device)
+        self._log_decay = None if positions.log_decay is None else positions.log_decay.to(device)
         self._numbers = {
             "ffn": config.intermediate_size,
             "L_layers": layers[0],

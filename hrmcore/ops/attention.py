@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,40 @@ from hrmcore import _C
 from hrmcore.ops.backend import DEVICES, reference_active, stream_of
 
 
+@dataclass(frozen=True)
+class PackedMask:
+    """Where the sequences of a packed call lie, which keys each query sees, and how scores decay with the distance.
+
+    Query i of a sequence stands at p = (key length - query length) + i and sees key j iff j < max(prefix, p + 1), and
+    with a window W only if |p // W - j // W| <= 1: its own block of W tokens and the blocks beside it (a token of a
+    response sees the block before). With `log_decay` (xPos), channels c and c + d/2 of the score q k^T are multiplied
+    by exp(log_decay[c] |p - j|). Sources: arXiv 2605.20613 (PrefixLM mask), 2212.10554 (xPos, window).
+    """
+
+    offsets: Tensor  # (S + 1) int32: sequence s owns the query rows from offsets[s] to offsets[s + 1]
+    prefix: Tensor  # (S) int32: every query of sequence s sees its first prefix[s] keys
+    key_offsets: Tensor | None = None  # (S + 1) int32: the same as offsets for key rows; None: keys lie as queries do
+    log_decay: Tensor | None = None  # (d/2) float32 in [-0.5, 0], as `xpos_log_decay` makes them; None: no decay
+    window: int = 0  # a multiple of 64; 0: no window
+
+    @property
+    def flat(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]:
+        """The fields in their order, for the schemas of torch.library, which take tensors and numbers alone."""
+        return self.offsets, self.prefix, self.key_offsets, self.log_decay, self.window
+
+    def to(self, device: torch.device) -> PackedMask:
+        """The same on a device."""
+        key_offsets, log_decay = (None if x is None else x.to(device) for x in (self.key_offsets, self.log_decay))
+        return PackedMask(self.offsets.to(device), self.prefix.to(device), key_offsets, log_decay, self.window)
+
+    def sequences(self) -> Iterator[tuple[slice, slice, int]]:
+        """The query rows, the key rows and the prefix of each sequence. Waits for the device."""
+        query_bounds = self.offsets.tolist()
+        key_bounds = query_bounds if self.key_offsets is None else self.key_offsets.tolist()
+        for s, prefix in enumerate(self.prefix.tolist()):
+            yield slice(*query_bounds[s : s + 2]), slice(*key_bounds[s : s + 2]), prefix
+
+
 def _seen(query_count: int, key_count: int, visible: int, window: int = 0) -> Tensor:
     """(query_count, key_count) booleans of one sequence: which keys each query sees."""
     query, key = torch.arange(key_count - query_count, key_count)[:, None], torch.arange(key_count)
@@ -25,72 +60,86 @@ def _seen(query_count: int, key_count: int, visible: int, window: int = 0) -> Te
     return seen & ((query // window - key // window).abs() <= 1) if window else seen
 
 
-def _scores(q: Tensor, k: Tensor, rates: Tensor | None) -> Tensor:
-    """q k^T (H, queries, keys) of one sequence, its queries the last rows; faded where there are rates."""
-    if rates is None:
+def _scores(q: Tensor, k: Tensor, log_decay: Tensor | None) -> Tensor:
+    """q k^T (H, queries, keys) of one sequence, its queries the last rows, with the decay of xPos if there is one."""
+    if log_decay is None:
         return torch.einsum("ihd,jhd->hij", q, k)
     (queries, heads, _), keys = q.shape, k.shape[0]
     distance = (torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)).abs().to(q.device)
     scores = q.new_zeros(heads, queries, keys)
-    for pair, rate in enumerate(rates.to(q.dtype)):  # one at a time: all together would be a (H, T, Tk, d) tensor
-        channels = slice(pair, None, len(rates))
-        scores = scores + torch.einsum("ihd,jhd->hij", q[..., channels], k[..., channels]) * (rate * distance).exp()
+    for pair, slope in enumerate(log_decay.to(q.dtype)):  # one at a time: all together would be a (H, T, Tk, d) tensor
+        channels = slice(pair, None, len(log_decay))
+        scores = scores + torch.einsum("ihd,jhd->hij", q[..., channels], k[..., channels]) * (slope * distance).exp()
     return scores
 
 
-def attention_ref(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    offsets: Tensor,
-    prefix: Tensor,
-    key_offsets: Tensor | None = None,
-    rates: Tensor | None = None,
-    window: int = 0,
-) -> Tensor:
-    """The specification: out = sigmoid(gate) * softmax(q k^T / sqrt(d)) v, each sequence on its own; (T, H, d).
+def attention_ref(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, mask: PackedMask) -> Tensor:
+    """The specification: out = sigmoid(gate) * softmax(q k^T / sqrt(d)) v over the keys that `mask` shows; (T, H, d).
 
-    Query i of a sequence stands at p = (key length - query length) + i and sees key j iff j < max(prefix, p + 1), and
-    with a window W only if |p // W - j // W| <= 1. With rates (xPos), channels c and c + d/2 of q k^T are multiplied by
-    exp(rates[c] |p - j|). Sources: arXiv 2605.20613 (PrefixLM mask and sigmoid gate), 2212.10554 (xPos, window).
+    Source: arXiv 2605.20613 (sigmoid gate).
     """
-    query_bounds = offsets.tolist()
-    key_bounds = query_bounds if key_offsets is None else key_offsets.tolist()
     outputs = [q.new_empty(0, *q.shape[1:])]
-    for s, visible in enumerate(prefix.tolist()):
-        rows, keys = slice(*query_bounds[s : s + 2]), slice(*key_bounds[s : s + 2])
-        scores = _scores(q[rows], k[keys], rates) / math.sqrt(q.shape[-1])
-        seen = _seen(scores.shape[1], scores.shape[2], visible, window).to(q.device)
+    for rows, keys, prefix in mask.sequences():
+        scores = _scores(q[rows], k[keys], mask.log_decay) / math.sqrt(q.shape[-1])
+        seen = _seen(scores.shape[1], scores.shape[2], prefix, mask.window).to(q.device)
         weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
         outputs.append(torch.sigmoid(gate[rows]) * torch.einsum("hij,jhd->ihd", weights, v[keys]))
     return torch.cat(outputs)
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    offsets: Tensor,
-    prefix: Tensor,
-    key_offsets: Tensor | None = None,
-    rates: Tensor | None = None,
-    window: int = 0,
-) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, mask: PackedMask) -> Tensor:
     """sigmoid(gate) * softmax(q k^T / sqrt(d)) v over packed sequences; returns (T, H, d), contiguous.
 
-    q, gate: (T, H, d); k, v: (Tk, H, d); float32 or bfloat16, unit stride in d; d a multiple of 8, at most 256.
-    offsets, key_offsets: (S + 1) int32, sequence s owns the rows offsets[s] to offsets[s + 1]; key_offsets None means
-    that the keys are packed as the queries are. prefix: (S) int32, how many first keys every query of a sequence sees.
-    rates: (d/2) float32 in [-0.5, 0], as `xpos_rates` makes them for q and k that `rope` has turned; no gradient flows
-    to them. window: a multiple of 64, or 0: each query sees its own block of so many tokens and the blocks beside it
-    (of a response, the one before). Raises ValueError on a wrong dtype, shape, device or stride, on rates or a window
-    out of range, and on offsets or prefix that do not fit the rows.
+    q, gate: (T, H, d); k, v: (Tk, H, d); float32 or bfloat16, unit stride in d; d a multiple of 8, at most 256. With a
+    decay, q and k are those that `rope` has turned; no gradient flows to `mask.log_decay`. Raises ValueError on a wrong
+    dtype, shape, device or stride, on a log_decay or a window out of range, and on offsets or prefix that do not fit
+    the rows.
     """
     if reference_active():
-        return attention_ref(q, k, v, gate, offsets, prefix, key_offsets, rates, window)
-    return _attention(q, k, v, gate, offsets, prefix, key_offsets, rates, window)[0]
+        return attention_ref(q, k, v, gate, mask)
+    return _attention(q, k, v, gate, *mask.flat)[0]
+
+
+# The launches: every call of the kernels, for the ops of this page and of sublayers.py
+
+Operands = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v, gate
+
+
+def launch_forward(operands: Operands, mask: PackedMask) -> tuple[Tensor, Tensor]:
+    """Run the forward kernel; returns the output (T, H, d) and the log-sum-exps of the scores (T, H) float32."""
+    q = operands[0]
+    results = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+    exported = map(to_dlpack, (*operands, *_offsets(mask), *results))
+    _C.attention_forward(*exported, *_form(mask), stream_of(q))
+    return results
+
+
+def launch_backward(
+    operands: Operands, mask: PackedMask, results: tuple[Tensor, Tensor], grad_out: Tensor, grads: Operands
+) -> None:
+    """Run the backward kernel, given what `launch_forward` returned; writes the gradients of the operands to `grads`.
+
+    The kernel sums the gradients of keys and values in float32, in place.
+    """
+    q = operands[0]
+    grad_q, grad_k, grad_v, grad_gate = grads
+    sums = grad_k, grad_v
+    if grad_k.dtype != torch.float32:
+        sums = grad_k.new_empty(grad_k.shape, dtype=torch.float32), grad_v.new_empty(grad_v.shape, dtype=torch.float32)
+    inputs = *operands, *_offsets(mask), *results, grad_out.contiguous()
+    exported = map(to_dlpack, (*inputs, grad_q, *sums, grad_gate))
+    _C.attention_backward(*exported, *_form(mask), stream_of(q))
+    if grad_k.dtype != torch.float32:
+        grad_k.copy_(sums[0])
+        grad_v.copy_(sums[1])
+
+
+def _offsets(mask: PackedMask) -> tuple[Tensor, Tensor, Tensor]:
+    return mask.offsets, mask.offsets if mask.key_offsets is None else mask.key_offsets, mask.prefix
+
+
+def _form(mask: PackedMask) -> tuple[Any, int]:
+    return None if mask.log_decay is None else to_dlpack(mask.log_decay), mask.window
 
 
 @torch.library.custom_op("hrmcore::attention", mutates_args=(), device_types=DEVICES)
@@ -102,14 +151,10 @@ def _attention(
     offsets: Tensor,
     prefix: Tensor,
     key_offsets: Tensor | None,
-    rates: Tensor | None = None,
-    window: int = 0,
+    log_decay: Tensor | None,
+    window: int,
 ) -> tuple[Tensor, Tensor]:
-    key_offsets = offsets if key_offsets is None else key_offsets
-    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
-    operands = map(to_dlpack, (q, k, v, gate, offsets, key_offsets, prefix, out, lse))
-    _C.attention_forward(*operands, None if rates is None else to_dlpack(rates), window, stream_of(q))
-    return out, lse
+    return launch_forward((q, k, v, gate), PackedMask(offsets, prefix, key_offsets, log_decay, window))
 
 
 @torch.library.custom_op("hrmcore::attention_backward", mutates_args=(), device_types=DEVICES)
@@ -118,22 +163,19 @@ def _attention_backward(
     k: Tensor,
     v: Tensor,
     gate: Tensor,
-    offsets: Tensor,
-    prefix: Tensor,
-    key_offsets: Tensor | None,
     out: Tensor,
     lse: Tensor,
     grad_out: Tensor,
-    rates: Tensor | None = None,
-    window: int = 0,
+    offsets: Tensor,
+    prefix: Tensor,
+    key_offsets: Tensor | None,
+    log_decay: Tensor | None,
+    window: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    key_offsets = offsets if key_offsets is None else key_offsets
-    grad_q, grad_gate = q.new_empty(q.shape), q.new_empty(q.shape)
-    grad_k, grad_v = (k.new_empty(k.shape, dtype=torch.float32) for _ in range(2))
-    inputs = (q, k, v, gate, offsets, key_offsets, prefix, out, lse, grad_out.contiguous())
-    operands = map(to_dlpack, (*inputs, grad_q, grad_k, grad_v, grad_gate))
-    _C.attention_backward(*operands, None if rates is None else to_dlpack(rates), window, stream_of(q))
-    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_gate
+    mask = PackedMask(offsets, prefix, key_offsets, log_decay, window)
+    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), gate.new_empty(gate.shape)
+    launch_backward((q, k, v, gate), mask, (out, lse), grad_out, grads)
+    return grads
 
 
 @_attention.register_fake
@@ -147,15 +189,14 @@ def _(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, *others: object) -> tuple[T
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    out, lse = output
-    *operands, rates, ctx.window = inputs
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(*operands, out, lse, rates)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs[:4], *output, *inputs[4:-1])
+    ctx.window = inputs[-1]
 
 
 def _backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    *saved, rates = ctx.saved_tensors
-    return *_attention_backward(*saved, grad_out, rates, ctx.window), None, None, None, None, None
+    operands, mask = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+    return *_attention_backward(*operands, grad_out, *mask, ctx.window), *5 * [None]
 
 
 _attention.register_autograd(_backward, setup_context=_save)
@@ -183,24 +224,23 @@ def cases(dtype: torch.dtype = torch.float32) -> Iterator[dict[str, Any]]:
         offsets = torch.tensor([0, *lengths]).cumsum(0)
         key_offsets = offsets + torch.tensor([0, *(cached or [0] * len(lengths))]).cumsum(0)
         fused = torch.randn(int(key_offsets[-1]), 4, heads, head_dim, generator=generator).to(dtype)
+        prefix_counts = torch.tensor(prefix, dtype=torch.int32)
         yield {
             "q": torch.randn(int(offsets[-1]), heads, head_dim, generator=generator).to(dtype),
             "k": torch.randn(int(key_offsets[-1]), heads, head_dim, generator=generator).to(dtype),
             "v": fused[:, 3],
             "gate": fused[: int(offsets[-1]), 0],
-            "offsets": offsets.int(),
-            "prefix": torch.tensor(prefix, dtype=torch.int32),
-            "key_offsets": None if cached is None else key_offsets.int(),
+            "mask": PackedMask(offsets.int(), prefix_counts, None if cached is None else key_offsets.int()),
         }
 
 
 def work(case: dict[str, Any], backward: bool = False) -> dict[str, int]:
-    """The bytes that one call must move and the FLOPs of its matrix products over the visible (query, key) pairs."""
-    queries, keys = case["q"], case["k"]
-    query_counts = case["offsets"].diff().tolist()
-    key_counts = query_counts if case["key_offsets"] is None else case["key_offsets"].diff().tolist()
-    sequences = zip(query_counts, key_counts, case["prefix"].tolist(), strict=True)
-    pairs = sum(int(_seen(*sequence).sum()) for sequence in sequences)
+    """The bytes that one call must move and the FLOPs of its GEMMs over the visible (query, key) pairs."""
+    queries, keys, mask = case["q"], case["k"], case["mask"]
+    pairs = sum(
+        int(_seen(rows.stop - rows.start, seen.stop - seen.start, prefix, mask.window).sum())
+        for rows, seen, prefix in mask.sequences()
+    )
     heads, head_dim = queries.shape[1:]
     lse = 4 * queries.shape[0] * heads
     if backward:
@@ -208,25 +248,12 @@ def work(case: dict[str, Any], backward: bool = False) -> dict[str, int]:
     return {"bytes": 3 * queries.nbytes + 2 * keys.nbytes + lse, "flops": 4 * pairs * heads * head_dim}
 
 
-def peer(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    offsets: Tensor,
-    prefix: Tensor,
-    key_offsets: Tensor | None = None,
-    rates: Tensor | None = None,
-    window: int = 0,
-) -> Tensor:
-    """The same through torch's own fused attention, for benchmarks."""
-    query_bounds = offsets.tolist()
-    key_bounds = query_bounds if key_offsets is None else key_offsets.tolist()
+def peer(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, mask: PackedMask) -> Tensor:
+    """The same, without decay or window, through torch's own fused attention, for benchmarks."""
     outputs = []
-    for s, visible in enumerate(prefix.tolist()):
-        rows, keys = slice(*query_bounds[s : s + 2]), slice(*key_bounds[s : s + 2])
-        mask = _seen(rows.stop - rows.start, keys.stop - keys.start, visible)
+    for rows, keys, prefix in mask.sequences():
+        seen = _seen(rows.stop - rows.start, keys.stop - keys.start, prefix)
         queries, sequence_keys, values = (x.transpose(0, 1)[None] for x in (q[rows], k[keys], v[keys]))
-        attended = F.scaled_dot_product_attention(queries, sequence_keys, values, attn_mask=mask)
+        attended = F.scaled_dot_product_attention(queries, sequence_keys, values, attn_mask=seen)
         outputs.append(attended[0].transpose(0, 1))
     return torch.sigmoid(gate) * torch.cat(outputs)

@@ -1,7 +1,7 @@
 """Cross-entropy of supervised rows, in chunks: the logits of all rows never exist together.
 
-Kernels: csrc/ops/cross_entropy.{h,cpp,cu}; the matrix products are torch's. On CUDA, checking the rows and reading
-the gradient of the loss wait for the device.
+Kernels: csrc/ops/cross_entropy.{h,cpp,cu}; the GEMMs are torch's. On CUDA, the check of the rows and the read of the
+loss's gradient wait for the device.
 
 Shapes: T tokens, R supervised rows, D width, V vocabulary.
 """
@@ -19,8 +19,8 @@ from torch.utils.dlpack import to_dlpack
 from hrmcore import _C
 from hrmcore.ops.backend import DEVICES, reference_active, stream_of
 
-CHUNK_ELEMENTS = 1 << 23  # logits that exist at one time, at most; 32 MiB in float32
-ROW_MULTIPLE = 64  # rows of a product are filled up to it: oneDNN (bfloat16) compiles a kernel for each new shape
+CHUNK_ELEMENTS = 1 << 23  # the most logits that exist at one time; 32 MiB in float32
+ROW_MULTIPLE = 64  # a GEMM's rows are padded to it: oneDNN (bfloat16) compiles a kernel for each new shape
 
 
 def cross_entropy_ref(hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
@@ -36,8 +36,8 @@ def cross_entropy(hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor)
     """Summed cross-entropy, in nats, of the tokens that follow `rows`; a float32 scalar.
 
     hidden: (T, D) float32 or bfloat16; weight: (V, D), rounded to hidden's dtype for the products; rows: (R) int64,
-    strictly rising, in [0, T); targets: (R) int64 in [0, V). Sums in float64. Backward computes the logits again, so
-    that only one chunk of them is kept at any time. Raises ValueError on a wrong dtype, shape, row or target.
+    strictly rising, in [0, T); targets: (R) int64 in [0, V). Sums in float64. Backward computes the logits again: only
+    one chunk of them exists at any time. Raises ValueError on a wrong dtype, shape, row or target.
     """
     if reference_active():
         return cross_entropy_ref(hidden, weight, rows, targets)
@@ -90,9 +90,9 @@ def _cross_entropy_backward(
 
 
 def _chunks(hidden: Tensor, weight: Tensor, rows: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """For some rows at a time: which of `rows`, their hidden states, their logits; both with rows of zeros behind.
+    """For each chunk: its slice of `rows`, their hidden states and their logits, both padded with rows of zeros.
 
-    The memory of the logits is the same for every chunk.
+    All chunks share one buffer of logits.
     """
     most = max(ROW_MULTIPLE, CHUNK_ELEMENTS // weight.shape[0] // ROW_MULTIPLE * ROW_MULTIPLE)
     most = min(most, rows_filled(len(rows)))
@@ -106,7 +106,7 @@ def _chunks(hidden: Tensor, weight: Tensor, rows: Tensor) -> Iterator[tuple[slic
 
 
 def rows_filled(rows: int) -> int:
-    """So many rows, at least one, filled up to a multiple of ROW_MULTIPLE."""
+    """This number of rows, at least one, rounded up to a multiple of ROW_MULTIPLE."""
     return -(-max(1, rows) // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
@@ -175,7 +175,7 @@ def cases(dtype: torch.dtype = torch.float32) -> Iterator[dict[str, Any]]:
 
 
 def work(case: dict[str, Any], backward: bool = False) -> dict[str, int]:
-    """The bytes that one call must move and the FLOPs of its matrix products: one forward, three backward."""
+    """The bytes that one call must move and the FLOPs of its GEMMs: one forward, three backward."""
     hidden, weight, supervised = case["hidden"], case["weight"], len(case["rows"])
     chosen, product = supervised * hidden[0].nbytes, 2 * supervised * weight.numel()
     if backward:

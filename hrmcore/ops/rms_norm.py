@@ -81,7 +81,7 @@ def _save_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)  # the sum that ends the last visit has no gradient, and needs no zeros for one
+    ctx.set_materialize_grads(False)  # the sum that ends the last visit has no gradient; autograd would make zeros
     ctx.save_for_backward(output[1])
     ctx.eps = inputs[2]
 

@@ -1,7 +1,7 @@
 """Rotary position embedding, half split. Kernel: csrc/ops/rope.{h,cpp,cu}.
 
-xPos turns queries and keys by the same op; what it adds, the fading of a score with the distance, is done by the
-attention (`xpos_rates`).
+xPos turns queries and keys by the same op; what it adds, the decay of scores with the distance, is done by the
+attention (`xpos_log_decay`).
 
 Shapes: T tokens, H heads, d head_dim, P positions in the table.
 """
@@ -38,17 +38,17 @@ def rope_table(length: int, head_dim: int, theta: float = 10000.0, exact: bool =
     return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
 
 
-def xpos_rates(head_dim: int, scale_base: int = 512) -> Tensor:
-    """How xPos fades a score with the distance between query and key: (d/2) float32, for `attention`.
+def xpos_log_decay(head_dim: int, scale_base: int = 512) -> Tensor:
+    """The log decay of xPos: how a score decays with the distance of query and key; (d/2) float32, for `attention`.
 
-    Channel pair i is multiplied by zeta_i^(distance / scale_base) = exp(rate_i distance), where
+    Channel pair i is multiplied by zeta_i^(distance / scale_base) = exp(log_decay_i distance), where
     zeta_i = (2i + 0.4 d) / (1.4 d). Source: arXiv 2212.10554. Raises ValueError on a head_dim that is odd or below 2,
     or a scale_base below 1.
     """
     if head_dim < 2 or head_dim % 2:
-        raise ValueError(f"xpos_rates: head_dim must be even and at least 2, got {head_dim}")
+        raise ValueError(f"xpos_log_decay: head_dim must be even and at least 2, got {head_dim}")
     if scale_base < 1:
-        raise ValueError(f"xpos_rates: scale_base must be at least 1, got {scale_base}")
+        raise ValueError(f"xpos_log_decay: scale_base must be at least 1, got {scale_base}")
     zeta = (torch.arange(0, head_dim, 2, dtype=torch.float64) + 0.4 * head_dim) / (1.4 * head_dim)
     return (zeta.log() / scale_base).float()
 

@@ -1,9 +1,9 @@
 """The two halves of a block as one op each, so that training keeps little and copies nothing.
 
-What they compute is written out in hrmcore/model.py, `Block.forward`, op by op: that is the reference. Here the matrix
-products (torch's) and the kernels run in one call. Backward finds the residual stream, the rotated projection, the
-attention's output and the input of SwiGLU; it computes the norms and the SwiGLU product again. Queries and keys are
-rotated in the projection's own buffer, and their gradients are written into one.
+The reference is `Block.forward` in hrmcore/model.py, which runs the same op by op. Here the GEMMs (torch's) and the
+kernels run in one call. Forward saves the residual stream, the rotated projection, the attention's output and SwiGLU's
+input; backward computes the norms and SwiGLU's output again. Queries and keys are rotated in place, in the projection's
+buffer, and all four gradients of the projection are written into one buffer.
 
 Shapes: T tokens, D width, H heads, d head_dim, A = H d, F ffn, P positions, S sequences.
 """
@@ -17,33 +17,29 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
 from hrmcore import _C
+from hrmcore.ops.attention import PackedMask, launch_backward, launch_forward
 from hrmcore.ops.backend import DEVICES, stream_of
 
 
 def attention_sublayer(
-    x: Tensor,
-    residual: Tensor,
+    normed: Tensor,
+    stream: Tensor,
     gqkv_weight: Tensor,
     o_weight: Tensor,
     heads: int,
     eps: float,
-    table: Tensor,
-    positions: Tensor,
-    offsets: Tensor,
-    prefix: Tensor,
-    rates: Tensor | None,
-    window: int,
-    opened: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """(o(gated attention(rotated gqkv(rms(u)))), u) with u = x + residual; both (T, D), float32 or bfloat16.
+    rotation: tuple[Tensor, Tensor],
+    mask: PackedMask,
+) -> Tensor:
+    """o(gated attention(rotated gqkv(normed))), (T, D), where normed = rms(stream); float32 or bfloat16.
 
-    gqkv_weight: (4 A, D), rows gate | q | k | v; o_weight: (D, A); both rounded to x's dtype for the products. The
-    rest as in `rope` and `attention`, which also check it. Where the stream is `opened`, its norm being known, x is
-    rms(u) and `residual` u. Raises ValueError on a wrong dtype, shape or stride.
+    gqkv_weight: (4 A, D), rows gate | q | k | v; o_weight: (D, A); both rounded to the stream's dtype for the products.
+    `eps` is that of the norm, which backward computes again from the stream; the gradient goes to `normed` alone.
+    `rotation` is (table, positions) as in `rope`; `mask`, without key_offsets, as in `attention`; both check them.
+    Raises ValueError on a wrong dtype, shape or stride.
     """
-    positional = (table, positions, offsets, prefix, rates, window)
-    y, u, *_ = _attention_sublayer(x, residual, gqkv_weight, o_weight, heads, eps, *positional, opened)
-    return y, residual if opened else u
+    flat = (*rotation, mask.offsets, mask.prefix, mask.log_decay, mask.window)
+    return _attention_sublayer(normed, stream, gqkv_weight, o_weight, heads, eps, *flat)[0]
 
 
 def mlp_sublayer(
@@ -70,28 +66,28 @@ def _norm(u: Tensor, eps: float) -> Tensor:
 
 
 def _norm_backward_(grad_normed: Tensor, u: Tensor, grad_u: Tensor | None, eps: float) -> Tensor:
-    """The gradient of what was added up to u, in place of grad_normed."""
+    """The gradient of u and of both its summands; overwrites grad_normed."""
     passed_on = None if grad_u is None else to_dlpack(grad_u.contiguous())
     operands = to_dlpack(u), to_dlpack(grad_normed), passed_on, to_dlpack(grad_normed)
     _C.rms_norm_backward(*operands, eps, stream_of(u))
     return grad_normed
 
 
-def _product(rows: Tensor, weight: Tensor) -> Tensor:
+def _gemm(rows: Tensor, weight: Tensor) -> Tensor:
     """rows (T, N) weight (M, N)^T -> (T, M), in the dtype of the rows."""
     return torch.mm(rows, weight.to(rows.dtype).T)
 
 
-def _product_backward(grad: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of `_product` to its rows and to its weight."""
-    return _product_rows_backward(grad, weight), _product_weight_backward(grad, rows, weight)
+def _gemm_backward(grad: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `_gemm` to its rows and to its weight."""
+    return _gemm_rows_backward(grad, weight), _gemm_weight_backward(grad, rows, weight)
 
 
-def _product_rows_backward(grad: Tensor, weight: Tensor) -> Tensor:
+def _gemm_rows_backward(grad: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(grad, weight.to(grad.dtype))
 
 
-def _product_weight_backward(grad: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+def _gemm_weight_backward(grad: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(grad.T, rows).to(weight.dtype)
 
 
@@ -106,8 +102,8 @@ def _split(gqkv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @torch.library.custom_op("hrmcore::attention_sublayer", mutates_args=(), device_types=DEVICES)
 def _attention_sublayer(
-    x: Tensor,
-    residual: Tensor,
+    normed: Tensor,
+    stream: Tensor,
     gqkv_weight: Tensor,
     o_weight: Tensor,
     heads: int,
@@ -116,23 +112,20 @@ def _attention_sublayer(
     positions: Tensor,
     offsets: Tensor,
     prefix: Tensor,
-    rates: Tensor | None,
+    log_decay: Tensor | None,
     window: int,
-    opened: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    normed, u = (x, x.new_empty(0)) if opened else _add_norm(x, residual, eps)  # an op may not return an input
-    gqkv = _product(normed, gqkv_weight).view(len(x), 4, heads, -1)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gqkv = _gemm(normed, gqkv_weight).view(len(normed), 4, heads, -1)
     gate, q, k, v = _split(gqkv)
-    _C.rope(*map(to_dlpack, (q, k, table, positions, q, k)), False, stream_of(x))
-    attended, lse = x.new_empty(q.shape), x.new_empty(q.shape[:2], dtype=torch.float32)
-    operands = map(to_dlpack, (q, k, v, gate, offsets, offsets, prefix, attended, lse))
-    _C.attention_forward(*operands, None if rates is None else to_dlpack(rates), window, stream_of(x))
-    return _product(attended.flatten(1), o_weight), u, gqkv, attended, lse
+    _C.rope(*map(to_dlpack, (q, k, table, positions, q, k)), False, stream_of(q))
+    mask = PackedMask(offsets, prefix, None, log_decay, window)
+    attended, lse = launch_forward((q, k, v, gate), mask)
+    return _gemm(attended.flatten(1), o_weight), gqkv, attended, lse
 
 
 @torch.library.custom_op("hrmcore::attention_sublayer_backward", mutates_args=(), device_types=DEVICES)
 def _attention_sublayer_backward(
-    u: Tensor,
+    stream: Tensor,
     gqkv: Tensor,
     attended: Tensor,
     lse: Tensor,
@@ -142,62 +135,50 @@ def _attention_sublayer_backward(
     positions: Tensor,
     offsets: Tensor,
     prefix: Tensor,
-    rates: Tensor | None,
+    log_decay: Tensor | None,
     window: int,
     eps: float,
-    opened: bool,
     grad_y: Tensor,
-    grad_u: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_attended, grad_o_weight = _product_backward(grad_y, attended.flatten(1), o_weight)
+    grad_attended, grad_o_weight = _gemm_backward(grad_y, attended.flatten(1), o_weight)
     gate, q, k, v = _split(gqkv)
     grad_gqkv = torch.empty_like(gqkv)
     grad_gate, grad_q, grad_k, grad_v = _split(grad_gqkv)
-    sums = (grad_k, grad_v)  # the kernel sums these two in place, so in float32
-    if gqkv.dtype != torch.float32:
-        sums = k.new_empty(k.shape, dtype=torch.float32), k.new_empty(k.shape, dtype=torch.float32)
-    inputs = (q, k, v, gate, offsets, offsets, prefix, attended, lse, grad_attended.view(q.shape))
-    operands = map(to_dlpack, (*inputs, grad_q, *sums, grad_gate))
-    _C.attention_backward(*operands, None if rates is None else to_dlpack(rates), window, stream_of(u))
-    if gqkv.dtype != torch.float32:
-        grad_k.copy_(sums[0])
-        grad_v.copy_(sums[1])
-    del inputs, sums, grad_attended
-    _C.rope(*map(to_dlpack, (grad_q, grad_k, table, positions, grad_q, grad_k)), True, stream_of(u))
-    grad_normed, grad_gqkv_weight = _product_backward(grad_gqkv.flatten(1), _norm(u, eps), gqkv_weight)
-    grad_x = grad_normed if opened else _norm_backward_(grad_normed, u, grad_u, eps)
-    return grad_x, grad_gqkv_weight, grad_o_weight
+    mask, grads = PackedMask(offsets, prefix, None, log_decay, window), (grad_q, grad_k, grad_v, grad_gate)
+    launch_backward((q, k, v, gate), mask, (attended, lse), grad_attended.view(q.shape), grads)
+    del grad_attended
+    _C.rope(*map(to_dlpack, (grad_q, grad_k, table, positions, grad_q, grad_k)), True, stream_of(q))
+    return *_gemm_backward(grad_gqkv.flatten(1), _norm(stream, eps), gqkv_weight), grad_o_weight
 
 
 @_attention_sublayer.register_fake
 def _(
-    x: Tensor, residual: Tensor, gqkv_weight: Tensor, o_weight: Tensor, heads: int, *others: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tokens, head_dim = x.shape[0], o_weight.shape[1] // heads
-    gqkv, attended = x.new_empty(tokens, 4, heads, head_dim), x.new_empty(tokens, heads, head_dim)
-    lse = x.new_empty(tokens, heads, dtype=torch.float32)
-    return x.new_empty(x.shape), x.new_empty((0,) if others[-1] else x.shape), gqkv, attended, lse
+    normed: Tensor, stream: Tensor, gqkv_weight: Tensor, o_weight: Tensor, heads: int, *others: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, head_dim = normed.shape[0], o_weight.shape[1] // heads
+    gqkv, attended = normed.new_empty(tokens, 4, heads, head_dim), normed.new_empty(tokens, heads, head_dim)
+    return normed.new_empty(normed.shape), gqkv, attended, normed.new_empty(tokens, heads, dtype=torch.float32)
 
 
 @_attention_sublayer_backward.register_fake
 def _(
-    u: Tensor, gqkv: Tensor, attended: Tensor, lse: Tensor, gqkv_weight: Tensor, o_weight: Tensor, *others: object
+    stream: Tensor, gqkv: Tensor, attended: Tensor, lse: Tensor, gqkv_weight: Tensor, o_weight: Tensor, *others: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return u.new_empty(u.shape), gqkv_weight.new_empty(gqkv_weight.shape), o_weight.new_empty(o_weight.shape)
+    return stream.new_empty(stream.shape), gqkv_weight.new_empty(gqkv_weight.shape), o_weight.new_empty(o_weight.shape)
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, residual, gqkv_weight, o_weight, _, ctx.eps, *positional, ctx.window, ctx.opened = inputs
-    _, u, *kept = output
-    ctx.mark_non_differentiable(*kept, *([u] if ctx.opened else []))
+    _, stream, gqkv_weight, o_weight, _, ctx.eps, *positional, ctx.window = inputs
+    kept = output[1:]
+    ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)  # or autograd would make zeros of the size of these outputs
-    ctx.save_for_backward(residual if ctx.opened else u, *kept, gqkv_weight, o_weight, *positional)
+    ctx.save_for_backward(stream, *kept, gqkv_weight, o_weight, *positional)
 
 
-def _attention_backward(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _attention_backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     grad_y = torch.zeros_like(ctx.saved_tensors[0]) if grad_y is None else grad_y
-    grads = _attention_sublayer_backward(*ctx.saved_tensors, ctx.window, ctx.eps, ctx.opened, grad_y, grad_u)
-    return grads[0], None if ctx.opened else grads[0], *grads[1:], *9 * [None]
+    grad_normed, *grads = _attention_sublayer_backward(*ctx.saved_tensors, ctx.window, ctx.eps, grad_y)
+    return grad_normed, None, *grads, *8 * [None]
 
 
 _attention_sublayer.register_autograd(_attention_backward, setup_context=_save_attention)
@@ -210,8 +191,8 @@ def _mlp_sublayer(
     x: Tensor, residual: Tensor, gate_up_weight: Tensor, down_weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     normed, u = _add_norm(x, residual, eps)
-    ab = _product(normed, gate_up_weight)
-    return _product(_swiglu(ab), down_weight), u, ab
+    ab = _gemm(normed, gate_up_weight)
+    return _gemm(_swiglu(ab), down_weight), u, ab
 
 
 def _swiglu(ab: Tensor) -> Tensor:
@@ -230,11 +211,12 @@ def _mlp_sublayer_backward(
     grad_y: Tensor,
     grad_u: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_ab, product = torch.empty_like(ab), _product_rows_backward(grad_y, down_weight)
-    _C.swiglu_backward(*map(to_dlpack, (ab, product, grad_ab, product)), stream_of(ab))  # the gradient gives way to it
-    grad_down_weight = _product_weight_backward(grad_y, product, down_weight)
+    grad_ab, product = torch.empty_like(ab), _gemm_rows_backward(grad_y, down_weight)
+    # SwiGLU's output, computed again, overwrites its gradient.
+    _C.swiglu_backward(*map(to_dlpack, (ab, product, grad_ab, product)), stream_of(ab))
+    grad_down_weight = _gemm_weight_backward(grad_y, product, down_weight)
     del product
-    grad_normed, grad_gate_up_weight = _product_backward(grad_ab, _norm(u, eps), gate_up_weight)
+    grad_normed, grad_gate_up_weight = _gemm_backward(grad_ab, _norm(u, eps), gate_up_weight)
     return _norm_backward_(grad_normed, u, grad_u, eps), grad_gate_up_weight, grad_down_weight
 
 

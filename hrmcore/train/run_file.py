@@ -92,7 +92,9 @@ class TrainConfig:
         "schedule", "learning rate after the warm-up: 'constant', or 'cosine' to 0 at the end", "cosine"
     )
     horizon_first: int = _key(
-        "schedule", "gradient horizon K at the start (docs/model.md): how many of a forward pass's last visits carry gradient", 2
+        "schedule",
+        "gradient horizon K at the start (docs/model.md): how many of a forward pass's last visits carry gradient",
+        2,
     )
     horizon_last: int = _key("schedule", "gradient horizon K once it has risen", 5)
     horizon_fraction: float = _key("schedule", "fraction of the steps over which K rises", 0.2)

@@ -32,7 +32,7 @@ def exact_matches(model: HRM, corpus: Corpus, count: int, batch_tokens: int) -> 
     right = 0
     for batch_indices in epoch_batches(corpus.lengths[chosen], batch_tokens, seed=0, epoch=0):
         batch = pack(corpus, [int(chosen[index]) for index in batch_indices], BatchStream.MULTIPLE)
-        wrong = batch.supervised[model.likeliest(batch).to(batch.targets.device) != batch.targets]
+        wrong = batch.supervised[model.greedy_tokens(batch).to(batch.targets.device) != batch.targets]
         sequences = torch.bucketize(wrong, batch.offsets[1:].long(), right=True)
         right += len(batch.records) - len(sequences.unique())
     return right / len(chosen)

@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -10,12 +11,16 @@ from support.oracle import DTYPES, bound, call, framed, listed, only_inside_writ
 from torch.nn.functional import scaled_dot_product_attention
 
 from hrmcore import _C
-from hrmcore.ops.attention import _attention, _attention_backward, attention, attention_ref, cases
+from hrmcore.ops.attention import PackedMask, _attention, _attention_backward, attention, attention_ref, cases
 from hrmcore.ops.backend import reference_ops
 
 FLOAT32_BOUND = 1e-6
 OPERANDS = ("q", "k", "v", "gate")
 INDICES = range(len(list(cases())))
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
 
 
 def grad_out_of(q):
@@ -55,10 +60,10 @@ def roundings(backend, dtype):
 
 def shortened(emulated, case):
     """The one long sequence of the real shape, cut for the emulator to three tiles of one head: it takes seconds."""
-    if not emulated or len(case["prefix"]) > 1 or len(case["q"]) <= 130:
+    if not emulated or len(case["mask"].prefix) > 1 or len(case["q"]) <= 130:
         return case
     rows = {name: case[name][:130, :1] for name in OPERANDS}
-    return case | rows | {"offsets": torch.tensor([0, 130], dtype=torch.int32)}
+    return case | rows | {"mask": replace(case["mask"], offsets=ints(0, 130))}
 
 
 def refused_on_cuda(backend, case):
@@ -70,9 +75,22 @@ def refused_on_cuda(backend, case):
     return True
 
 
+def operands_of(case):
+    return [case[name] for name in OPERANDS]
+
+
 def packing(case):
-    key_offsets = case["offsets"] if case["key_offsets"] is None else case["key_offsets"]
-    return case["offsets"], key_offsets, case["prefix"]
+    mask = case["mask"]
+    return mask.offsets, mask.offsets if mask.key_offsets is None else mask.key_offsets, mask.prefix
+
+
+def forward(case):
+    """The output and the log-sum-exp."""
+    return _attention(*operands_of(case), *case["mask"].flat)
+
+
+def backward(case, out, lse, grad_out):
+    return _attention_backward(*operands_of(case), out, lse, grad_out, *case["mask"].flat)
 
 
 def random_case(lengths, prefix, cached=None, heads=2, head_dim=8, seed=0):
@@ -81,8 +99,7 @@ def random_case(lengths, prefix, cached=None, heads=2, head_dim=8, seed=0):
     key_offsets = offsets + torch.tensor([0, *(cached or [0] * len(lengths))]).cumsum(0)
     rows = {"q": offsets, "k": key_offsets, "v": key_offsets, "gate": offsets}
     operands = {name: torch.randn(int(o[-1]), heads, head_dim, generator=generator) for name, o in rows.items()}
-    prefix = torch.tensor(prefix, dtype=torch.int32)
-    return operands | {"offsets": offsets.int(), "prefix": prefix, "key_offsets": key_offsets.int()}
+    return operands | {"mask": PackedMask(offsets.int(), ints(*prefix), key_offsets.int())}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -106,7 +123,7 @@ def test_backward_kernel(backend, dtype, index):
     if refused_on_cuda(backend, case):
         return
     q, k, v, gate = (framed(case[name]) for name in OPERANDS)
-    out, lse = (framed(x) for x in _attention(**case))
+    out, lse = (framed(x) for x in forward(case))
     grad_out = framed(grad_out_of(q))
     grad_q, grad_gate = poisoned(*q.shape, dtype=dtype), poisoned(*q.shape, dtype=dtype)
     grad_k, grad_v = poisoned(*k.shape, dtype=torch.float32), poisoned(*k.shape, dtype=torch.float32)
@@ -174,7 +191,7 @@ def test_against_torch(backend, queries, keys, prefix):
     mask[:, :prefix] = True
     q, k, v = (case[name].double().transpose(0, 1) for name in ("q", "k", "v"))
     expected = scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(0, 1)
-    out, lse = _attention(**(case | {"gate": torch.full_like(case["gate"], 40.0)}))  # wide open
+    out, lse = forward(case | {"gate": torch.full_like(case["gate"], 40.0)})  # wide open
     assert relative_error(out, expected) <= FLOAT32_BOUND
     scores = (q @ k.transpose(1, 2) / 8).masked_fill(~mask, -torch.inf)
     assert relative_error(lse, scores.logsumexp(-1).T) <= FLOAT32_BOUND
@@ -191,12 +208,12 @@ def test_extreme_scores(backend, scale):
 
 def test_sequences_do_not_see_each_other(backend):
     case = random_case([40, 70, 33], [0, 50, 33])
-    clean = _attention(**case)
-    clean_grads = _attention_backward(**case, out=clean[0], lse=clean[1], grad_out=clean[0])
+    clean = forward(case)
+    clean_grads = backward(case, clean[0], clean[1], clean[0])
     for name in OPERANDS:
         case[name][40:110] = torch.nan
-    spoilt = _attention(**case)
-    spoilt_grads = _attention_backward(**case, out=spoilt[0], lse=spoilt[1], grad_out=spoilt[0])
+    spoilt = forward(case)
+    spoilt_grads = backward(case, spoilt[0], spoilt[1], spoilt[0])
     for before, after in zip(clean + clean_grads, spoilt + spoilt_grads, strict=True):
         assert torch.equal(before[:40], after[:40])
         assert torch.equal(before[110:], after[110:])
@@ -209,8 +226,8 @@ def test_same_bits_for_any_number_of_threads(isa, dtype, index):
     case = listed(cases, dtype)[index]
 
     def compute():
-        out, lse = _attention(**case)
-        return out, lse, *_attention_backward(**case, out=out, lse=lse, grad_out=out)
+        out, lse = forward(case)
+        return out, lse, *backward(case, out, lse, out)
 
     assert same_bits(compute)
 
@@ -222,8 +239,8 @@ def test_same_bits_for_every_schedule(dtype, index):
     grad_out = grad_out_of(case["q"])
 
     def compute():
-        out, lse = _attention(**case)
-        return out, lse, *_attention_backward(**case, out=out, lse=lse, grad_out=grad_out)
+        out, lse = forward(case)
+        return out, lse, *backward(case, out, lse, grad_out)
 
     assert same_bits_for_every_schedule(compute)
 
@@ -231,17 +248,16 @@ def test_same_bits_for_every_schedule(dtype, index):
 def test_opcheck():
     case = listed(cases, torch.float32)[7]
     leaves = {name: case[name].detach().requires_grad_() for name in OPERANDS}
-    torch.library.opcheck(_attention, tuple((case | leaves).values()))
-    out, lse = _attention(**case)
-    torch.library.opcheck(_attention_backward, (*case.values(), out, lse, out))
+    torch.library.opcheck(_attention, (*leaves.values(), *case["mask"].flat))
+    out, lse = forward(case)
+    torch.library.opcheck(_attention_backward, (*operands_of(case), out, lse, out, *case["mask"].flat))
 
 
 def test_reference_is_twice_differentiable():
     case = random_case([2, 3], [2, 1], cached=[0, 1], heads=1, head_dim=2)
     leaves = [case[name].double().requires_grad_() for name in OPERANDS]
-    rest = {name: case[name] for name in ("offsets", "prefix", "key_offsets")}
     with reference_ops():
-        assert torch.autograd.gradgradcheck(lambda *operands: attention(*operands, **rest), leaves)
+        assert torch.autograd.gradgradcheck(lambda *operands: attention(*operands, case["mask"]), leaves)
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
@@ -254,19 +270,23 @@ def test_no_tokens(lengths):
 
 def test_keys_without_queries_have_no_gradient():
     case = random_case([0, 4], [3, 0], cached=[5, 0])
-    out, lse = _attention(**case)
-    _, grad_k, grad_v, _ = _attention_backward(**case, out=out, lse=lse, grad_out=out)
+    out, lse = forward(case)
+    _, grad_k, grad_v, _ = backward(case, out, lse, out)
     assert not grad_k[:5].any()
     assert not grad_v[:5].any()
     assert grad_v[5:].any()
 
 
+def with_change(case, change):
+    """Of an operand, or of a field of the mask."""
+    fields = {name: x for name, x in change.items() if name not in OPERANDS}
+    return (
+        case | {name: x for name, x in change.items() if name in OPERANDS} | {"mask": replace(case["mask"], **fields)}
+    )
+
+
 Q, FUSED = torch.ones(5, 2, 8), torch.ones(5, 2, 8, 2)
 INTS = torch.tensor([0, 2, 5], dtype=torch.int32)
-
-
-def ints(*values):
-    return torch.tensor(values, dtype=torch.int32)
 
 
 @pytest.mark.parametrize(
@@ -315,7 +335,7 @@ def ints(*values):
 )
 def test_bad_input(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        attention(**({"q": Q, "k": Q, "v": Q, "gate": Q, "offsets": INTS, "prefix": ints(0, 0)} | change))
+        attention(**with_change({"q": Q, "k": Q, "v": Q, "gate": Q, "mask": PackedMask(INTS, ints(0, 0))}, change))
 
 
 @pytest.mark.parametrize(

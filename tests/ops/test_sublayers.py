@@ -1,11 +1,13 @@
 """The two halves of a block against the ops that they are made of, which have their own tests."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.oracle import relative_error, same_bits
 
 from hrmcore.config import HRMConfig
-from hrmcore.model import Block, Layout, Positions
+from hrmcore.model import Block, ForwardContext, Layout, Positions
 from hrmcore.ops.backend import reference_ops
 from hrmcore.ops.rms_norm import rms_norm
 from hrmcore.ops.sublayers import (
@@ -33,89 +35,78 @@ def block_and_streams(dtype=torch.float32, position_encoding="rope"):
     )
     torch.manual_seed(0)
     x, residual = torch.randn(2, 24, 24).to(dtype)
-    return Block(config), x, residual, Positions.of(config, 64)
+    return Block(config), x, residual, ForwardContext.of(LAYOUT, Positions.of(config, 64))
 
 
-def outputs_and_gradients(block, x, residual, where, used):
+def in_float64(context):
+    log_decay = context.mask.log_decay
+    mask = replace(context.mask, log_decay=None if log_decay is None else log_decay.double())
+    return replace(context, table=context.table.double(), mask=mask)
+
+
+def outputs_and_gradients(block, x, residual, context, used):
     inputs = [x.clone().requires_grad_(), residual.clone().requires_grad_(), *block.parameters()]
-    y, u = block(*inputs[:2], LAYOUT, where, None, 0)
+    y, u = block(*rms_norm(*inputs[:2], block.config.rms_norm_eps), context)
     value = {"y": y.square(), "u": u**3, "both": y * u}[used].sum()
     return [y, u, *torch.autograd.grad(value, inputs, allow_unused=True)]
 
 
 @pytest.mark.parametrize("used", ["y", "u", "both"])
 @pytest.mark.parametrize("position_encoding", ["rope", "xpos"])
-def test_an_opened_stream_is_the_same_stream(position_encoding, used):
-    block, x, residual, where = block_and_streams(position_encoding=position_encoding)
-    results = []
-    for opened in (False, True):
-        inputs = [x.clone().requires_grad_(), residual.clone().requires_grad_()]
-        halves = rms_norm(*inputs, block.config.rms_norm_eps) if opened else inputs
-        y, u = block(*halves, LAYOUT, where, None, 0, opened=opened)
-        value = {"y": y.square(), "u": u**3, "both": y * u}[used].sum()
-        results.append([y, u, *torch.autograd.grad(value, [*inputs, *block.parameters()], allow_unused=True)])
-    for a, b in zip(*results, strict=True):
-        assert (a is None and b is None) or torch.equal(a, b)
-
-
-@pytest.mark.parametrize("used", ["y", "u", "both"])
-@pytest.mark.parametrize("position_encoding", ["rope", "xpos"])
 def test_outputs_and_gradients(position_encoding, used):
-    block, x, residual, where = block_and_streams(position_encoding=position_encoding)
-    ours = outputs_and_gradients(block, x, residual, where, used)
+    block, x, residual, context = block_and_streams(position_encoding=position_encoding)
+    ours = outputs_and_gradients(block, x, residual, context, used)
     with reference_ops():
-        exact = Positions(*(t if t is None else t.double() for t in where))
-        theirs = outputs_and_gradients(block.double(), x.double(), residual.double(), exact, used)
+        theirs = outputs_and_gradients(block.double(), x.double(), residual.double(), in_float64(context), used)
     for a, b in zip(ours, theirs, strict=True):
         assert (a is None or not a.any()) if b is None else relative_error(a.detach(), b.detach()) <= 2e-6
 
 
 def test_float32_weights_under_bfloat16_streams():
     """Autocast's case: the products are in bfloat16, the weights' gradients come back in float32."""
-    block, x, residual, where = block_and_streams(torch.bfloat16)
-    ours = outputs_and_gradients(block, x, residual, where, "both")
+    block, x, residual, context = block_and_streams(torch.bfloat16)
+    ours = outputs_and_gradients(block, x, residual, context, "both")
     with reference_ops():
-        exact = Positions(where.table.double(), None)
-        theirs = outputs_and_gradients(block.double(), x.double(), residual.double(), exact, "both")
+        theirs = outputs_and_gradients(block.double(), x.double(), residual.double(), in_float64(context), "both")
     assert [t.dtype for t in ours] == 4 * [torch.bfloat16] + 4 * [torch.float32]
     for a, b in zip(ours, theirs, strict=True):
         assert relative_error(a.detach(), b.detach()) <= 2e-2
 
 
 def test_same_bits_for_any_number_of_threads():
-    block, x, residual, where = block_and_streams()
-    assert same_bits(lambda: [t.detach() for t in outputs_and_gradients(block, x, residual, where, "both")])
+    block, x, residual, context = block_and_streams()
+    assert same_bits(lambda: [t.detach() for t in outputs_and_gradients(block, x, residual, context, "both")])
 
 
 def test_a_second_backward_finds_what_the_first_found():
-    block, x, residual, where = block_and_streams()
+    block, x, residual, context = block_and_streams()
     x.requires_grad_()
-    y, u = block(x, residual, LAYOUT, where, None, 0)
+    y, u = block(*rms_norm(x, residual), context)
     first, second = (torch.autograd.grad((y * u).sum(), x, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
 
 
 def test_opcheck():
-    block, x, residual, where = block_and_streams()
+    block, x, residual, context = block_and_streams()
     gqkv, o, gate_up, down = (p.detach().clone() for p in block.parameters())
-    positional = (where.table, LAYOUT.positions, LAYOUT.offsets, LAYOUT.prefix, None, 0)
+    positional = (context.table, LAYOUT.positions, LAYOUT.offsets, LAYOUT.prefix, None, 0)
     streams = x.clone().requires_grad_(), residual.clone().requires_grad_()
-    for opened in (False, True):
-        weights = gqkv.clone().requires_grad_(), o
-        torch.library.opcheck(_attention_sublayer, (*streams, *weights, 2, 1e-6, *positional, opened))
-        kept = _attention_sublayer(x, residual, gqkv, o, 2, 1e-6, *positional, opened)[2:]
-        operands = residual, *kept, gqkv, o, *positional, 1e-6, opened, x, None if opened else residual
-        torch.library.opcheck(_attention_sublayer_backward, operands)
+    weights = gqkv.clone().requires_grad_(), o
+    torch.library.opcheck(_attention_sublayer, (*streams, *weights, 2, 1e-6, *positional))
+    _, *kept = _attention_sublayer(x, residual, gqkv, o, 2, 1e-6, *positional)
+    torch.library.opcheck(_attention_sublayer_backward, (residual, *kept, gqkv, o, *positional, 1e-6, x))
     torch.library.opcheck(_mlp_sublayer, (*streams, gate_up, down.clone().requires_grad_(), 1e-6))
     _, *kept = _mlp_sublayer(x, residual, gate_up, down, 1e-6)
     torch.library.opcheck(_mlp_sublayer_backward, (*kept, gate_up, down, 1e-6, x, None))
 
 
 def test_bad_input_is_named_by_the_kernels():
-    block, x, residual, where = block_and_streams()
+    block, x, residual, context = block_and_streams()
     gqkv, o, gate_up, down = block.parameters()
-    positional = (where.table, LAYOUT.positions, LAYOUT.offsets, LAYOUT.prefix, None, 0)
+    rotation = context.table, context.positions
+    with pytest.raises(ValueError, match="positions must be of size 3"):
+        attention_sublayer(x[:3], residual[:3], gqkv, o, 2, 1e-6, rotation, context.mask)
     with pytest.raises(ValueError, match="residual must be of the shape of the input"):
-        attention_sublayer(x, residual[:3], gqkv, o, 2, 1e-6, *positional)
+        mlp_sublayer(x, residual[:3], gate_up, down, 1e-6)
     with pytest.raises(ValueError, match="residual must be float32, got bfloat16"):
         mlp_sublayer(x, residual.bfloat16(), gate_up, down, 1e-6)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -12,21 +13,21 @@ from support.emulator import emulated_cuda, same_bits_for_every_schedule
 from support.oracle import DTYPES, bound, call, framed, listed, only_inside_written, poisoned, relative_error, same_bits
 
 from hrmcore import _C
-from hrmcore.ops.attention import _attention, _attention_backward, attention, attention_ref, cases
+from hrmcore.ops.attention import PackedMask, _attention, _attention_backward, attention, attention_ref, cases
 from hrmcore.ops.backend import reference_ops
-from hrmcore.ops.rope import rope, rope_table, xpos_rates
+from hrmcore.ops.rope import rope, rope_table, xpos_log_decay
 
 OPERANDS = ("q", "k", "v", "gate")
 INDICES = range(len(list(cases())))
 FLOAT32_BOUND = 2e-6
-# (scale base, window): xPos, xPos that has faded out after some hundred tokens, a window alone, and both
+# (scale base, window): xPos, xPos that has decayed to nothing after some hundred tokens, a window alone, and both
 FORMS = [(512, 0), (8, 0), (None, 64), (512, 128)]
 
 
 def with_form(case, form):
     base, window = form
-    rates = None if base is None else xpos_rates(case["q"].shape[-1], base)
-    return case | {"rates": rates, "window": window}
+    log_decay = None if base is None else xpos_log_decay(case["q"].shape[-1], base)
+    return case | {"mask": replace(case["mask"], log_decay=log_decay, window=window)}
 
 
 def grad_out_of(q):
@@ -41,9 +42,19 @@ def reference(dtype, index, form):
     return out.detach(), torch.autograd.grad(out, list(leaves.values()), grad_out_of(case["q"]).double())
 
 
+def operands_of(case):
+    return [case[name] for name in OPERANDS]
+
+
 def packing(case):
-    key_offsets = case["offsets"] if case["key_offsets"] is None else case["key_offsets"]
-    return case["offsets"], key_offsets, case["prefix"]
+    mask = case["mask"]
+    return mask.offsets, mask.offsets if mask.key_offsets is None else mask.key_offsets, mask.prefix
+
+
+def forward_and_backward(case):
+    """The kernels' results, the gradient that comes back being the output."""
+    out, lse = _attention(*operands_of(case), *case["mask"].flat)
+    return out, lse, *_attention_backward(*operands_of(case), out, lse, out, *case["mask"].flat)
 
 
 def close(grad, expected, dtype, roundings=1.0):
@@ -56,7 +67,7 @@ def close(grad, expected, dtype, roundings=1.0):
 
 def check_kernels(dtype, form, index, roundings=1.0):
     case = with_form(listed(cases, dtype)[index], form)
-    tail = (case["rates"], case["window"])
+    tail = (case["mask"].log_decay, case["mask"].window)
     out, lse = poisoned(*case["q"].shape, dtype=dtype), poisoned(*case["q"].shape[:2], dtype=torch.float32)
     q, k, v, gate = (framed(case[name]) for name in OPERANDS)
     call(_C.attention_forward, q, k, v, gate, *packing(case), out, lse, *tail)
@@ -90,7 +101,7 @@ def test_kernels(isa, dtype, form, index):
 def test_kernels_on_cuda(dtype, form, index):
     """Not every case, which would take a minute: short ones in every form, and one of several tiles in three.
 
-    Weights and dO, and in xPos the faded queries and keys, are rounded to bfloat16 for the tensor cores.
+    Weights and dO, and in xPos the decayed queries and keys, are rounded to bfloat16 for the tensor cores.
     """
     with emulated_cuda():
         check_kernels(dtype, form, index, 1 if dtype == torch.float32 else 1.5 if form[0] is None else 2)
@@ -102,8 +113,8 @@ def random_case(lengths, prefix, cached=None, heads=2, head_dim=8, seed=0):
     key_offsets = offsets + torch.tensor([0, *(cached or [0] * len(lengths))]).cumsum(0)
     rows = {"q": offsets, "k": key_offsets, "v": key_offsets, "gate": offsets}
     operands = {name: torch.randn(int(o[-1]), heads, head_dim, generator=generator) for name, o in rows.items()}
-    prefix = torch.tensor(prefix, dtype=torch.int32)
-    return operands | {"offsets": offsets.int(), "prefix": prefix, "key_offsets": key_offsets.int()}
+    mask = PackedMask(offsets.int(), torch.tensor(prefix, dtype=torch.int32), key_offsets.int())
+    return operands | {"mask": mask}
 
 
 @st.composite
@@ -139,10 +150,10 @@ def definition(q, k, v, first, prefix, base, window=0):
     for i in range(half):
         zeta = (2 * i + 0.4 * 2 * half) / (1.4 * 2 * half)
         angle = distance * 10000.0 ** (-i / half)
-        fading = zeta ** (distance.abs() / base)
+        decay = zeta ** (distance.abs() / base)
         dot = q[:, i, None] * k[:, i] + q[:, i + half, None] * k[:, i + half]
         cross = q[:, i + half, None] * k[:, i] - q[:, i, None] * k[:, i + half]
-        scores += fading * (dot * angle.cos() - cross * angle.sin())
+        scores += decay * (dot * angle.cos() - cross * angle.sin())
     query, key = torch.arange(first, first + len(q))[:, None], torch.arange(len(k))
     seen = key < (query + 1).clamp(min=prefix)
     if window:
@@ -168,8 +179,8 @@ def far_case(keys, queries, prefix, base, window):
     q, k, v = (torch.randn(n, dim, generator=generator) * s for n, s in ((queries, 3), (keys, 2), (keys, 1)))
     case = {"v": v[:, None], "gate": torch.full((queries, 1, dim), 40.0)}  # wide open
     case["q"], case["k"] = turned(q, k, first)
-    offsets = {"offsets": [0, queries], "prefix": [prefix], "key_offsets": [0, keys]}
-    case |= {name: torch.tensor(x, dtype=torch.int32) for name, x in offsets.items()}
+    offsets, prefixes, key_offsets = torch.tensor([[0, queries], [prefix, 0], [0, keys]], dtype=torch.int32)
+    case["mask"] = PackedMask(offsets, prefixes[:1], key_offsets)
     expected = definition(q.double(), k.double(), v.double(), first, prefix, base, window)
     return with_form(case, (base, window)), expected
 
@@ -206,7 +217,7 @@ def test_the_definition_at_any_distance_on_cuda(far):
 
 
 def test_nothing_overflows_or_becomes_denormal(isa):
-    """At the smallest scale base of a config the first channel has faded to 1e-36 after 4,200 tokens."""
+    """At the smallest scale base of a config the first channel has decayed to 1e-36 after 4,200 tokens."""
     case = with_form(random_case([4200], [4200], heads=1, head_dim=8), (64, 0))
     case["v"] = torch.ones_like(case["v"])
     leaves = {name: case[name].requires_grad_() for name in OPERANDS}
@@ -216,44 +227,32 @@ def test_nothing_overflows_or_becomes_denormal(isa):
         assert grad.isfinite().all()
 
 
-def test_rates_are_those_of_the_paper():
-    rates = xpos_rates(128).double()
-    assert rates.exp()[0] ** 512 == pytest.approx(0.4 / 1.4, rel=1e-5)
-    assert rates.exp()[63] ** 512 == pytest.approx((126 + 51.2) / 179.2, rel=1e-5)
+def test_the_decay_is_that_of_the_paper():
+    log_decay = xpos_log_decay(128).double()
+    assert log_decay.exp()[0] ** 512 == pytest.approx(0.4 / 1.4, rel=1e-5)
+    assert log_decay.exp()[63] ** 512 == pytest.approx((126 + 51.2) / 179.2, rel=1e-5)
     for arguments, message in (((7,), "head_dim must be even"), ((8, 0), "scale_base must be at least 1")):
         with pytest.raises(ValueError, match=message):
-            xpos_rates(*arguments)
+            xpos_log_decay(*arguments)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_same_bits_for_any_number_of_threads(isa, form):
     case = with_form(listed(cases, torch.float32)[INDICES[-3]], form)
-
-    def compute():
-        out, lse = _attention(**case)
-        form_of = {name: case[name] for name in ("rates", "window")}
-        rest = {name: x for name, x in case.items() if name not in form_of}
-        return out, lse, *_attention_backward(**rest, out=out, lse=lse, grad_out=out, **form_of)
-
-    assert same_bits(compute)
+    assert same_bits(lambda: forward_and_backward(case))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_for_every_schedule(dtype):
     case = {name: x.to(dtype) if name in OPERANDS else x for name, x in random_case([70, 33], [60, 0]).items()}
-    form_of = {"rates": xpos_rates(8), "window": 64}
-
-    def compute():
-        out, lse = _attention(**case, **form_of)
-        return out, lse, *_attention_backward(**case, out=out, lse=lse, grad_out=grad_out_of(out), **form_of)
-
-    assert same_bits_for_every_schedule(compute)
+    case = with_form(case, (512, 64))
+    assert same_bits_for_every_schedule(lambda: forward_and_backward(case))
 
 
-def test_no_fading_is_rope(backend):
+def test_no_decay_is_rope(backend):
     case = with_form(random_case([70, 150], [0, 120], head_dim=40), (512, 0))
-    case["rates"] = torch.zeros(20)
-    torch.testing.assert_close(attention(**case), attention(**(case | {"rates": None})), rtol=1e-5, atol=1e-6)
+    ones, none = (case | {"mask": replace(case["mask"], log_decay=x)} for x in (torch.zeros(20), None))
+    torch.testing.assert_close(attention(**ones), attention(**none), rtol=1e-5, atol=1e-6)
 
 
 def test_what_the_window_hides_changes_nothing(backend):
@@ -269,28 +268,28 @@ def test_what_the_window_hides_changes_nothing(backend):
 def test_opcheck():
     case = with_form(listed(cases, torch.float32)[7], (512, 64))
     leaves = {name: case[name].detach().requires_grad_() for name in OPERANDS}
-    torch.library.opcheck(_attention, tuple((case | leaves).values()))
+    torch.library.opcheck(_attention, (*leaves.values(), *case["mask"].flat))
 
 
 def test_reference_is_twice_differentiable():
     case = with_form(random_case([2, 3], [2, 1], cached=[0, 1], heads=1, head_dim=2), (8, 0))
     leaves = [case[name].double().requires_grad_() for name in OPERANDS]
-    rest = {name: case[name] for name in ("offsets", "prefix", "key_offsets", "rates")}
     with reference_ops():
-        assert torch.autograd.gradgradcheck(lambda *operands: attention(*operands, **rest), leaves)
+        assert torch.autograd.gradgradcheck(lambda *operands: attention(*operands, case["mask"]), leaves)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rates": torch.zeros(5)}, "log_decay must be of size 4 (d / 2) in axis 0, got shape (5)"),
-        ({"rates": torch.zeros(4).double()}, "log_decay must be float32, got float64"),
-        ({"rates": torch.full((4,), -0.6)}, "log_decay must be in [-0.5, 0], got -0.6"),
-        ({"rates": torch.full((4,), math.nan)}, "log_decay must be in [-0.5, 0], got nan"),
+        ({"log_decay": torch.zeros(5)}, "log_decay must be of size 4 (d / 2) in axis 0, got shape (5)"),
+        ({"log_decay": torch.zeros(4).double()}, "log_decay must be float32, got float64"),
+        ({"log_decay": torch.full((4,), -0.6)}, "log_decay must be in [-0.5, 0], got -0.6"),
+        ({"log_decay": torch.full((4,), math.nan)}, "log_decay must be in [-0.5, 0], got nan"),
         ({"window": 65}, "window must be a multiple of 64, or 0 for none, got 65"),
         ({"window": -64}, "window must be a multiple of 64, or 0 for none, got -64"),
     ],
 )
 def test_bad_input(change, message):
+    case = random_case([3], [0])
     with pytest.raises(ValueError, match=re.escape(message)):
-        attention(**(random_case([3], [0]) | change))
+        attention(**(case | {"mask": replace(case["mask"], **change)}))
