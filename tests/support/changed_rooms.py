@@ -30,7 +30,7 @@ ELSEWHERE = {
     "optim": ["test_sophia.py"],
     "machine": ["test_microbench.py"],
     "durable": ["checkpoint/test_training_state.py", "data/test_store.py"],
-    "plots": ["bench/test_*.py", "test_cli.py"],
+    "plots": ["test_microbench.py", "test_lens.py"],
     "commands": ["test_cli.py"],
     "repl": ["commands/test_repl.py"],
     "_lazy": ["test_layers.py"],
@@ -70,20 +70,17 @@ def files(*patterns: str) -> list[str]:
 
 
 def room_tests(name: str) -> list[str]:
-    """The test files of the room that a file of the tree is in."""
+    """The test files of the room that a file of the tree is in; a page of ops is a room of its own."""
     top, *rest = Path(name).with_suffix("").parts
-    if top == "hrmcore":
+    page = f"ops/test_{rest[-1].removesuffix('_backward')}.py" if rest else ""
+    if top in ("hrmcore", "csrc") and rest[0] == "ops" and files(f"tests/{page}"):
+        patterns = [page]
+    elif top == "hrmcore":
         room = rest[0]
-        patterns = [
-            f"{room}/test_*.py",
-            f"test_{room}.py",
-            f"test_{room}_*.py",
-            *ELSEWHERE.get(room, []),
-            "test_layers.py",
-        ]
+        named = [f"{room}/test_*.py", f"test_{room}.py", f"test_{room}_*.py"]
+        patterns = [*named, *ELSEWHERE.get(room, []), "test_layers.py"]
     elif top == "csrc":
-        page = f"ops/test_{rest[-1].removesuffix('_backward')}.py"
-        patterns = [page] if rest[0] == "ops" and files(f"tests/{page}") else NATIVE.get(rest[0], NATIVE["bindings"])
+        patterns = NATIVE.get(rest[0], NATIVE["bindings"])
     elif top == "tests":
         patterns = [name.removeprefix("tests/")] if Path(name).name.startswith("test_") else []
     elif top == "bench":
