@@ -1,6 +1,7 @@
 # make run   builds, installs into .venv and opens the interactive prompt (needs Python >= 3.10, a C++17 compiler)
 # make test  builds, installs and runs every test, a file at a time on each processor
 # make check style, types and tests of what changed since the branch left main, in a minute; prints what it leaves out
+# make docs  builds the pages of docs/ into build/site; a broken link or anchor is an error
 # make cuda  compiles the CUDA kernels for every target and checks what ptxas says of them (needs nvcc, no GPU)
 # make sanitize  runs the tests of the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
 # make tsan      runs the engine under ThreadSanitizer (GCC): batches of requests that are cancelled at random
@@ -9,10 +10,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 BUILD_TOOLS := "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.24" ninja
-NATIVE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh cmake/*)
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+NATIVE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh cmake/*)
+CXX_FILES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: run test check lint format cuda cuda-table sanitize tsan clean
+.PHONY: run test check lint format docs cuda cuda-table sanitize tsan clean
 
 run: $(VENV)/installed
 	$(BIN)/hrmcore repl
@@ -34,6 +35,9 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+docs: $(VENV)/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 CUDA_LOG := build/cuda/ptxas.log
 

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -145,3 +146,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(checkpoint: Path) -> Engine:
     """The checkpoint, loaded."""
     return load(checkpoint)
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that are saved while a test runs, in order; they are written, too."""
+    from matplotlib.figure import Figure
+
+    drawn: list[Any] = []
+    original = Figure.savefig
+
+    def keep(self: Figure, path: Path, **options: Any) -> None:
+        drawn.append(self)
+        original(self, path, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return drawn

@@ -214,7 +214,7 @@ def test_the_planner_counts_each_stack(config: HRMConfig, horizon: int | None) -
 
 
 @pytest.mark.parametrize("config", UNEQUAL, ids=lambda config: str(config.depths))
-def test_the_lens_shows_every_layer_of_every_visit(config: HRMConfig, tmp_path: Path) -> None:
+def test_the_lens_shows_every_layer_of_every_visit(config: HRMConfig, tmp_path: Path, figures: list[Any]) -> None:
     model = random_model(config)
     seen = look(model, IDS[0].tolist(), PROMPT)
     assert torch.equal(seen.logits[-1], model(IDS[:1], PROMPT)[0, -1])
@@ -232,7 +232,9 @@ def test_the_lens_shows_every_layer_of_every_visit(config: HRMConfig, tmp_path: 
     assert [line.split()[1] for line in inspect.table(report).splitlines()[1:]] == last
     assert len(last) == config.visits
     plots.lens(report, tmp_path / "lens.png")
-    assert (tmp_path / "lens.png").stat().st_size > 10_000
+    grid = figures[0].axes[0]
+    assert len(grid.texts) == config.cache_slots
+    assert len(grid.get_yticks()) == max(config.depths)
 
 
 # A run, and its files

@@ -1,4 +1,4 @@
-"""The emulator of CUDA catches every fault planted in csrc/testing/faults.cpp, and runs what is right.
+"""The emulator of CUDA catches every fault planted in csrc/emulator/faults.cpp, and runs what is right.
 
 Source of the fragment layouts below: PTX ISA, "Matrix fragments for mma.m16n8k16" and "ldmatrix".
 """

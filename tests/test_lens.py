@@ -164,18 +164,8 @@ def test_a_position_is_needed() -> None:
 # --- the picture ---------------------------------------------------------------------------------------------------
 
 
-def test_the_picture_is_readable_at_128_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_picture_is_readable_at_128_steps(figures: list[Any], tmp_path: Path) -> None:
     """The 1B's 2 · (3 + 1) visits of 16 layers: every cell's text lies inside its cell, at 7.5 points or more."""
-    from matplotlib.figure import Figure
-
-    drawn: list[Any] = []
-    original = Figure.savefig
-
-    def keep(self: Figure, path: Path, **options: Any) -> None:
-        drawn.append(self)
-        original(self, path, **options)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
     model = random_model(num_layers_per_stack=16)
     seen = look(model, IDS)
     texts = ["internationally", "␣Paris", "<object>", "MMMMMMMM", "$x^2$"]
@@ -190,8 +180,8 @@ def test_the_picture_is_readable_at_128_steps(monkeypatch: pytest.MonkeyPatch, t
     ]
     report = {"prompt": "$1 " * 100, "answered": "", "answer": "␣Paris", "layers": 16, "steps": steps}
     plots.lens(report, tmp_path / "lens.png")
-    assert (tmp_path / "lens.png").read_bytes().startswith(b"\x89PNG")
-    [figure] = drawn
+    [figure] = figures
+    figure.draw_without_rendering()  # saving had another resolution
     grid = figure.axes[0]
     cells = [text for text in grid.texts if text.get_text()]
     assert len(cells) == 128
@@ -220,7 +210,7 @@ def hrmcore(*arguments: str) -> int:
 
 
 def test_inspect_tells_table_json_and_picture(
-    checkpoint: Path, engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, engine: Engine, tmp_path: Path, figures: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, picture = tmp_path / "lens.json", tmp_path / "lens.png"
     options = ["--model", str(checkpoint), "--answer-token", "3", "--out", str(out), "--plot", str(picture)]
@@ -233,7 +223,13 @@ def test_inspect_tells_table_json_and_picture(
     assert report["steps"][-1]["token"] == tokens[2]
     names = ["L1.1", "L1.2", "H1", "L2.1", "L2.2", "H2"]
     assert [step["visit"] for step in report["steps"]] == names
-    assert picture.stat().st_size > 10_000
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    [figure] = figures
+    grid, *curves = figure.axes
+    assert [tick.get_text() for tick in grid.get_xticklabels()] == names
+    assert figure.get_suptitle().startswith(f"The answer {report['answer']} stands from ")
+    for axes, key in zip(curves, ("kl", "norm", "change"), strict=True):
+        assert list(axes.lines[0].get_ydata()) == [step[key] for step in report["steps"]]
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["visit", *names]
     assert f"{report['steps'][2]['probability']:.1%}" in lines[3]

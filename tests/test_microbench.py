@@ -156,9 +156,15 @@ def test_peers_are_right():
             assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
-def test_picture(report, tmp_path):
+def test_picture(report, tmp_path, figures):
     plots.ops(report, tmp_path / "ops.png")
-    assert (tmp_path / "ops.png").read_bytes().startswith(b"\x89PNG")
+    lines = report["ops"]
+    limit, peer = figures[0].axes
+    names = list(dict.fromkeys(f"{line['op']} {line['direction']}" for line in lines))
+    assert [tick.get_text() for tick in limit.get_yticklabels()] == names
+    assert sorted(bar.get_width() for bar in peer.patches) == sorted(line["times_torch"] for line in lines)
+    faster = sum(line["times_torch"] > 1 for line in lines)
+    assert figures[0].get_suptitle() == f"{faster} of {len(lines)} kernels are faster than plain torch"
 
 
 def test_missing_matplotlib_names_the_extra(report, tmp_path, monkeypatch):

@@ -167,7 +167,7 @@ def test_many_parameters_in_one_call_are_as_each_alone(backend: str, kind: str) 
 
 def test_lists_of_other_lengths_are_refused() -> None:
     one = [torch.ones(2)]
-    with pytest.raises(ValueError, match="sophia_curvature: u must be a list of 1, got 2"):
+    with pytest.raises(ValueError, match="sophia_curvature: probe must be a list of 1, got 2"):
         _C.sophia_curvature([0], one, one + one, one, 0.9)
     with pytest.raises(ValueError, match="adamw_step: steps must be a list of 1, got 0"):
         _C.adamw_step([0], one, one, one, one, [None], [], 0.1, 0.9, 0.9, 0.0, 1e-8, 0.0)

@@ -173,7 +173,7 @@ def test_the_reference_runner_continues_as_the_model(own: HRMConfig) -> None:
 
 
 LONG = config(max_position_embeddings=512, vocab_size=67, head_dim=40, H_cycles=1, L_cycles=2)
-# The scale bases make spans of two blocks and of four (csrc/engine/paged_attention.h): the prefix crosses the first.
+# The scale bases make spans of two blocks and of four (csrc/kv/paged_attention.h): the prefix crosses the first.
 LONG_FORMS = [
     LONG.replace(xpos_scale_base=256),
     LONG.replace(attention_window=64),
@@ -258,10 +258,10 @@ def test_blocks_behind_the_window_are_given_back(tmp_path: Path) -> None:
     used = []
     for token in ids[PROMPT:]:
         runner.step([handle], [token])
-        used.append(runner.core.cache_blocks_used)
+        used.append(runner.core.cache_pages_used)
     assert max(used) == 2
     runner.close(handle)
-    assert runner.core.cache_blocks_used == 0
+    assert runner.core.cache_pages_used == 0
 
 
 def test_load_takes_a_window_and_long_inputs(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 // What every kernel stands on: launching, memory access, sums over a warp.
 //
 // A .cu file is compiled by nvcc for the device and, for the tests, by the host compiler against the emulator
-// of csrc/testing, which the build puts in front of it. Global and shared memory are therefore reached
+// of csrc/emulator, which the build puts in front of it. Global and shared memory are therefore reached
 // through the accessors below, plain loads and stores under nvcc and checked ones in the emulator.
 #pragma once
 

@@ -34,7 +34,7 @@ bool may_use_tiles() {
 #endif
 }
 
-bool has_matrix_unit() {
+bool has_amx() {
   const bool amx_bf16 = has_feature(0, 3, 22), amx_tile = has_feature(0, 3, 24);
   const bool amx_int8 = has_feature(0, 3, 25);
   const bool avx512_vbmi = has_feature(0, 2, 1), avx512_bf16 = has_feature(1, 0, 5);
@@ -59,7 +59,7 @@ bool runs_here(Isa isa) {
     case Isa::vnni:
       return v4 && __builtin_cpu_supports("avx512vnni");
     case Isa::amx:
-      return runs_here(Isa::vnni) && has_matrix_unit();
+      return runs_here(Isa::vnni) && has_amx();
   }
   return false;
 #else

@@ -15,8 +15,7 @@ Isa current_isa();                           // the strongest, or the one that H
 void set_isa(const std::string& requested);  // throws std::invalid_argument on an unknown or unsupported name
 
 // Declares `void kernel(const Args&)` in each instruction set's namespace, and a dispatcher of that name in
-// hrmcore. `amx` is vnni and a matrix unit: it has objects of its own only for the kernels that use that
-// unit.
+// hrmcore. `amx` is vnni and AMX: it has objects of its own only for the kernels that use AMX.
 #if defined(HRMCORE_X86)
 #define HRMCORE_DECLARE_KERNEL(kernel, Args)                                                   \
   namespace generic {                                                                          \
@@ -38,10 +37,10 @@ void set_isa(const std::string& requested);  // throws std::invalid_argument on 
     table[static_cast<int>(current_isa())](args);                                              \
   }
 // The same for a kernel that runs only where current_isa() is amx.
-#define HRMCORE_DECLARE_MATRIX_KERNEL(kernel, Args) \
-  namespace amx {                                   \
-  void kernel(const Args& args) noexcept;           \
-  }                                                 \
+#define HRMCORE_DECLARE_AMX_KERNEL(kernel, Args) \
+  namespace amx {                                \
+  void kernel(const Args& args) noexcept;        \
+  }                                              \
   [[maybe_unused]] static void kernel(const Args& args) noexcept { amx::kernel(args); }
 #else
 #define HRMCORE_DECLARE_KERNEL(kernel, Args) \
@@ -49,7 +48,7 @@ void set_isa(const std::string& requested);  // throws std::invalid_argument on 
   void kernel(const Args& args) noexcept;    \
   }                                          \
   [[maybe_unused]] static void kernel(const Args& args) noexcept { generic::kernel(args); }
-#define HRMCORE_DECLARE_MATRIX_KERNEL(kernel, Args) \
+#define HRMCORE_DECLARE_AMX_KERNEL(kernel, Args) \
   [[maybe_unused]] static void kernel(const Args&) noexcept {}
 #endif
 

@@ -1,5 +1,5 @@
 // Every asm statement of the kernels, each with its host meaning beside it: what it computes when the
-// emulator of csrc/testing runs the kernel. Fragment layouts are those of the PTX ISA 8.x, section "Matrix
+// emulator of csrc/emulator runs the kernel. Fragment layouts are those of the PTX ISA 8.x, section "Matrix
 // multiply-accumulate operation using mma instruction", stated here independently of any kernel or weight
 // packer.
 //

@@ -1,6 +1,6 @@
 #include "engine/checksum.h"
 
-#include "engine/lanes.h"
+#include "gemm/lanes.h"
 
 namespace hrmcore::HRMCORE_ISA {
 namespace {

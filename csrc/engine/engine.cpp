@@ -42,24 +42,24 @@ std::vector<float> copied_table(const TensorView& rope, const ModelShape& shape)
   return {rope.as<float>(), rope.as<float>() + shape.positions * shape.head_dim};
 }
 
-std::unique_ptr<const PagedFading> copied_rates(const TensorView& rates, const ModelShape& shape) {
-  if (rates.data == nullptr) return nullptr;
-  Check("Engine", "rates", rates)
+std::unique_ptr<const PagedXpos> copied_log_decay(const TensorView& log_decay, const ModelShape& shape) {
+  if (log_decay.data == nullptr) return nullptr;
+  Check("Engine", "log_decay", log_decay)
       .cpu()
       .dtype({DType::f32})
       .rank(1)
       .size(0, shape.head_dim / 2, "head_dim / 2")
       .contiguous();
   for (std::int64_t c = 0; c < shape.head_dim / 2; ++c) {
-    const float rate = rates.as<float>()[c];
-    if (!(rate >= -0.1f && rate <= 0)) reject("Engine", "rates", "in [-0.1, 0]", std::to_string(rate));
+    const float rate = log_decay.as<float>()[c];
+    if (!(rate >= -0.1f && rate <= 0)) reject("Engine", "log_decay", "in [-0.1, 0]", std::to_string(rate));
   }
-  return std::make_unique<const PagedFading>(rates.as<float>(), shape.head_dim, shape.positions);
+  return std::make_unique<const PagedXpos>(log_decay.as<float>(), shape.head_dim, shape.positions);
 }
 
 std::int64_t checked_window(std::int64_t window) {
-  if (window < 0 || window % block_tokens != 0) {
-    reject("Engine", "window", "a multiple of " + std::to_string(block_tokens) + ", or 0 for none",
+  if (window < 0 || window % page_tokens != 0) {
+    reject("Engine", "window", "a multiple of " + std::to_string(page_tokens) + ", or 0 for none",
            std::to_string(window));
   }
   return window;
@@ -76,20 +76,19 @@ std::string named(std::int64_t request) { return "request " + std::to_string(req
 }  // namespace
 
 Engine::Engine(const ModelShape& shape, Packing weights, Packing cache, int threads,
-               std::int64_t cache_tokens, const TensorView& rope, const TensorView& rates,
+               std::int64_t cache_tokens, const TensorView& rope, const TensorView& log_decay,
                std::int64_t window)
     : shape_(checked(shape)),
       weights_(shape_, weights),
       cache_(CacheShape{checked_cache(cache), shape_.slots(), shape_.heads, shape_.head_dim},
-             cache_tokens / block_tokens),
+             cache_tokens / page_tokens),
       rope_(copied_table(rope, shape_)),
-      fading_(copied_rates(rates, shape_)),
+      xpos_(copied_log_decay(log_decay, shape_)),
       window_(checked_window(window)),
-      team_(checked_threads(threads)),
-      recurrence_(shape_, weights_, cache_.shape(), rope_.data(), fading_.get(), window_) {
-  if (cache_tokens < block_tokens) {
-    reject("Engine", "cache_tokens", "at least " + std::to_string(block_tokens),
-           std::to_string(cache_tokens));
+      pool_(checked_threads(threads)),
+      recurrence_(shape_, weights_, cache_.shape(), rope_.data(), xpos_.get(), window_) {
+  if (cache_tokens < page_tokens) {
+    reject("Engine", "cache_tokens", "at least " + std::to_string(page_tokens), std::to_string(cache_tokens));
   }
 }
 
@@ -105,9 +104,9 @@ std::int64_t Engine::open(std::int64_t prefix) {
 void Engine::close(std::int64_t request) {
   const auto found = requests_.find(request);
   if (found == requests_.end()) reject("close", "request", "open", named(request) + ", which is not");
-  std::vector<std::byte*>& blocks = found->second.blocks;
-  blocks.erase(blocks.begin(), blocks.begin() + found->second.given_back);
-  cache_.release(blocks);
+  std::vector<std::byte*>& pages = found->second.pages;
+  pages.erase(pages.begin(), pages.begin() + found->second.given_back);
+  cache_.release(pages);
   requests_.erase(found);
 }
 
@@ -157,25 +156,25 @@ void Engine::check_step(const std::vector<std::int64_t>& requests,
 void Engine::reserve(const std::vector<std::int64_t>& requests,
                      const std::vector<std::vector<std::int64_t>>& ids) {
   std::vector<std::size_t> held;
-  for (std::int64_t id : requests) held.push_back(requests_.at(id).blocks.size());
+  for (std::int64_t id : requests) held.push_back(requests_.at(id).pages.size());
   const auto give_back = [&] {
     for (std::size_t i = 0; i < requests.size(); ++i) {
-      std::vector<std::byte*>& blocks = requests_.at(requests[i]).blocks;
-      std::vector<std::byte*> extra(blocks.begin() + static_cast<std::ptrdiff_t>(held[i]), blocks.end());
-      blocks.resize(held[i]);
+      std::vector<std::byte*>& pages = requests_.at(requests[i]).pages;
+      std::vector<std::byte*> extra(pages.begin() + static_cast<std::ptrdiff_t>(held[i]), pages.end());
+      pages.resize(held[i]);
       cache_.release(extra);
     }
   };
   try {
     for (std::size_t i = 0; i < requests.size(); ++i) {
       Request& request = requests_.at(requests[i]);
-      cache_.reserve(request.blocks, request.length + static_cast<std::int64_t>(ids[i].size()));
+      cache_.reserve(request.pages, request.length + static_cast<std::int64_t>(ids[i].size()));
     }
   } catch (const CacheFull&) {
     give_back();
     const std::int64_t all = cache_.capacity(), free = all - cache_.used();
     throw OutOfMemory("the KV cache has no room for this step: " + std::to_string(free) + " of its " +
-                      std::to_string(all) + " blocks of " + std::to_string(block_tokens) +
+                      std::to_string(all) + " pages of " + std::to_string(page_tokens) +
                       " tokens are free; close requests or load with more");
   } catch (const std::bad_alloc&) {
     give_back();
@@ -196,15 +195,15 @@ void Engine::begin(const std::vector<std::int64_t>& requests,
     Request& request = requests_.at(requests[i]);
     stepping_.push_back(&request);
     chunks_.push_back({ids[i].data(), static_cast<std::int64_t>(ids[i].size()), request.length,
-                       request.prefix, request.blocks.data()});
+                       request.prefix, request.pages.data()});
   }
-  recurrence_.prepare(chunks_, every_row, team_.size());
+  recurrence_.prepare(chunks_, every_row, pool_.size());
   logits_ = logits.as<float>();
 }
 
 bool Engine::run(const Interrupt& interrupt) noexcept {
   const MappedReading reading;
-  return recurrence_.run(team_, logits_, interrupt);
+  return recurrence_.run(pool_, logits_, interrupt);
 }
 
 void Engine::commit() {
@@ -215,13 +214,13 @@ void Engine::commit() {
   }
 }
 
-// Gives back the blocks that no later token sees.
+// Gives back the pages that no later token sees.
 void Engine::release_behind(Request& request) {
   if (window_ == 0 || request.length < 2 * window_) return;
-  const std::int64_t seen = (request.length / window_ - 1) * window_ / block_tokens;
+  const std::int64_t seen = (request.length / window_ - 1) * window_ / page_tokens;
   std::vector<std::byte*> behind;
   while (request.given_back < seen)
-    behind.push_back(std::exchange(request.blocks[request.given_back++], nullptr));
+    behind.push_back(std::exchange(request.pages[request.given_back++], nullptr));
   cache_.release(behind);
 }
 

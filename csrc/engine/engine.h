@@ -1,4 +1,4 @@
-// Requests over one model: each holds its own blocks of the KV cache, and a step advances any set of them
+// Requests over one model: each holds its own pages of the KV cache, and a step advances any set of them
 // together.
 //
 // A request's logits have the same bits whatever runs beside it, however its response is cut into chunks, and
@@ -13,27 +13,27 @@
 #include <vector>
 
 #include "core/tensor.h"
-#include "engine/kv_cache.h"
 #include "engine/recurrence.h"
-#include "engine/team.h"
+#include "engine/thread_pool.h"
 #include "engine/weights.h"
+#include "kv/kv_cache.h"
 
 namespace hrmcore {
 
 class Engine {
  public:
-  // rope: (positions, head_dim) float32. rates: (head_dim / 2) float32 for xPos, or none. window: of the
-  // attention, a multiple of block_tokens, or 0; blocks that it has left behind are given back. cache_tokens:
-  // what all open requests may hold together, in whole blocks each. Throws std::invalid_argument on a shape
+  // rope: (positions, head_dim) float32. log_decay: (head_dim / 2) float32 for xPos, or none. window: of the
+  // attention, a multiple of page_tokens, or 0; pages that it has left behind are given back. cache_tokens:
+  // what all open requests may hold together, in whole pages each. Throws std::invalid_argument on a shape
   // that no model has.
   Engine(const ModelShape& shape, Packing weights, Packing cache, int threads, std::int64_t cache_tokens,
-         const TensorView& rope, const TensorView& rates, std::int64_t window);
+         const TensorView& rope, const TensorView& log_decay, std::int64_t window);
 
   const ModelShape& shape() const { return shape_; }
   Weights& weights() { return weights_; }
   const Weights& weights() const { return weights_; }
   const KvCache& cache() const { return cache_; }
-  int threads() const { return team_.size(); }
+  int threads() const { return pool_.size(); }
   std::int64_t workspace_bytes() const { return recurrence_.workspace_bytes(); }
   std::int64_t open_requests() const { return static_cast<std::int64_t>(requests_.size()); }
 
@@ -43,7 +43,7 @@ class Engine {
   // A new request, whose first `prefix` tokens see each other both ways: they must come in one step, its
   // first.
   std::int64_t open(std::int64_t prefix);
-  // Releases its blocks. Throws std::invalid_argument when it is not open.
+  // Releases its pages. Throws std::invalid_argument when it is not open.
   void close(std::int64_t request);
 
   // A step in three parts, so that only the middle one, which cannot fail, runs without the GIL. begin throws
@@ -61,8 +61,8 @@ class Engine {
   struct Request {
     std::int64_t prefix = 0;
     std::int64_t length = 0;
-    std::int64_t given_back = 0;     // of its first blocks
-    std::vector<std::byte*> blocks;  // null where given back
+    std::int64_t given_back = 0;    // of its first pages
+    std::vector<std::byte*> pages;  // null where given back
   };
 
   void check_step(const std::vector<std::int64_t>& requests,
@@ -75,9 +75,9 @@ class Engine {
   Weights weights_;
   KvCache cache_;
   std::vector<float> rope_;
-  std::unique_ptr<const PagedFading> fading_;  // null: RoPE
+  std::unique_ptr<const PagedXpos> xpos_;  // null: RoPE
   std::int64_t window_;
-  Team team_;
+  ThreadPool pool_;
   Recurrence recurrence_;
   std::mutex mutex_;
   std::unordered_map<std::int64_t, Request> requests_;

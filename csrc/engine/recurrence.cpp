@@ -5,20 +5,20 @@
 #include <cstring>
 #include <type_traits>
 
-#include "engine/matrix_product.h"
-#include "engine/prefix_attention.h"
-#include "engine/product.h"
-#include "engine/rows.h"
+#include "engine/row_ops.h"
+#include "gemm/amx_gemm.h"
+#include "gemm/gemm.h"
+#include "kv/prefix_attention.h"
 
 namespace hrmcore {
 namespace {
 
-constexpr std::int64_t product_tokens = 256;  // of a block of outputs that stays in the second-level cache
-constexpr std::int64_t streaming_tokens =
-    16;  // up to here the weights' stream decides, beyond it the arithmetic
+constexpr std::int64_t gemm_tokens = 256;  // of a block of outputs that stays in the second-level cache
+// Up to here the weights' stream decides, beyond it the arithmetic.
+constexpr std::int64_t streaming_tokens = 16;
 constexpr std::int64_t chunk_panels = tile_chunk_columns / (panel_rows / 2);  // of gate and up
 constexpr auto patience = std::chrono::milliseconds(100);  // asking may cost a wait for Python's lock
-constexpr std::int64_t outputs_floats = product_tokens * chunk_panels * panel_rows;
+constexpr std::int64_t outputs_floats = gemm_tokens * chunk_panels * panel_rows;
 
 std::int64_t round_up(std::int64_t value, std::int64_t step) { return (value + step - 1) / step * step; }
 
@@ -35,12 +35,12 @@ std::int64_t prefix_tokens(const Chunk& chunk) {
 }  // namespace
 
 Recurrence::Recurrence(const ModelShape& shape, const Weights& weights, const CacheShape& cache,
-                       const float* rope, const PagedFading* fading, std::int64_t window)
+                       const float* rope, const PagedXpos* xpos, std::int64_t window)
     : shape_(shape),
       weights_(weights),
       cache_(cache),
       rope_(rope),
-      fading_(fading),
+      xpos_(xpos),
       window_(window),
       attends_in_tiles_(cache.packing != Packing::f32) {
   stride_ = round_up(shape.width, panel_rows);
@@ -52,9 +52,9 @@ Recurrence::Recurrence(const ModelShape& shape, const Weights& weights, const Ca
     widest = columns > widest ? columns : widest;
   x_row_bytes_ = groups_of(widest) * activation_bytes(weights.packing());
   const std::int64_t outputs = outputs_floats * std::int64_t{sizeof(float)};
-  scratch_bytes_ = round_up(std::max({outputs + product_scratch_bytes, outputs + matrix_scratch_bytes,
-                                      prefix_scratch_bytes(cache)}),
-                            256);
+  scratch_bytes_ = round_up(
+      std::max({outputs + gemm_scratch_bytes, outputs + amx_scratch_bytes, prefix_scratch_bytes(cache)}),
+      256);
 }
 
 void Recurrence::prepare(const std::vector<Chunk>& chunks, bool every_row, int threads) {
@@ -116,11 +116,11 @@ void Recurrence::place_rows(const std::vector<Chunk>& chunks, bool every_row) {
 // Tokens [begin, end) of a chunk become the next rows.
 void Recurrence::place_part(const Chunk& chunk, std::int64_t begin, std::int64_t end) {
   firsts_.push_back(static_cast<std::int64_t>(ids_.size()));
-  chunks_.push_back({chunk.ids + begin, end - begin, chunk.start + begin, chunk.prefix, chunk.blocks});
+  chunks_.push_back({chunk.ids + begin, end - begin, chunk.start + begin, chunk.prefix, chunk.pages});
   for (std::int64_t i = begin; i < end; ++i) {
     const std::int64_t position = chunk.start + i;
     ids_.push_back(chunk.ids[i]);
-    places_.push_back({const_cast<std::byte*>(chunk.blocks[position / block_tokens]), position});
+    places_.push_back({const_cast<std::byte*>(chunk.pages[position / page_tokens]), position});
   }
 }
 
@@ -139,9 +139,8 @@ void Recurrence::make_room(int threads) {
     return at;
   };
   const std::int64_t float_bytes = sizeof(float);
-  const std::int64_t u = place(tokens_ * stride_ * float_bytes),
-                     fast = place(tokens_ * stride_ * float_bytes);
-  const std::int64_t slow = place(tokens_ * stride_ * float_bytes),
+  const std::int64_t u = place(tokens_ * stride_ * float_bytes), z_l = place(tokens_ * stride_ * float_bytes);
+  const std::int64_t z_h = place(tokens_ * stride_ * float_bytes),
                      picked = place(rows * stride_ * float_bytes);
   const std::int64_t gqkv = place(tokens_ * gqkv_stride_ * float_bytes);
   const std::int64_t attended = place(tokens_ * attended_stride_ * float_bytes);
@@ -156,8 +155,8 @@ void Recurrence::make_room(int threads) {
   memory_ = Memory(offset);
   const auto floats = [this](std::int64_t at) { return reinterpret_cast<float*>(memory_.data() + at); };
   u_ = floats(u);
-  fast_ = floats(fast);
-  slow_ = floats(slow);
+  z_l_ = floats(z_l);
+  z_h_ = floats(z_h);
   picked_ = floats(picked);
   gqkv_ = floats(gqkv);
   attended_ = floats(attended);
@@ -172,63 +171,65 @@ void Recurrence::make_room(int threads) {
   room_threads_ = threads;
 }
 
-bool Recurrence::run(Team& team, float* logits, const Interrupt& interrupt) noexcept {
+bool Recurrence::run(ThreadPool& pool, float* logits, const Interrupt& interrupt) noexcept {
   logits_ = logits;
   interrupt_ = interrupt;
   asked_ = std::chrono::steady_clock::now();
   stopped_.store(false, std::memory_order_relaxed);
-  team.run([](void* self, Worker& worker) { static_cast<Recurrence*>(self)->work(worker); }, this);
+  pool.run([](void* self, Worker& worker) { static_cast<Recurrence*>(self)->work(worker); }, this);
   return !stopped_.load(std::memory_order_relaxed);
 }
 
 void Recurrence::work(Worker& worker) {
   embed(worker);
   const std::int64_t round = shape_.l_cycles + 1, visits = shape_.h_cycles * round;
-  const auto is_slow = [&](std::int64_t index) { return index % round == shape_.l_cycles; };
+  const auto stack_of = [&](std::int64_t index) {
+    return index % round == shape_.l_cycles ? Stack::H : Stack::L;
+  };
   for (std::int64_t index = 0, slot = 0; index < visits; ++index) {
     const bool last = index + 1 == visits;
-    if (!visit(worker, is_slow(index), slot,
-               last ? weights_.head() : weights_.stack(is_slow(index + 1)).front().gqkv)) {
+    if (!visit(worker, stack_of(index), slot,
+               last ? weights_.head() : weights_.layers(stack_of(index + 1)).front().gqkv)) {
       return;
     }
-    slot += shape_.layers(is_slow(index));
+    slot += shape_.layers(stack_of(index));
   }
   head(worker);
 }
 
 void Recurrence::embed(Worker& worker) {
-  worker.share(tokens_, [this](std::int64_t token) {
-    weights_.embed(ids_[static_cast<std::size_t>(token)], shape_.embedding_scale, slow_ + token * stride_);
-    std::memcpy(fast_ + token * stride_, weights_.z_init(),
+  worker.parallel_for(tokens_, [this](std::int64_t token) {
+    weights_.embed(ids_[static_cast<std::size_t>(token)], shape_.embedding_scale, z_h_ + token * stride_);
+    std::memcpy(z_l_ + token * stride_, weights_.z_init(),
                 static_cast<std::size_t>(shape_.width) * sizeof(float));
   });
 }
 
 // False when the step is to stop, which all threads see alike: one of them asks before a phase, all look
 // after it, and whoever looks has done so before the next question, which is several phases away.
-bool Recurrence::visit(Worker& worker, bool slow, std::int64_t slot, const PackedMatrix& next) {
-  const std::vector<LayerWeights>& layers = weights_.stack(slow);
-  float* state = slow ? slow_ : fast_;
+bool Recurrence::visit(Worker& worker, Stack stack, std::int64_t slot, const PackedMatrix& next) {
+  const std::vector<LayerWeights>& layers = weights_.layers(stack);
+  float *state = stack == Stack::H ? z_h_ : z_l_, *other = stack == Stack::H ? z_l_ : z_h_;
   for (std::size_t layer = 0; layer < layers.size(); ++layer) {
     const LayerWeights& w = layers[layer];
     ask(worker);
-    const Operand input = layer == 0 ? normalise(worker, state, slow ? fast_ : slow_, u_)
-                                     : normalise(worker, u_, nullptr, nullptr);
+    const Operand input =
+        layer == 0 ? normalise(worker, state, other, u_) : normalise(worker, u_, nullptr, nullptr);
     if (stopped_.load(std::memory_order_relaxed)) return false;
-    worker.expect(upcoming(w.o));
-    gqkv_product(worker, w.gqkv, input);
+    worker.hint(prefetch_hint(w.o));
+    gqkv_gemm(worker, w.gqkv, input);
     attention(worker, slot + static_cast<std::int64_t>(layer));
     const Operand attended = attended_operand(worker);
-    worker.expect(upcoming(w.gate_up));
-    add_product(worker, w.o, attended);
+    worker.hint(prefetch_hint(w.gate_up));
+    add_gemm(worker, w.o, attended);
     ask(worker);
     const Operand middle = normalise(worker, u_, nullptr, nullptr);
     if (stopped_.load(std::memory_order_relaxed)) return false;
-    worker.expect(upcoming(w.down));
-    swiglu_product(worker, w.gate_up, middle);
+    worker.hint(prefetch_hint(w.down));
+    swiglu_gemm(worker, w.gate_up, middle);
     const Operand hidden = hidden_operand(worker);
-    worker.expect(upcoming(layer + 1 < layers.size() ? layers[layer + 1].gqkv : next));
-    add_product(worker, w.down, hidden);
+    worker.hint(prefetch_hint(layer + 1 < layers.size() ? layers[layer + 1].gqkv : next));
+    add_gemm(worker, w.down, hidden);
   }
   normalise_state(worker, state);
   return true;
@@ -244,12 +245,11 @@ void Recurrence::ask(const Worker& worker) {
 
 void Recurrence::attention(Worker& worker, std::int64_t slot) {
   const std::int64_t step = rows_a_task(tokens_);
-  worker.share((tokens_ + step - 1) / step, [&](std::int64_t task) {
+  worker.parallel_for((tokens_ + step - 1) / step, [&](std::int64_t task) {
     const std::int64_t begin = task * step, end = begin + step < tokens_ ? begin + step : tokens_;
-    append_tokens(
-        AppendTokens{cache_, fading_, slot, places_.data(), gqkv_, gqkv_stride_, begin, end, rope_});
+    append_tokens(AppendTokens{cache_, xpos_, slot, places_.data(), gqkv_, gqkv_stride_, begin, end, rope_});
   });
-  worker.share(static_cast<std::int64_t>(tasks_.size()), [&](std::int64_t index) {
+  worker.parallel_for(static_cast<std::int64_t>(tasks_.size()), [&](std::int64_t index) {
     attend_task(worker, tasks_[static_cast<std::size_t>(index)], slot);
   });
 }
@@ -260,22 +260,22 @@ void Recurrence::attend_task(Worker& worker, const Task& task, std::int64_t slot
   const float* gqkv = gqkv_ + first * gqkv_stride_;
   float* out = attended_ + first * attended_stride_;
   if (attends_in_tiles_ && task.chunk >= plain_chunks_) {  // a whole prefix, which begins at position 0
-    attend_prefix(AttendPrefix{cache_, fading_, window_, slot, task.head, chunk.blocks, chunk.prefix,
+    attend_prefix(AttendPrefix{cache_, xpos_, window_, slot, task.head, chunk.pages, chunk.prefix,
                                task.query_begin, task.query_end, gqkv, gqkv_stride_, out, attended_stride_,
                                reinterpret_cast<std::byte*>(scratch(worker))});
     return;
   }
-  attend(Attend{cache_, fading_, window_, slot, task.head, chunk.blocks, chunk.start, chunk.prefix,
+  attend(Attend{cache_, xpos_, window_, slot, task.head, chunk.pages, chunk.start, chunk.prefix,
                 task.query_begin, task.query_end, gqkv, gqkv_stride_, out, attended_stride_});
 }
 
-// plain(begin, end) over pieces of the plain rows, tiles(begin, end) over pieces of those for the matrix
-// unit, counted from the first of them.
+// plain(begin, end) over pieces of the plain rows, tiles(begin, end) over pieces of those for AMX,
+// counted from the first of them.
 template <class Plain, class Tiles>
-void Recurrence::share_rows(Worker& worker, const Plain& plain, const Tiles& tiles) {
+void Recurrence::parallel_rows(Worker& worker, const Plain& plain, const Tiles& tiles) {
   const std::int64_t step = rows_a_task(tokens_), tile_rows = tokens_ - plain_rows_;
   const std::int64_t plain_tasks = (plain_rows_ + step - 1) / step;
-  worker.share(plain_tasks + (tile_rows + step - 1) / step, [&](std::int64_t task) {
+  worker.parallel_for(plain_tasks + (tile_rows + step - 1) / step, [&](std::int64_t task) {
     const bool is_plain = task < plain_tasks;
     const std::int64_t rows = is_plain ? plain_rows_ : tile_rows;
     const std::int64_t begin = (is_plain ? task : task - plain_tasks) * step;
@@ -288,7 +288,7 @@ Recurrence::Operand Recurrence::normalise(Worker& worker, const float* x, const 
   const Packing packing = weights_.packing();
   Operand y{x_, groups_of(shape_.width) * activation_bytes(packing), plain_rows_, {}, 0};
   add_tiles(y, tiles_, shape_.width);
-  share_rows(
+  parallel_rows(
       worker,
       [&](std::int64_t begin, std::int64_t end) {
         normalise_rows(NormaliseRows{x, add, sum, x_, packing, shape_.width, stride_, y.row_bytes, begin, end,
@@ -306,7 +306,7 @@ Recurrence::Operand Recurrence::normalise(Worker& worker, const float* x, const 
 // A stack's result: its last norm, in float32.
 void Recurrence::normalise_state(Worker& worker, float* state) {
   const std::int64_t step = rows_a_task(tokens_);
-  worker.share((tokens_ + step - 1) / step, [&](std::int64_t task) {
+  worker.parallel_for((tokens_ + step - 1) / step, [&](std::int64_t task) {
     const std::int64_t begin = task * step, end = begin + step < tokens_ ? begin + step : tokens_;
     normalise_rows(NormaliseRows{u_, nullptr, nullptr, reinterpret_cast<std::byte*>(state), Packing::f32,
                                  shape_.width, stride_, stride_ * std::int64_t{sizeof(float)}, begin, end,
@@ -314,14 +314,14 @@ void Recurrence::normalise_state(Worker& worker, float* state) {
   });
 }
 
-// Float32 rows as a product wants them; the matrix unit's rows are not among them.
+// Float32 rows as a GEMM wants them; AMX's rows are not among them.
 Recurrence::Operand Recurrence::plain_operand(Worker& worker, const float* x, std::int64_t stride,
                                               std::int64_t columns, std::int64_t rows, Packing packing) {
   if (!is_quantised(packing))
     return {reinterpret_cast<const std::byte*>(x), stride * std::int64_t{sizeof(float)}, rows, {}, 0};
   const std::int64_t groups = groups_of(columns), step = rows_a_task(rows);
   if (rows > 0) {
-    worker.share((rows + step - 1) / step, [&](std::int64_t task) {
+    worker.parallel_for((rows + step - 1) / step, [&](std::int64_t task) {
       const std::int64_t begin = task * step, end = begin + step < rows ? begin + step : rows;
       quantise_rows(QuantiseRows{x, x_, groups, stride, begin, end});
     });
@@ -335,7 +335,7 @@ Recurrence::Operand Recurrence::attended_operand(Worker& worker) {
   add_tiles(y, tiles_, columns);
   if (y.tile_rows > 0) {
     const std::int64_t step = rows_a_task(y.tile_rows);
-    worker.share((y.tile_rows + step - 1) / step, [&](std::int64_t task) {
+    worker.parallel_for((y.tile_rows + step - 1) / step, [&](std::int64_t task) {
       const std::int64_t begin = task * step, end = begin + step < y.tile_rows ? begin + step : y.tile_rows;
       round_tiles(
           RoundTiles{attended_ + plain_rows_ * attended_stride_, attended_stride_, y.tiles, begin, end});
@@ -360,7 +360,7 @@ TileRows Recurrence::tile_rows_of(std::byte* data, std::int64_t rows, std::int64
   return {data, packing, bands_of(rows), columns};
 }
 
-void Recurrence::gqkv_product(Worker& worker, const PackedMatrix& weights, const Operand& x) {
+void Recurrence::gqkv_gemm(Worker& worker, const PackedMatrix& weights, const Operand& x) {
   multiply(worker, weights, x, nullptr, [this](UnloadTiles sums, std::int64_t panel, std::int64_t row) {
     sums.out = gqkv_ + (plain_rows_ + row) * gqkv_stride_ + panel * panel_rows;
     sums.out_stride = gqkv_stride_;
@@ -369,7 +369,7 @@ void Recurrence::gqkv_product(Worker& worker, const PackedMatrix& weights, const
 }
 
 // u += weights x
-void Recurrence::add_product(Worker& worker, const PackedMatrix& weights, const Operand& x) {
+void Recurrence::add_gemm(Worker& worker, const PackedMatrix& weights, const Operand& x) {
   multiply(
       worker, weights, x,
       [this](const float* block, std::int64_t stride, std::int64_t panel, std::int64_t panels,
@@ -385,7 +385,7 @@ void Recurrence::add_product(Worker& worker, const PackedMatrix& weights, const 
       });
 }
 
-void Recurrence::swiglu_product(Worker& worker, const PackedMatrix& weights, const Operand& x) {
+void Recurrence::swiglu_gemm(Worker& worker, const PackedMatrix& weights, const Operand& x) {
   multiply(
       worker, weights, x,
       [this](const float* block, std::int64_t stride, std::int64_t panel, std::int64_t panels,
@@ -402,8 +402,8 @@ void Recurrence::swiglu_product(Worker& worker, const PackedMatrix& weights, con
 
 void Recurrence::head(Worker& worker) {
   const auto rows = static_cast<std::int64_t>(rows_.size());
-  worker.share(rows, [this](std::int64_t row) {
-    const float* from = slow_ + rows_[static_cast<std::size_t>(row)] * stride_;
+  worker.parallel_for(rows, [this](std::int64_t row) {
+    const float* from = z_h_ + rows_[static_cast<std::size_t>(row)] * stride_;
     std::memcpy(picked_ + row * stride_, from, static_cast<std::size_t>(stride_) * sizeof(float));
   });
   const Operand x = plain_operand(worker, picked_, stride_, shape_.width, rows, weights_.head().packing);
@@ -422,44 +422,44 @@ void Recurrence::head(Worker& worker) {
 }
 
 // `finish(block, stride, first panel, panels, first row, rows)` gets each block of outputs of the plain rows;
-// without one (nullptr) they go to gqkv_. `finish_tiles(sums, first panel, first row)` gets those of the
-// matrix unit. `panels_together`: those that must come to it in one piece, from a multiple of them on.
+// without one (nullptr) they go to gqkv_. `finish_tiles(sums, first panel, first row)` gets those of AMX.
+// `panels_together`: those that must come to it in one piece, from a multiple of them on.
 template <class Finish, class FinishTiles>
 void Recurrence::multiply(Worker& worker, const PackedMatrix& weights, const Operand& x, const Finish& finish,
                           const FinishTiles& finish_tiles, std::int64_t panels_together) {
   const std::int64_t rows = x.rows + x.tile_rows, panels = weights.panels();
   const std::int64_t step = panels_together > 0 ? panels_together : panels_a_task(rows);
-  worker.share((panels + step - 1) / step, [&](std::int64_t task) {
+  worker.parallel_for((panels + step - 1) / step, [&](std::int64_t task) {
     const std::int64_t begin = task * step, end = begin + step < panels ? begin + step : panels;
     float* room = scratch(worker);
     auto* expanded = reinterpret_cast<std::byte*>(room + outputs_floats);
-    for (std::int64_t row = 0; row < x.rows; row += product_tokens) {
-      const std::int64_t count = x.rows - row < product_tokens ? x.rows - row : product_tokens;
-      PackedProduct product{weights,     begin, end,  x.data + row * x.row_bytes,
-                            x.row_bytes, count, room, (end - begin) * panel_rows,
-                            expanded};
+    for (std::int64_t row = 0; row < x.rows; row += gemm_tokens) {
+      const std::int64_t count = x.rows - row < gemm_tokens ? x.rows - row : gemm_tokens;
+      PackedGemm gemm{weights,     begin, end,  x.data + row * x.row_bytes,
+                      x.row_bytes, count, room, (end - begin) * panel_rows,
+                      expanded};
       if constexpr (std::is_same_v<Finish, std::nullptr_t>) {
-        product.out = gqkv_ + row * gqkv_stride_ + begin * panel_rows;
-        product.out_stride = gqkv_stride_;
-        packed_product(product);
+        gemm.out = gqkv_ + row * gqkv_stride_ + begin * panel_rows;
+        gemm.out_stride = gqkv_stride_;
+        packed_gemm(gemm);
       } else {
-        packed_product(product);
-        finish(room, product.out_stride, begin, end - begin, row, count);
+        packed_gemm(gemm);
+        finish(room, gemm.out_stride, begin, end - begin, row, count);
       }
     }
     if constexpr (!std::is_same_v<FinishTiles, std::nullptr_t>) {
-      for (std::int64_t row = 0; row < x.tile_rows; row += product_tokens) {
-        const std::int64_t count = x.tile_rows - row < product_tokens ? x.tile_rows - row : product_tokens;
-        const MatrixProduct product{weights, begin,   end, x.tiles, row / band_rows, bands_of(row + count),
-                                    room,    expanded};
-        x.tiles.packing == Packing::int8 ? matrix_product_int8(product) : matrix_product(product);
+      for (std::int64_t row = 0; row < x.tile_rows; row += gemm_tokens) {
+        const std::int64_t count = x.tile_rows - row < gemm_tokens ? x.tile_rows - row : gemm_tokens;
+        const AmxGemm gemm{weights, begin,   end, x.tiles, row / band_rows, bands_of(row + count),
+                           room,    expanded};
+        x.tiles.packing == Packing::int8 ? amx_gemm_int8(gemm) : amx_gemm_bf16(gemm);
         finish_tiles(UnloadTiles{room, end - begin, count, nullptr, 0, false}, begin, row);
       }
     }
   });
 }
 
-Upcoming Recurrence::upcoming(const PackedMatrix& weights) const {
+PrefetchHint Recurrence::prefetch_hint(const PackedMatrix& weights) const {
   if (tokens_ > streaming_tokens) return {};
   return {weights.data, weights.panel_bytes(), weights.panels()};
 }

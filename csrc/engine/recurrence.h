@@ -1,17 +1,18 @@
-// The whole recurrence over the tokens of one step, in one job of the team:
+// The whole recurrence over the tokens of one step, in one job of the pool:
 //
 //   zH = scale * embed[ids], zL = z_L_init
 //   H_cycles times: L_cycles times zL = L(zL + zH); then zH = H(zH + zL)
 //   logits = head zH, of the rows asked for
-//   a stack: its blocks on u, then rms(u);  [g|q|k|v] = Wgqkv rms(u),  u += Wo (sigmoid(g) attention(q, k,
-//   v)),
-//            [a|b] = Wgate_up rms(u),  u += Wdown (silu(a) b)
+//
+//   A stack runs its blocks on u, then takes rms(u). A block:
+//     [g|q|k|v] = Wgqkv rms(u),   u += Wo (sigmoid(g) attention(q, k, v))
+//     [a|b] = Wgate_up rms(u),    u += Wdown (silu(a) b)
 //
 // Reads every layer's weights once a visit. Source: arXiv 2605.20613.
 //
-// On a processor with a matrix unit the tokens of a prefix meet bfloat16, int8 and int4 weights there
-// (tiles.h) and, without xPos, each other (prefix_attention.h); all others take packed_product and attend:
-// which of the two depends on a token's position alone, and so do its bits.
+// On a processor with AMX the tokens of a prefix meet bfloat16, int8 and int4 weights there (amx_tiles.h)
+// and, without xPos, each other (prefix_attention.h); all others take packed_gemm and attend: which of the
+// two depends on a token's position alone, and so do its bits.
 #pragma once
 
 #include <atomic>
@@ -19,11 +20,11 @@
 #include <cstdint>
 #include <vector>
 
-#include "engine/memory.h"
-#include "engine/paged_attention.h"
-#include "engine/team.h"
-#include "engine/tiles.h"
+#include "core/memory.h"
+#include "engine/thread_pool.h"
 #include "engine/weights.h"
+#include "gemm/amx_tiles.h"
+#include "kv/paged_attention.h"
 
 namespace hrmcore {
 
@@ -32,7 +33,7 @@ struct Chunk {
   const std::int64_t* ids;
   std::int64_t tokens;
   std::int64_t start, prefix;
-  const std::byte* const* blocks;  // with room for start + tokens
+  const std::byte* const* pages;  // with room for start + tokens
 };
 
 // Asked now and then by the thread that runs a long step, whether it shall stop.
@@ -43,16 +44,16 @@ struct Interrupt {
 
 class Recurrence {
  public:
-  // fading: null for RoPE. window: 0 for none.
+  // xpos: null for RoPE. window: 0 for none.
   Recurrence(const ModelShape& shape, const Weights& weights, const CacheShape& cache, const float* rope,
-             const PagedFading* fading, std::int64_t window);
+             const PagedXpos* xpos, std::int64_t window);
 
   // Makes room for a step; the only part that can throw (std::bad_alloc).
   void prepare(const std::vector<Chunk>& chunks, bool every_row, int threads);
   // Runs it. logits: the last row of each chunk, or every row, [rows][V]. A step of more than a few tokens
   // asks `interrupt` twice a layer and visit, though not more often than every tenth of a second; false when
   // it stopped.
-  bool run(Team& team, float* logits, const Interrupt& interrupt) noexcept;
+  bool run(ThreadPool& pool, float* logits, const Interrupt& interrupt) noexcept;
 
   std::int64_t workspace_bytes() const { return memory_.size(); }
 
@@ -60,7 +61,7 @@ class Recurrence {
   struct Task {
     std::int64_t chunk, head, query_begin, query_end;
   };
-  struct Operand {  // the activations of a product: of the plain rows, then of those for the matrix unit
+  struct Operand {  // the activations of a GEMM: of the plain rows, then of those for AMX
     const std::byte* data;
     std::int64_t row_bytes, rows;
     TileRows tiles;
@@ -74,7 +75,7 @@ class Recurrence {
 
   void work(Worker& worker);
   void embed(Worker& worker);
-  bool visit(Worker& worker, bool slow, std::int64_t slot, const PackedMatrix& next);
+  bool visit(Worker& worker, Stack stack, std::int64_t slot, const PackedMatrix& next);
   void ask(const Worker& worker);
   void attention(Worker& worker, std::int64_t slot);
   void attend_task(Worker& worker, const Task& task, std::int64_t slot);
@@ -86,29 +87,29 @@ class Recurrence {
   Operand hidden_operand(Worker& worker);
   void add_tiles(Operand& y, std::byte* data, std::int64_t columns) const;
   TileRows tile_rows_of(std::byte* data, std::int64_t rows, std::int64_t columns) const;
-  void gqkv_product(Worker& worker, const PackedMatrix& weights, const Operand& x);
-  void add_product(Worker& worker, const PackedMatrix& weights, const Operand& x);
-  void swiglu_product(Worker& worker, const PackedMatrix& weights, const Operand& x);
+  void gqkv_gemm(Worker& worker, const PackedMatrix& weights, const Operand& x);
+  void add_gemm(Worker& worker, const PackedMatrix& weights, const Operand& x);
+  void swiglu_gemm(Worker& worker, const PackedMatrix& weights, const Operand& x);
   void head(Worker& worker);
   template <class Plain, class Tiles>
-  void share_rows(Worker& worker, const Plain& plain, const Tiles& tiles);
+  void parallel_rows(Worker& worker, const Plain& plain, const Tiles& tiles);
   template <class Finish, class FinishTiles>
   void multiply(Worker& worker, const PackedMatrix& weights, const Operand& x, const Finish& finish,
                 const FinishTiles& finish_tiles, std::int64_t panels_together = 0);
-  Upcoming upcoming(const PackedMatrix& weights) const;
+  PrefetchHint prefetch_hint(const PackedMatrix& weights) const;
   float* scratch(const Worker& worker) const;
 
   const ModelShape shape_;
   const Weights& weights_;
   const CacheShape cache_;
   const float* rope_;
-  const PagedFading* fading_;
+  const PagedXpos* xpos_;
   const std::int64_t window_;
   const bool attends_in_tiles_;  // the tokens of a prefix, where they have tiles
   std::int64_t stride_, gqkv_stride_, attended_stride_, hidden_stride_, x_row_bytes_, scratch_bytes_;
 
-  std::vector<Chunk>
-      chunks_;  // or parts of them: the rows of prefixes come last when the matrix unit takes them
+  // Or parts of them: the rows of prefixes come last when AMX takes them.
+  std::vector<Chunk> chunks_;
   std::vector<Task> tasks_;
   std::vector<TokenPlace> places_;
   std::vector<std::int64_t> ids_, rows_, firsts_, row_of_token_;
@@ -122,7 +123,7 @@ class Recurrence {
   std::int64_t tokens_ = 0, plain_rows_ = 0, plain_chunks_ = 0, room_tokens_ = 0, room_tile_rows_ = 0,
                room_rows_ = 0;
   int room_threads_ = 0;
-  float *u_ = nullptr, *fast_ = nullptr, *slow_ = nullptr, *gqkv_ = nullptr, *attended_ = nullptr,
+  float *u_ = nullptr, *z_l_ = nullptr, *z_h_ = nullptr, *gqkv_ = nullptr, *attended_ = nullptr,
         *hidden_ = nullptr, *picked_ = nullptr, *scratch_ = nullptr;
   std::byte *x_ = nullptr, *tiles_ = nullptr, *hidden_tiles_ = nullptr;
 };

@@ -42,13 +42,13 @@ float element(const TensorView& tensor, std::int64_t row, std::int64_t column) {
 
 Weights::Weights(const ModelShape& shape, Packing packing) : shape_(shape), packing_(packing) {
   const std::int64_t width = shape.width, attention = shape.attention_width();
-  for (bool slow : {false, true}) {
-    std::vector<LayerWeights>& layers = slow ? slow_ : fast_;
-    layers.resize(static_cast<std::size_t>(shape.layers(slow)));
+  for (Stack stack : {Stack::L, Stack::H}) {
+    std::vector<LayerWeights>& layers = stack == Stack::H ? h_layers_ : l_layers_;
+    layers.resize(static_cast<std::size_t>(shape.layers(stack)));
     for (std::size_t index = 0; index < layers.size(); ++index) {
       LayerWeights& layer = layers[index];
       const std::string prefix =
-          (slow ? "H_module.layers." : "L_module.layers.") + std::to_string(index) + ".";
+          (stack == Stack::H ? "H_module.layers." : "L_module.layers.") + std::to_string(index) + ".";
       place_matrix(prefix + "gqkv_proj.weight", 4 * attention, width, RowOrder::plain, &layer.gqkv, packing);
       place_matrix(prefix + "o_proj.weight", width, attention, RowOrder::plain, &layer.o, packing);
       place_matrix(prefix + "gate_up_proj.weight", 2 * shape.ffn, width, RowOrder::paired, &layer.gate_up,

@@ -6,19 +6,22 @@
 #include <string>
 #include <vector>
 
+#include "core/memory.h"
 #include "core/tensor.h"
-#include "engine/memory.h"
-#include "engine/pack.h"
-#include "engine/packed.h"
+#include "gemm/pack.h"
+#include "gemm/weight_layout.h"
 
 namespace hrmcore {
+
+// The two stacks of blocks that the recurrence visits in turn.
+enum class Stack : std::uint8_t { L, H };
 
 struct ModelShape {
   std::int64_t vocabulary, width, ffn, l_layers, h_layers, heads, head_dim, h_cycles, l_cycles, positions;
   float eps, embedding_scale;
 
   std::int64_t attention_width() const { return heads * head_dim; }
-  std::int64_t layers(bool slow) const { return slow ? h_layers : l_layers; }
+  std::int64_t layers(Stack stack) const { return stack == Stack::H ? h_layers : l_layers; }
   std::int64_t slots() const { return h_cycles * (l_cycles * l_layers + h_layers); }
 };
 
@@ -49,7 +52,9 @@ class Weights {
   void check_complete() const;
   void check_unchanged() const;
 
-  const std::vector<LayerWeights>& stack(bool slow) const { return slow ? slow_ : fast_; }
+  const std::vector<LayerWeights>& layers(Stack stack) const {
+    return stack == Stack::H ? h_layers_ : l_layers_;
+  }
   const PackedMatrix& head() const { return head_; }
   void embed(std::int64_t id, float scale, float* row) const;  // row[D]
   const float* z_init() const;
@@ -75,7 +80,7 @@ class Weights {
   std::int64_t bytes_ = 0;
   Memory memory_;
   std::string path_;
-  std::vector<LayerWeights> fast_, slow_;
+  std::vector<LayerWeights> l_layers_, h_layers_;
   PackedMatrix head_;
   std::map<std::string, Place> places_;
 };

@@ -64,13 +64,13 @@ void check_sequences(const char* op, const TensorView& offsets, const TensorView
   }
 }
 
-// Faster fading than the bound would overflow within a tile.
-void check_rates(const char* op, const TensorView& rates, std::int64_t head_dim) {
-  Check(op, "rates", rates).cpu_or_cuda().rank(1).dtype({DType::f32}).size(0, head_dim / 2, "d / 2");
-  if (rates.device != Device::cpu) return;
+// Faster decay than the bound would overflow within a tile.
+void check_log_decay(const char* op, const TensorView& log_decay, std::int64_t head_dim) {
+  Check(op, "log_decay", log_decay).cpu_or_cuda().rank(1).dtype({DType::f32}).size(0, head_dim / 2, "d / 2");
+  if (log_decay.device != Device::cpu) return;
   for (std::int64_t c = 0; c < head_dim / 2; ++c) {
-    const float rate = rates.as<float>()[c * rates.strides[0]];
-    if (!(rate >= -0.5f && rate <= 0)) reject(op, "rates", "in [-0.5, 0]", std::to_string(rate));
+    const float rate = log_decay.as<float>()[c * log_decay.strides[0]];
+    if (!(rate >= -0.5f && rate <= 0)) reject(op, "log_decay", "in [-0.5, 0]", std::to_string(rate));
   }
 }
 
@@ -93,7 +93,7 @@ void check_inputs(const char* op, const Args& args) {
   check_query_rows(op, "out", args.out, args.q);
   Check(op, "lse", args.lse).cpu_or_cuda().rank(2).dtype({DType::f32}).last_contiguous();
   Check(op, "lse", args.lse).size(0, args.q.shape[0], "T").size(1, args.q.shape[1], "H");
-  if (args.rates.data != nullptr) check_rates(op, args.rates, head_dim);
+  if (args.log_decay.data != nullptr) check_log_decay(op, args.log_decay, head_dim);
   if (args.window < 0 || args.window % 64 != 0)
     reject(op, "window", "a multiple of 64, or 0 for none", std::to_string(args.window));
 }
@@ -128,43 +128,43 @@ constexpr int blocks_together = 8;  // of one head, before the next: keys are re
 
 // The running maximum and sum of the online softmax, one lane a query.
 struct Softmax {
-  alignas(64) float top[query_block];
-  alignas(64) float total[query_block];
-  alignas(64) float decay[query_block];  // what the newest tile multiplies the sums before it by
+  alignas(64) float row_max[query_block];
+  alignas(64) float row_sum[query_block];
+  alignas(64) float rescale[query_block];  // what the newest tile multiplies the sums before it by
 };
 
-// scores (keys x query_block) become exp(score - top); returns whether an earlier sum must be decayed.
+// scores (keys x query_block) become exp(score - row_max); returns whether an earlier sum must be rescaled.
 bool update_softmax(std::int64_t vectors, std::int64_t keys, float* scores, Softmax& softmax) {
-  bool decays = false;
+  bool rescales = false;
   for (std::int64_t v = 0; v < vectors; ++v) {
     float* column = scores + v * lanes;
-    const vfloat before = load(softmax.top + v * lanes);
+    const vfloat before = load(softmax.row_max + v * lanes);
     vfloat top = before, other = before;  // two chains of maxima hide half of the latency
     for (std::int64_t key = 0; key + 1 < keys; key += 2) {
       top = max(top, load(column + key * query_block));
       other = max(other, load(column + (key + 1) * query_block));
     }
     top = max(max(top, other), load(column + (keys - 1) * query_block));
-    const vfloat decay = exp(before - top);
-    vfloat total = load(softmax.total + v * lanes) * decay;
+    const vfloat rescale = exp(before - top);
+    vfloat total = load(softmax.row_sum + v * lanes) * rescale;
     for (std::int64_t key = 0; key < keys; ++key) {
       const vfloat weight = exp(load(column + key * query_block) - top);
       store(column + key * query_block, weight);
       total += weight;
     }
-    store(softmax.top + v * lanes, top);
-    store(softmax.total + v * lanes, total);
-    store(softmax.decay + v * lanes, decay);
-    decays = decays || sum(decay != 1.0f ? splat(1.0f) : vfloat{}) > 0;
+    store(softmax.row_max + v * lanes, top);
+    store(softmax.row_sum + v * lanes, total);
+    store(softmax.rescale + v * lanes, rescale);
+    rescales = rescales || sum(rescale != 1.0f ? splat(1.0f) : vfloat{}) > 0;
   }
-  return decays;
+  return rescales;
 }
 
-void decay_rows(const Softmax& softmax, std::int64_t count, std::int64_t length, float* rows) {
+void rescale_rows(const Softmax& softmax, std::int64_t count, std::int64_t length, float* rows) {
   for (std::int64_t row = 0; row < count; ++row) {
     for (std::int64_t column = 0; column < length; column += lanes) {
       float* p = rows + row * length + column;
-      store(p, load(p) * softmax.decay[row]);
+      store(p, load(p) * softmax.rescale[row]);
     }
   }
 }
@@ -177,17 +177,18 @@ void write_output(const AttentionForward& args, const Sequence& sequence, const 
     const std::int64_t query = block.first + row;
     const T* gate = sequence.query_rows<T>(args.gate, query);
     T* out = sequence.query_rows<T>(args.out, query);
-    const float inverse = 1.0f / softmax.total[row];
+    const float inverse = 1.0f / softmax.row_sum[row];
     for (std::int64_t column = 0; column < width; column += lanes) {
       const vfloat open = sigmoid(load_columns(gate, column, width));
       store_columns(out, column, width, load(sums + row * length + column) * inverse * open);
     }
-    *sequence.query_rows<float>(args.lse, query) = softmax.top[row] + __builtin_logf(softmax.total[row]);
+    *sequence.query_rows<float>(args.lse, query) =
+        softmax.row_max[row] + __builtin_logf(softmax.row_sum[row]);
   }
 }
 
 template <class T>
-void forward_block(const AttentionForward& args, const Sequence& sequence, const Fading* fading,
+void forward_block(const AttentionForward& args, const Sequence& sequence, const XposDecay* decay,
                    std::int64_t first) {
   alignas(64) float q_columns[2][max_width * query_block];  // for the keys of each side
   alignas(64) float sums[query_block * max_width];
@@ -196,24 +197,24 @@ void forward_block(const AttentionForward& args, const Sequence& sequence, const
   float* scores = side_scores[0];
   Softmax softmax;
   for (int i = 0; i < query_block; ++i) {
-    softmax.top[i] = minus_infinity;
-    softmax.total[i] = 0;
+    softmax.row_max[i] = minus_infinity;
+    softmax.row_sum[i] = 0;
   }
   const Block block = block_of(sequence, first);
   const std::int64_t width = args.q.shape[2], length = padded(width);
-  for (int side = 0; side <= last_side(fading, block); ++side) {
+  for (int side = 0; side <= last_side(decay, block); ++side) {
     const Rows q = stage_queries(sequence.query_rows<T>(args.q, first), args.q.strides[0], block, width,
-                                 fading, side, tile.rows[0]);
+                                 decay, side, tile.rows[0]);
     transpose(q, block.rows, width, 1.0f / __builtin_sqrtf(static_cast<float>(width)), q_columns[side]);
   }
   for (std::int64_t key = block.first_key; key < block.keys; key += key_tile) {
     const std::int64_t keys = block.keys - key < key_tile ? block.keys - key : key_tile;
     const bool more = key > block.first_key;
-    score_tile(sequence.key_rows<T>(args.k, key), args.k.strides[0], block, fading, key,
-               sides_of(fading, block, key, keys), width, q_columns, tile, side_scores);
-    hide(block, key, keys, scores);
+    score_tile(sequence.key_rows<T>(args.k, key), args.k.strides[0], block, decay, key,
+               sides_of(decay, block, key, keys), width, q_columns, tile, side_scores);
+    apply_mask(block, key, keys, scores);
     if (update_softmax(block.vectors, keys, scores, softmax) && more)
-      decay_rows(softmax, block.rows, length, sums);
+      rescale_rows(softmax, block.rows, length, sums);
     const Rows v = stage(sequence.key_rows<T>(args.v, key), args.v.strides[0], keys, width, tile.rows[0]);
     multiply(
         {scores, 1, query_block, v.data, v.stride, sums, length, block.rows, length / lanes, keys, more, {}});
@@ -235,7 +236,8 @@ std::int64_t find_sequence(const TensorView& offsets, std::int64_t row) {
 // A task is one head and the blocks that start within query_block packed rows: even work, whatever the
 // sequences' lengths.
 template <class T>
-void forward_task(const AttentionForward& args, const Fading* fading, std::int64_t begin, std::int64_t head) {
+void forward_task(const AttentionForward& args, const XposDecay* decay, std::int64_t begin,
+                  std::int64_t head) {
   const std::int64_t end = begin + query_block, count = args.prefix.shape[0];
   for (std::int64_t s = find_sequence(args.offsets, begin); s < count; ++s) {
     const Sequence sequence = sequence_of(args, s, head);
@@ -246,7 +248,7 @@ void forward_task(const AttentionForward& args, const Fading* fading, std::int64
       const std::int64_t rest = sequence.queries - first,
                          stop = first + (rest < query_block ? rest : query_block);
       for (std::int64_t query = first; query < stop; query = sequence.block_end(query))
-        forward_block<T>(args, sequence, fading, query);
+        forward_block<T>(args, sequence, decay, query);
     }
   }
 }
@@ -256,8 +258,8 @@ void forward_task(const AttentionForward& args, const Fading* fading, std::int64
 void attention_forward(const AttentionForward& args) noexcept {
   const std::int64_t blocks = (args.q.shape[0] + query_block - 1) / query_block, heads = args.q.shape[1];
   const std::int64_t groups = (blocks + blocks_together - 1) / blocks_together;
-  Fading rates;
-  const Fading* fading = fill_fading(args.rates, rates);
+  XposDecay table;
+  const XposDecay* decay = fill_decay(args.log_decay, table);
   with_element(args.q.dtype, [&](auto* element) {
     const std::int64_t tasks = groups * heads * blocks_together;
     parallel_for(tasks, tasks_of_block(args, tasks), [&](std::int64_t begin, std::int64_t end) {
@@ -265,7 +267,7 @@ void attention_forward(const AttentionForward& args) noexcept {
         const std::int64_t group = task / blocks_together / heads, head = task / blocks_together % heads;
         const std::int64_t block = group * blocks_together + task % blocks_together;
         if (block < blocks)
-          forward_task<std::remove_pointer_t<decltype(element)>>(args, fading, block * query_block, head);
+          forward_task<std::remove_pointer_t<decltype(element)>>(args, decay, block * query_block, head);
       }
     });
   });

@@ -4,25 +4,25 @@
 
 // A block holds a tile of queries of one head and visits the keys in tiles, the next one loading while this
 // one is multiplied; online softmax in registers; the gate is applied on the way out. Weights are rounded to
-// the inputs' dtype for the second product, as the tensor cores take them; under xPos so are faded queries
+// the inputs' dtype for the second GEMM, as the tensor cores take them; under xPos so are decayed queries
 // and keys. Keys and values are read once for each tile of queries.
 
 namespace hrmcore::cuda {
 namespace {
 
-// Scores become exp(score - top) with the running top; returns what earlier sums must be multiplied by, for
-// two rows.
+// Scores become exp(score - row_max) with the running row_max; returns what earlier sums must be multiplied
+// by, for two rows.
 template <int n>
-__device__ __forceinline__ void update_softmax(float (&s)[n / 8][4], float (&top)[2], float (&total)[2],
-                                               float (&decay)[2]) {
+__device__ __forceinline__ void update_softmax(float (&s)[n / 8][4], float (&row_max)[2], float (&row_sum)[2],
+                                               float (&rescale)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float highest = top[r];
+    float highest = row_max[r];
 #pragma unroll
     for (int j = 0; j < n / 8; ++j) highest = fmaxf(highest, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
-    highest = top_of_row(highest);
+    highest = max_of_row(highest);
     const float base = highest == minus_infinity ? 0.0f : highest;  // a row that has seen nothing yet
-    decay[r] = expf(top[r] - base);
+    rescale[r] = expf(row_max[r] - base);
     float sum = 0;
 #pragma unroll
     for (int j = 0; j < n / 8; ++j) {
@@ -32,8 +32,8 @@ __device__ __forceinline__ void update_softmax(float (&s)[n / 8][4], float (&top
         sum += s[j][i];
       }
     }
-    total[r] = total[r] * decay[r] + sum;
-    top[r] = highest;
+    row_sum[r] = row_sum[r] * rescale[r] + sum;
+    row_max[r] = highest;
   }
 }
 
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(block_threads<T>, resident_blocks) forward(Att
   const int rows = min(sequence.queries - sequence.first_row, block_rows<T>);
   const int position = sequence.position(sequence.first_row);
   const float scale = 1.0f / sqrtf(static_cast<float>(args.q.shape[2]));
-  const bool fades = args.rates.given();
+  const bool xpos = args.log_decay.given();
 
   const auto load_keys = [&](int key, int stage) {
     const std::int64_t row = sequence.first_key + key;
@@ -58,11 +58,11 @@ __global__ void __launch_bounds__(block_threads<T>, resident_blocks) forward(Att
     commit_copies();
   };
 
-  float o[columns / 8][4] = {}, top[2] = {minus_infinity, minus_infinity}, total[2] = {}, decay[2];
-  const int sides = count_of_sides(fades, sequence.prefix > position + 1);
+  float o[columns / 8][4] = {}, row_max[2] = {minus_infinity, minus_infinity}, row_sum[2] = {}, rescale[2];
+  const int sides = count_of_sides(xpos, sequence.prefix > position + 1);
 #pragma unroll 1
   for (int visit = 0; visit < sides; ++visit) {
-    const Side side = side_of_visit(fades, visit);
+    const Side side = side_of_visit(xpos, visit);
     const Span span = sequence.keys_of_block(rows, side, tile);
     const Edge edge = edge_of_block(position, block_rows<T>, side == Side::after ? 1 : -1);
     load_tile<T, columns, wide>(q, args.q, sequence.first_query + sequence.first_row, rows);
@@ -76,9 +76,9 @@ __global__ void __launch_bounds__(block_threads<T>, resident_blocks) forward(Att
         wait_for_copies<0>();
       }
       __syncthreads();
-      if (fades) {
-        if (key == span.begin) fade_tile<T, columns>(q, args.rates, position, edge, true);
-        fade_tile<T, columns>(keys + stage * tile * length, args.rates, key, edge, false);
+      if (xpos) {
+        if (key == span.begin) decay_tile<T, columns>(q, args.log_decay, position, edge, true);
+        decay_tile<T, columns>(keys + stage * tile * length, args.log_decay, key, edge, false);
         __syncthreads();
       }
       float s[tile / 8][4] = {};
@@ -98,11 +98,11 @@ __global__ void __launch_bounds__(block_threads<T>, resident_blocks) forward(Att
           }
         }
       }
-      update_softmax<tile>(s, top, total, decay);
+      update_softmax<tile>(s, row_max, row_sum, rescale);
 #pragma unroll
       for (int j = 0; j < columns / 8; ++j) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) o[j][i] *= decay[i / 2];
+        for (int i = 0; i < 4; ++i) o[j][i] *= rescale[i / 2];
       }
       store_fragments<T, tile, weights_length>(weights, s);
       __syncwarp();
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(block_threads<T>, resident_blocks) forward(Att
 
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const float sum = sum_of_row(total[r]);
+    const float sum = sum_of_row(row_sum[r]);
     const int query = first + g + 8 * r;
     if (query >= sequence.queries) continue;
     const std::int64_t row = sequence.first_query + query;
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(block_threads<T>, resident_blocks) forward(Att
                        sigmoid(open[1]) * (o[j][2 * r + 1] / sum));
     }
     if (h == 0)
-      store<1>(args.lse.as<float>() + row * args.lse.strides[0] + blockIdx.y, {{top[r] + logf(sum)}});
+      store<1>(args.lse.as<float>() + row * args.lse.strides[0] + blockIdx.y, {{row_max[r] + logf(sum)}});
   }
 }
 
@@ -144,7 +144,7 @@ static_assert(shared_bytes<float>(128) <= most_shared_bytes && shared_bytes<bf16
 
 HRMCORE_DEVICE_KERNEL(attention_forward, hrmcore::AttentionForward) {
   using namespace hrmcore::cuda;
-  if (const char* reason = refusal(args)) return reason;
+  if (const char* reason = unsupported_reason(args)) return reason;
   const bool wide = rows_are_wide({&args.q, &args.k, &args.v, &args.gate, &args.out});
   return with_tiles(args.q, wide, [&](auto element, auto columns, auto wideness) {
     using T = decltype(element);

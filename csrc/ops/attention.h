@@ -1,11 +1,11 @@
 // Gated prefix attention over packed sequences, online softmax: no (T, T) tensor and no mask tensor.
 //
-//   Query i of a sequence stands at p = (key length - query length) + i and sees key j iff j < max(prefix, p
-//   + 1). With a window W, only if also |floor(p / W) - floor(j / W)| <= 1: its own block of W and the blocks
-//   beside it. With rates (xPos, arXiv 2212.10554), q . k stands for the sum over channels c of
-//   q_c k_c exp(rates[c mod d/2] |p - j|), q and k rotated already.
-//   forward:   lse_i = log sum_j exp(q_i . k_j / sqrt(d)),  o_i = sum_j exp(q_i . k_j / sqrt(d) -
-//   lse_i) v_j
+//   Query i of a sequence stands at p = (key length - query length) + i and sees key j iff
+//   j < max(prefix, p + 1). With a window W, only if also |floor(p / W) - floor(j / W)| <= 1: its own block
+//   of W and the blocks beside it. With log_decay (xPos, arXiv 2212.10554), q . k stands for the sum over
+//   channels c of q_c k_c exp(log_decay[c mod d/2] |p - j|), q and k rotated already.
+//   forward:   lse_i = log sum_j exp(q_i . k_j / sqrt(d))
+//              o_i = sum_j exp(q_i . k_j / sqrt(d) - lse_i) v_j
 //              out = sigmoid(gate) * o
 //   backward:  P recomputed from lse; with g = sigmoid(gate) and delta_i = sum_d grad_out * out:
 //              grad_gate = grad_out * out * (1 - g),  dO = grad_out * g,  dS = P * (dO v^T - delta)
@@ -39,7 +39,7 @@ struct AttentionForward {
   TensorView prefix;       // (S) int32
   TensorView out;          // (T, H, d), written
   TensorView lse;          // (T, H) float32, written
-  TensorView rates;        // (d / 2) float32 in [-0.5, 0], or none
+  TensorView log_decay;    // (d / 2) float32 in [-0.5, 0], or none
   std::int64_t window;     // a multiple of 64; 0 is none
 };
 
@@ -47,10 +47,9 @@ struct AttentionBackward {
   TensorView q, k, v, gate, offsets, key_offsets, prefix, out, lse;  // as in the forward
   TensorView grad_out;                                               // (T, H, d)
   TensorView grad_q;                                                 // (T, H, d), written
-  TensorView grad_k,
-      grad_v;  // (Tk, H, d), written; float32 whatever the inputs are, since they are summed in place
-  TensorView grad_gate;  // (T, H, d), written
-  TensorView rates;      // as in the forward
+  TensorView grad_k, grad_v;  // (Tk, H, d), written; always float32, since they are summed in place
+  TensorView grad_gate;       // (T, H, d), written
+  TensorView log_decay;       // as in the forward
   std::int64_t window;
 };
 

@@ -56,20 +56,20 @@ void softmax_backward(std::int64_t vectors, std::int64_t keys, float scale, cons
 
 // sums (keys x width, in the caller's memory) += weights (keys x queries) rows (queries x width), times
 // `factors`.
-void add_product(const float* weights, const Rows& rows, std::int64_t keys, std::int64_t queries,
-                 std::int64_t width, const Factors& factors, float* sums, std::int64_t sums_stride,
-                 float* scratch) {
+void add_gemm(const float* weights, const Rows& rows, std::int64_t keys, std::int64_t queries,
+              std::int64_t width, const Factors& factors, float* sums, std::int64_t sums_stride,
+              float* scratch) {
   const std::int64_t length = padded(width);
-  Product product{weights, query_block,    1,       rows.data, rows.stride, sums, sums_stride,
-                  keys,    length / lanes, queries, true,      factors};
+  Gemm gemm{weights, query_block,    1,       rows.data, rows.stride, sums, sums_stride,
+            keys,    length / lanes, queries, true,      factors};
   if (length == width) {
-    multiply(product);
+    multiply(gemm);
     return;
   }
-  product.c = scratch;
-  product.c_row = length;
-  product.add = false;
-  multiply(product);
+  gemm.c = scratch;
+  gemm.c_row = length;
+  gemm.add = false;
+  multiply(gemm);
   for (std::int64_t key = 0; key < keys; ++key) {
     float* row = sums + key * sums_stride;
     for (std::int64_t column = 0; column < width; column += lanes) {
@@ -83,18 +83,18 @@ void add_product(const float* weights, const Rows& rows, std::int64_t keys, std:
 // each side.
 template <class T>
 void write_grad_q(const AttentionBackward& args, const Sequence& sequence, const Block& block,
-                  const Fading* fading, const float (*grads)[query_block * max_width]) {
+                  const XposDecay* decay, const float (*grads)[query_block * max_width]) {
   const std::int64_t width = args.q.shape[2], length = padded(width);
-  const bool both = last_side(fading, block) == 1;
+  const bool both = last_side(decay, block) == 1;
   for (std::int64_t row = 0; row < block.rows; ++row) {
     T* grad_q = sequence.query_rows<T>(args.grad_q, block.first + row);
     for (std::int64_t column = 0; column < width; column += lanes) {
       const std::int64_t cell = row * length + column;
       vfloat grad = load(grads[0] + cell);
-      if (fading != nullptr) {
-        const std::int64_t same = column < fading->period ? column : column - fading->period;
-        grad *= load(fading->power(row - query_edge[0]) + same);
-        if (both) grad += load(grads[1] + cell) * load(fading->power(query_edge[1] - row) + same);
+      if (decay != nullptr) {
+        const std::int64_t same = column < decay->period ? column : column - decay->period;
+        grad *= load(decay->power(row - query_edge[0]) + same);
+        if (both) grad += load(grads[1] + cell) * load(decay->power(query_edge[1] - row) + same);
       }
       store_columns(grad_q, column, width, grad);
     }
@@ -102,7 +102,7 @@ void write_grad_q(const AttentionBackward& args, const Sequence& sequence, const
 }
 
 template <class T>
-void backward_block(const AttentionBackward& args, const Sequence& sequence, const Fading* fading,
+void backward_block(const AttentionBackward& args, const Sequence& sequence, const XposDecay* decay,
                     std::int64_t first) {
   KeyTile tile;
   alignas(64) float scratch[key_tile * max_width];
@@ -113,8 +113,8 @@ void backward_block(const AttentionBackward& args, const Sequence& sequence, con
   const std::int64_t width = args.q.shape[2], length = padded(width);
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(width));
   Rows q[2];
-  for (int side = 0; side <= last_side(fading, block); ++side) {
-    q[side] = stage_queries(sequence.query_rows<T>(args.q, first), args.q.strides[0], block, width, fading,
+  for (int side = 0; side <= last_side(decay, block); ++side) {
+    q[side] = stage_queries(sequence.query_rows<T>(args.q, first), args.q.strides[0], block, width, decay,
                             side, buffer.q[side]);
     transpose(q[side], block.rows, width, scale, buffer.q_columns[side]);
   }
@@ -137,10 +137,10 @@ void backward_block(const AttentionBackward& args, const Sequence& sequence, con
               width,
               false,
               {}});
-    const Sides sides = sides_of(fading, block, key, keys);
-    score_tile(sequence.key_rows<T>(args.k, key), args.k.strides[0], block, fading, key, sides, width,
+    const Sides sides = sides_of(decay, block, key, keys);
+    score_tile(sequence.key_rows<T>(args.k, key), args.k.strides[0], block, decay, key, sides, width,
                buffer.q_columns, tile, scores);
-    hide(block, key, keys, scores[0]);
+    apply_mask(block, key, keys, scores[0]);
     softmax_backward(block.vectors, keys, scale, buffer, scores[0], grads[0]);
     if (sides.both()) part_sides(block, key, sides.span[1], grads[0], grads[1]);
     for (int side = 0; side < 2; ++side) {
@@ -161,13 +161,13 @@ void backward_block(const AttentionBackward& args, const Sequence& sequence, con
                 more[side],
                 {}});
       more[side] = true;
-      add_product(d_scores, q[side], span.count(), block.rows, width, tile.factors(fading, span, side),
-                  sequence.key_rows<float>(args.grad_k, key + span.begin), args.grad_k.strides[0], scratch);
+      add_gemm(d_scores, q[side], span.count(), block.rows, width, tile.factors(decay, span, side),
+               sequence.key_rows<float>(args.grad_k, key + span.begin), args.grad_k.strides[0], scratch);
     }
-    add_product(scores[0], grad_o, keys, block.rows, width, {}, sequence.key_rows<float>(args.grad_v, key),
-                args.grad_v.strides[0], scratch);
+    add_gemm(scores[0], grad_o, keys, block.rows, width, {}, sequence.key_rows<float>(args.grad_v, key),
+             args.grad_v.strides[0], scratch);
   }
-  write_grad_q<T>(args, sequence, block, fading, buffer.grad_q);
+  write_grad_q<T>(args, sequence, block, decay, buffer.grad_q);
 }
 
 void clear_rows(float* rows, std::int64_t stride, std::int64_t count, std::int64_t width) {
@@ -179,12 +179,12 @@ void clear_rows(float* rows, std::int64_t stride, std::int64_t count, std::int64
 }
 
 template <class T>
-void backward_task(const AttentionBackward& args, const Sequence& sequence, const Fading* fading) {
+void backward_task(const AttentionBackward& args, const Sequence& sequence, const XposDecay* decay) {
   const std::int64_t width = args.q.shape[2];
   clear_rows(sequence.key_rows<float>(args.grad_k, 0), args.grad_k.strides[0], sequence.keys, width);
   clear_rows(sequence.key_rows<float>(args.grad_v, 0), args.grad_v.strides[0], sequence.keys, width);
   for (std::int64_t first = 0; first < sequence.queries; first = sequence.block_end(first)) {
-    backward_block<T>(args, sequence, fading, first);
+    backward_block<T>(args, sequence, decay, first);
   }
 }
 
@@ -192,14 +192,14 @@ void backward_task(const AttentionBackward& args, const Sequence& sequence, cons
 
 void attention_backward(const AttentionBackward& args) noexcept {
   const std::int64_t heads = args.q.shape[1];
-  Fading rates;
-  const Fading* fading = fill_fading(args.rates, rates);
+  XposDecay table;
+  const XposDecay* decay = fill_decay(args.log_decay, table);
   with_element(args.q.dtype, [&](auto* element) {
     const std::int64_t tasks = args.prefix.shape[0] * heads;
     parallel_for(tasks, tasks_of_block(args, tasks), [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t task = begin; task < end; ++task) {
         backward_task<std::remove_pointer_t<decltype(element)>>(
-            args, sequence_of(args, task / heads, task % heads), fading);
+            args, sequence_of(args, task / heads, task % heads), decay);
       }
     });
   });

@@ -5,7 +5,7 @@
 // kernel would take more registers at head_dim 128 than a thread has. All compute the weights again from lse.
 // The gate's derivative is taken where the gradient of the output is read: those of keys do that again for
 // every tile, from the cache, which costs it no memory of the caller's. Under xPos grad_q and grad_k are sums
-// over faded rows until a side is through.
+// over decayed rows until a side is through.
 
 namespace hrmcore::cuda {
 namespace {
@@ -76,20 +76,20 @@ __global__ void __launch_bounds__(block_threads<T>, resident_blocks)
   const int position = sequence.position(sequence.first_row);
   const float scale = 1.0f / sqrtf(static_cast<float>(args.q.shape[2]));
   const std::int64_t first_row = sequence.first_query + sequence.first_row;
-  const bool fades = args.rates.given();
+  const bool xpos = args.log_decay.given();
 
   load_ungated<T, columns>(grad_o, delta, args, &args.grad_gate, first_row, rows);
   float lse[2];
   for (int r = 0; r < 2; ++r) lse[r] = lse_of(args, first_row + min(own + g + 8 * r, rows - 1));
 
   float grad_q[columns / 8][4] = {};
-  const int sides = count_of_sides(fades, sequence.prefix > position + 1);
+  const int sides = count_of_sides(xpos, sequence.prefix > position + 1);
 #pragma unroll 1
   for (int visit = 0; visit < sides; ++visit) {
-    const Side side = side_of_visit(fades, visit);
+    const Side side = side_of_visit(xpos, visit);
     const Span span = sequence.keys_of_block(rows, side, tile);
     const Edge edge = edge_of_block(position, tile, side == Side::after ? 1 : -1);
-    if (visit > 0) fade_fragments<columns>(grad_q, args.rates, position, edge, true);
+    if (visit > 0) decay_fragments<columns>(grad_q, args.log_decay, position, edge, true);
     load_tile<T, columns, wide>(q, args.q, first_row, rows);
     commit_copies();
 #pragma unroll 1
@@ -99,9 +99,9 @@ __global__ void __launch_bounds__(block_threads<T>, resident_blocks)
       commit_copies();
       wait_for_copies<0>();
       __syncthreads();
-      if (fades) {
-        if (key == span.begin) fade_tile<T, columns>(q, args.rates, position, edge, true);
-        fade_tile<T, columns>(keys, args.rates, key, edge, false);
+      if (xpos) {
+        if (key == span.begin) decay_tile<T, columns>(q, args.log_decay, position, edge, true);
+        decay_tile<T, columns>(keys, args.log_decay, key, edge, false);
         __syncthreads();
       }
       float s[tile / 8][4] = {}, d[tile / 8][4] = {};
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(block_threads<T>, resident_blocks)
       __syncthreads();
     }
     wait_for_copies<0>();
-    if (fades) fade_fragments<columns>(grad_q, args.rates, position, edge, false);
+    if (xpos) decay_fragments<columns>(grad_q, args.log_decay, position, edge, false);
   }
   store_sums<wide, T>(args.grad_q, first_row, rows, grad_q, scale);
 }
@@ -151,18 +151,19 @@ __global__ void __launch_bounds__(block_threads<T>, resident_blocks) backward_ke
   const int rows = min(sequence.keys - sequence.first_row, tile);
   const float scale = 1.0f / sqrtf(static_cast<float>(args.q.shape[2]));
   const std::int64_t first_row = sequence.first_key + sequence.first_row;
-  const bool fades = args.rates.given();
+  const bool xpos = args.log_decay.given();
 
   if (of == Of::keys) load_tile<T, columns, wide>(values, args.v, first_row, rows);
   float sums[columns / 8][4] = {};
-  const int sides = count_of_sides(fades, sequence.prefix > sequence.first_row);
+  const int sides = count_of_sides(xpos, sequence.prefix > sequence.first_row);
 #pragma unroll 1
   for (int visit = 0; visit < sides; ++visit) {
-    const Side side = side_of_visit(fades, visit);
+    const Side side = side_of_visit(xpos, visit);
     const Span span = sequence.queries_of_block(rows, side);
     const Edge edge = edge_of_block(sequence.first_row, tile, side == Side::after ? -1 : 1);
-    const bool fades_sums = fades && of == Of::keys;
-    if (visit > 0 && fades_sums) fade_fragments<columns>(sums, args.rates, sequence.first_row, edge, true);
+    const bool decays_sums = xpos && of == Of::keys;
+    if (visit > 0 && decays_sums)
+      decay_fragments<columns>(sums, args.log_decay, sequence.first_row, edge, true);
     load_tile<T, columns, wide>(keys, args.k, first_row, rows);
     commit_copies();
 #pragma unroll 1
@@ -176,11 +177,11 @@ __global__ void __launch_bounds__(block_threads<T>, resident_blocks) backward_ke
       commit_copies();
       wait_for_copies<0>();
       __syncthreads();
-      if (fades) {
+      if (xpos) {
         if (query == span.begin) {
-          fade_tile<T, columns>(keys, args.rates, sequence.first_row, edge, true);
+          decay_tile<T, columns>(keys, args.log_decay, sequence.first_row, edge, true);
         }
-        fade_tile<T, columns>(q, args.rates, sequence.position(query), edge, false);
+        decay_tile<T, columns>(q, args.log_decay, sequence.position(query), edge, false);
         __syncthreads();
       }
       // transposed: rows are keys, columns are queries
@@ -211,7 +212,7 @@ __global__ void __launch_bounds__(block_threads<T>, resident_blocks) backward_ke
       __syncthreads();
     }
     wait_for_copies<0>();
-    if (fades_sums) fade_fragments<columns>(sums, args.rates, sequence.first_row, edge, false);
+    if (decays_sums) decay_fragments<columns>(sums, args.log_decay, sequence.first_row, edge, false);
   }
   if (of == Of::keys) {
     store_sums<wide, float>(args.grad_k, first_row, rows, sums, scale);
@@ -232,7 +233,7 @@ static_assert(shared_bytes<float>(128) <= most_shared_bytes && shared_bytes<bf16
 
 HRMCORE_DEVICE_KERNEL(attention_backward, hrmcore::AttentionBackward) {
   using namespace hrmcore::cuda;
-  if (const char* reason = refusal(args)) return reason;
+  if (const char* reason = unsupported_reason(args)) return reason;
   const bool wide = rows_are_wide({&args.q, &args.k, &args.v, &args.grad_q, &args.grad_k, &args.grad_v});
   return with_tiles(args.q, wide, [&](auto element, auto columns, auto wideness) {
     using T = decltype(element);

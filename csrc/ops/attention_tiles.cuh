@@ -1,11 +1,11 @@
 // What the attention kernels share: sequences and what their rows see, tiles in shared memory, xPos, and the
 // product of a warp's 16 rows with a tile.
 //
-// xPos fades channel c of a score by exp(rate_c * distance). A block's own rows are faded by their distance
-// to the edge of the block that faces the rows it visits, and those by the rest, so no factor grows with the
-// length. Within the block itself the edge may stand the wrong way round: factors reach exp(-rate * 63), 1.17
-// at scale base 512. Keys before a query and keys after it need different edges, so they are visited one side
-// after the other, and tiles that hold both are visited twice.
+// xPos decays channel c of a score by exp(log_decay_c * distance). A block's own rows are decayed by their
+// distance to the edge of the block that faces the rows it visits, and those by the rest, so no factor grows
+// with the length. Within the block itself the edge may stand the wrong way round: factors reach
+// exp(-log_decay * 63), 1.17 at scale base 512. Keys before a query and keys after it need different edges,
+// so they are visited one side after the other, and tiles that hold both are visited twice.
 //
 // A warp owns 16 rows. What it accumulates lies in registers as mma.sync leaves it: with g = lane / 4 and h =
 // lane % 4, c[j][0..1] are row g, columns 8j + 2h and the next, c[j][2..3] are row g + 8. bfloat16 goes
@@ -86,12 +86,10 @@ struct Sequence {
   }
 };
 
-// Without rates a block visits all of its keys or queries at once, otherwise one side after the other.
-__device__ __forceinline__ int count_of_sides(bool fades, bool any_after) {
-  return fades && any_after ? 2 : 1;
-}
-__device__ __forceinline__ Side side_of_visit(bool fades, int visit) {
-  return visit == 1 ? Side::after : fades ? Side::before : Side::all;
+// Without log_decay a block visits all of its keys or queries at once, otherwise one side after the other.
+__device__ __forceinline__ int count_of_sides(bool xpos, bool any_after) { return xpos && any_after ? 2 : 1; }
+__device__ __forceinline__ Side side_of_visit(bool xpos, int visit) {
+  return visit == 1 ? Side::after : xpos ? Side::before : Side::all;
 }
 
 __device__ __forceinline__ int clamped_offset(const TensorView& offsets, int s, std::int64_t rows) {
@@ -167,29 +165,29 @@ __device__ __forceinline__ Edge edge_of_block(int first, int rows, int direction
 }
 
 // What is too small to count beside anything else is zero, as on the CPU.
-__device__ __forceinline__ float faded(float rate, int distance) {
+__device__ __forceinline__ float decay_over(float rate, int distance) {
   const float exponent = rate * static_cast<float>(distance);
   return exponent < -64.0f ? 0.0f : expf(exponent);
 }
 
-__device__ __forceinline__ float rate_of(const TensorView& rates, int channel) {
-  return load_one(rates.as<float>() + channel * rates.strides[0]);
+__device__ __forceinline__ float log_decay_of(const TensorView& log_decay, int channel) {
+  return load_one(log_decay.as<float>() + channel * log_decay.strides[0]);
 }
 
-// Fades a tile whose rows start at position `first`, the block's own or visited ones. For all threads of the
+// Decays a tile whose rows start at position `first`, the block's own or visited ones. For all threads of the
 // block, between barriers.
 template <class T, int columns>
-__device__ __forceinline__ void fade_tile(SharedArray<T> tile, const TensorView& rates, int first, Edge edge,
-                                          bool own) {
+__device__ __forceinline__ void decay_tile(SharedArray<T> tile, const TensorView& log_decay, int first,
+                                           Edge edge, bool own) {
   constexpr int length = row_length<T>(columns), together = 8;  // rows that follow each other by one factor
-  const int half = static_cast<int>(rates.shape[0]);
+  const int half = static_cast<int>(log_decay.shape[0]);
   for (int i = static_cast<int>(threadIdx.x); i < block_rows<T> / together * (columns / 2);
        i += block_threads<T>) {
     const int channel = i % (columns / 2), row = i / (columns / 2) * together;
     if (channel >= half) continue;
-    const float rate = rate_of(rates, channel);
+    const float rate = log_decay_of(log_decay, channel);
     const int distance = edge.distance(first + row);
-    float factor = faded(rate, own ? distance : -distance);
+    float factor = decay_over(rate, own ? distance : -distance);
     const float change = expf(rate * static_cast<float>(own ? -edge.direction : edge.direction));
 #pragma unroll
     for (int r = 0; r < together; ++r) {
@@ -205,11 +203,11 @@ __device__ __forceinline__ void fade_tile(SharedArray<T> tile, const TensorView&
   }
 }
 
-// Accumulators of the block's own rows times the fading of theirs; `back` undoes it.
+// Accumulators of the block's own rows times the decay of theirs; `back` undoes it.
 template <int columns>
-__device__ __forceinline__ void fade_fragments(float (&c)[columns / 8][4], const TensorView& rates, int first,
-                                               Edge edge, bool back) {
-  const int half = static_cast<int>(rates.shape[0]);
+__device__ __forceinline__ void decay_fragments(float (&c)[columns / 8][4], const TensorView& log_decay,
+                                                int first, Edge edge, bool back) {
+  const int half = static_cast<int>(log_decay.shape[0]);
   const int row = first + 16 * warp_id() + lane_id() / 4;
 #pragma unroll
   for (int j = 0; j < columns / 8; ++j) {
@@ -218,7 +216,8 @@ __device__ __forceinline__ void fade_fragments(float (&c)[columns / 8][4], const
       const int column = 8 * j + lane_id() % 4 * 2 + i % 2;
       if (column >= 2 * half) break;
       const int distance = edge.distance(row + i / 2 * 8);
-      c[j][i] *= faded(rate_of(rates, column < half ? column : column - half), back ? -distance : distance);
+      c[j][i] *= decay_over(log_decay_of(log_decay, column < half ? column : column - half),
+                            back ? -distance : distance);
     }
   }
 }
@@ -265,7 +264,7 @@ __device__ __forceinline__ void multiply(float (&c)[n / 8][4], SharedArray<float
   }
 }
 
-// Accumulators into a row-major tile of the warp's 16 rows, for the next product.
+// Accumulators into a row-major tile of the warp's 16 rows, for the next GEMM.
 template <class T, int n, int length>
 __device__ __forceinline__ void store_fragments(SharedArray<T> rows, const float (&c)[n / 8][4]) {
   const int g = lane_id() / 4, h = lane_id() % 4;
@@ -302,7 +301,7 @@ __device__ __forceinline__ float sum_of_row(float x) {
   x += __shfl_xor_sync(0xffffffffu, x, 1);
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
-__device__ __forceinline__ float top_of_row(float x) {
+__device__ __forceinline__ float max_of_row(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
@@ -310,7 +309,7 @@ __device__ __forceinline__ float top_of_row(float x) {
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 template <class Args>
-const char* refusal(const Args& args) {
+const char* unsupported_reason(const Args& args) {
   if (args.q.shape[2] > 128) return "head_dim (last axis of q) must be at most 128 on CUDA";
   return nullptr;
 }

@@ -1,12 +1,12 @@
-// What the forward and the backward of attention share: small matrix products, the blocks of queries and
+// What the forward and the backward of attention share: small GEMMs, the blocks of queries and
 // tiles of keys that they are cut into, and xPos. For attention.cpp and attention_backward.cpp only.
 //
-// xPos fades channel c of a score by exp(rate_c * distance). The distance is cut at the edge of the tile that
-// faces the queries and at the edge of the block that faces the keys: a key is scaled by what lies between it
-// and the edges, a query by its own part, so no factor grows with the length. Within the tile that holds the
-// queries the edges stand the wrong way round and factors reach exp(-rate * 94), 1.26 at scale base 512. Keys
-// of a tile that stand before some query and after another are scored for both sides, and each element takes
-// the side that its key is on.
+// xPos decays channel c of a score by exp(log_decay_c * distance). The distance is cut at the edge of the
+// tile that faces the queries and at the edge of the block that faces the keys: a key is scaled by what lies
+// between it and the edges, a query by its own part, so no factor grows with the length. Within the tile that
+// holds the queries the edges stand the wrong way round and factors reach exp(-log_decay * 94), 1.26 at scale
+// base 512. Keys of a tile that stand before some query and after another are scored for both sides, and each
+// element takes the side that its key is on.
 #pragma once
 
 #include <utility>
@@ -24,7 +24,7 @@ constexpr int block_rows = lanes == 16 ? 8 : 6;  // register blocking: block_row
 constexpr int block_vectors = 2;
 constexpr float minus_infinity = -__builtin_inff();
 
-// What row r, column c of a product is multiplied by: rows[r * stride + c] * columns[c]; from column `period`
+// What row r, column c of a GEMM is multiplied by: rows[r * stride + c] * columns[c]; from column `period`
 // on by the same again.
 struct Factors {
   const float* rows;  // null: by nothing
@@ -36,7 +36,7 @@ struct Factors {
 // C (rows x vectors * lanes) = A (rows x depth) B (depth x vectors * lanes), times its factors, or += where
 // add is set. A is read through any two strides, so a transposed A costs nothing; the rows of B and C are
 // contiguous.
-struct Product {
+struct Gemm {
   const float* a;
   std::int64_t a_row, a_column;
   const float* b;
@@ -50,7 +50,7 @@ struct Product {
 
 // A cell is one accumulator. Spelled out one by one, not as loops, so that all of them stay in registers.
 template <int vectors, int... cell>
-HRMCORE_INLINE void multiply_cells(const Product& p, std::int64_t row, std::int64_t column,
+HRMCORE_INLINE void multiply_cells(const Gemm& p, std::int64_t row, std::int64_t column,
                                    std::integer_sequence<int, cell...>) {
   vfloat total[] = {(static_cast<void>(cell), vfloat{})...};
   const std::int64_t a_row = p.a_row, a_column = p.a_column, b_row = p.b_row, c_row = p.c_row;
@@ -74,14 +74,14 @@ HRMCORE_INLINE void multiply_cells(const Product& p, std::int64_t row, std::int6
 }
 
 template <int rows, int vectors>
-void multiply_block(const Product& p, std::int64_t row, std::int64_t column) {
+void multiply_block(const Gemm& p, std::int64_t row, std::int64_t column) {
   multiply_cells<vectors>(p, row, column, std::make_integer_sequence<int, rows * vectors>());
 }
 
-using BlockProduct = void (*)(const Product&, std::int64_t row, std::int64_t column);
+using BlockGemm = void (*)(const Gemm&, std::int64_t row, std::int64_t column);
 
 struct BlockTable {
-  BlockProduct entry[block_vectors][block_rows];
+  BlockGemm entry[block_vectors][block_rows];
 };
 
 template <int... row>
@@ -91,14 +91,14 @@ constexpr BlockTable make_table(std::integer_sequence<int, row...>) {
 
 constexpr BlockTable block_table = make_table(std::make_integer_sequence<int, block_rows>());
 
-inline void multiply(const Product& p) {
+inline void multiply(const Gemm& p) {
   const std::int64_t blocks = (p.rows + block_rows - 1) / block_rows;
   for (std::int64_t vector = 0; vector < p.vectors; vector += block_vectors) {
     const std::int64_t vectors = p.vectors - vector < block_vectors ? p.vectors - vector : block_vectors;
     std::int64_t row = 0;
     for (std::int64_t block = blocks; block > 0; --block) {
-      const std::int64_t rows =
-          (p.rows - row + block - 1) / block;  // even blocks: a lone last row would be slow
+      // Even blocks: a lone last row would be slow.
+      const std::int64_t rows = (p.rows - row + block - 1) / block;
       block_table.entry[vectors - 1][rows - 1](p, row, vector * lanes);
       row += rows;
     }
@@ -128,8 +128,7 @@ HRMCORE_INLINE void transpose_square(vfloat (&rows)[lanes]) {
   }
 }
 
-// Rows of float32 with a whole number of vectors each: the caller's memory, or a converted, padded copy of
-// it.
+// Rows of float32 with a whole number of vectors each: the caller's memory, or a converted, padded copy.
 struct Rows {
   const float* data;
   std::int64_t stride;
@@ -254,7 +253,7 @@ HRMCORE_INLINE Block block_of(const Sequence& sequence, std::int64_t first) {
 }
 
 // Puts minus infinity where a query does not see a key of the tile. scores: (keys x query_block).
-inline void hide(const Block& block, std::int64_t first_key, std::int64_t keys, float* scores) {
+inline void apply_mask(const Block& block, std::int64_t first_key, std::int64_t keys, float* scores) {
   const std::int64_t seen_by_all = block.limits[0] - first_key;
   for (std::int64_t key = seen_by_all > 0 ? seen_by_all : 0; key < keys; ++key) {
     const vint index = static_cast<std::int32_t>(first_key + key) - vint{};
@@ -267,18 +266,18 @@ inline void hide(const Block& block, std::int64_t first_key, std::int64_t keys, 
   }
 }
 
-// How xPos fades each channel over a distance. From channel `period` on the factors repeat and are not stored
-// again.
-struct Fading {
+// How xPos decays each channel over a distance. From channel `period` on the factors repeat and are not
+// stored again.
+struct XposDecay {
   std::int64_t period;
-  alignas(64) float rate[max_width];
+  alignas(64) float log_decay[max_width];
   alignas(64) float powers[key_tile * max_width];  // over the distances within a tile
 
-  void fill(const TensorView& rates) {
-    const std::int64_t half = rates.shape[0], width = 2 * half;
+  void fill(const TensorView& source) {
+    const std::int64_t half = source.shape[0], width = 2 * half;
     period = half % (block_vectors * lanes) == 0 ? half : padded(width);
     for (std::int64_t c = 0; c < period; ++c)
-      rate[c] = c < width ? rates.as<float>()[c % half * rates.strides[0]] : 0.0f;
+      log_decay[c] = c < width ? source.as<float>()[c % half * source.strides[0]] : 0.0f;
     for (std::int64_t distance = 0; distance < key_tile; ++distance)
       over(distance, powers + distance * period);
   }
@@ -286,7 +285,7 @@ struct Fading {
   // What is too small to count beside anything else is zero, so that no product with it is denormal.
   void over(std::int64_t distance, float* factor) const {
     for (std::int64_t c = 0; c < period; c += lanes) {
-      const vfloat exponent = load(rate + c) * static_cast<float>(distance);
+      const vfloat exponent = load(log_decay + c) * static_cast<float>(distance);
       store(factor + c, exponent < -64.0f ? vfloat{} : exp(exponent));
     }
   }
@@ -300,42 +299,44 @@ struct Span {
 };
 
 // The keys of a tile that some query of the block sees before itself, its own among them (0), and those that
-// some query sees after itself (1). Without fading all are on side 0.
+// some query sees after itself (1). Without decay all are on side 0.
 struct Sides {
   Span span[2];
   bool both() const { return !span[0].empty() && !span[1].empty(); }
 };
 
-HRMCORE_INLINE Sides sides_of(const Fading* fading, const Block& block, std::int64_t key, std::int64_t keys) {
-  if (fading == nullptr) return {{{0, keys}, {0, 0}}};
+HRMCORE_INLINE Sides sides_of(const XposDecay* decay, const Block& block, std::int64_t key,
+                              std::int64_t keys) {
+  if (decay == nullptr) return {{{0, keys}, {0, 0}}};
   const auto inside = [&](std::int64_t row) { return row < 0 ? 0 : row < keys ? row : keys; };
   const std::int64_t own = block.position - key;
   return {{{0, inside(own + block.rows)}, {inside(own + 1), inside(block.limits[0] - key)}}};
 }
 
 // The sides that a block's keys can be on are 0 up to this one.
-HRMCORE_INLINE int last_side(const Fading* fading, const Block& block) {
-  return fading != nullptr && block.limits[0] > block.position + 1 ? 1 : 0;
+HRMCORE_INLINE int last_side(const XposDecay* decay, const Block& block) {
+  return decay != nullptr && block.limits[0] > block.position + 1 ? 1 : 0;
 }
 
-// row i of the result = row i of `rows` times the fading over |start - i| times `factor`; start <= 0 or
+// row i of the result = row i of `rows` times the decay over |start - i| times `factor`; start <= 0 or
 // start >= count - 1. Columns are the outer loop: a column's factor, and where the factors repeat its power,
 // serve from a register.
 template <class T>
-HRMCORE_INLINE Rows fade(const T* rows, std::int64_t stride, std::int64_t count, std::int64_t width,
-                         const Fading& fading, std::int64_t start, const float* factor, float* buffer) {
-  const std::int64_t length = padded(width), period = fading.period;
+HRMCORE_INLINE Rows apply_decay(const T* rows, std::int64_t stride, std::int64_t count, std::int64_t width,
+                                const XposDecay& decay, std::int64_t start, const float* factor,
+                                float* buffer) {
+  const std::int64_t length = padded(width), period = decay.period;
   const std::int64_t step = start > 0 ? -period : period;
   for (std::int64_t column = 0; column < period; column += lanes) {
     const vfloat all = load(factor + column);
-    const float* power = fading.power(start > 0 ? start : -start) + column;
+    const float* power = decay.power(start > 0 ? start : -start) + column;
     if (period < length) {  // whole vectors
       for (std::int64_t row = 0; row < count; ++row) {
-        const vfloat faded = load(power + row * step) * all;
+        const vfloat decayed = load(power + row * step) * all;
         const T* from = rows + row * stride + column;
         float* to = buffer + row * length + column;
-        store(to, load(from) * faded);
-        store(to + period, load(from + period) * faded);
+        store(to, load(from) * decayed);
+        store(to + period, load(from + period) * decayed);
       }
     } else {
       for (std::int64_t row = 0; row < count; ++row)
@@ -349,39 +350,39 @@ HRMCORE_INLINE Rows fade(const T* rows, std::int64_t stride, std::int64_t count,
 // The edges of a tile and of a block on each side: the index of the row that stands there.
 constexpr std::int64_t key_edge[2] = {key_tile - 1, 0}, query_edge[2] = {0, query_block - 1};
 
-// The queries of a block for keys on one side of them; without fading for all of them.
+// The queries of a block for keys on one side of them; without decay for all of them.
 template <class T>
 HRMCORE_INLINE Rows stage_queries(const T* rows, std::int64_t stride, const Block& block, std::int64_t width,
-                                  const Fading* fading, int side, float* buffer) {
-  if (fading == nullptr) return stage(rows, stride, block.rows, width, buffer);
-  return fade(rows, stride, block.rows, width, *fading, query_edge[side], fading->power(0), buffer);
+                                  const XposDecay* decay, int side, float* buffer) {
+  if (decay == nullptr) return stage(rows, stride, block.rows, width, buffer);
+  return apply_decay(rows, stride, block.rows, width, *decay, query_edge[side], decay->power(0), buffer);
 }
 
 // The keys of a tile as the queries of a block see them from each side, from the first of the side's span on.
 struct KeyTile {
   Rows side[2];
   alignas(64) float rows[2][key_tile * max_width];
-  alignas(64) float factor[2][max_width];  // the fading from the edge of the tile to the edge of the block
+  alignas(64) float factor[2][max_width];  // the decay from the edge of the tile to the edge of the block
 
   template <class T>
   void stage_side(const T* k, std::int64_t stride, const Block& block, std::int64_t key, const Span& span,
-                  std::int64_t width, const Fading* fading, int which) {
+                  std::int64_t width, const XposDecay* decay, int which) {
     const T* first = k + span.begin * stride;
-    if (fading == nullptr) {
+    if (decay == nullptr) {
       side[which] = stage(first, stride, span.count(), width, rows[which]);
       return;
     }
     const std::int64_t edge = key + key_edge[which], query = block.position + query_edge[which];
-    fading->over(which == 0 ? query - edge : edge - query, factor[which]);
-    side[which] = fade(first, stride, span.count(), width, *fading, key_edge[which] - span.begin,
-                       factor[which], rows[which]);
+    decay->over(which == 0 ? query - edge : edge - query, factor[which]);
+    side[which] = apply_decay(first, stride, span.count(), width, *decay, key_edge[which] - span.begin,
+                              factor[which], rows[which]);
   }
-  // What the fading of the keys of a side multiplies their gradients by.
-  Factors factors(const Fading* fading, const Span& span, int which) const {
-    if (fading == nullptr) return {};
-    const std::int64_t period = fading->period;
-    if (which == 0) return {fading->power(key_edge[0] - span.begin), -period, factor[0], period};
-    return {fading->power(span.begin - key_edge[1]), period, factor[1], period};
+  // What the decay of the keys of a side multiplies their gradients by.
+  Factors factors(const XposDecay* decay, const Span& span, int which) const {
+    if (decay == nullptr) return {};
+    const std::int64_t period = decay->period;
+    if (which == 0) return {decay->power(key_edge[0] - span.begin), -period, factor[0], period};
+    return {decay->power(span.begin - key_edge[1]), period, factor[1], period};
   }
 };
 
@@ -422,14 +423,14 @@ inline void part_sides(const Block& block, std::int64_t first_key, const Span& s
 
 // Scores of a tile (keys x query_block) into scores[0]. `k`: its first key's row.
 template <class T>
-HRMCORE_INLINE void score_tile(const T* k, std::int64_t stride, const Block& block, const Fading* fading,
+HRMCORE_INLINE void score_tile(const T* k, std::int64_t stride, const Block& block, const XposDecay* decay,
                                std::int64_t key, const Sides& sides, std::int64_t width,
                                const float (*q_columns)[max_width * query_block], KeyTile& tile,
                                float (*scores)[key_tile * query_block]) {
   for (int side = 0; side < 2; ++side) {
     const Span& span = sides.span[side];
     if (span.empty()) continue;
-    tile.stage_side(k, stride, block, key, span, width, fading, side);
+    tile.stage_side(k, stride, block, key, span, width, decay, side);
     const Rows& rows = tile.side[side];
     float* to = scores[sides.both() ? side : 0] + span.begin * query_block;
     multiply({rows.data,
@@ -448,10 +449,10 @@ HRMCORE_INLINE void score_tile(const T* k, std::int64_t stride, const Block& blo
   if (sides.both()) take_sides(block, key, sides.span[1], scores[0], scores[1]);
 }
 
-inline const Fading* fill_fading(const TensorView& rates, Fading& fading) {
-  if (rates.data == nullptr) return nullptr;
-  fading.fill(rates);
-  return &fading;
+inline const XposDecay* fill_decay(const TensorView& log_decay, XposDecay& decay) {
+  if (log_decay.data == nullptr) return nullptr;
+  decay.fill(log_decay);
+  return &decay;
 }
 
 // Tasks of one block of work: one, or all of them where the whole call is too small to wake a second thread

@@ -48,8 +48,8 @@ void check(const SophiaCurvature& args) {
   const char* op = "sophia_curvature";
   check_each(args, [op](const CurvatureTensors& tensors) {
     Check(op, "hessian", tensors.hessian).cpu_or_cuda().dtype({DType::f32}).contiguous();
-    check_like(op, "u", tensors.u, tensors.hessian, "hessian");
-    check_like(op, "w", tensors.w, tensors.hessian, "hessian");
+    check_like(op, "probe", tensors.probe, tensors.hessian, "hessian");
+    check_like(op, "hvp", tensors.hvp, tensors.hessian, "hessian");
   });
 }
 
@@ -225,11 +225,11 @@ void sophia_curvature(const SophiaCurvature& args) noexcept {
   for_pieces(args.tensors, args.count,
              [&](const CurvatureTensors& t, std::int64_t first, std::int64_t elements) {
                float* hessian = from(t.hessian, first);
-               const float *u = from(t.u, first), *w = from(t.w, first);
+               const float *probe = from(t.probe, first), *hvp = from(t.hvp, first);
                for_columns(elements, [&](std::int64_t c, auto get, auto put) __attribute__((always_inline)) {
-                 ahead(c, u, w, hessian);
+                 ahead(c, probe, hvp, hessian);
                  const vfloat h = get(hessian + c);
-                 put(hessian + c, h + share * (get(u + c) * get(w + c) - h));
+                 put(hessian + c, h + share * (get(probe + c) * get(hvp + c) - h));
                });
              });
 }

@@ -231,7 +231,7 @@ HRMCORE_DEVICE_KERNEL(sophia_curvature, hrmcore::SophiaCurvature) {
   by.second_share = static_cast<float>(1 - args.beta2);
   return run<Rule::curvature>(args.count, by, stream, [&args](std::int64_t i, Tensors& tensors) {
     const hrmcore::CurvatureTensors& t = args.tensors[i];
-    add(tensors, {{}, t.u, t.w, t.hessian, {}});
+    add(tensors, {{}, t.probe, t.hvp, t.hessian, {}});
   });
 }
 

@@ -4,7 +4,8 @@
 //
 //   sophia_step:       m += (1 - beta1) (g - m)
 //                      p -= lr clip(m / max(rho batch_tokens h, eps), -1, 1)
-//   sophia_curvature:  h += (1 - beta2) (u w - h)       for a sample u w of the Hessian's diagonal
+//   sophia_curvature:  h += (1 - beta2) (u w - h)       for a sample u w of the Hessian's diagonal: a probe
+//                      times its Hessian-vector product
 //   adamw_step:        m += (1 - beta1) (g - m),  v += (1 - beta2) (g^2 - v)
 //                      p -= lr m' / (sqrt(v') + eps)
 //                      with m' = m / (1 - beta1^step), v' = v / (1 - beta2^step)
@@ -37,9 +38,9 @@ struct StepTensors {
 };
 
 struct CurvatureTensors {
-  TensorView hessian;  // h, updated
-  TensorView u;
-  TensorView w;
+  TensorView hessian;       // h, updated
+  TensorView probe;         // u
+  TensorView hvp;           // w, the Hessian times u
   std::int64_t number = 0;  // what an error calls this parameter
 };
 

@@ -38,8 +38,8 @@ class CpuRunner:
         self.dtype = dtype
         self.parameters = sum(math.prod(key.shape) for key in key_table(config))
         kv_dtype = kv_dtype or ("float32" if dtype == "float32" else "bfloat16")
-        block_bytes = _C.cache_block_bytes(kv_dtype, config.cache_slots, config.num_attention_heads, config.head_dim)
-        block = _C.cache_block_tokens
+        block_bytes = _C.page_bytes(kv_dtype, config.cache_slots, config.num_attention_heads, config.head_dim)
+        block = _C.page_tokens
         blocks = max(cache_bytes // block_bytes, -(-config.context // block)) + _MOST_TOGETHER
         self.cache_bytes_per_token = block_bytes // block
         self.core = _C.Engine(
@@ -59,7 +59,7 @@ class CpuRunner:
             kv_dtype=kv_dtype,
             threads=threads or _C.num_threads(),
             cache_tokens=blocks * block,
-            rates=fading(config),
+            log_decay=fading(config),
             window=config.attention_window,
         )
 

@@ -20,7 +20,7 @@ from hrmcore.engine.mma_layout import DTYPES, TILE, in_fragments, matrix_bytes, 
 from hrmcore.model import HRM, Block, Positions, Stack
 from hrmcore.ops.backend import stream_of
 
-MOST_REQUESTS: int = _C.step_columns
+MOST_REQUESTS: int = _C.max_batch
 
 Form = Literal["graph", "persistent"]
 
@@ -78,7 +78,7 @@ class Traffic:
 
 
 def traffic(config: HRMConfig, positions: Sequence[int], blocks: int, dtype: str = "bfloat16") -> Traffic:
-    """What the kernels of csrc/engine/step_phases.cuh read for requests that hold so many tokens, on so many blocks.
+    """What the kernels of csrc/decode/phases.cuh read for requests that hold so many tokens, on so many blocks.
 
     The tests hold it to the emulator's count.
     """
@@ -88,7 +88,7 @@ def traffic(config: HRMConfig, positions: Sequence[int], blocks: int, dtype: str
         config.num_attention_heads,
         config.attention_width,
     )
-    threads, block, requests = 256, _C.cache_block_tokens, len(positions)
+    threads, block, requests = 256, _C.page_tokens, len(positions)
     head_dtype = "int8" if dtype == "int4" else dtype
 
     def active(rows: int) -> int:
@@ -199,8 +199,8 @@ class CudaStep:
         self._rates = None if where.rates is None else where.rates.to(device)
         self._numbers = {
             "ffn": config.intermediate_size,
-            "fast_layers": layers[0],
-            "slow_layers": layers[1] if len(layers) > 1 else 0,
+            "L_layers": layers[0],
+            "H_layers": layers[1] if len(layers) > 1 else 0,
             "H_cycles": config.H_cycles,
             "L_cycles": config.L_cycles,
             "eps": config.rms_norm_eps,
@@ -246,7 +246,7 @@ class CudaStep:
         with torch.cuda.device(tokens.device) if tokens.is_cuda else contextlib.nullcontext():
             _C.cuda_step(
                 **{name: to_dlpack(tensor) for name, tensor in (given | self._tensors).items()},
-                rates=None if self._rates is None else to_dlpack(self._rates),
+                log_decay=None if self._rates is None else to_dlpack(self._rates),
                 **self._numbers,
                 stream=stream_of(tokens),
             )

@@ -1,4 +1,4 @@
-"""Weights in the order of the fused decode step on CUDA (csrc/engine/cuda_step.h), in bfloat16, int8 or int4.
+"""Weights in the order of the fused decode step on CUDA (csrc/decode/decode_step.h), in bfloat16, int8 or int4.
 
 A tile is 16 rows; an item is the tile's next 16, 32 or 64 columns: 16 bytes for each of 32 lanes, then the scales
 (bfloat16) of the 16 rows for each group of 32 columns. Lane 4g + h holds, of each 16 columns, 4h to 4h + 3 of rows g
@@ -17,7 +17,7 @@ TILE = 16  # rows
 GROUP = 32  # columns that share a scale
 ITEMS = {"bfloat16": 16, "int8": 32, "int4": 64}  # columns
 
-# As csrc/engine/pack.cpp: the scales of int4 that are tried, as what the largest weight is divided by.
+# As csrc/gemm/pack.cpp: the scales of int4 that are tried, as what the largest weight is divided by.
 _DIVISORS = (-8.5, -8.0, -7.75, -7.5, -7.25, -7.0, -6.75, -6.5, -6.0, 7.25, 6.75, 6.25)
 
 
@@ -52,7 +52,7 @@ def matrix_bytes(rows: int, columns: int, dtype: str) -> int:
 
 
 def quantised(weight: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
-    """Whole numbers (R, K) and scales (R, K / 32) bfloat16, the same as the CPU engine's (csrc/engine/pack.cpp)."""
+    """Whole numbers (R, K) and scales (R, K / 32) bfloat16, the same as the CPU engine's (csrc/gemm/pack.cpp)."""
     groups = weight.view(len(weight), -1, GROUP)
     if dtype == "int8":
         scales = (groups.abs().amax(-1) / 127).bfloat16()

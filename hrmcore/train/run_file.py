@@ -77,7 +77,7 @@ class TrainConfig:
     warmup_steps: int = _key("steps over which the learning rate rises linearly from 0", 100)
     schedule: str = _key("what follows the warm-up: 'constant', or 'cosine' to 0 at the last step", "cosine")
     grad_clip: float = _key("gradient norm above which gradients are scaled down", 1.0)
-    horizon_first: int = _key("gradient horizon K at the start (model.md)", 2)
+    horizon_first: int = _key("gradient horizon K at the start (docs/model.md)", 2)
     horizon_last: int = _key("gradient horizon K after its warm-up", 5)
     horizon_fraction: float = _key("share of the steps over which K rises", 0.2)
     device: str = _key("'cpu' or 'cuda'; of several processes on one machine each takes a GPU of its own", "cpu")

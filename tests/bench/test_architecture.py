@@ -6,6 +6,7 @@ import importlib
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,11 @@ def bench() -> ModuleType:
 
 
 def test_cells_are_matched_and_resumed(
-    bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    bench: ModuleType,
+    tmp_path: Path,
+    figures: list[Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bench.main([str(tmp_path), "--toy", "--plan"])
     planned = capsys.readouterr().out.splitlines()
@@ -30,7 +35,10 @@ def test_cells_are_matched_and_resumed(
     printed = capsys.readouterr().out
     report = json.loads(printed.splitlines()[-1])
     assert report == json.loads((tmp_path / "architecture.json").read_text())
-    assert (tmp_path / "architecture.png").stat().st_size > 10_000
+    assert [axes.get_xlabel() for axes in figures[0].axes] == ["right answers"] * 2 + [
+        "held-out loss, nats a token"
+    ] * 2
+    assert figures[0].get_suptitle().startswith("Most right answers: ")
     assert not list((tmp_path / "work").iterdir())
     cells = {(line["data"], line["architecture"], line["objective"]): line["runs"] for line in report["lines"]}
     assert len(cells) == len(report["lines"]) == 2 * (4 + 3 - 1)

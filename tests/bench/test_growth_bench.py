@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from hrmcore import plots
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -24,10 +26,11 @@ def run(out: Path) -> dict[str, Any]:
     return report
 
 
-def test_the_toy_measures_three_arms_and_is_resumed(tmp_path: Path) -> None:
+def test_the_toy_measures_three_arms_and_is_resumed(tmp_path: Path, figures: list[Any]) -> None:
     report = run(tmp_path)
     assert [arm["name"] for arm in report["arms"]] == ["scratch", "grown", "grown, lr factor"]
-    for arm in report["arms"]:
+    arms = report["arms"]
+    for arm in arms:
         assert arm["swept"].keys() == {"0.001", "0.003"}
         assert len(arm["curves"]) == 2
         for curve, final in zip(arm["curves"], arm["final_losses"], strict=True):
@@ -39,7 +42,11 @@ def test_the_toy_measures_three_arms_and_is_resumed(tmp_path: Path) -> None:
     assert all(0.3 < share < 0.6 for share in grown["flops_share"])
     assert grown["flops_share"] == pytest.approx(factor["flops_share"], rel=0.02)
     assert grown["final_losses"] != factor["final_losses"]
-    assert (tmp_path / "growth.png").stat().st_size > 10_000
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+    plots.growth(report, tmp_path / "again.png")
+    flops, seconds, ends = figures[0].axes
+    assert len(flops.lines) == len(seconds.lines) == 3 * 2  # arms, seeds
+    assert [tick.get_text() for tick in ends.get_yticklabels()] == [f"{a['name']}, rate {a['rate']:g}" for a in arms]
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/metrics.jsonl")}
     removed = tmp_path / "scratch-0.001-0"

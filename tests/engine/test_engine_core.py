@@ -459,7 +459,7 @@ def test_memory_stays_flat_and_blocks_come_back() -> None:
     before = churn(200)
     after = churn(2000)
     assert after - before < 1024  # KiB
-    assert engine.cache_blocks_used == 0
+    assert engine.cache_pages_used == 0
     assert engine.open_requests == 0
 
 
@@ -488,8 +488,8 @@ def test_errors_name_the_fault_and_leave_requests_unharmed() -> None:
     refused(ValueError, "all 3 tokens of the prefix", [other], [[1, 2]])
     refused(ValueError, "context of 300", [running], [[1] * 241])
     refused(ValueError, "logits must be of size 1", [running], [[1]], 2)
-    refused(MemoryError, "2 of its 3 blocks of 64 tokens are free", [running, other], [[1] * 10, ids], 2)
-    assert engine.cache_blocks_used == 1
+    refused(MemoryError, "2 of its 3 pages of 64 tokens are free", [running, other], [[1] * 10, ids], 2)
+    assert engine.cache_pages_used == 1
     with pytest.raises(ValueError, match="request must be open, got request 99"):
         engine.close(99)
     with pytest.raises(ValueError, match="prefix_length must be between 0 and the context of 300"):

@@ -64,7 +64,7 @@ def test_stop_is_asked_and_obeyed(runner: CpuRunner) -> None:
     assert np.array_equal(whole[0], runner.logits(PROMPT, len(PROMPT))[-1])
     for open_handle in (beside, alone, handle):
         runner.close(open_handle)
-    assert runner.core.cache_blocks_used == 0
+    assert runner.core.cache_pages_used == 0
 
 
 def test_a_step_that_was_stopped_may_be_repeated(runner: CpuRunner) -> None:

@@ -109,7 +109,7 @@ def test_a_batch_of_sixteen_cancelled_at_random_gives_no_wrong_token(packed: Pat
                 del running[handle]
     for handle in running:
         runner.close(handle)
-    assert runner.core.cache_blocks_used == 0
+    assert runner.core.cache_pages_used == 0
 
 
 def test_a_cache_that_is_full_is_a_clear_error_and_others_go_on(int8: Path) -> None:
@@ -118,7 +118,7 @@ def test_a_cache_that_is_full_is_a_clear_error_and_others_go_on(int8: Path) -> N
     (first,), _ = runner.open([ids], [40])
     context = runner.config.max_position_embeddings
     held = [runner.open([[1] * context], [0])[0][0] for _ in range(2)]
-    with pytest.raises(MemoryError, match=r"KV cache has no room.*of its 96 blocks"):
+    with pytest.raises(MemoryError, match=r"KV cache has no room.*of its 96 pages"):
         runner.open([[1] * context], [0])
     row = runner.step([first], [7])
     for handle in held:

@@ -228,7 +228,9 @@ def completion(text: str) -> bytes:
     ).encode()
 
 
-def test_an_endpoint_is_asked(serve: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_endpoint_is_asked(
+    serve: Any, tmp_path: Path, figures: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     """A server that solves what it is asked: every question must reach it whole, and its answer the right question."""
     asked = []
     solvers = {q.prompt: iq.TASKS[n].solve for n in iq.TASKS for noise in (0, 2) for q in iq.questions(n, 3, 5, noise)}
@@ -246,6 +248,9 @@ def test_an_endpoint_is_asked(serve: Any, tmp_path: Path, capsys: pytest.Capture
     assert all(task["accuracy"] == 1 and task["n"] == 3 for task in result["tasks"])
     assert {(b["model"], b["temperature"], b["max_tokens"], b["seed"]) for b in asked} == {("m", 0, 64, 5)}
     assert picture.read_bytes().startswith(b"\x89PNG")
+    answered, noise = figures[0].axes
+    assert [bar.get_width() for bar in answered.patches] == [1] * len(result["tasks"])
+    assert len(noise.containers) == 3  # a curve with error bars a task
     table_lines = capsys.readouterr().out.splitlines()
     assert len(table_lines) == 2 + len(result["tasks"])
     assert "two_supporting_facts, noise 2" in table_lines[-1]

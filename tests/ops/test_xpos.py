@@ -290,10 +290,10 @@ def test_reference_is_twice_differentiable():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rates": torch.zeros(5)}, "rates must be of size 4 (d / 2) in axis 0, got shape (5)"),
-        ({"rates": torch.zeros(4).double()}, "rates must be float32, got float64"),
-        ({"rates": torch.full((4,), -0.6)}, "rates must be in [-0.5, 0], got -0.6"),
-        ({"rates": torch.full((4,), math.nan)}, "rates must be in [-0.5, 0], got nan"),
+        ({"rates": torch.zeros(5)}, "log_decay must be of size 4 (d / 2) in axis 0, got shape (5)"),
+        ({"rates": torch.zeros(4).double()}, "log_decay must be float32, got float64"),
+        ({"rates": torch.full((4,), -0.6)}, "log_decay must be in [-0.5, 0], got -0.6"),
+        ({"rates": torch.full((4,), math.nan)}, "log_decay must be in [-0.5, 0], got nan"),
         ({"window": 65}, "window must be a multiple of 64, or 0 for none, got 65"),
         ({"window": -64}, "window must be a multiple of 64, or 0 for none, got -64"),
     ],

@@ -90,7 +90,7 @@ class Stress:
         if self.failures:
             raise self.failures[0]
         core = self.engine._runner.core
-        assert (core.open_requests, core.cache_blocks_used) == (0, 0), "something was not released"
+        assert (core.open_requests, core.cache_pages_used) == (0, 0), "something was not released"
 
     def _call(self, batches: int, chance: random.Random) -> None:
         try:

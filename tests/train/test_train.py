@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -534,14 +535,22 @@ def test_checked_answers_are_those_that_greedy_decoding_gets_right(run_file: Pat
     trainer.close()
 
 
-def test_the_curves_are_drawn(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_curves_are_drawn(run_file: Path, figures: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     config = read_config(rewrite(run_file, "seed = 7", 'seed = 7\noptimizer = "sophia-g"'))
     Trainer(config).run()
     capsys.readouterr()
     assert main(["plot", config.out]) == 0
     picture = Path(config.out) / "curves.png"
     assert capsys.readouterr().out == f"{picture}\n"
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    panels = {axes.get_ylabel(): axes for axes in figures[0].axes}
+    assert panels.keys() >= {"loss, nats a token", "gradient norm", "clipped fraction", "tokens/s"}
+    legend = panels["loss, nats a token"].get_legend().get_texts()
+    assert [text.get_text() for text in legend] == ["training", "held-out"]
+    rows = read_metrics(Path(config.out) / "metrics.jsonl")
+    assert list(panels["gradient norm"].lines[0].get_ydata()) == [row["grad_norm"] for row in rows]
+    assert (
+        figures[0].get_suptitle() == f"Held-out loss {rows[-1]['heldout_loss']:.3g} after {rows[-1]['step']:.0f} steps"
+    )
     file = Path(config.out) / "metrics.jsonl"
     file.write_text(file.read_text() + '{"step": 13, "lo')  # being written
     assert len(read_metrics(file)) == 12

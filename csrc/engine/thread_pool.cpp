@@ -1,0 +1,149 @@
+#include "engine/thread_pool.h"
+
+#include <unistd.h>
+
+#include <chrono>
+#include <system_error>
+
+#if defined(HRMCORE_X86)
+#include <immintrin.h>
+#endif
+
+namespace hrmcore {
+namespace {
+
+constexpr std::int64_t prefetch_limit = 128 << 10;  // fits beside the rest in the second-level cache
+constexpr int spins_before_yield = 1000;
+// Between two tokens a thread spins, longer pauses it sleeps.
+constexpr auto patience = std::chrono::microseconds(300);
+
+void pause_briefly() {
+#if defined(HRMCORE_X86)
+  _mm_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+// Flush-to-zero for the life of this object: a product that meets denormals runs several times slower.
+class FlushDenormals {
+ public:
+#if defined(HRMCORE_X86)
+  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#else
+  FlushDenormals() {}
+#endif
+};
+
+}  // namespace
+
+void Worker::hint(const PrefetchHint& later) {
+  if (later.data == nullptr) return;
+  const std::int64_t begin = later.tasks * rank_ / pool_.size_, end = later.tasks * (rank_ + 1) / pool_.size_;
+  const std::int64_t bytes = (end - begin) * later.bytes_a_task;
+  next_ = reinterpret_cast<const char*>(later.data) + begin * later.bytes_a_task;
+  next_end_ = next_ + (bytes < prefetch_limit ? bytes : prefetch_limit);
+}
+
+void Worker::prefetch_some() {
+  for (int line = 0; line < 4 && next_ < next_end_; ++line, next_ += 64) __builtin_prefetch(next_, 0, 2);
+}
+
+ThreadPool::ThreadPool(int threads) : cursors_(static_cast<std::size_t>(threads)), owner_(getpid()) {
+  try {
+    for (int rank = 1; rank < threads; ++rank) {
+      threads_.emplace_back([this, rank] { loop(rank); });
+      size_ = rank + 1;
+    }
+  } catch (const std::system_error&) {  // the system grants no more threads: slower, but right
+  }
+}
+
+ThreadPool::~ThreadPool() {
+  if (owner_ != getpid()) {
+    // After a fork the threads exist only in the parent.
+    for (auto& thread : threads_) thread.detach();
+    return;
+  }
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stop_.store(true);
+    epoch_.fetch_add(1);
+  }
+  wake_.notify_all();
+  for (auto& thread : threads_) thread.join();
+}
+
+void ThreadPool::run(Job job, void* context) noexcept {
+  if (owner_ != getpid()) {
+    // A forked child has only the calling thread.
+    size_ = 1;
+  }
+  FlushDenormals flush;
+  job_ = job;
+  context_ = context;
+  running_.store(size_ - 1, std::memory_order_relaxed);
+  if (size_ > 1) {
+    epoch_.fetch_add(1);
+    if (sleepers_.load() > 0) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      wake_.notify_all();
+    }
+  }
+  work(0);
+  while (running_.load(std::memory_order_acquire) > 0) pause_briefly();
+}
+
+void ThreadPool::work(int rank) {
+  Worker worker(*this, rank);
+  job_(context_, worker);
+}
+
+void ThreadPool::loop(int rank) {
+  FlushDenormals flush;
+  for (std::uint64_t seen = 0;; ++seen) {
+    wait_for_job(seen);
+    if (stop_.load()) return;
+    work(rank);
+    running_.fetch_sub(1, std::memory_order_release);
+  }
+}
+
+void ThreadPool::wait_for_job(std::uint64_t seen) {
+  const auto deadline = std::chrono::steady_clock::now() + patience;
+  for (int spin = 0; epoch_.load(std::memory_order_acquire) == seen; ++spin) {
+    pause_briefly();
+    if (spin % 64 == 63 && std::chrono::steady_clock::now() > deadline) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      sleepers_.fetch_add(1);
+      wake_.wait(lock, [&] { return epoch_.load() != seen; });
+      sleepers_.fetch_sub(1);
+      return;
+    }
+  }
+}
+
+void ThreadPool::finish_phase(Worker& worker) {
+  const std::uint64_t phase = phase_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+    for (Cursor& cursor : cursors_) cursor.taken.store(0, std::memory_order_relaxed);
+    arrived_.store(0, std::memory_order_relaxed);
+    phase_.store(phase + 1, std::memory_order_release);
+    return;
+  }
+  for (int spin = 0; phase_.load(std::memory_order_acquire) == phase; ++spin) {
+    if (worker.next_ < worker.next_end_) {
+      worker.prefetch_some();
+    } else if (spin < spins_before_yield) {
+      pause_briefly();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
+
+}  // namespace hrmcore
