@@ -159,7 +159,7 @@ def test_broken_model_files_are_a_mistake(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_failure_is_not_taken_for_a_mistake(quick: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hrmcore.engine.sample", lambda *_: (_ for _ in ()).throw(ArithmeticError("NaN")))
+    monkeypatch.setattr("hrmcore.engine.engine.sample", lambda *_: (_ for _ in ()).throw(ArithmeticError("NaN")))
     with pytest.raises(ArithmeticError):  # Python prints it and exits 1
         hrmcore("generate", "x", *quick)
 
