@@ -6,6 +6,7 @@ import contextlib
 import json
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,13 @@ SAMPLES = [
     {"task": "chain_sum", "instruction": "what is 3 plus 4?", "response": "7"},
     {"task": "grid", "instruction": "copy\n1 2\n3 4", "response": "1 2\n3 4"},
 ]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Why tests were skipped: one line a reason."""
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.getreports("skipped"))
+    for reason, count in sorted(reasons.items()):
+        terminalreporter.write_line(f"{count} skipped: {reason}")
 
 
 @contextlib.contextmanager
@@ -73,14 +81,17 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(params=[*_C.supported_isas(), "cuda-emulated"])
+EMULATED = pytest.param("cuda-emulated", marks=pytest.mark.emulated)
+
+
+@pytest.fixture(params=[*_C.supported_isas(), EMULATED])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The same, and the emulator of CUDA: for what has CUDA kernels."""
     with emulated_cuda() if request.param == "cuda-emulated" else _instruction_set(request.param):
         yield request.param
 
 
-@pytest.fixture(params=["cpu", "cuda-emulated"])
+@pytest.fixture(params=["cpu", EMULATED])
 def processor(request: pytest.FixtureRequest) -> Iterator[str]:
     """The CPU's best kernels, and the emulator of CUDA: for what does not depend on the instruction set."""
     with emulated_cuda() if request.param == "cuda-emulated" else contextlib.nullcontext():

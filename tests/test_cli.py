@@ -14,19 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from support.command_line import hrmcore
 
 from hrmcore import cli
 from hrmcore.engine.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def hrmcore(*arguments: str) -> int:
-    """The exit status of a command line, run in this process."""
-    try:
-        return cli.main(arguments)
-    except SystemExit as leaving:
-        return int(leaving.code or 0)
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ from torch.utils.dlpack import to_dlpack
 
 from hrmcore import _C
 
+pytestmark = pytest.mark.native
+
 
 def child(program, **environment):
     """Run a Python program in a fresh process; returns (exit status, stdout, stderr)."""
@@ -181,6 +183,7 @@ def test_threads_of_the_caller():
     assert child(program) == (0, "True", "")
 
 
+@pytest.mark.memory
 def test_calls_leave_no_memory_behind():
     """10,000 rounds that lost 32 bytes each, the least that malloc gives, would grow by 312 KiB."""
     program = Path(__file__).parent / "soak" / "leaks.py"

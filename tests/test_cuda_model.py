@@ -12,6 +12,8 @@ from hrmcore.data.packing import PackedBatch
 from hrmcore.model import HRM
 from hrmcore.ops import attention, backend, cross_entropy, rms_norm, rms_norm_inject, sublayers
 
+pytestmark = pytest.mark.emulated
+
 XPOS = {"position_encoding": "xpos", "xpos_scale_base": 64, "attention_window": 64}
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from support.emulator import counters, library, seeded
 
+pytestmark = pytest.mark.emulated
+
 FAULTS = {
     "shared_out_of_bounds": r"thread 63 of block \d at faults.cpp:\d+: shared memory out of bounds: byte 256 of 256",
     "shared_misaligned": r"misaligned access to shared memory, at byte \d+",

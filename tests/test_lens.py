@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.command_line import hrmcore
 from torch import Tensor, nn
 
-from hrmcore import cli, plots
+from hrmcore import plots
 from hrmcore.commands import inspect as command
 from hrmcore.commands.generate import printable
 from hrmcore.config import HRMConfig
@@ -200,13 +201,6 @@ def test_the_picture_is_readable_at_128_steps(figures: list[Any], tmp_path: Path
 
 
 # --- the command ---------------------------------------------------------------------------------------------------
-
-
-def hrmcore(*arguments: str) -> int:
-    try:
-        return cli.main(arguments)
-    except SystemExit as leaving:
-        return int(leaving.code or 0)
 
 
 def test_inspect_tells_table_json_and_picture(

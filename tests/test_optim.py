@@ -31,6 +31,8 @@ from torch.distributed.tensor import DTensor
 from hrmcore import _C
 from hrmcore.optim import AdamAtan2, AdamW, Sophia
 
+pytestmark = pytest.mark.native
+
 PARITY = 1e-6
 STEPS = 20
 
@@ -281,6 +283,7 @@ def test_same_bits_for_any_number_of_threads(backend: str, kind: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_bits_for_every_schedule(kind: str) -> None:
     def compute() -> list[Tensor]:

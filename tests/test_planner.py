@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.command_line import hrmcore
 from torch.utils.flop_counter import FlopCounterMode
 
-from hrmcore import cli
 from hrmcore.commands.plan import measure
 from hrmcore.config import PRESETS, HRMConfig
 from hrmcore.data.packing import PackedBatch
@@ -69,13 +69,6 @@ def batch(config: HRMConfig, lengths: list[int], prompts: list[int]) -> PackedBa
         targets=ids[rows],
         records=tuple(range(len(lengths))),
     )
-
-
-def hrmcore(*arguments: str) -> int:
-    try:
-        return cli.main(arguments)
-    except SystemExit as leaving:
-        return int(leaving.code or 0)
 
 
 def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -233,6 +226,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("width", "vocabulary", "sequences"), [(128, 512, 64), (512, 8000, 8)])

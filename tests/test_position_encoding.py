@@ -24,7 +24,7 @@ from hrmcore.model import HRM
 from hrmcore.ops.backend import reference_ops
 from hrmcore.ops.rope import rope_table, xpos_log_decay
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("one_thread")]
 
 
 def config(**changes: Any) -> HRMConfig:

@@ -15,6 +15,8 @@ from hrmcore.ops.backend import reference_ops
 from hrmcore.ops.swiglu import swiglu
 from hrmcore.optim import Sophia
 
+pytestmark = pytest.mark.native
+
 
 def test_sophia_without_curvature_steps_by_the_sign(backend: str) -> None:
     p = torch.nn.Parameter(torch.zeros(4))
@@ -164,6 +166,7 @@ def test_misuse_of_sophia(processor: str) -> None:
     assert math.isnan(g.clipped_fraction)
 
 
+@pytest.mark.emulated
 def test_same_curvature_for_every_schedule() -> None:
     def compute() -> list[Tensor]:
         params = [torch.nn.Parameter(random((n,), n)) for n in (1, 300, 5000)]

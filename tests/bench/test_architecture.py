@@ -20,6 +20,7 @@ def bench() -> ModuleType:
     return importlib.import_module("bench.studies.architecture")
 
 
+@pytest.mark.slow
 def test_cells_are_matched_and_resumed(
     bench: ModuleType,
     tmp_path: Path,
@@ -60,6 +61,7 @@ def test_cells_are_matched_and_resumed(
     assert capsys.readouterr().out.split("##", 1)[1] == printed.split("##", 1)[1]
 
 
+@pytest.mark.slow
 def test_a_sweep_takes_each_cells_best_rate_to_the_other_seeds(
     bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

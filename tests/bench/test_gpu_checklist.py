@@ -46,6 +46,7 @@ def failures(checklist: ModuleType, capsys: pytest.CaptureFixture[str], *argumen
     return {check["name"]: check["reason"] for check in report["checks"] if check["status"] == "failed"}
 
 
+@pytest.mark.slow
 def test_every_check_runs_or_says_why_not(tmp_path: Path, checklist: ModuleType) -> None:
     out = tmp_path / "gpu.json"
     command = [sys.executable, "-m", "bench.gpu.checklist", "--emulated", "--out", str(out)]

@@ -26,6 +26,7 @@ def run(out: Path) -> dict[str, Any]:
     return report
 
 
+@pytest.mark.slow
 def test_the_toy_measures_three_arms_and_is_resumed(tmp_path: Path, figures: list[Any]) -> None:
     report = run(tmp_path)
     assert [arm["name"] for arm in report["arms"]] == ["scratch", "grown", "grown, lr factor"]

@@ -31,6 +31,7 @@ def torchrun(run_file: Path) -> None:
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_curve_of_one_and_each_goes_on_from_the_other(
     tmp_path: Path, tokenizer: Path, ranks: Ranks
 ) -> None:

@@ -27,6 +27,7 @@ def train_in_two(ranks: Ranks, file: Path) -> None:
     assert [status for status, _ in answers] == [0, 0], answers
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_curve_of_one_and_any_number_goes_on_from_any(
     tmp_path: Path, tokenizer: Path, ranks: Ranks
 ) -> None:
@@ -153,6 +154,7 @@ def test_a_rank_killed_while_a_state_is_written_costs_only_that_state(tmp_path: 
     assert not (out / "states" / ".writing").exists()
 
 
+@pytest.mark.slow
 def test_a_sharded_run_killed_again_and_again_ends_with_the_bits_of_an_undisturbed_one(
     tmp_path: Path, tokenizer: Path
 ) -> None:

@@ -29,7 +29,7 @@ from hrmcore.model import HRM
 
 TOLERANCE = 2e-2  # in norm: activations meet the tensor cores as bfloat16; measured 2e-3 to 3e-3
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.emulated, pytest.mark.usefixtures("one_thread")]
 
 SHAPES: dict[str, dict[str, Any]] = {
     "two layers, three heads": {},

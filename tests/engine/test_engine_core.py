@@ -18,7 +18,7 @@ from hrmcore.engine.mma_layout import INT4_DIVISORS
 from hrmcore.model import HRM
 from hrmcore.ops.rope import rope_table
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("one_thread")]
 
 # The sets whose kernels differ most from the plain ones, as far as this processor has them.
 WIDE_ISAS = [isa for isa in ("vnni", "amx") if isa in _C.supported_isas()] or _C.supported_isas()[-1:]
@@ -442,6 +442,7 @@ def test_bits_do_not_depend_on_the_batch_chunks_or_threads(dtype: str, kv_dtype:
                 del open_requests[request]
 
 
+@pytest.mark.memory
 def test_memory_stays_flat_and_pages_come_back() -> None:
     model = make_model("tiny")
     engine = make_engine(model, "int8", threads=2)

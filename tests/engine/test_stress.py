@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_cancelled_batches_give_no_wrong_token_and_leak_nothing() -> None:
     command = [sys.executable, str(Path(__file__).parents[1] / "soak" / "stress.py"), "60", "1"]
     child = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)

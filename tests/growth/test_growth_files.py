@@ -310,6 +310,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of resident memory from /proc")
 def test_growing_files_holds_one_model_and_one_tensor(checkpoint: Path, tmp_path: Path) -> None:
     """The source's mapped pages and one tensor, not two models; the same growth in memory goes beyond the bound.

@@ -14,6 +14,8 @@ from hrmcore import _C
 from hrmcore.ops.attention import PackedMask, _attention, _attention_backward, attention, attention_ref, cases
 from hrmcore.ops.backend import reference_ops
 
+pytestmark = pytest.mark.native
+
 FLOAT32_BOUND = 1e-6
 OPERANDS = ("q", "k", "v", "gate")
 INDICES = range(len(list(cases())))
@@ -232,6 +234,7 @@ def test_same_bits_for_any_number_of_threads(isa, dtype, index):
     assert same_bits(compute)
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("index", [2, 7, 8])
 def test_same_bits_for_every_schedule(dtype, index):
@@ -245,6 +248,7 @@ def test_same_bits_for_every_schedule(dtype, index):
     assert same_bits_for_every_schedule(compute)
 
 
+@pytest.mark.inside_torch
 def test_opcheck():
     case = listed(cases, torch.float32)[7]
     leaves = {name: case[name].detach().requires_grad_() for name in OPERANDS}
@@ -253,6 +257,7 @@ def test_opcheck():
     torch.library.opcheck(_attention_backward, (*operands_of(case), out, lse, out, *case["mask"].flat))
 
 
+@pytest.mark.inside_torch
 def test_reference_is_twice_differentiable():
     case = random_case([2, 3], [2, 1], cached=[0, 1], heads=1, head_dim=2)
     leaves = [case[name].double().requires_grad_() for name in OPERANDS]

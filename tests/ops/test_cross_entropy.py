@@ -18,6 +18,8 @@ from hrmcore.ops.cross_entropy import (
     sample_targets,
 )
 
+pytestmark = pytest.mark.native
+
 INDICES = range(len(list(cases())))
 FRAME = 0.6875
 
@@ -105,6 +107,7 @@ def peak_allocation(compute):
     return most
 
 
+@pytest.mark.memory
 def test_memory_is_bounded_by_the_chunk(monkeypatch):
     rows, width, vocabulary = 2048, 16, 1024
     monkeypatch.setattr(page, "CHUNK_ELEMENTS", 128 * vocabulary)
@@ -134,6 +137,7 @@ def test_same_bits_for_any_number_of_threads(isa):
     assert same_bits(compute)
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", [333, 336])  # rows at any alignment, and rows of whole 16-byte pieces
 def test_same_bits_for_every_schedule(dtype, vocabulary):
@@ -148,6 +152,7 @@ def test_same_bits_for_every_schedule(dtype, vocabulary):
     assert same_bits_for_every_schedule(compute)
 
 
+@pytest.mark.emulated
 def test_loss_and_gradients_on_cuda():
     hidden, weight, rows, targets = listed(cases, torch.float32)[4].values()
     leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
@@ -196,6 +201,7 @@ def test_sampled_targets_follow_the_distribution(monkeypatch):
     assert torch.equal(*again)
 
 
+@pytest.mark.inside_torch
 def test_opcheck():
     case = listed(cases, torch.float32)[2]
     hidden, weight, rows, targets = (x.clone() for x in case.values())
@@ -204,6 +210,7 @@ def test_opcheck():
     torch.library.opcheck(_cross_entropy_backward, (hidden, weight.detach(), rows, targets, lse, torch.tensor(0.5)))
 
 
+@pytest.mark.inside_torch
 def test_reference_is_twice_differentiable():
     hidden, weight, rows, targets = listed(cases, torch.float32)[1].values()
     inputs = hidden.double().requires_grad_(), weight.double().requires_grad_()

@@ -9,6 +9,8 @@ from hrmcore import _C
 from hrmcore.ops.backend import reference_ops
 from hrmcore.ops.rms_norm import _add_rms_norm, _rms_norm, _rms_norm_backward, cases, rms_norm, rms_norm_ref
 
+pytestmark = pytest.mark.native
+
 FLOAT32_BOUND = 2e-7
 
 
@@ -75,6 +77,7 @@ def test_same_bits_for_any_number_of_threads(backend, dtype):
     assert same_bits(compute)
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("index", [3, 4])
 def test_same_bits_for_every_schedule(dtype, index):
@@ -87,6 +90,7 @@ def test_same_bits_for_every_schedule(dtype, index):
     assert same_bits_for_every_schedule(compute)
 
 
+@pytest.mark.emulated
 def test_traffic_on_cuda():
     """What csrc/ops/rms_norm.cu says: inputs read twice, the second time from the cache, outputs written once."""
     x = torch.ones(16, 64)
@@ -103,6 +107,7 @@ def test_traffic_on_cuda():
         }
 
 
+@pytest.mark.inside_torch
 def test_opcheck():
     x, residual = torch.randn(2, 5, 12).unbind()
     torch.library.opcheck(_rms_norm, (x.clone().requires_grad_(), 1e-6))
@@ -110,6 +115,7 @@ def test_opcheck():
     torch.library.opcheck(_rms_norm_backward, (x, residual, x, 1e-6))
 
 
+@pytest.mark.inside_torch
 def test_reference_is_twice_differentiable():
     x = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     with reference_ops():

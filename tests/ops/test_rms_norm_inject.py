@@ -16,6 +16,8 @@ from hrmcore.ops.rms_norm_inject import (
     rms_norm_inject_ref,
 )
 
+pytestmark = pytest.mark.native
+
 FLOAT32_BOUND = 2e-7
 
 
@@ -116,6 +118,7 @@ def test_same_bits_for_any_number_of_threads(backend, dtype):
     assert same_bits(lambda: compute(*some, eps))
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("index", [3, 4])
 def test_same_bits_for_every_schedule(dtype, index):
@@ -123,6 +126,7 @@ def test_same_bits_for_every_schedule(dtype, index):
     assert same_bits_for_every_schedule(lambda: compute(**case))
 
 
+@pytest.mark.emulated
 def test_traffic_on_cuda():
     """What csrc/ops/rms_norm.h says: memory sees every operand once, forward and backward."""
     x = torch.ones(16, 64)
@@ -142,6 +146,7 @@ def test_traffic_on_cuda():
     assert forward["launches"] == backward["launches"] == 1
 
 
+@pytest.mark.inside_torch
 def test_opcheck():
     x, residual, injection = torch.randn(3, 5, 12).unbind()
     for needed in ((x, residual, injection), (x, residual), (injection,)):
@@ -153,6 +158,7 @@ def test_opcheck():
         torch.library.opcheck(_rms_norm_inject_backward, (state, total, scale, *grads, 1e-6, to_injection))
 
 
+@pytest.mark.inside_torch
 def test_reference_is_twice_differentiable():
     x = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     with reference_ops():

@@ -11,6 +11,8 @@ from hrmcore import _C
 from hrmcore.ops.backend import reference_ops
 from hrmcore.ops.rope import _rope, cases, rope, rope_ref, rope_table
 
+pytestmark = pytest.mark.native
+
 FLOAT32_BOUND = 1e-7
 
 
@@ -71,6 +73,7 @@ def test_same_bits_for_any_number_of_threads(backend, dtype):
     assert same_bits(lambda: rope(**case) + _rope(*case.values(), True))
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_for_every_schedule(dtype):
     case = listed(cases, dtype)[4]
@@ -107,12 +110,14 @@ def test_scores_depend_on_the_distance_only():
     assert (score(5, 2) - score(105, 102)).abs() <= 1e-4 * score(5, 2).abs()
 
 
+@pytest.mark.inside_torch
 def test_opcheck():
     case = list(cases())[1]
     q, k = (case[name].requires_grad_() for name in ("q", "k"))
     torch.library.opcheck(_rope, (q, k, case["table"], case["positions"], False))
 
 
+@pytest.mark.inside_torch
 def test_reference_is_twice_differentiable():
     q, k = torch.randn(2, 3, 1, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     table, positions = rope_table(3, 4).double(), torch.arange(3, dtype=torch.int32)

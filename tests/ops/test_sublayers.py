@@ -19,6 +19,8 @@ from hrmcore.ops.sublayers import (
     mlp_sublayer,
 )
 
+pytestmark = pytest.mark.native
+
 LAYOUT = Layout.of([9, 1, 14], [4, 1, 0])
 
 
@@ -86,6 +88,7 @@ def test_a_second_backward_finds_what_the_first_found():
     assert torch.equal(first, second)
 
 
+@pytest.mark.inside_torch
 def test_opcheck():
     block, x, residual, context = block_and_streams()
     gqkv, o, gate_up, down = (p.detach().clone() for p in block.parameters())

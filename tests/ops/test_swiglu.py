@@ -9,6 +9,8 @@ from hrmcore import _C
 from hrmcore.ops.backend import reference_ops
 from hrmcore.ops.swiglu import _swiglu, _swiglu_backward, cases, swiglu, swiglu_ref
 
+pytestmark = pytest.mark.native
+
 FLOAT32_BOUND = 2e-7
 
 
@@ -88,6 +90,7 @@ def test_same_bits_for_any_number_of_threads(backend, dtype):
     assert same_bits(compute)
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_for_every_schedule(dtype):
     ab = listed(cases, dtype)[4]["ab"]
@@ -95,12 +98,14 @@ def test_same_bits_for_every_schedule(dtype):
     assert same_bits_for_every_schedule(lambda: (swiglu(ab), _swiglu_backward(ab, y)))
 
 
+@pytest.mark.inside_torch
 def test_opcheck():
     ab = torch.randn(5, 24)
     torch.library.opcheck(_swiglu, (ab.clone().requires_grad_(),))
     torch.library.opcheck(_swiglu_backward, (ab, ab[:, :12]))
 
 
+@pytest.mark.inside_torch
 def test_reference_is_twice_differentiable():
     ab = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     with reference_ops():

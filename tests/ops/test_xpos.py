@@ -17,6 +17,8 @@ from hrmcore.ops.attention import PackedMask, _attention, _attention_backward, a
 from hrmcore.ops.backend import reference_ops
 from hrmcore.ops.rope import rope, rope_table, xpos_log_decay
 
+pytestmark = pytest.mark.native
+
 OPERANDS = ("q", "k", "v", "gate")
 INDICES = range(len(list(cases())))
 FLOAT32_BOUND = 2e-6
@@ -93,6 +95,7 @@ def test_kernels(isa, dtype, form, index):
     check_kernels(dtype, form, index)
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("form", "index"),
@@ -201,6 +204,7 @@ def test_the_definition_at_any_distance(isa, far):
     assert relative_error(attention(**case)[:, 0], expected) <= 1e-5
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize(
     "far",
     [
@@ -242,6 +246,7 @@ def test_same_bits_for_any_number_of_threads(isa, form):
     assert same_bits(lambda: forward_and_backward(case))
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_for_every_schedule(dtype):
     case = {name: x.to(dtype) if name in OPERANDS else x for name, x in random_case([70, 33], [60, 0]).items()}
@@ -265,12 +270,14 @@ def test_what_the_window_hides_changes_nothing(backend):
     assert torch.equal(after[192:], before[192:])
 
 
+@pytest.mark.inside_torch
 def test_opcheck():
     case = with_form(listed(cases, torch.float32)[7], (512, 64))
     leaves = {name: case[name].detach().requires_grad_() for name in OPERANDS}
     torch.library.opcheck(_attention, (*leaves.values(), *case["mask"].flat))
 
 
+@pytest.mark.inside_torch
 def test_reference_is_twice_differentiable():
     case = with_form(random_case([2, 3], [2, 1], cached=[0, 1], heads=1, head_dim=2), (8, 0))
     leaves = [case[name].double().requires_grad_() for name in OPERANDS]

@@ -510,6 +510,7 @@ def killed(run_file: Path, kills: int, *mutation: str) -> dict[str, int]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_run_killed_a_hundred_times_ends_with_the_bits_of_an_undisturbed_one(run_file: Path) -> None:
     report = killed(run_file, 100)
     assert report["kills"] >= 100
@@ -518,6 +519,7 @@ def test_a_run_killed_a_hundred_times_ends_with_the_bits_of_an_undisturbed_one(r
     assert report["different"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutation", ["forgets its data position", "forgets its averages"])
 def test_the_killing_notices_a_trainer_that_forgets(run_file: Path, mutation: str) -> None:
     report = killed(run_file, 8, mutation)

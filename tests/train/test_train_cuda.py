@@ -21,7 +21,7 @@ from hrmcore.train import curvature
 from hrmcore.train.run_file import read_config
 from hrmcore.train.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("one_thread", "no_peak")
+pytestmark = [pytest.mark.emulated, pytest.mark.usefixtures("one_thread", "no_peak")]
 
 RECORDS = [{"instruction": f"repeat {word}", "response": word} for word in ("alpha", "beta", "gamma", "delta")]
 

@@ -1,0 +1,50 @@
+"""Looks into the sdist and the wheel of a folder: what a user needs is there, what is for developers is not.
+
+python .ci/check_package.py FOLDER
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+ASSETS = ["config.json", "model.safetensors", "samples.json", "tokenizer.model"]
+ROOT = Path(__file__).parents[1]
+
+
+def check_wheel(path: Path) -> None:
+    """Exactly the package: every module of hrmcore/, its model and the compiled module, without the emulator."""
+    with zipfile.ZipFile(path) as wheel:
+        names = set(wheel.namelist())
+    inside = {name for name in names if ".dist-info/" not in name}
+    compiled = {name for name in inside if name.endswith(".so")}
+    sources = {file.relative_to(ROOT).as_posix() for file in ROOT.glob("hrmcore/**/*.py*") if file.suffix != ".pyc"}
+    assets = {file.relative_to(ROOT).as_posix() for file in ROOT.glob("hrmcore/assets/**/*") if file.is_file()}
+    assert {f"hrmcore/assets/tiny/{name}" for name in ASSETS} <= assets
+    assert inside - compiled == sources | assets, (inside - compiled) ^ (sources | assets)
+    modules = {re.sub(r"\..*", "", name) for name in compiled}
+    assert "hrmcore/_C" in modules, compiled
+    assert modules <= {"hrmcore/_C", "hrmcore/_C_cuda"}, compiled
+    assert any(name.endswith("/licenses/LICENSE") for name in names), "the license is missing"
+
+
+def check_sdist(path: Path) -> None:
+    """What builds the wheel, and none of the folders for developers."""
+    with tarfile.open(path) as sdist:
+        tops = {name.split("/")[1] for name in sdist.getnames() if "/" in name}
+    assert {"hrmcore", "csrc", "cmake", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE"} <= tops, tops
+    assert not tops & {"tests", "bench", "runs", "build"}, tops
+
+
+def main(folder: str) -> None:
+    [wheel], [sdist] = Path(folder).glob("hrmcore-*.whl"), Path(folder).glob("hrmcore-*.tar.gz")
+    check_wheel(wheel)
+    check_sdist(sdist)
+    print(f"{wheel.name}: {wheel.stat().st_size} bytes; {sdist.name}: {sdist.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
