@@ -67,9 +67,9 @@ def prepare(
 ) -> Store:
     """Tokenise record files into a store at `out`, with the tokenizer of a folder or a new one of that size.
 
-    A source is the stem of a file's name; `caps` limits some to so many records, chosen by `seed` and spread evenly
+    A source is the stem of a file's name. `caps` limits the records of some sources: they are chosen by `seed`, evenly
     over the source's conditions and over its files from end to end. Records keep the order of the files, and the store
-    is the same for any number of workers. Nothing stands under `out` before it is complete.
+    is the same for any number of workers. `out` appears only once it is complete.
 
     Raises FileExistsError when `out` exists, ValueError on arguments, on files without a usable record, and, if
     `strict`, on the first record that cannot be used.
@@ -146,9 +146,10 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 
 def _texts(paths: Sequence[Path]) -> Iterator[str]:
     """Instructions and responses to train a tokenizer on: of every n-th record, if all would be too much."""
-    step = -(-sum(path.stat().st_size for path in paths) // _TOKENIZER_BYTES)
+    stride = -(-sum(path.stat().st_size for path in paths) // _TOKENIZER_BYTES)
     records = itertools.chain.from_iterable(read_records(path, Rejected()) for path in paths)
-    for record in tqdm(itertools.islice(records, 0, None, max(1, step)), desc="tokenizer", unit="record", disable=None):
+    chosen = itertools.islice(records, 0, None, max(1, stride))
+    for record in tqdm(chosen, desc="tokenizer", unit="record", disable=None):
         for text in (record.instruction, record.response):
             if text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text):
                 yield text  # one with a lone surrogate is no text; tokenising reports it
@@ -169,8 +170,8 @@ def _choose(index: _Index, names: Sequence[str], caps: Mapping[str, int], seed: 
 def stratified(strata: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """Positions (count) of a sample, ascending: one at random from each of `count` equal stretches.
 
-    The stretches run through the strata one after the other, and through each from end to end, so that every stratum
-    and every part of it has its share to within one record.
+    The stretches run through the strata one after the other, and through each from end to end. Every stratum and every
+    part of it thus has its share to within one record.
     """
     order = np.argsort(strata, kind="stable")
     bounds = np.arange(count + 1) * len(order) // count
