@@ -83,7 +83,7 @@ class World:
             self.sum(0)
 
     def assert_same_on_all_ranks(self, text: str) -> None:
-        """Raise ValueError on every rank when their texts or instruction sets differ: their weights would drift apart."""
+        """Raise ValueError on every rank when their texts or instruction sets differ: weights would drift apart."""
         if self.ranks == 1:
             return
         sha256 = hashlib.sha256(f"{_C.isa()} {text}".encode())

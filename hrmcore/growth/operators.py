@@ -95,8 +95,8 @@ class Growth:
 
     Old entries keep their place, except FFN units: each half of the old units begins a half of the new ones. New
     entries are drawn from `seed`, the tensor's name and both sizes: the same on every machine and in any order. New
-    layers are blocks that add 0. They lie on top of the stack or, when `interleaved`, after each old layer in turn. More cycles
-    change the function, which needs `change_function`.
+    layers are blocks that add 0. They lie on top of the stack or, when `interleaved`, after each old layer in turn.
+    More cycles change the function, which needs `change_function`.
 
     In mode "ramped" the new writing entries become random numbers times a scalar that rises linearly from 0 to 1 over
     `mask_steps` steps. They begin at 0 as in mode "zero", and the training loop calls `advance` after each step.

@@ -12,23 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import CONFIG, edit_config, edit_tensors, shard, split_form
+from support.checkpoints import edit_config, edit_tensors, shard, split_form
 
 from hrmcore.checkpoint.hrm_text import load_model, read_tensors, save_model
 from hrmcore.model import HRM
-
-
-@pytest.fixture(scope="module")
-def model() -> HRM:
-    torch.manual_seed(0)
-    return HRM(CONFIG)
-
-
-@pytest.fixture
-def folder(model: HRM, tmp_path: Path) -> Path:
-    save_model(model, tmp_path / "released")
-    return tmp_path / "released"
-
 
 # By name: what breaks it, the kind of error, and what the error must say besides the file's name.
 

@@ -26,18 +26,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 IDS = torch.arange(24).view(2, 12) % 50
 
 
-@pytest.fixture(scope="module")
-def model() -> HRM:
-    torch.manual_seed(0)
-    return HRM(CONFIG)
-
-
-@pytest.fixture
-def folder(model: HRM, tmp_path: Path) -> Path:
-    save_model(model, tmp_path / "released")
-    return tmp_path / "released"
-
-
 @torch.no_grad()
 def logits(model: HRM) -> Tensor:
     return model(IDS, prefix_length=5)
