@@ -93,32 +93,41 @@ def prepare(
         writer.close()
         chosen = index.where(kept)
         write_index(folder, chosen.lengths, chosen.prefix)
-        write_manifest(
-            folder,
-            {
-                "records": len(chosen.lengths),
-                "tokens": int(chosen.lengths.sum()),
-                "longest": int(chosen.lengths.max()) - 1,
-                "context": context,
-                "seed": seed,
-                "vocab_size": ids.vocab_size,
-                "tokenizer_sha256": sha256_of(ids.source),
-                "conditions": {name: int((chosen.condition == i).sum()) for i, name in enumerate(conditions)},
-                "sources": {
-                    name: {
-                        "files": source.files,
-                        "read": source.read,
-                        "kept": int((chosen.source == i).sum()),
-                        "cap": caps.get(name),
-                        "beyond_cap": int(((index.source == i) & ~kept).sum()),
-                        "left_out": source.rejected.counts,
-                        "left_out_examples": source.rejected.examples,
-                    }
-                    for i, (name, source) in enumerate(sources.items())
-                },
-            },
-        )
+        counts = _counts(chosen, index.where(~kept), sources, conditions, caps)
+        made = {
+            "context": context,
+            "seed": seed,
+            "vocab_size": ids.vocab_size,
+            "tokenizer_sha256": sha256_of(ids.source),
+        }
+        totals = {
+            "records": len(chosen.lengths),
+            "tokens": int(chosen.lengths.sum()),
+            "longest": int(chosen.lengths.max()) - 1,
+        }
+        write_manifest(folder, totals | made | counts)
     return open_store(out)
+
+
+def _counts(
+    chosen: _Index, beyond: _Index, sources: Mapping[str, _Source], conditions: Sequence[str], caps: Mapping[str, int]
+) -> dict[str, Any]:
+    """What the manifest says of each condition and source; `beyond` are the records that the caps leave out."""
+    return {
+        "conditions": {name: int((chosen.condition == i).sum()) for i, name in enumerate(conditions)},
+        "sources": {
+            name: {
+                "files": source.files,
+                "read": source.read,
+                "kept": int((chosen.source == i).sum()),
+                "cap": caps.get(name),
+                "beyond_cap": int((beyond.source == i).sum()),
+                "left_out": source.rejected.counts,
+                "left_out_examples": source.rejected.examples,
+            }
+            for i, (name, source) in enumerate(sources.items())
+        },
+    }
 
 
 def _check_arguments(paths: Sequence[Path], context: int, caps: Mapping[str, int], workers: int) -> None:

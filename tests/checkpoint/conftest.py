@@ -1,4 +1,4 @@
-"""A small random model, and its checkpoint in a folder."""
+"""A small model, and the folder of its checkpoint."""
 
 from __future__ import annotations
 

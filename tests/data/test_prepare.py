@@ -22,7 +22,7 @@ import torch
 from pyarrow import parquet
 
 from hrmcore.cli import main
-from hrmcore.commands.prepare import parse_caps
+from hrmcore.commands.prepare import parse_caps, summary
 from hrmcore.data import prepare as prepare_module
 from hrmcore.data.packing import pack
 from hrmcore.data.prepare import prepare, stratified
@@ -147,7 +147,7 @@ def test_the_manifest_accounts_for_every_line(files: list[Path], tokenizer: Path
     assert sum(store.manifest["conditions"].values()) == 121
     assert store.manifest["tokens"] == len(store.corpus.tokens)
     assert store.manifest["longest"] == store.corpus.lengths.max()
-    text = "\n".join(prepare_module.summary(store))
+    text = "\n".join(summary(store))
     assert "bad: 31 of 95 records kept" in text
     assert "59 left out: beyond the cap of 31" in text
     assert "1 left out: unknown condition 'loud'" in text

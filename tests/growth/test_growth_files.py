@@ -88,6 +88,8 @@ def test_a_checkpoint_without_tokenizer_grows(checkpoint: Path, tmp_path: Path) 
         (source / name).unlink(missing_ok=True)
     grow_files(source, tmp_path / "out", {"intermediate_size": 64})
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    large = HRM.from_pretrained(tmp_path / "out")
+    assert difference(large, HRM.from_pretrained(source)) <= reordering(large.config)
 
 
 @pytest.mark.parametrize(("width", "stored"), [(128, torch.bfloat16), (48, torch.float32)])
