@@ -1,4 +1,4 @@
-"""What makes a finished file or folder survive a power cut, and lets no one see an unfinished one."""
+"""Writing files and folders that survive a power cut once they are finished, and that no one sees before."""
 
 from __future__ import annotations
 

@@ -77,8 +77,10 @@ def test_a_new_folder_is_whole_or_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="is being written by another process, or was left by one"):
         new_folder(tmp_path / "folder").__enter__()
     (tmp_path / "folder").mkdir()
-    with pytest.raises(FileExistsError, match="exists already"):
+    (tmp_path / "folder" / "inside").write_text("old")
+    with pytest.raises(FileExistsError, match="folder: exists already; remove it or name another folder"):
         new_folder(tmp_path / "folder").__enter__()
+    assert (tmp_path / "folder" / "inside").read_text() == "old"
 
 
 def test_checksums_begin_where_they_are_asked_to(tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ def write_tensors(
 ) -> None:
     """Write a file, holding no more than one of its tensors at any time; the caller flushes it to the disk.
 
-    `metadata` makes the header's metadata from its entries (dtype, shape, data_offsets by name) and the sha256 of the
-    tensors' bytes. It is called twice, first without knowing the checksum, and both answers must be of one length.
+    `metadata` makes the header's metadata from the header's entries (dtype, shape, data_offsets by name) and the sha256
+    of the tensors' bytes. It is called twice, the first time with zeros for the checksum. Both answers must have the
+    same length.
     Raises ValueError when `tensor_of` gives a tensor of another dtype or shape than announced.
     """
     entries: dict[str, Any] = {}

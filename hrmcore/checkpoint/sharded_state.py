@@ -1,9 +1,9 @@
 """Training states that every rank writes its shard of, with torch.distributed.checkpoint.
 
-A state is a folder: safetensors files, one a rank, with its shards of the tensors and where in them they belong, and
-state.json, written last, with the trainer's metadata, the sha256 of each file, and `sha256`, of all the rest of
-state.json. The folder is written under a temporary name, flushed and renamed, so a name stands for a whole state.
-torch's own format for this is a pickle, whose loading runs what it holds; its safetensors storage is none.
+A state is a folder. Each rank writes a safetensors file with its shards of the tensors and the places where they
+belong. state.json is written last; it holds the trainer's metadata, the sha256 of each file, and `sha256`, that of the
+rest of state.json. The folder is written under a temporary name, flushed and renamed: a final name always stands for a
+whole state. torch's usual format for this is a pickle, and loading a pickle runs code; loading safetensors runs none.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 def save_shards(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], group: dist.ProcessGroup | None = None
 ) -> None:
-    """Write a state, each rank of `group` its shards: whole and under its final name when this returns, or not at all.
+    """Write a state, each rank of `group` its shards; it is on the disk under its final name when this returns.
 
-    Raises, on every rank, FloatingPointError with nothing written when a tensor is not finite; OSError, with what was
-    there before intact, when one of them cannot write; ConnectionError when another rank has ended.
+    Raises on every rank: FloatingPointError when a tensor is not finite, OSError when a rank cannot write,
+    ConnectionError when a rank has ended. All of them leave the states before as they were.
     """
     try:
         _save(path, tensors, metadata, group)
@@ -85,9 +85,9 @@ def shapes_of_shards(path: Path) -> dict[str, tuple[int, ...]]:
 
 @torch.no_grad()
 def read_shards(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fill the tensors with what a state holds under their names, as far as this rank holds them.
+    """Fill the tensors, of a sharded one this rank's shard, with what a state holds under their names.
 
-    Any number of ranks reads what any other number wrote. All ranks must call this when tensors are sharded.
+    The number of ranks need not be the one that wrote the state. All ranks must call this when tensors are sharded.
     """
     alone = not any(isinstance(tensor, DTensor) for tensor in tensors.values())
     load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=alone)

@@ -1,10 +1,12 @@
 """Training states: everything a run needs to go on as if it had never stopped, safe against a kill at any moment.
 
-A run folder OUT holds OUT/states/step-XXXXXXXX.safetensors, or folders OUT/states/step-XXXXXXXX when the run is sharded
-(`sharded_state.py`). Both hold the same, and a run goes on from either. In the file: tensors `model.<name>` and
-`optimizer.<key>.<parameter>`, and metadata, all strings: what the trainer gives, and `format`, `version`, `sha256` (of
-the tensors' bytes) and `header_sha256` (of names, shapes and the rest of the metadata). A state is written under a
-temporary name, flushed to the disk and renamed, so a name stands for a whole file; older ones go only after that.
+A run folder OUT holds files OUT/states/step-XXXXXXXX.safetensors, or folders OUT/states/step-XXXXXXXX when the run is
+sharded (`sharded_state.py`). Both hold the same, and a run goes on from either.
+
+A file holds the tensors `model.<name>` and `optimizer.<key>.<parameter>`, and metadata. The metadata are strings: what
+the trainer gives, `format`, `version`, `sha256` (of the tensors' bytes) and `header_sha256` (of names, shapes and the
+rest of the metadata). A state is written under a temporary name, flushed to the disk and renamed: a final name always
+stands for a whole file. Older states are removed only after that.
 """
 
 from __future__ import annotations
@@ -46,10 +48,10 @@ _TEMPORARY = ".writing.tmp"  # one name for all steps: what a killed process lea
 
 
 def save_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a state: whole, flushed to the disk and under its final name when this returns, else not at all.
+    """Write a state, which is on the disk under its final name when this returns.
 
-    Raises FloatingPointError, with nothing written, when a tensor is not finite; OSError, with what was there before
-    intact, when the file cannot be written. One process at a time writes to a folder: see `lock`.
+    Raises FloatingPointError when a tensor is not finite, and OSError when the file cannot be written. Both leave what
+    was there before as it was. One process at a time may write to a folder: see `lock`.
     """
     path = Path(path)
     for name, tensor in tensors.items():
@@ -152,9 +154,9 @@ def find_states(folder: Path) -> list[tuple[int, Path]]:
 def find_newest(folder: Path, warn: Any, contents: bool = True) -> tuple[Path, dict[str, str]] | None:
     """Path and metadata of the newest state of a run folder that is whole; None when the folder holds none.
 
-    Without `contents`, the checksums of the tensors are not compared: another rank did. One that is damaged is set
-    aside under the name `….damaged`, and `warn` is called with a line that says so. Raises ValueError when every one
-    is: training again from the start is for a person to decide.
+    Without `contents`, the checksums of the tensors are not compared, because another rank did that. A damaged state is
+    renamed to `….damaged`, and `warn` is called with a line that says so. Raises ValueError when all are damaged:
+    training again from the start is for a person to decide.
     """
     states = find_states(folder)
     for step, path in states:
@@ -205,8 +207,8 @@ def lock(folder: Path) -> TextIOWrapper:
 class StateWriter:
     """Writes states in a thread, so that a step waits only for the copy of the tensors; one at a time.
 
-    With `sharded`, as folders; every rank of `group`, which nothing else uses, makes a writer and saves the same steps.
-    An error of the thread is raised, in the caller's thread, by the next `save`, `check` or `finish`.
+    `sharded` states are folders: every rank of `group` makes a writer and saves the same steps. Nothing else may use
+    that group. An error of the thread is raised in the caller's thread by the next `save`, `check` or `finish`.
     """
 
     def __init__(
@@ -251,7 +253,7 @@ class StateWriter:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """In main memory, but for a rank's part of a sharded tensor, which is small and whose writer knows its device."""
+    """A copy in main memory; of a rank's shard, which is small, one on its own device, as its writer expects."""
     return tensor.clone() if isinstance(tensor, DTensor) else tensor.to("cpu", copy=True)
 
 

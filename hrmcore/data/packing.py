@@ -41,8 +41,8 @@ class PackedBatch:
 def pack(corpus: Corpus, records: Sequence[int], multiple: int = 1) -> PackedBatch:
     """The batch of these records, in this order. The last instruction token predicts the first response token.
 
-    A last, unsupervised sequence of token 0 brings T up to a multiple of `multiple`: matrix libraries that compile a
-    kernel for each shape (oneDNN in bfloat16) would otherwise compile in every step.
+    A last, unsupervised padding sequence of token 0 brings T up to a multiple of `multiple`. Matrix libraries that
+    compile a kernel for each shape (oneDNN in bfloat16) would otherwise compile one in every step.
     """
     import torch
 
@@ -57,11 +57,11 @@ def pack(corpus: Corpus, records: Sequence[int], multiple: int = 1) -> PackedBat
         targets.append(sequence[prefix:])
         offsets.append(offsets[-1] + length)
     prefixes = corpus.prefix[list(records)]
-    if fill := -offsets[-1] % multiple:
-        ids.append(np.zeros(fill, dtype=np.int32))
-        positions.append(np.arange(fill, dtype=np.int32))
+    if padding := -offsets[-1] % multiple:
+        ids.append(np.zeros(padding, dtype=np.int32))
+        positions.append(np.arange(padding, dtype=np.int32))
         prefixes = np.append(prefixes, np.int32(0))
-        offsets.append(offsets[-1] + fill)
+        offsets.append(offsets[-1] + padding)
     return PackedBatch(
         ids=torch.from_numpy(np.concatenate(ids, dtype=np.int64)),
         offsets=torch.tensor(offsets, dtype=torch.int32),
@@ -79,9 +79,10 @@ _WINDOW_BATCHES = 32  # records of so many batches are packed together: enough c
 def epoch_batches(lengths: np.ndarray, capacity: int, seed: int, epoch: int) -> Iterator[list[int]]:
     """Record numbers of each batch of an epoch: every record once, at most `capacity` tokens a batch.
 
-    The order depends on seed and epoch alone. A batch takes records as the shuffle brings them, whatever their length,
-    so that no batch is all of one task; only its last gap is filled with the longest record of the window that fits.
-    What is left at a window's end opens the next one. Raises ValueError when a record is longer than `capacity`.
+    The order depends on seed and epoch alone. A batch takes records in the shuffled order, whatever their length: no
+    batch is all of one task. Only its last gap is filled out of order, with the longest record of the window that fits.
+    Records left over at the end of a window open the next one. Raises ValueError when a record is longer than
+    `capacity`.
     """
     if len(lengths) and (longest := int(lengths.max())) > capacity:
         raise ValueError(f"batch_tokens is {capacity}, but a record has {longest} tokens; raise it to at least that")
@@ -101,7 +102,7 @@ def epoch_batches(lengths: np.ndarray, capacity: int, seed: int, epoch: int) -> 
 def share(lengths: np.ndarray, records: Sequence[int], rank: int, ranks: int) -> list[int]:
     """One rank's records of a batch, in the batch's order; none where there are fewer records than ranks.
 
-    The longest record first, each goes to the rank that has the fewest tokens by then (LPT), the lowest of equals.
+    The longest record comes first. Each goes to the rank with the fewest tokens so far (LPT), the lowest of equals.
     """
     tokens = [0] * ranks
     chosen = set()
@@ -114,9 +115,9 @@ def share(lengths: np.ndarray, records: Sequence[int], rank: int, ranks: int) ->
 
 
 class BatchStream:
-    """The packed batches, epoch after epoch without end; `position` says where the next one stands.
+    """The packed batches, epoch after epoch without end; `position` is (epoch, batch) of the next one.
 
-    Order and contents depend on the arguments alone: a stream made with another's position goes on as it would have.
+    Order and contents depend on the arguments alone: a stream made with the position of another one continues it.
     """
 
     MULTIPLE = 64  # tokens of a batch are rounded up to it, see pack()
@@ -146,7 +147,7 @@ class BatchStream:
 
 
 def _fill(window: np.ndarray, lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Pack the records of a window, in their order but for the gaps; only the last batch may be far from full."""
+    """Pack the records of a window in order, gaps filled out of order; only the last batch may be far from full."""
     by_length = sorted((int(lengths[record]), int(record)) for record in window)
     waiting = dict.fromkeys(int(record) for record in window)
     batches: list[list[int]] = []

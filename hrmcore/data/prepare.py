@@ -67,9 +67,9 @@ def prepare(
 ) -> Store:
     """Tokenise record files into a store at `out`, with the tokenizer of a folder or a new one of that size.
 
-    A source is the stem of a file's name; `caps` limits some to so many records, chosen by `seed` and spread evenly
+    A source is the stem of a file's name. `caps` limits the records of some sources: they are chosen by `seed`, evenly
     over the source's conditions and over its files from end to end. Records keep the order of the files, and the store
-    is the same for any number of workers. Nothing stands under `out` before it is complete.
+    is the same for any number of workers. `out` appears only once it is complete.
 
     Raises FileExistsError when `out` exists, ValueError on arguments, on files without a usable record, and, if
     `strict`, on the first record that cannot be used.
@@ -93,32 +93,41 @@ def prepare(
         writer.close()
         chosen = index.where(kept)
         write_index(folder, chosen.lengths, chosen.prefix)
-        write_manifest(
-            folder,
-            {
-                "records": len(chosen.lengths),
-                "tokens": int(chosen.lengths.sum()),
-                "longest": int(chosen.lengths.max()) - 1,
-                "context": context,
-                "seed": seed,
-                "vocab_size": ids.vocab_size,
-                "tokenizer_sha256": sha256_of(ids.source),
-                "conditions": {name: int((chosen.condition == i).sum()) for i, name in enumerate(conditions)},
-                "sources": {
-                    name: {
-                        "files": source.files,
-                        "read": source.read,
-                        "kept": int((chosen.source == i).sum()),
-                        "cap": caps.get(name),
-                        "beyond_cap": int(((index.source == i) & ~kept).sum()),
-                        "left_out": source.rejected.counts,
-                        "left_out_examples": source.rejected.examples,
-                    }
-                    for i, (name, source) in enumerate(sources.items())
-                },
-            },
-        )
+        counts = _counts(chosen, index.where(~kept), sources, conditions, caps)
+        made = {
+            "context": context,
+            "seed": seed,
+            "vocab_size": ids.vocab_size,
+            "tokenizer_sha256": sha256_of(ids.source),
+        }
+        totals = {
+            "records": len(chosen.lengths),
+            "tokens": int(chosen.lengths.sum()),
+            "longest": int(chosen.lengths.max()) - 1,
+        }
+        write_manifest(folder, totals | made | counts)
     return open_store(out)
+
+
+def _counts(
+    chosen: _Index, beyond: _Index, sources: Mapping[str, _Source], conditions: Sequence[str], caps: Mapping[str, int]
+) -> dict[str, Any]:
+    """What the manifest says of each condition and source; `beyond` are the records that the caps leave out."""
+    return {
+        "conditions": {name: int((chosen.condition == i).sum()) for i, name in enumerate(conditions)},
+        "sources": {
+            name: {
+                "files": source.files,
+                "read": source.read,
+                "kept": int((chosen.source == i).sum()),
+                "cap": caps.get(name),
+                "beyond_cap": int((beyond.source == i).sum()),
+                "left_out": source.rejected.counts,
+                "left_out_examples": source.rejected.examples,
+            }
+            for i, (name, source) in enumerate(sources.items())
+        },
+    }
 
 
 def _check_arguments(paths: Sequence[Path], context: int, caps: Mapping[str, int], workers: int) -> None:
@@ -146,9 +155,10 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 
 def _texts(paths: Sequence[Path]) -> Iterator[str]:
     """Instructions and responses to train a tokenizer on: of every n-th record, if all would be too much."""
-    step = -(-sum(path.stat().st_size for path in paths) // _TOKENIZER_BYTES)
+    stride = -(-sum(path.stat().st_size for path in paths) // _TOKENIZER_BYTES)
     records = itertools.chain.from_iterable(read_records(path, Rejected()) for path in paths)
-    for record in tqdm(itertools.islice(records, 0, None, max(1, step)), desc="tokenizer", unit="record", disable=None):
+    chosen = itertools.islice(records, 0, None, max(1, stride))
+    for record in tqdm(chosen, desc="tokenizer", unit="record", disable=None):
         for text in (record.instruction, record.response):
             if text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text):
                 yield text  # one with a lone surrogate is no text; tokenising reports it
@@ -169,8 +179,8 @@ def _choose(index: _Index, names: Sequence[str], caps: Mapping[str, int], seed: 
 def stratified(strata: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """Positions (count) of a sample, ascending: one at random from each of `count` equal stretches.
 
-    The stretches run through the strata one after the other, and through each from end to end, so that every stratum
-    and every part of it has its share to within one record.
+    The stretches run through the strata one after the other, and through each from end to end. Every stratum and every
+    part of it thus has its share to within one record.
     """
     order = np.argsort(strata, kind="stable")
     bounds = np.arange(count + 1) * len(order) // count

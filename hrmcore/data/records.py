@@ -1,9 +1,9 @@
-"""Instruction-response records, their token form, and packed PrefixLM batches.
+"""Instruction-response records and their token form.
 
 A record is one JSON object a line: {"instruction": str, "response": str, "condition": "direct"}; other keys are left
 alone. Or a row of a .parquet file with columns of these names. Its sequence is
 `<boq> condition… instruction <eoq> response <eoa>`: the instruction is the bidirectional prefix, the loss is on
-response and eoa. Imports torch only to build a batch.
+response and eoa. Imports no torch.
 """
 
 from __future__ import annotations
@@ -12,15 +12,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hrmcore.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    pass
-
 
 PARQUET = ".parquet"  # the suffix of such a file's name
 _ROWS = 1024  # rows of it that are held at once

@@ -47,9 +47,9 @@ def shard(model: HRM, world: World, precision: str) -> None:
 
 
 def reshard(model: HRM) -> None:
-    """Give the gathered weights back; the parameters are this rank's shards again.
+    """Free the gathered weights; the parameters are this rank's shards again.
 
-    To be called before anything touches the parameters: what was gathered does not follow them.
+    Call this before anything changes the parameters: gathered copies do not follow the change.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -67,9 +67,9 @@ def clip_gradients(parameters: Iterable[Tensor], limit: float, world: World) -> 
 
 
 def dummy_batch(corpus: Corpus, batch: PackedBatch) -> PackedBatch:
-    """For a rank that gets no record of a batch: the shortest one, unsupervised.
+    """A batch for a rank that gets no record of `batch`: the shortest of the records, unsupervised.
 
-    Its loss is 0 and so are its gradients, but the rank takes part in every gather and every sum.
+    Its loss and its gradients are 0, but with it the rank takes part in every gather and every sum.
     """
     shortest = min(batch.records, key=lambda record: int(corpus.offsets[record + 1] - corpus.offsets[record]))
     packed = pack(corpus, [shortest], BatchStream.MULTIPLE)
@@ -78,7 +78,7 @@ def dummy_batch(corpus: Corpus, batch: PackedBatch) -> PackedBatch:
 
 @torch.no_grad()
 def gathered(model: HRM, world: World, dtype: torch.dtype) -> HRM | None:
-    """The whole model on rank 0, in `dtype` on the CPU, None on the others, which must call this, too.
+    """The whole model in `dtype` on the CPU of rank 0; None on the other ranks, which must call this as well.
 
     One tensor at a time is gathered in float32.
     """

@@ -1,8 +1,8 @@
 """Several processes train one model (`torchrun --nproc-per-node N -m hrmcore train run.toml`).
 
-Each rank takes its share of every packed batch; gradients are summed over the ranks. The loss is divided by the
-supervised tokens of all, so a step computes what one process would, up to the order of its sums. Each holds the whole
-model, or its part of it (`fsdp.py`). Numbers and CPU tensors travel over gloo, CUDA tensors over NCCL.
+Each rank takes its share of every packed batch, and gradients are summed over the ranks. The loss is divided by the
+supervised tokens of all ranks: a step computes what one process would, up to the order of the sums. Each rank holds the
+whole model, or its shard of it (`fsdp.py`). Numbers and CPU tensors travel over gloo, CUDA tensors over NCCL.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class World:
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """Rank 0 runs this context to its end, then the others do."""
+        """A block that the other ranks enter only after rank 0 has left it."""
         if not self.is_main:
             self.sum(0)
         yield
@@ -83,7 +83,7 @@ class World:
             self.sum(0)
 
     def assert_same_on_all_ranks(self, text: str) -> None:
-        """Raise ValueError on every rank when their texts or their kernels differ: their weights would drift apart."""
+        """Raise ValueError on every rank when their texts or instruction sets differ: weights would drift apart."""
         if self.ranks == 1:
             return
         sha256 = hashlib.sha256(f"{_C.isa()} {text}".encode())

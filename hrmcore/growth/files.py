@@ -1,6 +1,6 @@
 """Growing from file to file: hrm_text checkpoints and training states, one tensor in memory at a time.
 
-What is read is memory-mapped and never written to; what is written has its name only once it is whole.
+The source is memory-mapped and never written to. The result gets its name only once it is whole.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def grow_files(source: str | Path, out: str | Path, sizes: Mapping[str, int], **
 
 
 def _grow_checkpoint(folder: Path, out: Path, sizes: Mapping[str, int], options: Mapping[str, Any]) -> Growth:
-    """Weights keep their type where growing rounds nothing; where the width's factors would, all become float32."""
+    """Weights keep their type where growing rounds nothing; where the width's factors round, all become float32."""
     tensors = read_tensors(folder)
     growth = Growth.of(tensors.config, dict(sizes), **options)
     if growth.mask_steps:

@@ -4,9 +4,12 @@ Wider, deeper, more heads, more FFN, more words: what a tensor's axes count (`KI
 say how every weight, average and optimizer moment grows, so that memory and files are grown by the same code.
 
 Letters: D width of the residual stream, A attention width (heads × head_dim), F ffn width, V vocabulary; a prime is the
-size after growing, s = sqrt(D'/D). The norms have no gain, so a residual stream whose old
-coordinates are s times what they were and whose new ones are 0 is normalised to s times the old vector, with the same
-eps: readers divide by s, writers multiply by it, and no number further on changes. Operators after arXiv 2305.02869.
+size after growing, s = sqrt(D'/D).
+
+Why the function stays: let the old coordinates of the residual stream be s times what they were, and the new ones 0.
+Its mean square is then what it was, and the norms, which have no gain, turn it into s times the old vector with the
+same eps. Weights that read the stream are divided by s, weights that write to it are multiplied by s, and no number
+further on changes. Operators after arXiv 2305.02869.
 """
 
 from __future__ import annotations
@@ -51,8 +54,8 @@ class Kind:
     """What the axes of a tensor count, and how it uses the residual stream.
 
     `axes` name properties of HRMConfig. The first axis is `parts` projections, one below the other, each of that size.
-    The old entries of a weight are multiplied by s ** `power`. `writes`: its new entries are added to the residual
-    stream, or let something new into it, and so begin at 0; other new entries begin random.
+    The old entries of a weight are multiplied by s ** `power`. A weight that `writes` adds its new entries to the
+    residual stream, or lets something new into it: they begin at 0. Other new entries begin random.
     """
 
     axes: tuple[str, ...]
@@ -90,10 +93,10 @@ SLOTS = {"ema": 1, "exp_avg": -1, "exp_avg_sq": -2, "hessian": -2}
 class Growth:
     """From one config to a larger one. Raises ValueError, naming the key, where that is not growing.
 
-    Old entries keep their place, but for FFN units, each half of which begins a half. New ones are drawn from `seed`,
-    the tensor's name and both sizes: the same on every machine and in any order. New layers are blocks that add 0, on
-    top of the stack, or after each old layer in turn when `interleaved`. More cycles change the function, so they need
-    `change_function`.
+    Old entries keep their place, except FFN units: each half of the old units begins a half of the new ones. New
+    entries are drawn from `seed`, the tensor's name and both sizes: the same on every machine and in any order. New
+    layers are blocks that add 0. They lie on top of the stack or, when `interleaved`, after each old layer in turn.
+    More cycles change the function, which needs `change_function`.
 
     In mode "ramped" the new writing entries become random numbers times a scalar that rises linearly from 0 to 1 over
     `mask_steps` steps. They begin at 0 as in mode "zero", and the training loop calls `advance` after each step.
@@ -214,9 +217,9 @@ class Growth:
     def optimizer(self, optimizer: torch.optim.Optimizer, model: HRM, bigger: HRM) -> AdamW | AdamAtan2 | Sophia:
         """The optimizer of the larger model: same options and groups, its state transported.
 
-        The state is what transported gradients (divided by the weight's factor, 0 for new entries) would have left.
-        Parameters of new layers join the group of the same kind of parameter and begin without state. Raises ValueError
-        on an optimizer that is not of hrmcore.optim, or that does not hold the smaller model's parameters.
+        The state is the one that the old gradients, divided by the weight's factor and 0 for new entries, would have
+        left. Parameters of new layers join the group of the same kind of parameter and begin without state. Raises
+        ValueError on an optimizer that is not of hrmcore.optim, or that does not hold the smaller model's parameters.
         """
         if not isinstance(optimizer, AdamW | AdamAtan2 | Sophia):
             known = "AdamW, AdamAtan2 and Sophia of hrmcore.optim"
@@ -254,8 +257,8 @@ class Growth:
     def advance(self, model: HRM, step: int) -> None:
         """Mode ramped: after step number `step`, counted from 1 at the growth, raise the scalar to step / mask_steps.
 
-        Adds the scalar's rise times the random entries, so at every moment the weights are those to evaluate and save;
-        after `mask_steps` steps, and in mode zero, it does nothing.
+        The scalar's rise times the random entries is added to the weights themselves: at every moment they are what is
+        evaluated and saved. After `mask_steps` steps, and in mode zero, this does nothing.
         """
         if not 1 <= step <= self.mask_steps:
             return
@@ -307,7 +310,7 @@ class Growth:
     def _apart(self, kind: Kind, shape: tuple[int, ...]) -> tuple[int, ...]:
         """A shape with the projections of the first axis as an axis of their own, and so the halves of the FFN's units.
 
-        Old units so begin each half: matrix libraries sum a long row in two halves, and then in the order of before.
+        Old units then begin each half. A matrix library that sums a long row in two halves keeps its order of before.
         """
         halves = 1 if self.before.intermediate_size % 2 or self.after.intermediate_size % 2 else 2
         apart = [kind.parts]

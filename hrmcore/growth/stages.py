@@ -20,8 +20,8 @@ TOLERANCE = 1e-5  # relative change of the loss on a fixed batch that a growth m
 class GrowStage:
     """One `[[grow]]` table: from `at_tokens` on, the sizes that are given. The others stay.
 
-    `mode`, `mask_steps` and `interleaved` are those of Growth.
-    The vocabulary is the tokenizer's and the loss would not stay the same with more cycles, so neither grows in a run.
+    `mode`, `mask_steps` and `interleaved` are those of Growth. Vocabulary and cycles do not grow in a run: the
+    vocabulary is the tokenizer's, and more cycles would change the loss.
     """
 
     at_tokens: int = field(metadata={"explain": "tokens after which the model grows"})
@@ -86,9 +86,9 @@ def growths_of(stages: Sequence[GrowStage], config: HRMConfig, seed: int) -> lis
 
 
 class GrowthSchedule:
-    """Where a run stands among its stages. A state's metadata carries it, so that a resumed run grows as it would have.
+    """Where a run stands among its stages; `config` is the model's shape now.
 
-    `config` is the model's shape now.
+    A state's metadata carries all of it, and a resumed run grows as an uninterrupted one does.
     """
 
     def __init__(self, stages: Sequence[GrowStage], config: HRMConfig, seed: int) -> None:

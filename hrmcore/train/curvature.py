@@ -1,6 +1,6 @@
 """Sophia's curvature samples (arXiv 2305.14342, section 2.3): what the trainer does every k steps.
 
-A sample is a function of weights, batches and seed alone, so a resumed run draws what the uninterrupted one drew.
+A sample depends on weights, batches and seed alone. A resumed run therefore draws what an uninterrupted one draws.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def gauss_newton_bartlett(
 ) -> None:
     """Add to the gradients those of the labels' summed loss over √B, B labels drawn from the model's distribution.
 
-    So a squared gradient is B·ĥ, whatever the batch's size: it goes into an optimizer that steps with batch_tokens=1.
-    B is `labels`, all ranks' supervised tokens; the batches are this rank's.
+    A squared gradient is then B·ĥ whatever the size of the batch, and the optimizer steps with batch_tokens=1. B is
+    `labels`, the supervised tokens of all ranks; `batches` are those of this rank.
     """
     for batch in batches:
         (model.loss(batch, horizon=horizon, sampler=generator) / math.sqrt(labels)).backward()
@@ -34,8 +34,8 @@ def hutchinson(
 ) -> None:
     """Give the optimizer a Hessian product of the batches' mean loss with a normal vector, in float32.
 
-    The fused backward ops are not twice differentiable, so this runs on the reference ops, whose attention holds a
-    T × T table for every sequence.
+    The fused backward ops are not twice differentiable. This runs on the reference ops, and their attention holds a
+    T × T table for every sequence of T tokens.
     """
     labels = sum(len(batch.targets) for batch in batches)
     with reference_ops():
@@ -44,9 +44,9 @@ def hutchinson(
 
 
 def generator_of(seed: int, step: int, rank: int = 0, device: torch.device | None = None) -> torch.Generator:
-    """The random numbers of a step's curvature sample on a rank; no state is needed to have them again.
+    """The random numbers of a step's curvature sample on a rank, the same whenever they are asked for.
 
-    On a CUDA device they are others than on the CPU.
+    A CUDA device draws other numbers than the CPU.
     """
     mixed = np.random.SeedSequence([seed, step, rank]).generate_state(1)  # torch takes the lower 32 bits of a seed only
     return torch.Generator(device or "cpu").manual_seed(int(mixed[0]))

@@ -13,10 +13,10 @@ SINKS = ("tensorboard", "wandb")
 
 
 class Metrics:
-    """The figures of a run folder, of steps after `step`: what a killed run recorded beyond comes again and is dropped.
+    """The figures of a run folder. Those of steps after `step`, which a killed run left, are dropped: they come again.
 
-    `sinks` are some of SINKS; `settings` is what wandb shows as the run's configuration. Raises ValueError, with the
-    extra that brings it, when a sink's package is not installed.
+    `sinks` are some of SINKS; `settings` is what wandb shows as the run's configuration. Raises ValueError, naming what
+    to install, when the package of a sink is missing.
     """
 
     def __init__(

@@ -26,8 +26,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-# What a run file leaves out, for each optimizer: hrmcore/optim.py says where the numbers come from. A key that an
-# optimizer does not list has no meaning for it.
+# The defaults that follow the optimizer: hrmcore/optim.py says where the numbers come from. A key that an optimizer
+# does not list has no meaning for it.
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamatan2": {"learning_rate": 1e-3, "betas": (0.9, 0.95)},
     "adamw": {"learning_rate": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8},
@@ -61,7 +61,7 @@ def _key(group: str, explanation: str, default: Any = dataclasses.MISSING) -> An
 class TrainConfig:
     """Everything a run depends on; the fields' explanations are what `hrmcore train --explain` prints.
 
-    Fields that follow the optimizer get its default when they are None, and stay None where it has no use for them.
+    A field whose default follows the optimizer is None until then, and stays None where the optimizer does not use it.
     """
 
     model: HRMConfig
@@ -220,9 +220,9 @@ def horizon(config: TrainConfig, step: int) -> int:
 
 
 def ema_decay(config: TrainConfig, step: int) -> float | None:
-    """The decay of the averaged weights at a step; None when there are none.
+    """The decay of the averaged weights at a step; None when no average is kept.
 
-    It rises with the steps, so that a short run's average is not mostly its first weights.
+    It rises with the steps. Without that the average of a short run would consist mostly of the first weights.
     """
     return min(config.ema, (1 + step) / (10 + step)) if config.ema else None
 

@@ -39,8 +39,8 @@ from hrmcore.train.throughput import Throughput, growth_flops, memory_needed, su
 class Trainer:
     """One run: model, optimizer, data position. `run()` trains to the end and exports the checkpoint.
 
-    It holds the run folder's lock until `run` or `close` ends. Raises BlockingIOError when another run has it. Under
-    torchrun each process makes one: together they do what one alone would, and rank 0 alone writes.
+    It holds the run folder's lock until `run` or `close` ends. Raises BlockingIOError when another run holds the lock.
+    Under torchrun each process makes a Trainer: together they compute what one alone would, and only rank 0 writes.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -105,7 +105,7 @@ class Trainer:
     def run(self) -> None:
         """Train until `steps`, then write checkpoint/ in the hrm_text format.
 
-        Ctrl-C (and SIGTERM) ends after the current step with a state; a second one ends at once, without.
+        Ctrl-C or SIGTERM ends the run after the current step, with a state. A second one ends it at once, without.
         """
         try:
             with _interruption() as asked:
@@ -246,7 +246,7 @@ class Trainer:
         return self.world.sum(total), norm
 
     def _sum_gradients(self) -> None:
-        """After backward: over all ranks; sharded ones were summed as they came."""
+        """After backward: sum over all ranks; gradients of a sharded model were summed on the way."""
         if self._sharded:
             fsdp.reshard(self.model)
         else:
@@ -319,8 +319,8 @@ class Trainer:
     def _precision(self) -> AbstractContextManager[Any]:
         if self.config.precision == "float32":
             return nullcontext()
-        # Without the cache: torch would keep the weight copy of a visit that ran without autograd, and the visits
-        # that carry gradient would then find a copy that leads nowhere.
+        # Without the cache: torch would keep the bfloat16 copy of a weight from a visit without autograd, and gradients
+        # of later visits would end at that copy.
         return torch.autocast(self.world.device.type, dtype=torch.bfloat16, cache_enabled=False)
 
     @contextlib.contextmanager

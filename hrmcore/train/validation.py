@@ -1,4 +1,4 @@
-"""How good a model is on held-out records while it trains: loss, and whether its answers are right."""
+"""How good a model is on validation records while it trains: loss, and the share of answers that are right."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def mean_loss(model: HRM, corpus: Corpus, batch_tokens: int) -> float:
 
 @torch.no_grad()
 def exact_matches(model: HRM, corpus: Corpus, count: int, batch_tokens: int) -> float:
-    """Share of `count` records, evenly spread over the corpus, whose response greedy decoding gives exactly.
+    """Share of `count` records, evenly spread over the corpus, that greedy decoding answers with the exact response.
 
-    No decoding is needed for that: an answer is right if and only if, after every beginning of the right response, the
-    likeliest token is the next one of it.
+    No decoding is needed for that. An answer is right if and only if, after every prefix of the right response, the
+    likeliest token is the next token of that response.
     """
     chosen = np.unique(np.linspace(0, len(corpus) - 1, count).astype(np.int64))
     right = 0

@@ -76,31 +76,6 @@ def test_what_is_not_kept_leaves_no_gap(
     assert np.load(folder / "tokens.npy").tolist() == expected
 
 
-def test_a_block_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    def interrupted() -> None:
-        with new_folder(tmp_path / "store") as temporary:
-            (temporary / "half").write_text("written")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_stands_there_is_left_alone(folder: Path) -> None:
-    with pytest.raises(FileExistsError, match=f"{folder}: exists already"), new_folder(folder):
-        pass
-    other = folder.with_name("other")
-    other.with_name("other.partial").mkdir()
-    with (
-        pytest.raises(FileExistsError, match=r"other\.partial: is being written by another process"),
-        new_folder(other),
-    ):
-        pass
-    verify(folder)
-    assert not other.exists()
-
-
 FILES = ["tokens.npy", "offsets.npy", "prefix.npy", "tokenizer/tokenizer.model"]
 
 

@@ -85,8 +85,11 @@ def test_both_ranks_grow(tmp_path: Path, tokenizer: Path, ranks: Ranks) -> None:
     assert ["growth_loss_after" in row for row in rows(two)].count(True) == 1
 
 
-def test_a_nan_of_one_rank_stops_both_and_is_named(tmp_path: Path, tokenizer: Path, ranks: Ranks) -> None:
-    file = write_run(tmp_path / "run", tokenizer, save_every=1, accumulate=1)
+@pytest.mark.parametrize("parallel", ["data", "sharded"])
+def test_a_nan_of_one_rank_stops_both_is_named_and_reaches_no_state(
+    tmp_path: Path, tokenizer: Path, ranks: Ranks, parallel: str
+) -> None:
+    file = write_run(tmp_path / "run", tokenizer, parallel=parallel, save_every=1, accumulate=1)
     config = read_config(file)
     trainer = Trainer(config)
     stream = BatchStream(trainer.corpus, config.batch_tokens, config.seed)

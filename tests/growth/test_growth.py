@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.rounding import UNIT, reordering
 from torch import Tensor
 from transformers import HrmTextForCausalLM
 
@@ -83,47 +84,50 @@ def packed(vocab: int = 50) -> PackedBatch:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "bound"),
-    [
-        (WIDTH, 2e-5),
-        ({"hidden_size": 128}, 1e-6),
-        (FFN, 1e-6),
-        (HEADS, 1e-6),
-        (DEPTH, 0.0),
-        (DEPTH | {"interleaved": True}, 0.0),
-        ({"num_layers_per_stack": 5, "interleaved": True}, 0.0),
-        (WORDS, 0.0),
-        (EVERYTHING, 2e-5),
-        (EVERYTHING | {"interleaved": True}, 2e-5),
-    ],
+    "sizes",
+    [WIDTH, {"hidden_size": 128}, FFN, HEADS, WORDS, EVERYTHING, EVERYTHING | {"interleaved": True}],
     ids=str,
 )
-def test_one_growth_keeps_the_logits(sizes: dict[str, Any], bound: float) -> None:
+def test_one_growth_keeps_the_logits(sizes: dict[str, Any]) -> None:
     model = make_model()
-    assert difference(logits(grow(model, **sizes)), logits(model)) <= bound
+    bigger = grow(model, **sizes)
+    assert difference(logits(bigger), logits(model)) <= reordering(bigger.config)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [DEPTH, DEPTH | {"interleaved": True}, {"num_layers_per_stack": 5, "interleaved": True}],
+    ids=str,
+)
+def test_more_depth_keeps_the_bits_of_the_logits(sizes: dict[str, Any]) -> None:
+    """A new layer adds 0 to the residual stream, and every product keeps its shape."""
+    model = make_model()
+    assert torch.equal(logits(grow(model, **sizes)), logits(model))
 
 
 def test_more_ffn_keeps_the_logits_of_a_trained_model() -> None:
-    """The embedded one: its logits are large, and its FFN's sums long enough that a library splits them."""
+    """The embedded one: its logits are large, and its FFN's sums long enough that a library splits them.
+
+    The new units add exact zeros to sums of 640 terms, say, and a library may then take the other terms in another
+    order: reordering() allows 1.7e-5 for that.
+    """
     model = HRM.from_pretrained(Path(hrmcore.__file__).parent / "assets" / "tiny").requires_grad_(False)
     ids = torch.randint(10, 365, (1, 40), generator=torch.Generator().manual_seed(0))
     expected = model(ids, 30)
     for size in (513, 640, 1024):
-        bound = 1e-6 if size % 2 == 0 else 1e-5
-        assert difference(grow(model, intermediate_size=size)(ids, 30), expected) <= bound
+        bigger = grow(model, intermediate_size=size)
+        assert difference(bigger(ids, 30), expected) <= reordering(bigger.config)
 
 
 def test_any_order_of_four_growths_keeps_the_logits() -> None:
     model = make_model()
     expected = logits(model)
-    worst = 0.0
     for order in itertools.permutations((WIDTH, FFN, HEADS, DEPTH)):
         bigger = model
         for sizes in order:
             bigger = grow(bigger, **sizes)
         assert bigger.config == CONFIG.replace(**WIDTH, **FFN, **HEADS, **DEPTH, embedding_scale=None)
-        worst = max(worst, difference(logits(bigger), expected))
-    assert worst <= 2e-5
+        assert difference(logits(bigger), expected) <= reordering(bigger.config)
 
 
 def test_other_constants_are_kept() -> None:
@@ -132,7 +136,7 @@ def test_other_constants_are_kept() -> None:
     config = CONFIG.replace(position_encoding="xpos", xpos_scale_base=64, attention_window=64, **constants)
     model = make_model(config)
     bigger = grow(model, **EVERYTHING)
-    assert difference(logits(bigger), logits(model)) <= 2e-5
+    assert difference(logits(bigger), logits(model)) <= reordering(bigger.config)
     assert bigger.config.embedding_scale == pytest.approx(3.7 * math.sqrt(1.5))
     kept = {key: value for key, value in bigger.config.to_dict().items() if key not in (*EVERYTHING, "embedding_scale")}
     assert kept.items() <= config.to_dict().items()
@@ -141,14 +145,15 @@ def test_other_constants_are_kept() -> None:
 def test_transformers_computes_the_same_before_and_after(tmp_path: Path) -> None:
     model = make_model()
     model.save_pretrained(tmp_path / "small")
-    grow(model, **EVERYTHING).save_pretrained(tmp_path / "large")
+    bigger = grow(model, **EVERYTHING)
+    bigger.save_pretrained(tmp_path / "large")
     kinds = (torch.arange(20) < 7).long().expand_as(IDS)
     small, large = (
         HrmTextForCausalLM.from_pretrained(tmp_path / name).eval()(input_ids=IDS, token_type_ids=kinds).logits
         for name in ("small", "large")
     )
     assert large.shape[-1] == 70
-    assert difference(large[..., :50], small) <= 2e-5
+    assert difference(large[..., :50], small) <= reordering(bigger.config)
 
 
 def test_growing_leaves_the_model_and_shares_nothing_with_it() -> None:
@@ -303,7 +308,8 @@ def test_the_state_is_what_transported_gradients_would_have_left(
         assert len(ours) == 3
         for key, value in theirs.items():
             assert value.any() == (origin[name] is not None), (name, key)
-            assert difference(ours[key], value) <= 1e-6 if value.any() else not ours[key].any(), (name, key)
+            # Five steps of three operations on either side, and the factor: at most 32 roundings.
+            assert difference(ours[key], value) <= 32 * UNIT if value.any() else not ours[key].any(), (name, key)
 
 
 @pytest.mark.parametrize("which", list(KINDS))
@@ -336,7 +342,8 @@ def test_the_average_of_the_weights_grows_as_they_do(which: str) -> None:
     grown = growth.optimizer(first, model, bigger)
     for name, parameter in fed.named_parameters():
         ours, theirs = grown.state[bigger.get_parameter(name)]["ema"], other.state[parameter]["ema"]
-        assert difference(ours, theirs) <= 1e-6 if theirs.any() else not ours.any(), name
+        # Four steps of three operations on either side, and the factor: at most 32 roundings.
+        assert difference(ours, theirs) <= 32 * UNIT if theirs.any() else not ours.any(), name
     assert not torch.equal(grown.state[bigger.lm_head.weight]["ema"], bigger.lm_head.weight)
 
 

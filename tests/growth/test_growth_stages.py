@@ -17,7 +17,7 @@ from hrmcore.growth.files import grow_files
 from hrmcore.growth.operators import Growth
 from hrmcore.model import HRM
 from hrmcore.tokenizer import train_tokenizer
-from hrmcore.train.run_file import explain, learning_rate, read_config
+from hrmcore.train.run_file import learning_rate, read_config
 from hrmcore.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -256,8 +256,3 @@ def test_stages_behind_a_state_must_stay(write: Callable[..., Path]) -> None:
     Trainer(read_config(write())).run()
     with pytest.raises(ValueError, match=r"has grown 2 times, to a shape that the run file does not reach by then"):
         Trainer(read_config(write(stages=STAGES.replace("num_attention_heads = 4", "num_attention_heads = 8"))))
-
-
-def test_explain_has_the_stages() -> None:
-    assert "[[grow]]" in explain()
-    assert "at_tokens" in explain()

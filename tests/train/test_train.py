@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.rounding import reordering
+from support.runs import repetitions, write_run
 
 from hrmcore.checkpoint.hrm_text import save_model
 from hrmcore.checkpoint.training_state import find_states, load_state, save_state, state_path
@@ -47,34 +49,22 @@ WORDS = ["alpha", "beta", "gamma", "delta", "omega", "sigma", "kappa", "theta"]
 
 @pytest.fixture
 def run_file(tmp_path: Path) -> Path:
-    records = [{"instruction": f"repeat {a} {b}", "response": f"{a} {b}"} for a in WORDS for b in WORDS]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-    train_tokenizer((r["instruction"] for r in records), tmp_path / "tokenizer", vocab_size=330)
-    path = tmp_path / "run.toml"
-    path.write_text(
-        f"""
-train_files = ["{tmp_path}/train.jsonl"]
-heldout_files = ["{tmp_path}/train.jsonl"]
-tokenizer = "{tmp_path}/tokenizer"
-out = "{tmp_path}/out"
-steps = 12
-batch_tokens = 256
-learning_rate = 3e-3
-warmup_steps = 2
-eval_every = 6
-save_every = 4
-seed = 7
-[model]
-hidden_size = 32
-intermediate_size = 64
-num_layers_per_stack = 1
-num_attention_heads = 2
-head_dim = 16
-max_position_embeddings = 64
-""",
-        encoding="utf-8",
+    """A run of 12 steps of about 256 tokens."""
+    records = repetitions(WORDS)
+    train_tokenizer((record["instruction"] for record in records), tmp_path / "tokenizer", vocab_size=330)
+    return write_run(
+        tmp_path,
+        records,
+        tmp_path / "tokenizer",
+        heldout_files=[f"{tmp_path}/train.jsonl"],
+        steps=12,
+        batch_tokens=256,
+        learning_rate=0.003,
+        warmup_steps=2,
+        eval_every=6,
+        save_every=4,
+        seed=7,
     )
-    return path
 
 
 def rewrite(path: Path, old: str, new: str) -> Path:
@@ -107,7 +97,7 @@ RATES = {"adamatan2": 3e-3, "adamw": 3e-3, "sophia-g": 1e-3, "sophia-h": 1e-3}
     ("optimizer", "precision"), [*((name, "float32") for name in OPTIMIZERS), ("sophia-g", "bfloat16")]
 )
 def test_a_run_learns_and_exports(run_file: Path, optimizer: str, precision: str) -> None:
-    rewrite(run_file, "learning_rate = 3e-3", f"learning_rate = {RATES[optimizer]}")
+    rewrite(run_file, "learning_rate = 0.003", f"learning_rate = {RATES[optimizer]}")
     config = read_config(
         rewrite(run_file, "steps = 12", f'steps = 60\noptimizer = "{optimizer}"\nprecision = "{precision}"')
     )
@@ -217,7 +207,7 @@ def test_accumulated_batches_have_the_gradient_of_one_batch(run_file: Path, tmp_
     trainer.optimizer.zero_grad()
     whole = pack(trainer.corpus, [record for batch in batches for record in batch.records])
     expected, _ = trainer._backward([whole], 5)
-    assert loss == pytest.approx(expected, rel=1e-6)
+    assert loss == pytest.approx(expected, rel=reordering(trainer.config.model))
     gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
     assert len(gradients) == len(accumulated) > 5
     for ours, theirs in zip(accumulated, gradients, strict=True):
@@ -304,7 +294,7 @@ def test_a_step_that_is_not_finite_can_be_skipped(run_file: Path) -> None:
         ("steps = 12", "", "missing key 'steps'"),
         ("steps = 12", 'steps = "many"', "steps must be of type int, got 'many'"),
         ("steps = 12", "steps = ", "not TOML"),
-        ("learning_rate = 3e-3", "learning_rate = -1", "learning_rate must be above 0"),
+        ("learning_rate = 0.003", "learning_rate = -1", "learning_rate must be above 0"),
         ("seed = 7", 'schedule = "triangle"', "schedule must be one of"),
         ("seed = 7", 'optimizer = "sgd"', "optimizer must be one of"),
         ("seed = 7", 'optimizer = "adamw"\nrho = 0.1', "rho means nothing to adamw; remove it"),
