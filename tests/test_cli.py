@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -106,7 +107,8 @@ def test_help_explains_and_shows_an_example(command: list[str], capsys: pytest.C
     if command:
         assert f"examples:\n  hrmcore {command[0]}" in out
     else:
-        assert all(f"    {name} " in out for name in cli.COMMANDS)
+        listed = [re.findall(r"^  (\w+) +\w", part, re.MULTILINE) for part in re.split(r"^(?=\w.*:$)", out, flags=re.M)]
+        assert [names for names in listed if names] == [list(group) for group in cli.GROUPS.values()]
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
