@@ -167,7 +167,7 @@ class Tokenizer:
         return self.backend.decode(plain)
 
     def decode_answer(self, ids: Iterable[int]) -> str:
-        """`decode` without ids beyond the vocabulary: a model's head may have more rows than the tokenizer has tokens."""
+        """`decode` without ids beyond the vocabulary: a model's head may have more rows than there are tokens."""
         return self.decode(i for i in ids if i < self.vocab_size)
 
     def conditions(self, condition: str) -> list[int]:

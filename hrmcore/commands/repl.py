@@ -32,7 +32,7 @@ EXAMPLE = """\
 examples:
   hrmcore repl
   hrmcore repl checkpoint/ --temperature 0.7
-  printf 'spell lantern backward\\nwhat is 17 + 25?\\n' | hrmcore repl
+  echo 'Spell this word backward (example: sun -> nus): tree' | hrmcore repl
   hrmcore repl < /dev/null      answers the sample questions of the model
 """
 

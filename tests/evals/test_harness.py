@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.command import hrmcore
 
-from hrmcore import cli
 from hrmcore.checkpoint.hrm_text import save_model
 from hrmcore.engine.engine import Engine, load
 from hrmcore.evals import iq, reasoning_gym
@@ -24,13 +24,6 @@ from hrmcore.growth.operators import grow
 from hrmcore.model import HRM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def hrmcore(*arguments: str) -> int:
-    try:
-        return cli.main(arguments)
-    except SystemExit as leaving:
-        return int(leaving.code or 0)
 
 
 # --- scores --------------------------------------------------------------------------------------------------------
