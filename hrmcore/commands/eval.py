@@ -17,7 +17,7 @@ examples:
   hrmcore eval --model checkpoint/ --tasks iq --n 1000 --seed 7 --out iq.json --plot iq.png
   hrmcore eval --model checkpoint/ --tasks key_retrieval --noise 0,8,32,128 --plot curve.png
   hrmcore eval --model gpt2 --transformers --tasks pattern_mining
-  hrmcore eval --model name --endpoint http://localhost:8000/v1 --tasks heldout.jsonl
+  hrmcore eval --model name --endpoint http://localhost:8000/v1 --tasks validation.jsonl
 
 tasks:
   iq                     every family below

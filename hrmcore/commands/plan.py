@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     grow = "after TOKENS the model grows into SIZE, or the model of a config.json or folder; may be repeated"
     parser.add_argument("--stage", action="append", default=[], metavar="TOKENS:SIZE", help=grow)
     run = parser.add_argument_group("the run")
-    run.add_argument("--tokens", type=float, metavar="N", help="tokens to train on; a run file says so itself")
+    run.add_argument("--tokens", type=float, metavar="N", help="tokens to train on; needed where no run file is given")
     run.add_argument(
         "--batch-tokens", type=int, metavar="N", help="tokens of a step on one GPU; memory depends on it (8192)"
     )
