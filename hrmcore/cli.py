@@ -24,19 +24,27 @@ class Command:
     module: str
 
 
-COMMANDS = {
-    "generate": Command("answer one question", "hrmcore.commands.generate"),
-    "repl": Command("talk to a model", "hrmcore.commands.repl"),
-    "convert": Command("pack a checkpoint for the CPU engine", "hrmcore.commands.convert"),
-    "bench": Command("check and time the ops", "hrmcore.commands.bench"),
-    "prepare": Command("tokenise records into a store to train from", "hrmcore.commands.prepare"),
-    "train": Command("train a model as a run file says", "hrmcore.commands.train"),
-    "eval": Command("ask a model questions and score its answers", "hrmcore.commands.eval"),
-    "grow": Command("make a larger model that computes the same", "hrmcore.commands.grow"),
-    "plot": Command("draw the curves of a training run", "hrmcore.commands.plot"),
-    "inspect": Command("which token each cycle and layer would have answered", "hrmcore.commands.inspect"),
-    "plan": Command("what a training run costs, before it starts", "hrmcore.commands.plan"),
+# As `hrmcore --help` groups them.
+GROUPS = {
+    "answer questions": {
+        "generate": Command("answer one question", "hrmcore.commands.generate"),
+        "repl": Command("talk to a model at the terminal", "hrmcore.commands.repl"),
+        "eval": Command("ask a model questions and score its answers", "hrmcore.commands.eval"),
+        "convert": Command("pack a checkpoint for the CPU engine", "hrmcore.commands.convert"),
+    },
+    "train a model": {
+        "prepare": Command("tokenise records into a store to train from", "hrmcore.commands.prepare"),
+        "plan": Command("estimate what a training run costs", "hrmcore.commands.plan"),
+        "train": Command("train a model as a run file says", "hrmcore.commands.train"),
+        "grow": Command("make a larger model that computes the same", "hrmcore.commands.grow"),
+    },
+    "look at results": {
+        "plot": Command("draw the curves of a training run", "hrmcore.commands.plot"),
+        "inspect": Command("show which token each cycle and layer would answer", "hrmcore.commands.inspect"),
+        "bench": Command("check and time the ops", "hrmcore.commands.bench"),
+    },
 }
+COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Python's, the engine's and torch's ways of saying it; torch on a CPU has no type for it."""
+    """Whether memory ran out in Python, the engine or torch, which raises a plain RuntimeError on the CPU."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or "DefaultCPUAllocator" in str(error)
 
@@ -90,10 +98,13 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="hrmcore",
         description="Train, grow and run hierarchical recurrent language models.",
-        epilog="hrmcore COMMAND --help explains a command and shows an example.",
+        usage="hrmcore [-h] [--version] COMMAND ...",
+        epilog=_listed(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    hidden = argparse.SUPPRESS  # argparse cannot group subcommands: the epilog lists them
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, help=hidden, prog="hrmcore")
     for name, command in COMMANDS.items():
         described = f"{command.help[0].upper()}{command.help[1:]}."
         formatter = argparse.RawDescriptionHelpFormatter
@@ -101,6 +112,14 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         if arguments[:1] == [name]:
             importlib.import_module(command.module).add_arguments(sub)
     return parser
+
+
+def _listed() -> str:
+    """The commands, a group after the other, and where to read on."""
+    lines = []
+    for title, commands in GROUPS.items():
+        lines += [f"{title}:", *(f"  {name:<10} {command.help}" for name, command in commands.items()), ""]
+    return "\n".join([*lines, "hrmcore COMMAND --help explains a command and shows an example."])
 
 
 class _Version(argparse.Action):

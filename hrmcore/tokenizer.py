@@ -1,4 +1,4 @@
-"""Two kinds of tokenizer behind one face, and the tokens that frame a prompt.
+"""Two kinds of tokenizer behind one interface, and the tokens that frame a prompt.
 
 A sequence is `<boq> condition… instruction <eoq> response <eoa>`. Our own models bring `tokenizer.model`
 (sentencepiece), released ones `tokenizer.json` (tokenizers). Imports no torch.
@@ -140,8 +140,8 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Plain text to ids; a framing token that is spelled out in the text stays ordinary text.
 
-        `decode` gives the text back, except that sentencepiece reads U+2581 as a space and a tokenizer.json may bring
-        a normalisation. Raises ValueError on a lone surrogate, which is no text.
+        `decode` gives the text back, except that sentencepiece reads U+2581 as a space, and that a tokenizer.json may
+        normalise text. Raises ValueError on a lone surrogate, which is no text.
         """
         try:
             text.encode()
@@ -172,7 +172,7 @@ class Tokenizer:
         return self.backend.decode(plain)
 
     def decode_answer(self, ids: Iterable[int]) -> str:
-        """`decode` of what a model answers, whose head may have more rows than there are words: those are left out."""
+        """`decode` without ids beyond the vocabulary: a model's head may have more rows than there are tokens."""
         return self.decode(i for i in ids if i < self.vocab_size)
 
     def conditions(self, condition: str) -> list[int]:
@@ -203,7 +203,7 @@ class PieceDecoder:
         self._shown = ""
 
     def push(self, token: int) -> str:
-        """The text that is certain after this token; empty while a character is incomplete, or for no word's row."""
+        """The text that is certain after this token: none for part of a character, or an id beyond the vocabulary."""
         if token >= self._tokenizer.vocab_size:
             return ""
         self._pending.append(token)
@@ -214,8 +214,8 @@ class PieceDecoder:
             certain = certain.removesuffix("\ufffd")
         piece = self._advance(certain)
         if certain == text and len(self._pending) > 32:
-            # Decoding is only linear over short runs: keep a little context, which settles how a token's
-            # leading space is rendered.
+            # Decoding all tokens again each time would take quadratic time. Keep a few: they settle whether the next
+            # token's leading space is shown.
             self._pending = self._pending[-8:]
             self._shown = self._tokenizer.decode(self._pending)
         return piece

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -99,7 +101,23 @@ def test_help_explains_and_shows_an_example(command: list[str], capsys: pytest.C
     if command:
         assert f"examples:\n  hrmcore {command[0]}" in out
     else:
-        assert all(f"    {name} " in out for name in cli.COMMANDS)
+        listed = [re.findall(r"^  (\w+) +\w", part, re.MULTILINE) for part in re.split(r"^(?=\w.*:$)", out, flags=re.M)]
+        assert [names for names in listed if names] == [list(group) for group in cli.GROUPS.values()]
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_the_examples_are_commands(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hrmcore(name, "--help") == 0
+    examples = re.findall(r"^  hrmcore (.+)$", capsys.readouterr().out, re.MULTILINE)
+    assert len(examples) >= 2
+    for example in examples:
+        example = re.split(r" [|<] |   ", example)[0]  # without the pipe or the remark behind it
+        words = shlex.split(re.sub(r"\$\(python .*\)", "checkpoint/", example))
+        with monkeypatch.context() as patch:
+            patch.setattr(f"{cli.COMMANDS[words[0]].module}.run", lambda _: 0)
+            assert hrmcore(*words) == 0, capsys.readouterr().err
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:

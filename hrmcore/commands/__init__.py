@@ -1,1 +1,4 @@
-"""The subcommands of `hrmcore`, one module each: `add_arguments(parser)` and `run(args) -> int`."""
+"""The subcommands of `hrmcore`, one module each: `add_arguments(parser)` and `run(args) -> int`.
+
+`options` and `session` are what these modules are made of, and no commands themselves.
+"""

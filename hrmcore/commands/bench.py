@@ -6,7 +6,7 @@ import argparse
 
 EXAMPLE = """\
 examples:
-  hrmcore bench
+  hrmcore bench                                  all ops, a few minutes
   hrmcore bench rms_norm attention --threads 1 --seconds 2 --json
 """
 
@@ -16,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLE
     parser.add_argument("ops", nargs="*", metavar="OP", help="ops to run (default: all)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads to compute with (default: all)")
-    parser.add_argument("--seconds", type=float, default=0.5, metavar="S", help="time for each line (0.5)")
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, metavar="S", help="seconds to measure each line of the table (0.5)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 

@@ -7,7 +7,10 @@ import argparse
 EXAMPLE = """\
 examples:
   hrmcore convert checkpoint/ packed/ --dtype int8
-  hrmcore generate "What is 17 + 25?" --model packed/
+  hrmcore generate "Spell this word backward (example: sun -> nus): lantern" --model packed/
+
+the embedded model as the checkpoint:
+  hrmcore convert $(python -c "import hrmcore.engine; print(hrmcore.engine.EMBEDDED_MODEL)") packed/
 """
 
 
@@ -15,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hrmcore convert`."""
     parser.epilog = EXAMPLE
     parser.add_argument("checkpoint", help="checkpoint folder or cached hub id")
-    parser.add_argument("out", help="folder to write; it is created")
-    parser.add_argument("--dtype", default="int8", help="float32, bfloat16, int8 or int4 (int8)")
+    parser.add_argument("out", help="folder to write; created where it does not exist")
+    parser.add_argument("--dtype", default="int8", help="weights in float32, bfloat16, int8 or int4 (int8)")
 
 
 def run(args: argparse.Namespace) -> int:

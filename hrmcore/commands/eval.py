@@ -12,18 +12,19 @@ from hrmcore.evals.harness import Task, evaluate, records_task, report, table
 
 EXAMPLE = f"""\
 examples:
+  hrmcore eval --tasks iq --n 10
   hrmcore eval --tasks reasoning_gym:chain_sum,reasoning_gym:gcd --n 100
   hrmcore eval --model checkpoint/ --tasks iq --n 1000 --seed 7 --out iq.json --plot iq.png
   hrmcore eval --model checkpoint/ --tasks key_retrieval --noise 0,8,32,128 --plot curve.png
   hrmcore eval --model gpt2 --transformers --tasks pattern_mining
-  hrmcore eval --model name --endpoint http://localhost:8000/v1 --tasks heldout.jsonl
+  hrmcore eval --model name --endpoint http://localhost:8000/v1 --tasks validation.jsonl
 
 tasks:
   iq                     every family below
   {", ".join(iq.FAMILIES)}: one family
   {", ".join(iq.TASKS)}: one task
-  reasoning_gym:NAME     a task of the reasoning-gym package, scored by the package
-  FILE.jsonl             records ({{"instruction", "response"[, "condition"]}}, one a line), by exact match
+  reasoning_gym:NAME     a task of the reasoning-gym package (pip install hrmcore[demo]), which scores the answers
+  FILE.jsonl             records ({{"instruction", "response"[, "condition"]}}, one a line); the answer must match
 """
 
 
@@ -37,10 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--noise", default=",".join(map(str, iq.NOISE)), metavar="A,B,…", help=noise)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON")
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw them: accuracy with intervals, score over noise"
+        "--plot", type=Path, metavar="FILE", help="draw the results: accuracy with intervals, score over noise"
     )
     model = parser.add_argument_group("the model")
-    named = "checkpoint folder or cached hub id, or the endpoint's name of the model (default: the embedded model)"
+    named = "checkpoint folder or cached hub id, or the name that the endpoint knows (default: the embedded model)"
     model.add_argument("--model", help=named)
     how = model.add_mutually_exclusive_group()
     how.add_argument("--transformers", action="store_true", help="run the model with the transformers library")

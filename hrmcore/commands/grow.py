@@ -10,24 +10,22 @@ examples:
   hrmcore grow checkpoint/ deeper/ --layers 6 --interleaved
   hrmcore grow run/ larger-run/ --hidden-size 512 --ffn 1536 --mode ramped --mask-steps 200
 
-The last one grows the newest training state of a run: weights, averages and the optimizer's state. To train on, give
-the run file the larger sizes in [model], and larger-run/ as out.
+The last one grows the newest training state of a run: weights, averages and the optimizer's state. To train on, write
+the larger sizes into [model] of the run file, and out = "larger-run/".
+
+the embedded model as the checkpoint:
+  hrmcore grow $(python -c "import hrmcore.engine; print(hrmcore.engine.EMBEDDED_MODEL)") wider/ --ffn 1024
 """
 
+# Of a config's key, the flag and what it says.
 _SIZES = {
-    "hidden_size": "--hidden-size",
-    "num_layers_per_stack": "--layers",
-    "L_layers": "--L-layers",
-    "H_layers": "--H-layers",
-    "intermediate_size": "--ffn",
-    "num_attention_heads": "--heads",
-    "vocab_size": "--vocab-size",
-}
-
-_DESCRIBED = {
-    "num_layers_per_stack": "layers of each stack, L and H alike",
-    "L_layers": "layers of L alone",
-    "H_layers": "layers of H alone; where the two differ only hrmcore loads the result",
+    "hidden_size": ("--hidden-size", "width of the residual stream"),
+    "num_layers_per_stack": ("--layers", "layers of each stack, L and H alike"),
+    "L_layers": ("--L-layers", "layers of L alone"),
+    "H_layers": ("--H-layers", "layers of H alone; if they differ from L's, only hrmcore loads the result"),
+    "intermediate_size": ("--ffn", "width of the FFN"),
+    "num_attention_heads": ("--heads", "heads of attention"),
+    "vocab_size": ("--vocab-size", "tokens of the vocabulary"),
 }
 
 
@@ -36,18 +34,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLE
     parser.add_argument("checkpoint", help="checkpoint folder, cached hub id, run folder or training state")
     parser.add_argument("out", help="folder to write; it must not exist")
-    for name, flag in _SIZES.items():
-        described = _DESCRIBED.get(name, name.replace("_", " "))
-        parser.add_argument(flag, dest=name, type=int, metavar="N", help=f"{described}, at least as before")
-    parser.add_argument("--cycles", nargs=2, type=int, metavar=("H", "L"), help="needs --change-function")
+    for name, (flag, described) in _SIZES.items():
+        parser.add_argument(flag, dest=name, type=int, metavar="N", help=f"{described}; at least as before")
     parser.add_argument(
-        "--change-function", action="store_true", help="more cycles may change what the model computes (experimental)"
+        "--cycles",
+        nargs=2,
+        type=int,
+        metavar=("H", "L"),
+        help="cycles of H and of L; other cycles than before need --change-function",
+    )
+    parser.add_argument(
+        "--change-function", action="store_true", help="allow cycles that change what the model computes (experimental)"
     )
     parser.add_argument(
         "--interleaved", action="store_true", help="new layers between the old ones, not on top (experimental)"
     )
-    parser.add_argument("--mode", default="zero", help="zero, or ramped (experimental): how new entries come in (zero)")
-    parser.add_argument("--mask-steps", type=int, default=0, metavar="N", help="steps over which mode ramped rises")
+    parser.add_argument(
+        "--mode",
+        default="zero",
+        help="how new entries begin: zero, or ramped (experimental): random, rising from 0 over --mask-steps steps (zero)",
+    )
+    parser.add_argument("--mask-steps", type=int, default=0, metavar="N", help="training steps that mode ramped takes")
     parser.add_argument("--seed", type=int, default=0, help="seed of the new entries (0)")
 
 
@@ -61,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         sizes |= {"H_cycles": args.cycles[0], "L_cycles": args.cycles[1]}
     names = ("change_function", "interleaved", "mode", "mask_steps", "seed")
     if not sizes:
-        raise ValueError(f"say what grows: {', '.join(_SIZES.values())} or --cycles")
+        raise ValueError(f"say what grows: {', '.join(flag for flag, _ in _SIZES.values())} or --cycles")
     if args.cycles and not args.change_function:
         raise ValueError("other cycles change what the model computes; if that is meant, add --change-function")
     growth = grow_files(args.checkpoint, args.out, sizes, **{name: getattr(args, name) for name in names})

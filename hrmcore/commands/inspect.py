@@ -1,4 +1,4 @@
-"""`hrmcore inspect`: which token every cycle and layer would have answered, as a table, JSON, picture, or live."""
+"""`hrmcore inspect`: which token each cycle and layer would answer (the logit lens): table, JSON, picture or live."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hrmcore import plots
-from hrmcore.commands.generate import printable
+from hrmcore.commands.options import printable
 
 if TYPE_CHECKING:
     from hrmcore.lens import Lens
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 EXAMPLE = """\
 examples:
   hrmcore inspect "Spell this word backward (example: sun -> nus): lantern"
-  hrmcore inspect "What is 17 + 25?" --watch
+  hrmcore inspect "State the final answer to the following arithmetic problem: 17 + 25 =" --watch
   hrmcore inspect "What is 17 + 25?" --model checkpoint/ --answer-token 2 --out lens.json --plot lens.png
 """
 
@@ -32,14 +32,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLE
     parser.add_argument("prompt", help="the question")
     parser.add_argument("--model", help="checkpoint folder or cached hub id (default: the embedded model)")
-    parser.add_argument("--condition", default="direct", metavar="NAMES", help="direct, cot, synth, noisy or several")
-    parser.add_argument("--answer-token", type=int, default=1, metavar="K", help="look at the K-th token answered (1)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write every step of every layer as JSON")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them")
-    watch = "watch the whole answer form in the terminal, cycle by cycle, instead"
+    parser.add_argument(
+        "--condition",
+        default="direct",
+        metavar="NAMES",
+        help="how to answer: direct, cot, synth, noisy, or several with commas (direct)",
+    )
+    parser.add_argument(
+        "--answer-token", type=int, default=1, metavar="K", help="look at the K-th token of the answer (1)"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write what every layer of every visit would answer as JSON"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it as a picture")
+    watch = "instead, show live what each cycle would answer, for every token of the answer"
     parser.add_argument("--watch", action="store_true", help=watch)
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer to watch (64)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads to compute with")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads to compute with (default: all cores)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,7 +96,7 @@ def _load(path: str | None, threads: int | None) -> tuple[HRM, Tokenizer]:
 
 
 def _report(model: HRM, tokenizer: Tokenizer, prompt: list[int], args: argparse.Namespace) -> dict[str, Any]:
-    """What the lens sees at the K-th token of the greedy answer, as JSON holds it."""
+    """What the logit lens sees at the K-th token of the greedy answer, as JSON holds it."""
     from hrmcore.lens import look
 
     ends = {*model.config.eos_token_ids, tokenizer.eoa}
@@ -96,7 +105,7 @@ def _report(model: HRM, tokenizer: Tokenizer, prompt: list[int], args: argparse.
     while len(answered) < args.answer_token - 1:
         if seen.answer in ends:
             raise ValueError(
-                f"the answer ends after {len(answered)} tokens; --answer-token must be at most that plus 1"
+                f"the answer ends after {len(answered)} tokens; --answer-token must be at most {len(answered) + 1}"
             )
         answered.append(seen.answer)
         seen = look(model, [*prompt, *answered], len(prompt))

@@ -29,18 +29,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("model", nargs="?", help="config.json, checkpoint folder, cached hub id, or a run file (TOML)")
     model.add_argument("--size", choices=PRESETS, help="a published size")
-    grow = "the model grows into SIZE (or a config.json or folder) at TOKENS; may be repeated"
+    grow = "after TOKENS the model grows into SIZE, or the model of a config.json or folder; may be repeated"
     parser.add_argument("--stage", action="append", default=[], metavar="TOKENS:SIZE", help=grow)
     run = parser.add_argument_group("the run")
-    run.add_argument("--tokens", type=float, metavar="N", help="tokens to train on (a run file says it itself)")
-    run.add_argument("--batch-tokens", type=int, metavar="N", help="tokens of a step on one GPU, for memory (8192)")
-    run.add_argument("--prompt-tokens", type=float, metavar="N", help="mean instruction; adds head and attention")
-    run.add_argument("--response-tokens", type=float, metavar="N", help="mean response; adds head and attention")
+    run.add_argument("--tokens", type=float, metavar="N", help="tokens to train on; needed where no run file is given")
+    run.add_argument(
+        "--batch-tokens", type=int, metavar="N", help="tokens of a step on one GPU; memory depends on it (8192)"
+    )
+    run.add_argument(
+        "--prompt-tokens",
+        type=float,
+        metavar="N",
+        help="mean tokens of an instruction; needed to count head and attention",
+    )
+    run.add_argument(
+        "--response-tokens",
+        type=float,
+        metavar="N",
+        help="mean tokens of a response; needed to count head and attention",
+    )
     on = parser.add_argument_group("the hardware")
     where = on.add_mutually_exclusive_group()
     where.add_argument("--gpu", choices=GPUS, help="kind of GPU (H100)")
-    where.add_argument("--measure", action="store_true", help="time this machine and plan for it")
-    on.add_argument("--count", type=int, default=1, metavar="N", help="how many (1)")
+    where.add_argument("--measure", action="store_true", help="measure this machine and plan for it")
+    on.add_argument("--count", type=int, default=1, metavar="N", help="number of GPUs (1)")
     share = "share of the peak that training reaches (0.38, as the published 1B run did)"
     on.add_argument("--utilization", type=float, default=0.38, metavar="U", help=share)
     on.add_argument("--price", type=float, metavar="P", help="dollars a GPU-hour")
@@ -115,7 +127,7 @@ def _record(prompt: float | None, response: float | None) -> Record | None:
 
 
 def measure(precision: str, seconds: float = 1.0) -> Device:
-    """This machine: the best rate of a matrix product in FLOP/s, on its GPU when torch sees one, and its memory."""
+    """This machine, or its GPU when torch sees one: the best FLOP/s of a GEMM, and the memory in bytes."""
     import torch
 
     on_gpu = torch.cuda.is_available()

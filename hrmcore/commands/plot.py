@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hrmcore plot`."""
     parser.epilog = EXAMPLE
     parser.add_argument("run", type=Path, help="run folder of `hrmcore train`")
-    parser.add_argument("--out", type=Path, help="the picture; its ending says the format (RUN/curves.png)")
+    parser.add_argument("--out", type=Path, help="the picture; its ending is the format (RUN/curves.png)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,8 +15,12 @@ examples:
   hrmcore prepare math.jsonl chat.jsonl --tokenizer tokenizer/ --out store/
   hrmcore prepare *.jsonl --new-tokenizer 32768 --cap chat=100000 --out store/
 
-a record: {"instruction": "What is 17 + 25?", "response": "42", "condition": "direct"}
-a run file then says: train_files = ["store/"] and tokenizer = "store/tokenizer"
+a record, one a line: {"instruction": "What is 17 + 25?", "response": "42", "condition": "direct"}
+a run file then has: train_files = ["store/"] and tokenizer = "store/tokenizer"
+
+to try it:
+  for i in $(seq 1000); do echo '{"instruction": "What is '$i' + 1?", "response": "'$((i + 1))'"}'; done > sums.jsonl
+  hrmcore prepare sums.jsonl --new-tokenizer 290 --out store/
 """
 
 
@@ -24,17 +28,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hrmcore prepare`."""
     parser.epilog = EXAMPLE
     parser.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE", help="JSON-lines or .parquet records; its stem is a source"
+        "files",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="records as JSON lines or .parquet; a file is one source, named like it without its ending",
     )
     parser.add_argument("--out", type=Path, required=True, help="the store, a folder that does not exist yet")
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="with tokenizer.model or tokenizer.json")
+    which.add_argument(
+        "--tokenizer", type=Path, metavar="FOLDER", help="a folder with tokenizer.model or tokenizer.json"
+    )
     which.add_argument("--new-tokenizer", type=int, metavar="SIZE", help="train one of SIZE tokens on the records")
     parser.add_argument("--context", type=int, default=4096, metavar="N", help="longest record in tokens (4096)")
-    parser.add_argument("--cap", action="append", default=[], metavar="NAME=N", help="keep N records of a source")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the records that a cap keeps (0)")
-    parser.add_argument("--strict", action="store_true", help="a record that cannot be used is an error")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenise (default: one a core)")
+    parser.add_argument(
+        "--cap",
+        action="append",
+        default=[],
+        metavar="NAME=N",
+        help="keep at most N records of a source; may be repeated",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="decides which records a cap keeps (0)")
+    parser.add_argument(
+        "--strict", action="store_true", help="stop at a record that cannot be used, instead of leaving it out"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenise (default: one for each core)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,7 +86,7 @@ def parse_caps(texts: Sequence[str]) -> dict[str, int]:
 
 
 def summary(store: Store) -> list[str]:
-    """What is in a store and what is not, for a person."""
+    """What went into a store and what was left out, as a person reads it."""
     lines = []
     for name, source in store.manifest["sources"].items():
         lines.append(f"{name}: {source['kept']} of {source['read']} records kept")

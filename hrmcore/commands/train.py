@@ -7,22 +7,23 @@ from pathlib import Path
 
 EXAMPLE = """\
 examples:
-  hrmcore train run.toml          start, or resume where the run folder's newest state stands
+  hrmcore train run.toml          start, or resume from the newest state in the run folder
   hrmcore train --explain         every key of a run file
-  torchrun --nproc-per-node 2 -m hrmcore train run.toml    the same run in two processes, which share its batches;
-                                  with parallel = "sharded" in the run file, the model and its optimizer as well
+  torchrun --nproc-per-node 2 -m hrmcore train run.toml    two processes, which share the batches of the run; with
+                                  parallel = "sharded" in the run file, also the model and the optimizer's state
 
-a run file:
-  train_files = ["records.jsonl"]    # {"instruction": …, "response": …} a line
-  tokenizer = "tokenizer/"
-  out = "run/"
-  steps = 1000
+a run file that trains on the store of `hrmcore prepare --help` in a minute:
+  train_files = ["store/"]        # or files of records, with any tokenizer
+  tokenizer = "store/tokenizer"
+  out = "run/"                    # metrics.jsonl, states/ and checkpoint/
+  steps = 20
+  batch_tokens = 1024
   [model]
-  hidden_size = 256
-  intermediate_size = 768
-  num_layers_per_stack = 2
-  num_attention_heads = 4
-  head_dim = 64
+  hidden_size = 64
+  intermediate_size = 192
+  num_layers_per_stack = 1
+  num_attention_heads = 2
+  head_dim = 32
 """
 
 

@@ -72,10 +72,10 @@ class CpuRunner:
         cache_bytes: int,
         attention_window: int | None = None,
     ) -> CpuRunner:
-        """Pack a checkpoint, or map one that is packed; dtype auto is what it holds, attention_window None, too.
+        """Pack a checkpoint, or map one that is packed. dtype auto and attention_window None are the checkpoint's.
 
-        Raises FileNotFoundError and ValueError as `Arrays` does, and ValueError when a packed one has another
-        dtype or is damaged.
+        Raises FileNotFoundError and ValueError as `Arrays` does, and ValueError when a packed checkpoint is damaged or
+        holds another dtype.
         """
         packed = folder / PACKED_FILE
         if packed.is_file():
@@ -91,7 +91,7 @@ class CpuRunner:
             dtype = "bfloat16" if arrays.dtype("lm_head.weight") == "bfloat16" else "float32"
         runner = cls(_windowed(arrays.config, attention_window), dtype, kv_dtype, threads, cache_bytes)
         runner.core.allocate_weights()
-        # The largest first: what is mapped while the memory fills up is what counts at the peak.
+        # The largest tensor first, while little is packed: each is mapped in addition to what is packed already.
         for key in sorted(key_table(runner.config), key=lambda key: -math.prod(key.shape)):
             array = arrays[key.name]
             runner.core.set_weight(key.name, array.astype(np.float32) if array.dtype == np.float16 else array)
@@ -120,8 +120,8 @@ class CpuRunner:
     ) -> tuple[list[int], Rows]:
         """Prefill new sequences; returns a handle for each, and the logits (S, V) float32 after their last tokens.
 
-        A long prefill asks `stop` several times a second and raises Interrupted when it says True, as it raises
-        KeyboardInterrupt on Ctrl-C. Either way nothing is left of it.
+        A long prefill calls `stop` several times a second and raises Interrupted when it returns True. Ctrl-C raises
+        KeyboardInterrupt. Either way, none of the new sequences stays open.
         """
         prefixes = [prefix if self.config.prefix_lm else 0 for prefix in prefix_lengths]
         handles = [self.core.open(prefix) for prefix in prefixes]
@@ -141,7 +141,7 @@ class CpuRunner:
         self.core.close(handle)
 
     def logits(self, ids: Sequence[int], prefix_length: int) -> Rows:
-        """The logits (T, V) float32 of every position."""
+        """The logits (T, V) float32 after every token."""
         handle = self.core.open(prefix_length if self.config.prefix_lm else 0)
         try:
             logits = np.empty((len(ids), self.config.vocab_size), np.float32)
@@ -193,7 +193,7 @@ def fading(config: HRMConfig) -> NDArray[np.float32] | None:
 
 
 def convert(source: str | Path, out: str | Path, dtype: str) -> Path:
-    """Pack a checkpoint into the folder `out`, its tokenizer beside it; returns the packed file.
+    """Pack a checkpoint into the folder `out` and copy its tokenizer there; returns the packed file.
 
     The file appears whole or not at all. Raises ValueError on an unknown dtype, a broken or already packed checkpoint,
     or an `out` that holds another kind of checkpoint.

@@ -84,22 +84,12 @@ class CudaStep:
 
     def __init__(self, model: HRM, form: Form = "persistent", blocks: int = 0, dtype: str = "bfloat16") -> None:
         config = model.config
-        for name, value, fits in (
-            ("head_dim", config.head_dim, config.head_dim in _HEAD_DIMS),
-            ("hidden_size", config.hidden_size, config.hidden_size % TILE == 0),
-            ("intermediate_size", config.intermediate_size, config.intermediate_size % TILE == 0),
-        ):
-            if not fits:
-                expected = "one of 16, 32, 64, 128" if name == "head_dim" else f"a multiple of {TILE}"
-                raise ValueError(f"the decode step on CUDA takes a {name} that is {expected}, got {value}")
-        if dtype not in MMA_DTYPES:
-            raise ValueError(f"the decode step on CUDA takes weights in {', '.join(MMA_DTYPES)}, got {dtype!r}")
+        _check(config, dtype)
         self.config: HRMConfig = config
         self.form = form
         self._graphs: dict[tuple[int, int], _Captured] = {}  # by the batch and the tables' length
         self._graphs_cache: int | None = None  # address of the KV cache that they work on
         self.weights = pack(model, dtype)
-        self._embedding = model.embed_tokens.weight.detach().to(torch.bfloat16)
         device = self.weights.device
         positions = Positions.of(config, config.context)
         layers = [len(stack.layers) for stack in stacks(model)]
@@ -107,7 +97,7 @@ class CudaStep:
             config.hidden_size, config.intermediate_size, config.num_attention_heads, config.head_dim
         )
         self._tensors = {
-            "embedding": self._embedding,
+            "embedding": model.embed_tokens.weight.detach().to(torch.bfloat16),
             "z_init": model.z_L_init.float(),
             "rope": positions.table.to(device),
             "weights": self.weights,
@@ -167,3 +157,17 @@ class CudaStep:
                 **self._numbers,
                 stream=stream_of(tokens),
             )
+
+
+def _check(config: HRMConfig, dtype: str) -> None:
+    """Raises ValueError on what the kernels do not take."""
+    for name, value, fits in (
+        ("head_dim", config.head_dim, config.head_dim in _HEAD_DIMS),
+        ("hidden_size", config.hidden_size, config.hidden_size % TILE == 0),
+        ("intermediate_size", config.intermediate_size, config.intermediate_size % TILE == 0),
+    ):
+        if not fits:
+            expected = "one of 16, 32, 64, 128" if name == "head_dim" else f"a multiple of {TILE}"
+            raise ValueError(f"the decode step on CUDA takes a {name} that is {expected}, got {value}")
+    if dtype not in MMA_DTYPES:
+        raise ValueError(f"the decode step on CUDA takes weights in {', '.join(MMA_DTYPES)}, got {dtype!r}")

@@ -1,7 +1,7 @@
 """Load a model and generate: text or token ids, one prompt or many, whole or streamed.
 
 Shapes: T tokens, V vocabulary. What runs the recurrence is behind `hrmcore.engine.runner.Runner`.
-Generation needs no torch: `Engine.logits` alone imports it.
+On the CPU, only `Engine.logits` imports torch.
 """
 
 from __future__ import annotations
@@ -69,11 +69,13 @@ def load(
     `device` is cpu, cuda or cuda:N; on CUDA, decoding runs the fused step and prefill the model in torch.
     `dtype` is float32, bfloat16, int8 or int4; auto is what the checkpoint holds. `kv_dtype`, of the cached keys and
     values, is float32, bfloat16 or int8; None is float32 beside float32 weights, else bfloat16. `threads` sets the
-    threads of the kernels, and of torch where it is loaded, for the whole process; None leaves them.
-    `attention_window` (a multiple of 64, or 0) overrides the model's: for inputs longer than it was trained on, each
-    token sees its own block of so many tokens and the one before, those of the prefix also the one after, and the
-    cache keeps no more of the response than that. Raises ValueError on an argument out of range or a broken checkpoint,
-    FileNotFoundError when there is none.
+    threads of the kernels, and of torch where it is loaded, for the whole process; None leaves them as they are.
+
+    `attention_window` (a multiple of 64, or 0 for none) replaces the model's, for inputs longer than it was trained on:
+    each token sees its own window of so many tokens and the one before; a token of the prefix also sees the one after.
+    The KV cache keeps no more of the response than that.
+
+    Raises ValueError on an argument out of range or a broken checkpoint, FileNotFoundError when there is none.
     """
     require(dtype in ("auto", *DTYPES), "dtype", f"auto, {', '.join(DTYPES[:-1])} or {DTYPES[-1]}", dtype)
     require(kv_dtype in (None, "float32", "bfloat16", "int8"), "kv_dtype", "float32, bfloat16 or int8", kv_dtype)
@@ -260,8 +262,8 @@ class Engine:
     def _decode(self, requests: Sequence[Request]) -> Generator[tuple[int, int], None, None]:
         """Decode requests together, yielding (index, token) as tokens come. Requests join as others leave.
 
-        A request whose `finish` the consumer sets, from whatever thread, leaves before the next step, or soon when it
-        is in a long prefill; closing the generator ends them all.
+        The consumer ends a request by setting its `finish`, from any thread: it leaves before the next step, and soon
+        when it is in a long prefill. Closing the generator ends all requests.
         """
         waiting = deque(enumerate(requests))
         active: list[tuple[int, Request]] = []
@@ -292,7 +294,7 @@ class Engine:
                 self._runner.close(request.handle)
 
     def _open(self, requests: Sequence[Request]) -> NDArray[np.float32]:
-        """Prefill requests; raises Interrupted when one of them is over before it began."""
+        """Prefill requests; raises Interrupted when one of them is ended meanwhile."""
 
         def stop() -> bool:
             return any(request.finish for request in requests)

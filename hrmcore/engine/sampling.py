@@ -48,7 +48,7 @@ class Sampling:
 
 
 class Sampler:
-    """Draws the tokens of one request. Its n-th draw depends on seed and n alone, whatever runs beside it."""
+    """Draws the tokens of one request. The random number of the n-th draw depends on the seed and n alone."""
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
         self.core = _C.Sampler(

@@ -16,7 +16,7 @@ Finish = Literal["end", "stop", "length", "context", "closed"]
 
 @dataclass(eq=False)
 class Request:
-    """One sequence on its way through the engine: what was asked, and how far it is."""
+    """One sequence on its way through the engine: what was asked, and how far the answer has come."""
 
     ids: list[int]
     prefix_length: int
@@ -59,8 +59,7 @@ class Tokens(Iterator[int]):
     def close(self) -> None:
         """Cancel: release what the request holds. Nothing more comes.
 
-        May be called from another thread than the one that waits for a token, which then ends, in the middle of a long
-        prefill, too.
+        Another thread may call it while one waits for a token: the wait ends, even in the middle of a long prefill.
         """
         self.request.finish = self.request.finish or "closed"
         try:

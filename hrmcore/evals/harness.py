@@ -20,7 +20,7 @@ Z95 = 1.959963984540054  # half-width of a normal's central 95%, in standard dev
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt and the answer that is right. `chance` is how often a guess of the right form hits it."""
+    """One prompt and its right answer. `chance` is the probability that a guess of the right form is right."""
 
     prompt: str
     answer: str
@@ -30,7 +30,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Task:
-    """Questions of one kind. `score(index, response)` is between 0 and 1, and 1 only for a right answer."""
+    """Questions of one kind. `score(index, response)` is from 0 to 1; only a right answer scores 1."""
 
     name: str
     family: str

@@ -1,8 +1,8 @@
 """The IQ suite: questions that knowledge cannot answer, generated from a seed (the families of FLM-101B,
 arXiv 2309.03852). The same seed gives the same questions on every platform.
 
-Each task has a solver, which sees only the prompt and is always right, and the answers that a guesser who understands
-the form of the answer but not the question would draw from: ceiling and floor of the score.
+Each task has a solver, which sees only the prompt and is always right: the ceiling of the score. Each also lists the
+answers among which one would guess who knows the form of the answer, but not the question: the floor.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ MAX_GEN_TOKS = 256  # where a task does not say; lm-eval's own default
 class HRMCoreLM(LM):
     """A context is the instruction, read in both directions; a continuation is the response to it.
 
-    The white space with which lm-eval separates the two is left out: the framing tokens stand there, and responses in
-    training began without it. A context too long for the model loses its beginning.
+    The white space between the two is left out: framing tokens stand there, and no response in training began with
+    white space. A context too long for the model loses its beginning.
     """
 
     def __init__(
@@ -42,8 +42,8 @@ class HRMCoreLM(LM):
     ) -> None:
         """Load a checkpoint, None being the embedded model.
 
-        Batch sizes and device are what lm-eval hands to every model (cuda:0 where its user said nothing): the engine
-        chooses its batches itself and runs on the CPU.
+        Batch sizes and device have no effect. lm-eval hands them to every model (cuda:0 where nobody names a device),
+        but the engine chooses its batches itself and runs on the CPU.
         """
         super().__init__()
         self._engine = load(path, dtype=dtype, threads=threads)
@@ -60,7 +60,7 @@ class HRMCoreLM(LM):
         return str(self._tokenizer.source)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """For each (context, continuation): the continuation's log-probability (nats), and whether it is greedy's."""
+        """For each (context, continuation): its log-probability (nats), and whether greedy decoding gives it."""
         found = []
         for request in tqdm(requests, disable=disable_tqdm):
             context, continuation = request.args
@@ -121,7 +121,7 @@ class HRMCoreLM(LM):
         return context
 
     def _score(self, known: list[int], predicted: Sequence[int], prefix: int | None = None) -> tuple[float, bool]:
-        """Log-probability of the predicted tokens behind the known ones, and whether each is the likeliest."""
+        """Log-probability of the predicted tokens after the known ones, and whether each is the greedy token."""
         ids = [*known, *predicted[:-1]]
         rows = self._engine.logits(ids, prefix_length=len(known) if prefix is None else prefix)
         rows = rows[len(known) - 1 :].double().log_softmax(-1)

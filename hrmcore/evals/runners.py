@@ -45,8 +45,8 @@ class EngineRunner:
 class TransformersRunner:
     """A causal language model of the transformers library, from a folder or the hub's local cache.
 
-    An hrm_text checkpoint gets the prompt that our engine gives it. For others a chat template is used where the
-    tokenizer has one; else the bare prompt, the condition being left out.
+    An hrm_text checkpoint gets the prompt that our engine gives it. Any other model gets its chat template, if the
+    tokenizer has one, else the bare prompt; the condition is left out.
     """
 
     def __init__(self, path: str, max_new_tokens: int) -> None:

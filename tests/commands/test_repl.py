@@ -1,4 +1,4 @@
-"""The interactive prompt: as a session, at a simulated terminal, at a real one, and without any."""
+"""The interactive prompt: at a simulated terminal, at a real one, and without any."""
 
 from __future__ import annotations
 
@@ -23,201 +23,15 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.history import InMemoryHistory
 from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
+from support.screen import Screen, session_of
 
 from hrmcore.commands import repl
-from hrmcore.data.records import Rejected, read_records
+from hrmcore.commands.options import printable
+from hrmcore.commands.session import Session
 from hrmcore.engine.cpu_runner import CpuRunner
 from hrmcore.engine.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Screen(io.StringIO):
-    """What a terminal would show."""
-
-    def isatty(self) -> bool:
-        return True
-
-    def take(self) -> str:
-        """What came since the last time."""
-        text = self.getvalue()
-        self.seek(0)
-        self.truncate()
-        return text
-
-
-def session_of(engine: Engine, out: io.StringIO | None = None, **options: Any) -> repl.Session:
-    return repl.Session(
-        lambda _: engine, None, {"condition": "direct", "max_new_tokens": 12, **options}, out or Screen()
-    )
-
-
-@pytest.fixture
-def screen() -> Screen:
-    return Screen()
-
-
-@pytest.fixture
-def session(engine: Engine, screen: Screen) -> repl.Session:
-    return session_of(engine, screen, temperature=0.0, seed=None)
-
-
-# --- the session -------------------------------------------------------------------------------------------------
-
-
-def test_an_answer_streams_and_its_speed_is_noted_dimly(session: repl.Session, screen: Screen, engine: Engine) -> None:
-    assert session.handle("  what is 3 plus 4? \n")
-    answer, note, _ = screen.take().rsplit("\n", 2)
-    assert answer == repl.printable(engine.generate("what is 3 plus 4?", max_new_tokens=12))
-    assert re.fullmatch(r"\x1b\[2m12 tokens, \d+ tokens/s, cut at max_new_tokens\x1b\[0m", note)
-
-
-def test_no_color_is_respected(session: repl.Session, monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
-    monkeypatch.setenv("NO_COLOR", "1")
-    out = Screen()
-    session_of(engine, out).handle("é")
-    assert "12 tokens" in out.getvalue()
-    assert "\x1b" not in out.getvalue()
-
-
-def test_an_answer_cannot_steer_the_terminal() -> None:
-    assert repl.printable("a\x1b[2Jb\r\x07\x9b\x7f\n\té") == "a\ufffd[2Jb\ufffd\ufffd\ufffd\ufffd\n\té"
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("/condition shout", "unknown condition 'shout'; this tokenizer has: direct, cot, synth, noisy"),
-        ("/temperature warm", "temperature must be a number of 0 or more, as in /temperature 0.7, got 'warm'"),
-        ("/temperature -1", "temperature must be 0 or more, got -1.0"),
-        ("/seed x", "seed must be a whole number of at least 0, or none, as in /seed 1, got 'x'"),
-        ("/seed -1", "seed must be a whole number of at least 0, got -1"),
-        ("/save", "/save needs a file"),
-        ("/save here", "there is no answer to save yet"),
-        ("/samples 3", "sample must be a number from 1 to 2, got 3"),
-        ("/samples x", "sample must be a number from 1 to 2, got 'x'"),
-        ("/temperatur 1", "unknown command /temperatur: did you mean /temperature?"),
-        ("/home is where?", "unknown command /home: see /help, or begin with a space"),
-        ("1 " * 3000, "the prompt has"),
-    ],
-)
-def test_a_mistake_is_explained_in_one_line(session: repl.Session, screen: Screen, line: str, message: str) -> None:
-    before = dict(session.options)
-    assert session.handle(line)
-    shown = screen.take()
-    assert shown.startswith(f"! {message}")
-    assert shown.count("\n") == 1
-    assert session.options == before
-    assert session.complaints == 1
-
-
-def test_options_are_set_and_shown(session: repl.Session, screen: Screen, engine: Engine) -> None:
-    for line in ("/condition cot, synth", "/temperature 1.5", "/seed 7"):
-        assert session.handle(line)
-    assert screen.take() == ("condition: cot, synth (known: direct, cot, synth, noisy)\ntemperature: 1.5\nseed: 7\n")
-    session.handle("é")
-    expected = engine.generate("é", max_new_tokens=12, condition="cot, synth", temperature=1.5, seed=7)
-    assert screen.take().startswith(repl.printable(expected) + "\n")
-    for line in ("/condition", "/temperature", "/seed none"):
-        session.handle(line)
-    assert "temperature: 1.5\nseed: none\n" in screen.take()
-    assert session.complaints == 0
-
-
-def test_a_leading_space_asks_a_question_that_starts_with_a_slash(
-    session: repl.Session, screen: Screen, engine: Engine
-) -> None:
-    session.handle(" /help")
-    assert screen.take().startswith(repl.printable(engine.generate("/help", max_new_tokens=12)) + "\n")
-
-
-def test_blank_input_does_nothing_and_quit_leaves(session: repl.Session, screen: Screen) -> None:
-    assert session.handle("  \n")
-    assert screen.take() == ""
-    assert not session.handle("/quit")
-
-
-def test_help_lists_every_command(session: repl.Session, screen: Screen) -> None:
-    session.handle("/help")
-    listed = re.findall(r"^(/\w+)", screen.take(), re.MULTILINE)
-    assert listed == list(repl.COMMANDS)
-    assert {"/condition", "/temperature", "/seed", "/model", "/save", "/samples", "/help", "/quit"} == set(listed)
-
-
-def test_saved_answers_can_be_read_as_records(session: repl.Session, screen: Screen, tmp_path: Path) -> None:
-    path = tmp_path / "answers.jsonl"
-    session.handle("copy\n1 2")
-    session.handle("/condition cot")
-    session.handle("é")
-    session.handle(f"/save {path}")
-    assert screen.take().endswith(f"saved 2 answers to {path}\n")
-    records = list(read_records(path, Rejected(), strict=True))
-    assert [(r.instruction, r.condition) for r in records] == [("copy\n1 2", "direct"), ("é", "cot")]
-    assert records[1].response == session.engine.generate("é", max_new_tokens=12, condition="cot").strip()
-
-    session.handle("é")
-    session.handle(f"/save {path}")  # its own file it may write again
-    assert len(list(read_records(path, Rejected(), strict=True))) == 3
-    (tmp_path / "other").write_text("mine")
-    session.handle(f"/save {tmp_path / 'other'}")
-    assert "exists already" in screen.take()
-    assert (tmp_path / "other").read_text() == "mine"
-    session.handle(f"/save {tmp_path / 'no' / 'folder'}")
-    assert screen.take().startswith("! [Errno 2]")
-
-
-def test_another_model_is_loaded_or_the_old_one_stays(engine: Engine, screen: Screen, tmp_path: Path) -> None:
-    from hrmcore.engine.engine import load
-
-    session = repl.Session(lambda name: engine if name is None else load(name), None, {"max_new_tokens": 3}, screen)
-    session.handle(f"/model {tmp_path / 'none'}")
-    assert screen.take() == f"! {tmp_path / 'none'}: no such folder\n"
-    assert session.engine is engine
-    other = tmp_path / "other"
-    shutil.copytree(engine.source, other)
-    (other / "samples.json").unlink()
-    session.handle(f"/model {other}")
-    assert session.engine is not engine
-    assert screen.take().startswith(f"{other}: ")
-    session.handle("/model")
-    session.handle("/samples")
-    assert screen.take() == f"model: {other} ({other})\n{other} brings no sample questions.\n"
-    (other / "samples.json").write_text('[{"task": "x"}]')
-    session.handle(f"/model {other}")
-    assert (
-        screen.take() == f"! {other / 'samples.json'}: expected a list of objects with task, instruction and response\n"
-    )
-
-
-def test_a_model_without_a_tokenizer_is_refused(checkpoint: Path) -> None:
-    with pytest.raises(ValueError, match="no tokenizer"):
-        session_of(Engine(CpuRunner.from_checkpoint(checkpoint, "auto", None, 1, 0), None, checkpoint))
-
-
-def test_the_introduction_tells_what_to_try(session: repl.Session, screen: Screen) -> None:
-    session.introduce()
-    shown = screen.take()
-    assert shown.startswith("the embedded model: ")
-    assert "a context of 2048 tokens" in shown
-    assert "It answers: chain sum, grid\n" in shown
-    assert "   1  what is 3 plus 4?\n   2  copy …\n" in shown
-
-
-def test_samples_are_listed_and_asked(session: repl.Session, screen: Screen, engine: Engine) -> None:
-    session.handle("/samples")
-    assert screen.take() == " 1  chain_sum: what is 3 plus 4?\n 2  grid: copy …\n"
-    session.handle("/samples 2")
-    shown = screen.take()
-    answer = repl.printable(engine.generate("copy\n1 2\n3 4", max_new_tokens=12))
-    assert shown.startswith(f"copy\n1 2\n3 4\n{answer}\n")
-    assert shown.endswith("expected:\n1 2\n3 4\n")
-
-
-@pytest.mark.parametrize(
-    ("number", "text"), [(7, "7"), (51_234, "51.2 k"), (2_500_000, "2.5 M"), (1_180_000_000, "1.18 B")]
-)
-def test_sizes_are_readable(number: int, text: str) -> None:
-    assert repl._count(number) == text
 
 
 # --- without a terminal ------------------------------------------------------------------------------------------
@@ -239,7 +53,7 @@ def test_without_input_the_samples_are_answered(engine: Engine, checkpoint: Path
     done = run_repl(copy, None, "--max-new-tokens", "12")
     assert (done.returncode, done.stderr) == (0, "")
     first, second, tally = done.stdout.split("\n\n")
-    noise = repl.printable(engine.generate(samples[0]["instruction"], max_new_tokens=12)).splitlines()[0]
+    noise = printable(engine.generate(samples[0]["instruction"], max_new_tokens=12)).splitlines()[0]
     assert first.startswith("[1] chain_sum\n    what is 3 plus 4?\n  answer")
     assert re.search(re.escape(noise) + " +7\n", first)
     assert first.endswith("\n  different")
@@ -252,7 +66,7 @@ def test_piped_lines_are_answered(engine: Engine, checkpoint: Path) -> None:
     done = run_repl(checkpoint, "é\n\ncopy\\\n1 2\n/condition cot\né", "--max-new-tokens", "12")
     assert (done.returncode, done.stderr) == (0, "")
     answers = [
-        repl.printable(engine.generate(prompt, max_new_tokens=12, condition=condition))
+        printable(engine.generate(prompt, max_new_tokens=12, condition=condition))
         for prompt, condition in [("é", "direct"), ("copy\n1 2", "direct"), ("é", "cot")]
     ]
     assert done.stdout == (
@@ -392,12 +206,12 @@ def test_history_that_cannot_be_kept_is_no_obstacle(
         ("one\n/s", []),
     ],
 )
-def test_completion(session: repl.Session, text: str, completions: list[str]) -> None:
+def test_completion(session: Session, text: str, completions: list[str]) -> None:
     found = repl._SlashCompleter(session).get_completions(Document(text), None)  # type: ignore[arg-type]
     assert [completion.text for completion in found] == completions
 
 
-def test_paths_are_completed(session: repl.Session, tmp_path: Path) -> None:
+def test_paths_are_completed(session: Session, tmp_path: Path) -> None:
     (tmp_path / "checkpoint").mkdir()
     found = repl._SlashCompleter(session).get_completions(Document(f"/model {tmp_path}/che"), None)  # type: ignore[arg-type]
     assert [completion.text for completion in found] == ["ckpoint"]

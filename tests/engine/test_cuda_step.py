@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support.emulator import counters, emulated_cuda, seeded
+from support.engines import distance
 from support.traffic import matrix_bytes, traffic
 from torch import Tensor
 
@@ -96,10 +97,6 @@ class Requests:
         return ours, torch.from_numpy(self.engine.step(self.handles, tokens))
 
 
-def error(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).norm() / theirs.norm())
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_step_equals_the_cpu_engine(shape: str, tmp_path: Path) -> None:
     model = random_model(**SHAPES[shape])
@@ -107,7 +104,7 @@ def test_the_step_equals_the_cpu_engine(shape: str, tmp_path: Path) -> None:
     step = CudaStep(model, form="graph", blocks=3)
     for tokens in ([3, 1, 4], [1, 5, 9]):  # the first request crosses into its second page of the cache
         ours, theirs = requests.advance(step, tokens)
-        assert error(ours, theirs) < TOLERANCE
+        assert distance(ours, theirs) < TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
@@ -126,7 +123,7 @@ def test_quantised_weights_are_those_of_the_cpu_engine(dtype: str, tmp_path: Pat
             assert torch.equal(ours[:, : tensor.shape[1]], tensor), name
     requests = Requests(rounded, [70, 2], tmp_path / "rounded", "float32")
     ours, theirs = requests.advance(CudaStep(model, blocks=3, dtype=dtype), [7, 8])
-    assert error(ours, theirs) < TOLERANCE
+    assert distance(ours, theirs) < TOLERANCE
 
 
 def test_the_bits_are_the_same_in_both_forms_and_for_every_schedule_grid_and_batch(tmp_path: Path) -> None:
@@ -148,7 +145,7 @@ def test_the_bits_are_the_same_in_both_forms_and_for_every_schedule_grid_and_bat
                 assert torch.equal(again[1].view(torch.int16), kv.view(torch.int16))  # rows not yet written are noise
     assert torch.equal(run("persistent", 3, slice(2, 3))[0], logits[2:3])
     _, theirs = requests.advance(CudaStep(model, "persistent", 2), tokens.tolist())
-    assert error(logits, theirs) < TOLERANCE
+    assert distance(logits, theirs) < TOLERANCE
 
 
 def test_the_graph_form_is_captured_once_a_shape_and_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,9 +308,9 @@ def test_the_engine_on_cuda_prefills_in_torch_and_decodes_in_the_step(tmp_path: 
     handles, _ = runner.open(prompts, prefixes)
     with emulated_cuda():
         ours = torch.from_numpy(runner.step(handles, range(10)))
-        assert error(ours, theirs) < TOLERANCE
+        assert distance(ours, theirs) < TOLERANCE
         one = torch.from_numpy(runner.step(handles[9:], [4]))
-    assert error(one, torch.from_numpy(cpu.step(cpu_handles[9:], [4]))) < TOLERANCE
+    assert distance(one, torch.from_numpy(cpu.step(cpu_handles[9:], [4]))) < TOLERANCE
     assert runner.dtype == "bfloat16"
     for handle in handles:
         runner.close(handle)

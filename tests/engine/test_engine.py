@@ -14,8 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
-from torch import Tensor
+from support.engines import distance
 
 import hrmcore.engine.engine
 from hrmcore import _C
@@ -52,10 +51,6 @@ def random_ids(length: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, 61, length).tolist()
 
 
-def difference(ours: Tensor | NDArray[np.float32], theirs: Tensor) -> float:
-    return float((torch.as_tensor(ours) - theirs).norm() / theirs.norm())
-
-
 # --- the cache ---------------------------------------------------------------------------------------------------
 
 
@@ -67,10 +62,10 @@ def test_cached_decode_is_the_full_forward_token_by_token(H_cycles: int, L_cycle
     full = hrm(torch.tensor([ids]), prefix)[0].detach()
     runner = TorchRunner(hrm)
     (handle,), first = runner.open([ids[:9]], [prefix])
-    assert difference(first[0], full[8]) <= 1e-5
+    assert distance(first[0], full[8]) <= 1e-5
     for position in range(9, 25):
         row = runner.step([handle], [ids[position]])[0]
-        assert difference(row, full[position]) <= 1e-5
+        assert distance(row, full[position]) <= 1e-5
 
 
 @pytest.mark.parametrize("length", [PAGE - 2, PAGE, 2 * PAGE + 1])
@@ -81,7 +76,7 @@ def test_cached_decode_crosses_pages(length: int) -> None:
     (handle,), _ = runner.open([ids[:length]], [length])
     for position in range(length, len(ids)):
         row = runner.step([handle], [ids[position]])[0]
-        assert difference(row, full[position]) <= 1e-5
+        assert distance(row, full[position]) <= 1e-5
 
 
 def test_sequences_that_join_and_leave_change_no_other() -> None:
@@ -97,12 +92,12 @@ def test_sequences_that_join_and_leave_change_no_other() -> None:
         opened, rows = runner.open([texts[m][: prompts[m]] for m in members], [prefixes[m] for m in members])
         for m, handle, row in zip(members, opened, rows, strict=True):
             handles[m], at[m] = handle, prompts[m]
-            assert difference(row, full[m][prompts[m] - 1]) <= 1e-5
+            assert distance(row, full[m][prompts[m] - 1]) <= 1e-5
 
     def step(*members: int) -> None:
         rows = runner.step([handles[m] for m in members], [texts[m][at[m]] for m in members])
         for m, row in zip(members, rows, strict=True):
-            assert difference(row, full[m][at[m]]) <= 1e-5
+            assert distance(row, full[m][at[m]]) <= 1e-5
             at[m] += 1
 
     join(0, 1)
@@ -122,10 +117,10 @@ def test_a_causal_model_ignores_the_prefix() -> None:
     hrm, ids = model(prefix_lm=False), random_ids(12)
     expected = hrm(torch.tensor([ids]), 0)[0].detach()
     runner = TorchRunner(hrm)
-    assert difference(Engine(runner, None, Path("nowhere")).logits(ids), expected) <= 1e-6
+    assert distance(Engine(runner, None, Path("nowhere")).logits(ids), expected) <= 1e-6
     (handle,), first = runner.open([ids[:8]], [8])
-    assert difference(first[0], expected[7]) <= 1e-5
-    assert difference(runner.step([handle], [ids[8]])[0], expected[8]) <= 1e-5
+    assert distance(first[0], expected[7]) <= 1e-5
+    assert distance(runner.step([handle], [ids[8]])[0], expected[8]) <= 1e-5
 
 
 def test_an_interrupted_step_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +136,7 @@ def test_an_interrupted_step_changes_nothing(monkeypatch: pytest.MonkeyPatch) ->
             runner.open([ids], [3])
     assert runner.open_sequences == 1
     for position in (10, 11):
-        assert difference(runner.step([handle], [ids[position]])[0], expected[position]) <= 1e-5
+        assert distance(runner.step([handle], [ids[position]])[0], expected[position]) <= 1e-5
 
 
 # --- token ids ---------------------------------------------------------------------------------------------------
@@ -363,12 +358,12 @@ def test_streams_may_interleave(engine: Engine) -> None:
 def test_bfloat16_is_close_to_float32_and_not_it(checkpoint: Path, engine: Engine) -> None:
     half = load(checkpoint, dtype="bfloat16")
     ids = engine.tokenizer.prompt(PROMPTS[3])
-    assert 1e-3 < difference(half.logits(ids), engine.logits(ids)) < 3e-2
+    assert 1e-3 < distance(half.logits(ids), engine.logits(ids)) < 3e-2
     whole_runner, half_runner = (
         CpuRunner.from_checkpoint(checkpoint, dtype, None, None, 0) for dtype in ("float32", "bfloat16")
     )
     (handle,), first = half_runner.open([ids[:-1]], [5])
-    assert difference(half_runner.step([handle], ids[-1:])[0], engine.logits(ids, 5)[-1]) < 3e-2
+    assert distance(half_runner.step([handle], ids[-1:])[0], engine.logits(ids, 5)[-1]) < 3e-2
     assert half_runner.cache_bytes_per_token * 2 == whole_runner.cache_bytes_per_token
     assert first.dtype == np.float32
 
@@ -492,7 +487,8 @@ def test_wrong_ids_are_named(ids: Any, options: dict[str, Any], message: str) ->
 
 
 def test_a_full_context_leaves_no_room_for_tokens() -> None:
-    engine = untexted(max_position_embeddings=16)
-    assert engine.logits(random_ids(16)).shape == (16, 61)
+    hrm, ids = model(max_position_embeddings=16), random_ids(16)
+    engine = Engine(TorchRunner(hrm), None, Path("nowhere"))
+    assert torch.equal(engine.logits(ids), hrm(torch.tensor([ids]), 16)[0])
     with pytest.raises(ValueError, match="16 tokens; it must leave room in the context of 16"):
         engine.tokens(random_ids(16))

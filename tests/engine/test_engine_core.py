@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from support.engines import distance, set_weights
 from torch import Tensor
 
 from hrmcore import _C
@@ -72,10 +73,7 @@ def make_engine(
         cache_tokens=cache_tokens,
         window=window,
     )
-    engine.allocate_weights()
-    for name, tensor in model.state_dict().items():
-        if name != "rope_table":
-            engine.set_weight(name, tensor)
+    set_weights(engine, model)
     return engine
 
 
@@ -95,10 +93,6 @@ def all_logits(engine: _C.Engine, ids: list[int], prefix: int) -> torch.Tensor:
 
 def some_ids(config: HRMConfig, count: int, seed: int = 1) -> list[int]:
     return torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 @pytest.mark.parametrize("shape", SHAPES)

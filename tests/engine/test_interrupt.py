@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.engines import set_weights
 
 from hrmcore.config import HRMConfig
 from hrmcore.engine.cpu_runner import CpuRunner
@@ -36,10 +37,7 @@ def model() -> HRM:
 @pytest.fixture(params=[1, 3])
 def runner(model: HRM, request: pytest.FixtureRequest) -> CpuRunner:
     runner = CpuRunner(CONFIG, "int8", None, request.param, cache_bytes=0)
-    runner.core.allocate_weights()
-    for name, tensor in model.state_dict().items():
-        if name != "rope_table":
-            runner.core.set_weight(name, tensor)
+    set_weights(runner.core, model)
     return runner
 
 

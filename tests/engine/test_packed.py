@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from support.engines import distance
 
 from hrmcore import cli
 from hrmcore.checkpoint.hrm_text import Arrays, load_model, save_model
@@ -30,10 +30,6 @@ from hrmcore.ops.rope import rope_table
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROMPTS = ["what is 3 plus 4?", "é ü", "copy\n1 2\n3 4", "what is 17 plus 25? copy"]
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16", "int8", "int4"])

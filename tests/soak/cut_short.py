@@ -1,4 +1,4 @@
-"""Cuts a packed file short while the engine reads it; tests/test_packed.py runs this in a process of its own.
+"""Cuts a packed file short while the engine reads it; tests/engine/test_packed.py runs this in a process of its own.
 
 python tests/soak/cut_short.py step PACKED OTHER      # between two layers of a prefill
 python tests/soak/cut_short.py answers PACKED OTHER   # at some moment of many answers

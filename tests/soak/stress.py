@@ -3,8 +3,8 @@
     python tests/soak/stress.py 1000 2
 
 runs a thousand batches on each of two engines, which have two threads each and are shared by two callers. Prints JSON:
-tokens, cancelled requests, and by how many KiB the process grew in the second half. tests/test_stress.py runs fewer,
-`make tsan` under ThreadSanitizer, for which this file stays clear of torch.
+tokens, cancelled requests, and by how many KiB the process grew in the second half. tests/engine/test_stress.py runs
+fewer, `make tsan` under ThreadSanitizer, for which this file stays clear of torch.
 """
 
 from __future__ import annotations
