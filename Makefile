@@ -2,6 +2,7 @@
 # make test  builds, installs and runs every test, a file at a time on each processor
 # make check style, types and tests of what changed since the branch left main, in a minute; prints what it leaves out
 # make docs  builds the pages of docs/ into build/site; a broken link or anchor is an error
+# make stub  writes hrmcore/_C.pyi, the native module's signatures, anew
 # make cuda  compiles the CUDA kernels for every target and checks what ptxas says of them (needs nvcc, no GPU)
 # make sanitize  runs the tests of the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
 # make tsan      runs the engine under ThreadSanitizer (GCC): batches of requests that are cancelled at random
@@ -13,7 +14,7 @@ BUILD_TOOLS := "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.24" ninja
 NATIVE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh cmake/*)
 CXX_FILES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: run test check lint format docs cuda cuda-table sanitize tsan clean
+.PHONY: run test check lint format stub docs cuda cuda-table sanitize tsan clean
 
 run: $(VENV)/installed
 	$(BIN)/hrmcore repl
@@ -38,6 +39,11 @@ format: $(VENV)/installed-dev
 
 docs: $(VENV)/installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# What mypy sees of the native module.
+stub: $(VENV)/installed-dev
+	$(BIN)/python cmake/make_stub.py > build/_C.pyi
+	mv build/_C.pyi hrmcore/_C.pyi
 
 CUDA_LOG := build/cuda/ptxas.log
 

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mode",
         default="zero",
-        help="how new entries begin: zero, or ramped (experimental): random, rising from 0 over --mask-steps steps (zero)",
+        help="how new entries begin: zero, or ramped (experimental), random and rising over --mask-steps steps (zero)",
     )
     parser.add_argument("--mask-steps", type=int, default=0, metavar="N", help="training steps that mode ramped takes")
     parser.add_argument("--seed", type=int, default=0, help="seed of the new entries (0)")

@@ -41,6 +41,7 @@ class CpuRunner:
         page_bytes = _C.page_bytes(kv_dtype, config.cache_slots, config.num_attention_heads, config.head_dim)
         pages = max(cache_bytes // page_bytes, -(-config.context // PAGE)) + _MOST_TOGETHER
         self.cache_bytes_per_token = page_bytes // PAGE
+        assert config.embedding_scale is not None  # HRMConfig fills it in
         self.core = _C.Engine(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,

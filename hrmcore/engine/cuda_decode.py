@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ class CudaStep:
             "workspace": torch.zeros(size, dtype=torch.uint8, device=device),
         }
         self._log_decay = None if positions.log_decay is None else positions.log_decay.to(device)
-        self._numbers = {
+        self._numbers: dict[str, Any] = {
             "ffn": config.intermediate_size,
             "L_layers": layers[0],
             "H_layers": layers[1] if len(layers) > 1 else 0,
