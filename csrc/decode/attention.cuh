@@ -59,6 +59,81 @@ __device__ __forceinline__ KvSplits kv_splits_of(const DecodeParams& params, int
   return {first, pages, min((pages + 3) / 4, max_kv_splits)};
 }
 
+// The lanes that share a key, and what they have of the keys they saw: each lane its 8 channels.
+struct LaneGroup {
+  int lanes, groups, group;
+};
+struct GroupSoftmax {
+  Floats<8> out{};
+  float row_max = -__builtin_inff(), row_sum = 0;
+};
+
+// Takes in the keys of a page that fall to this lane's group. `first`: the distance of the page's first key.
+__device__ __forceinline__ void visit_page(const bf16* keys, const bf16* values, int width,
+                                           const LaneGroup& own, int first, const Floats<8>& q, bool xpos,
+                                           const Floats<8>& log_decay, GroupSoftmax& softmax) {
+  Packed<bf16, 8> k[most_groups_in_flight], v[most_groups_in_flight];
+  float score[most_groups_in_flight];
+#pragma unroll
+  for (int i = 0; i < most_groups_in_flight; ++i) {
+    const int inner = own.group + own.groups * i;
+    k[i] = v[i] = Packed<bf16, 8>{};
+    if (inner < page_tokens && inner <= first) {
+      k[i] = load_packed<8>(keys + inner * width);
+      v[i] = load_packed<8>(values + inner * width);
+    }
+  }
+  float highest = softmax.row_max;
+#pragma unroll
+  for (int i = 0; i < most_groups_in_flight; ++i) {
+    const int inner = own.group + own.groups * i, distance = first - inner;
+    float sum = 0;
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+      const float decay = !xpos ? 1.0f : expf(log_decay[c] * static_cast<float>(distance));
+      sum += q[c] * to_float(k[i].at[c]) * decay;
+    }
+    for (int by = own.lanes / 2; by > 0; by /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, by);
+    score[i] = inner < page_tokens && distance >= 0 ? sum : -__builtin_inff();
+    highest = fmaxf(highest, score[i]);
+  }
+  const float base = highest == -__builtin_inff() ? 0.0f : highest;  // a group that has seen nothing yet
+  const float rescale = expf(softmax.row_max - base);
+  softmax.row_sum *= rescale;
+#pragma unroll
+  for (int c = 0; c < 8; ++c) softmax.out[c] *= rescale;
+#pragma unroll
+  for (int i = 0; i < most_groups_in_flight; ++i) {
+    const float weight = expf(score[i] - base);
+    softmax.row_sum += weight;
+#pragma unroll
+    for (int c = 0; c < 8; ++c) softmax.out[c] += weight * to_float(v[i].at[c]);
+  }
+  softmax.row_max = highest;
+}
+
+// Joins the groups of lanes in order, and writes the split's gated output and the logarithm of its weight.
+__device__ __forceinline__ void join_groups(const DecodeParams& params, int request, int head, int split,
+                                            int groups, const SharedArray<float>& group_max,
+                                            const SharedArray<float>& group_sum,
+                                            const SharedArray<float>& outs) {
+  const int d = params.head_dim, width = params.attention_width(), mine = static_cast<int>(threadIdx.x);
+  if (mine < d) {
+    float highest = -__builtin_inff(), sum = 0, value = 0;
+    for (int g = 0; g < groups; ++g) highest = fmaxf(highest, group_max[g]);
+    for (int g = 0; g < groups; ++g) {
+      const float weight = expf(group_max[g] - highest);
+      sum += weight * group_sum[g];
+      value += weight * outs[g * d + mine];
+    }
+    const float gate = load<1>(params.gate + request * width + head * d + mine)[0];
+    const int row = request * max_kv_splits + split;
+    store<1>(static_cast<bf16*>(params.split_out) + row * width + head * d + mine,
+             Floats<1>{{value / sum / (1.0f + expf(-gate))}});
+    if (mine == 0) store<1>(params.split_lse + row * params.heads + head, Floats<1>{{highest + logf(sum)}});
+  }
+}
+
 // One split of one head of one request: writes its gated output and the logarithm of its weight.
 __device__ __forceinline__ void attend_split(const DecodeParams& params, int slot, int request, int head,
                                              int split) {
@@ -83,76 +158,25 @@ __device__ __forceinline__ void attend_split(const DecodeParams& params, int slo
   for (int i = 0; i < 8; ++i) q[i] = query[channel + i];
   if (params.log_decay != nullptr) log_decay = load<8>(params.log_decay + channel % (d / 2));
 
-  Floats<8> out{};
-  float row_max = -__builtin_inff(), row_sum = 0;
+  GroupSoftmax softmax;
   const int begin = splits.begin(split), end = splits.begin(split + 1);
   int ahead = 0;  // this lane's of the next 32 pages
   for (int page = begin; page < end; ++page) {
     const int turn = (page - begin) % 32;
     if (turn == 0 && page + lane_id() < end) ahead = page_of(params, request, page + lane_id());
     const std::int64_t row = static_cast<std::int64_t>(__shfl_sync(0xffffffffu, ahead, turn)) * page_tokens;
-    Packed<bf16, 8> k[most_groups_in_flight], v[most_groups_in_flight];
-    float score[most_groups_in_flight];
-#pragma unroll
-    for (int i = 0; i < most_groups_in_flight; ++i) {
-      const int inner = group + groups * i;
-      k[i] = v[i] = Packed<bf16, 8>{};
-      if (inner < page_tokens && page * page_tokens + inner <= position) {
-        k[i] = load_packed<8>(keys + (row + inner) * width);
-        v[i] = load_packed<8>(values + (row + inner) * width);
-      }
-    }
-    float highest = row_max;
-#pragma unroll
-    for (int i = 0; i < most_groups_in_flight; ++i) {
-      const int inner = group + groups * i, distance = position - page * page_tokens - inner;
-      float sum = 0;
-#pragma unroll
-      for (int c = 0; c < 8; ++c) {
-        const float decay =
-            params.log_decay == nullptr ? 1.0f : expf(log_decay[c] * static_cast<float>(distance));
-        sum += q[c] * to_float(k[i].at[c]) * decay;
-      }
-      for (int by = lanes / 2; by > 0; by /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, by);
-      score[i] = inner < page_tokens && distance >= 0 ? sum : -__builtin_inff();
-      highest = fmaxf(highest, score[i]);
-    }
-    const float base = highest == -__builtin_inff() ? 0.0f : highest;  // a group that has seen nothing yet
-    const float rescale = expf(row_max - base);
-    row_sum *= rescale;
-#pragma unroll
-    for (int c = 0; c < 8; ++c) out[c] *= rescale;
-#pragma unroll
-    for (int i = 0; i < most_groups_in_flight; ++i) {
-      const float weight = expf(score[i] - base);
-      row_sum += weight;
-#pragma unroll
-      for (int c = 0; c < 8; ++c) out[c] += weight * to_float(v[i].at[c]);
-    }
-    row_max = highest;
+    visit_page(keys + row * width, values + row * width, width, {lanes, groups, group},
+               position - page * page_tokens, q, params.log_decay != nullptr, log_decay, softmax);
   }
 
 #pragma unroll
-  for (int i = 0; i < 8; ++i) outs[group * d + channel + i] = out[i];
+  for (int i = 0; i < 8; ++i) outs[group * d + channel + i] = softmax.out[i];
   if (channel == 0) {
-    group_max[group] = row_max;
-    group_sum[group] = row_sum;
+    group_max[group] = softmax.row_max;
+    group_sum[group] = softmax.row_sum;
   }
   __syncthreads();
-  if (mine < d) {
-    float highest = -__builtin_inff(), sum = 0, value = 0;
-    for (int g = 0; g < groups; ++g) highest = fmaxf(highest, group_max[g]);
-    for (int g = 0; g < groups; ++g) {
-      const float weight = expf(group_max[g] - highest);
-      sum += weight * group_sum[g];
-      value += weight * outs[g * d + mine];
-    }
-    const float gate = load<1>(params.gate + request * width + head * d + mine)[0];
-    const int row = request * max_kv_splits + split;
-    store<1>(static_cast<bf16*>(params.split_out) + row * width + head * d + mine,
-             Floats<1>{{value / sum / (1.0f + expf(-gate))}});
-    if (mine == 0) store<1>(params.split_lse + row * params.heads + head, Floats<1>{{highest + logf(sum)}});
-  }
+  join_groups(params, request, head, split, groups, group_max, group_sum, outs);
   __syncthreads();
 }
 

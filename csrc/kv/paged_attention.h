@@ -16,7 +16,7 @@
 //   attend         out = sigmoid(gate) * softmax(q k^T) v,  key j visible to query i iff
 //                  j < max(prefix, i + 1)
 //
-// attend takes blocks of 64 keys in order with a running maximum, so a query's bits do not depend on how many
+// attend takes the pages in order with a running maximum, so a query's bits do not depend on how many
 // stand beside it. It reads each visible key and value once for up to `query_tile` queries.
 // Sources: arXiv 2104.09864, 2205.14135.
 #pragma once

@@ -210,9 +210,8 @@ void forward_block(const AttentionForward& args, const Sequence& sequence, const
   for (std::int64_t key = block.first_key; key < block.keys; key += key_tile) {
     const std::int64_t keys = block.keys - key < key_tile ? block.keys - key : key_tile;
     const bool more = key > block.first_key;
-    score_tile(sequence.key_rows<T>(args.k, key), args.k.strides[0], block, decay, key,
+    score_tile(sequence.key_rows<T>(args.k, key), args.k.strides[0], block, decay, key, keys,
                sides_of(decay, block, key, keys), width, q_columns, tile, side_scores);
-    apply_mask(block, key, keys, scores);
     if (update_softmax(block.vectors, keys, scores, softmax) && more)
       rescale_rows(softmax, block.rows, length, sums);
     const Rows v = stage(sequence.key_rows<T>(args.v, key), args.v.strides[0], keys, width, tile.rows[0]);

@@ -138,14 +138,11 @@ void backward_block(const AttentionBackward& args, const Sequence& sequence, con
               false,
               {}});
     const Sides sides = sides_of(decay, block, key, keys);
-    score_tile(sequence.key_rows<T>(args.k, key), args.k.strides[0], block, decay, key, sides, width,
+    score_tile(sequence.key_rows<T>(args.k, key), args.k.strides[0], block, decay, key, keys, sides, width,
                buffer.q_columns, tile, scores);
-    apply_mask(block, key, keys, scores[0]);
     softmax_backward(block.vectors, keys, scale, buffer, scores[0], grads[0]);
     if (sides.both()) part_sides(block, key, sides.span[1], grads[0], grads[1]);
-    for (int side = 0; side < 2; ++side) {
-      const Span& span = sides.span[side];
-      if (span.empty()) continue;
+    for_each_side(sides, [&](int side, const Span& span) {
       const Rows& k = tile.side[side];
       const float* d_scores = grads[sides.both() ? side : 0] + span.begin * query_block;
       multiply({d_scores,
@@ -163,7 +160,7 @@ void backward_block(const AttentionBackward& args, const Sequence& sequence, con
       more[side] = true;
       add_gemm(d_scores, q[side], span.count(), block.rows, width, tile.factors(decay, span, side),
                sequence.key_rows<float>(args.grad_k, key + span.begin), args.grad_k.strides[0], scratch);
-    }
+    });
     add_gemm(scores[0], grad_o, keys, block.rows, width, {}, sequence.key_rows<float>(args.grad_v, key),
              args.grad_v.strides[0], scratch);
   }

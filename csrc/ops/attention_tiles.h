@@ -313,6 +313,14 @@ HRMCORE_INLINE Sides sides_of(const XposDecay* decay, const Block& block, std::i
   return {{{0, inside(own + block.rows)}, {inside(own + 1), inside(block.limits[0] - key)}}};
 }
 
+// Calls f(side, span) for each side that has keys.
+template <class F>
+HRMCORE_INLINE void for_each_side(const Sides& sides, const F& f) {
+  for (int side = 0; side < 2; ++side) {
+    if (!sides.span[side].empty()) f(side, sides.span[side]);
+  }
+}
+
 // The sides that a block's keys can be on are 0 up to this one.
 HRMCORE_INLINE int last_side(const XposDecay* decay, const Block& block) {
   return decay != nullptr && block.limits[0] > block.position + 1 ? 1 : 0;
@@ -421,15 +429,13 @@ inline void part_sides(const Block& block, std::int64_t first_key, const Span& s
   });
 }
 
-// Scores of a tile (keys x query_block) into scores[0]. `k`: its first key's row.
+// Scores of a tile (keys x query_block) into scores[0], masked. `k`: its first key's row.
 template <class T>
 HRMCORE_INLINE void score_tile(const T* k, std::int64_t stride, const Block& block, const XposDecay* decay,
-                               std::int64_t key, const Sides& sides, std::int64_t width,
+                               std::int64_t key, std::int64_t keys, const Sides& sides, std::int64_t width,
                                const float (*q_columns)[max_width * query_block], KeyTile& tile,
                                float (*scores)[key_tile * query_block]) {
-  for (int side = 0; side < 2; ++side) {
-    const Span& span = sides.span[side];
-    if (span.empty()) continue;
+  for_each_side(sides, [&](int side, const Span& span) {
     tile.stage_side(k, stride, block, key, span, width, decay, side);
     const Rows& rows = tile.side[side];
     float* to = scores[sides.both() ? side : 0] + span.begin * query_block;
@@ -445,8 +451,9 @@ HRMCORE_INLINE void score_tile(const T* k, std::int64_t stride, const Block& blo
               width,
               false,
               {}});
-  }
+  });
   if (sides.both()) take_sides(block, key, sides.span[1], scores[0], scores[1]);
+  apply_mask(block, key, keys, scores[0]);
 }
 
 inline const XposDecay* fill_decay(const TensorView& log_decay, XposDecay& decay) {
