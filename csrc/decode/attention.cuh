@@ -253,7 +253,7 @@ __device__ __forceinline__ void attend_task(const DecodeParams& params, const Sh
     if (query_channel(piece) < d) q.at[piece] = load<8>(params.q + head_row + query_channel(piece));
   }
   int own_inner = position % page_tokens - page_rows_of_warp * warp_id();
-  if (own_inner >= page_rows_of_warp) own_inner = -1;  // not of this warp's rows
+  if (own_inner >= page_rows_of_warp || task.end <= position / page_tokens) own_inner = -1;  // not this warp's
   OwnRow own{};
   if (own_inner >= 0 && 8 * lane_id() < d) {
     const std::int64_t at = HRMCORE_REQUEST_STATE(std::int64_t, slot_mapping)[task.request] * width +

@@ -19,18 +19,25 @@ struct Activations {
   __device__ __forceinline__ SharedArray<Packed<bf16, 8>> pieces() const {
     return shared_array<Packed<bf16, 8>>(static_cast<std::size_t>(offset));
   }
-  // This lane's two registers of the share's 16 columns number `sixteen`.
-  __device__ __forceinline__ void take(int sixteen, bf16x2 (&b)[2]) const {
-    b[0] = b[1] = 0;
-    const int request = lane_id() / 4;
-    if (request < batch) {
-      const SharedArray<Packed<bf16x2, 2>> pairs =
-          shared_array<Packed<bf16x2, 2>>(static_cast<std::size_t>(offset));
-      const Packed<bf16x2, 2> pair = pairs[(sixteen * batch + request) * 4 + lane_id() % 4];
-      b[0] = pair.at[0];
-      b[1] = pair.at[1];
-    }
+};
+
+// Takes them to the tensor cores, 16 columns after 16 columns. Lanes of requests that there are not take the last
+// one's: what they make of it nobody reads.
+class ActivationReader {
+ public:
+  __device__ __forceinline__ explicit ActivationReader(const Activations& x)
+      : at_(x.offset + 8 * (4 * min(lane_id() / 4, x.batch - 1) + lane_id() % 4)), stride_(32 * x.batch) {}
+
+  // This lane's two registers of the next 16 columns.
+  __device__ __forceinline__ void take(bf16x2 (&b)[2]) {
+    const Packed<bf16x2, 2> pair = shared_array<Packed<bf16x2, 2>>(static_cast<std::size_t>(at_))[0];
+    at_ += stride_;
+    b[0] = pair.at[0];
+    b[1] = pair.at[1];
   }
+
+ private:
+  int at_, stride_;  // in bytes
 };
 
 // Four bytes w + 128, as two pairs of bfloat16: exact.
@@ -74,10 +81,10 @@ struct LaneItem {
   }
 
   // sum += item x
-  __device__ __forceinline__ void multiply(float (&sum)[4], const Activations& x, int number) const {
+  __device__ __forceinline__ void multiply(float (&sum)[4], ActivationReader& x) const {
     bf16x2 b[2];
     if constexpr (packing == Packing::bf16) {
-      x.take(number, b);
+      x.take(b);
       const bf16x2 a[4] = {piece.at[0], piece.at[1], piece.at[2], piece.at[3]};
       mma_bf16(sum, a, b);
     } else {
@@ -93,7 +100,7 @@ struct LaneItem {
           } else {
             expand_nibbles(piece.at[half], a);
           }
-          x.take(2 * groups * number + half, b);
+          x.take(b);
           mma_bf16(of_group, a, b);
         }
 #pragma unroll
@@ -104,33 +111,37 @@ struct LaneItem {
 };
 
 // This warp's sums of a tile: lane 4g + h gets rows g and g + 8 of requests 2h and 2h + 1. Even and odd items
-// are added up apart, so that an mma waits for the one before the last. `items`: how many of the tile are this
-// warp's.
+// of a stage are added up apart, so that an mma waits for the one before the last. `items`: how many of the
+// tile are this warp's.
 template <Packing packing, class Stages>
 __device__ __forceinline__ void multiply_tile(float (&sum)[4], Stages& loader, int stages, int items,
-                                              const Activations& x) {
+                                              const Activations& activations) {
+  ActivationReader x(activations);
   float odd[4] = {};
 #pragma unroll
   for (float& s : sum) s = 0;
 #pragma unroll 1
-  for (int first = 0; first < stages * stage_items; first += stage_items) {
+  for (int left = items; stages > 0; --stages, left -= stage_items) {
     const int slot = loader.wait();
     LaneItem<packing> lane[stage_items];
-    const bool whole = items - first >= stage_items;
-    if (whole) {
+    if (left >= stage_items) {
 #pragma unroll
       for (int i = 0; i < stage_items; ++i) lane[i].read(slot + i * item_bytes<packing>);
     } else {
-#pragma unroll 1
-      for (int i = 0; i < items - first; ++i) {
-        lane[0].read(slot + i * item_bytes<packing>);
-        lane[0].multiply(sum, x, first + i);
+#pragma unroll
+      for (int i = 0; i < stage_items - 1; ++i) {
+        if (i < left) lane[i].read(slot + i * item_bytes<packing>);
       }
     }
     loader.refill();
-    if (whole) {
+    if (packing == Packing::bf16 && left >= stage_items) {  // worth a copy where it is four instructions
 #pragma unroll
-      for (int i = 0; i < stage_items; ++i) lane[i].multiply(i % 2 == 0 ? sum : odd, x, first + i);
+      for (int i = 0; i < stage_items; ++i) lane[i].multiply(i % 2 == 0 ? sum : odd, x);
+    } else {
+#pragma unroll
+      for (int i = 0; i < stage_items; ++i) {
+        if (i < left) lane[i].multiply(i % 2 == 0 ? sum : odd, x);
+      }
     }
   }
 #pragma unroll

@@ -143,9 +143,19 @@ class Loader {
   __device__ __forceinline__ void load_items(int slot) {
     constexpr int item = item_bytes<packing>, scale_lanes = ItemOf<packing>::groups * group_scale_bytes / 16;
     std::uint8_t* const place = shared_array<std::uint8_t>(static_cast<std::size_t>(slot + 16 * lane_id())).data;
+    if (items_left_ >= stage_items) {
 #pragma unroll
-    for (int i = 0; i < stage_items; ++i) {
-      if (i < items_left_) {
+      for (int i = 0; i < stage_items; ++i) copy_async(place + i * item, next_ + i * item, 16);
+      if (scale_lanes > 0 && lane_id() < scale_lanes) {
+#pragma unroll
+        for (int i = 0; i < stage_items; ++i) {
+          copy_async(place + (i * item + fragment_bytes), next_ + (i * item + fragment_bytes), 16);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < stage_items - 1; ++i) {
+        if (i >= items_left_) break;
         copy_async(place + i * item, next_ + i * item, 16);
         if (scale_lanes > 0 && lane_id() < scale_lanes) {
           copy_async(place + (i * item + fragment_bytes), next_ + (i * item + fragment_bytes), 16);

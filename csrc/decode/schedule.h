@@ -62,7 +62,7 @@ inline Item item(Packing packing) {
                                     : item_of<Packing::bf16>;
 }
 
-enum class Phase : std::uint8_t { gqkv, attention, o, gate_up, down, head };
+enum class Phase : int { gqkv, attention, o, gate_up, down, head };
 constexpr int phase_count = 6;
 
 struct SchedulePoint {
