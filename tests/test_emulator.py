@@ -35,12 +35,25 @@ FAULTS = {
     "shuffle_with_a_lane_that_left": r"(a mask of lanes that have left|left the kernel, and lanes of its warp wait)",
     "grid_barrier_without_cooperation": r"a grid barrier in a launch that is not cooperative",
     "grid_barrier_skipped": r"grid barrier",
+    "write_after_arriving": r"race: (reads|writes) global memory, which thread 0 of block \d (wrote|read)",
+    "read_before_waiting": r"race: (reads|writes) global memory, which thread 0 of block \d (wrote|read)",
+    "state_read_after_arriving": r"reads the state of a grid barrier that it has arrived at",
+    "waits_without_arriving": r"waits at a grid barrier that its block has not arrived at",
+    "arrives_twice": r"arrives at a grid barrier twice without having waited",
+    "leaves_while_others_wait": r"grid barrier",
     "copy_nobody_awaits": r"thread 0 of block \d .*cp.async copies that it never waited for",
     "copy_read_by_another": r"race: (reads|writes) byte \d+ of shared memory",
     "too_much_stack": r"more than the emulator's 64 KiB of stack",
 }
-COOPERATIVE = {"passed_through_the_grid", "grid_barrier_skipped"}
-SEVERAL_BLOCKS = {"blocks_write_one_place", "block_reads_its_neighbour", "grid_barrier_skipped"}
+COOPERATIVE = {
+    *("passed_through_the_grid", "works_between_arriving_and_waiting", "grid_barrier_skipped", "write_after_arriving"),
+    *("read_before_waiting", "state_read_after_arriving", "waits_without_arriving", "arrives_twice"),
+    "leaves_while_others_wait",
+}
+SEVERAL_BLOCKS = {
+    *("blocks_write_one_place", "block_reads_its_neighbour", "grid_barrier_skipped", "write_after_arriving"),
+    *("read_before_waiting", "state_read_after_arriving", "arrives_twice", "leaves_while_others_wait"),
+}
 SEEDS = range(5)
 
 
@@ -71,6 +84,9 @@ def test_right_kernels_run(seed: int) -> None:
         error, numbers = run("passed_through_the_grid", blocks=7)
         assert error is None
         assert numbers[:14].tolist() == [1, 2, 3, 4, 5, 6, 7, 2, 3, 4, 5, 6, 7, 1]
+        error, numbers = run("works_between_arriving_and_waiting", blocks=5)
+        assert error is None
+        assert numbers[:10].tolist() == [200, 201, 202, 203, 204, 201, 202, 203, 204, 200]
         error, numbers = run("votes")
         assert error is None
         assert numbers[:64].tolist() == [32 * warp + (lane + 1) % 32 for warp in (0, 1) for lane in range(32)]
@@ -113,7 +129,7 @@ def test_what_a_launch_does_is_counted() -> None:
         "launches": 1,
         "bytes_read": 28,
         "bytes_written": 56,
-        "block_barriers": 0,
+        "block_barriers": 14,  # one as a block arrives at the grid's, one as it has waited
         "grid_barriers": 1,
         "bytes_read_first": 28,
     }

@@ -50,6 +50,45 @@ __device__ __forceinline__ bf16x2 to_bf16x2(float low, float high) {
 #endif
 }
 
+// The device's quick functions: two units in the last place, subnormal numbers taken for zero. On the host they are
+// exact to their own.
+__device__ __forceinline__ float quick_exp(float x) {
+#if defined(__CUDACC__)
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.44269504f));
+  return result;
+#else
+  return std::exp(x);
+#endif
+}
+__device__ __forceinline__ float quick_log(float x) {
+#if defined(__CUDACC__)
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result * 0.693147181f;
+#else
+  return std::log(x);
+#endif
+}
+__device__ __forceinline__ float quick_reciprocal(float x) {
+#if defined(__CUDACC__)
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return 1.0f / x;
+#endif
+}
+__device__ __forceinline__ float quick_reciprocal_root(float x) {
+#if defined(__CUDACC__)
+  float result;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return 1.0f / std::sqrt(x);
+#endif
+}
+
 // Four bytes of x (0 to 3) and y (4 to 7), chosen by the low four hexadecimal digits of the selector.
 __device__ __forceinline__ std::uint32_t byte_permute(std::uint32_t x, std::uint32_t y,
                                                       std::uint32_t selector) {
@@ -219,28 +258,44 @@ __device__ __forceinline__ void wait_for_copies(
 #endif
 }
 
-// Every thread of a cooperative launch, its grid of one dimension, waits for every other; what they wrote
-// before is seen by all after. `state` is one number in global memory, 0 before the first launch that uses
-// it; its top bit flips at every barrier.
-__device__ __forceinline__ void grid_barrier(std::uint32_t* state HRMCORE_SITE) {
+// A barrier of every thread of a cooperative launch, its grid of one dimension, in two halves: what threads wrote
+// before they arrive is seen by all that have waited. What a thread does in between may not touch what others
+// write before they arrive, nor what others read after they have waited.
+//
+// `state` is one number in global memory, 0 before the first launch that uses it; its top bit flips whenever
+// all blocks have arrived. It is read once, before the first arrival: read later, it may have flipped already.
+class GridBarrier {
+ public:
 #if defined(__CUDACC__)
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    const std::uint32_t more = blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1;
-    std::uint32_t before, now;
-    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
-                 : "=r"(before)
-                 : "l"(state), "r"(more)
-                 : "memory");
-    do {
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(state) : "memory");
-    } while (((before ^ now) & 0x80000000u) == 0);
+  __device__ __forceinline__ explicit GridBarrier(std::uint32_t* state) : state_(state) {
+    if (threadIdx.x == 0) asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(before_) : "l"(state));
   }
-  __syncthreads();
+  __device__ __forceinline__ void arrive() const {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      const std::uint32_t more = blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1;
+      asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(state_), "r"(more) : "memory");
+    }
+  }
+  __device__ __forceinline__ void wait() {
+    if (threadIdx.x == 0) {
+      std::uint32_t now;
+      do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(state_) : "memory");
+      } while (((before_ ^ now) & 0x80000000u) == 0);
+      before_ ^= 0x80000000u;
+    }
+    __syncthreads();
+  }
+
+ private:
+  std::uint32_t* state_;
+  std::uint32_t before_ = 0;
 #else
-  static_cast<void>(state);
-  emulator::grid_barrier(site);
+  explicit GridBarrier(std::uint32_t*, emulator::Site site = emulator::here()) { emulator::grid_state_read(site); }
+  void arrive(emulator::Site site = emulator::here()) const { emulator::grid_arrive(site); }
+  void wait(emulator::Site site = emulator::here()) const { emulator::grid_wait(site); }
 #endif
-}
+};
 
 }  // namespace hrmcore::cuda

@@ -34,9 +34,8 @@ std::int64_t weight_bytes(const DecodeStep& args, std::int64_t vocabulary) {
   params.item = cuda::item(args.packing);
   params.head_item = cuda::item(cuda::head_packing(args.packing));
   params.vocabulary = static_cast<int>(vocabulary);
-  const cuda::Matrix head = params.head_matrix();
-  const std::int64_t head_bytes = static_cast<std::int64_t>(head.tiles) * head.items * params.head_item.bytes;
-  return (args.l_layers + args.h_layers) * params.layer_bytes() + head_bytes;
+  params.schedule.l_layers = static_cast<int>(args.l_layers);
+  return params.place_weights(nullptr, args.h_layers);
 }
 
 void check_bytes(const char* argument, const TensorView& bytes, std::int64_t least) {

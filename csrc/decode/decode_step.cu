@@ -6,65 +6,78 @@
 namespace hrmcore::cuda {
 namespace {
 
-// The phases that one launch goes through.
+// The phases that one launch goes through, and how many tiles the blocks have been dealt before.
 struct Segment {
   DecodeParams params;
+  SharedLayout layout;
   SchedulePoint first;
   int phases;  // 1, or all of them in a cooperative launch
-  int ring_offset;
+  int dealt;   // modulo the grid
 };
 
-// The next GEMM's first weights are on their way before the barrier that it waits for, and before that of
-// the attention.
+// What a phase reads from memory is on its way before the barrier that it waits for, and before those ahead of
+// it as far as the rings reach. The head has rings of its own packing, begun at the last barrier.
 template <Packing packing, int stages>
 __global__ void __launch_bounds__(decode_threads, 1) decode(Segment segment) {
   const DecodeParams& params = segment.params;
-  WeightStream<packing, stages> stream(segment.ring_offset);
-  WeightStream<head_packing(packing), stages> head(segment.ring_offset);
-  SchedulePoint at = segment.first;
-  load_positions(params);
-  if (at.phase == Phase::head) {
-    head.begin(params.head_matrix());
-  } else if (at.phase != Phase::attention) {
-    stream.begin(params.matrix(at));
-  }
-  for (int left = segment.phases; at.phase != Phase::head;) {
-    run_phase(params, stream, at);
-    if (--left == 0) return;
-    const bool multiplies = at.phase != Phase::attention;
-    at = params.schedule.after(at);
-    if (at.phase == Phase::head) {
-      head.begin(params.head_matrix());
-    } else if (multiplies) {
-      stream.begin(params.matrix(at));
+  const SharedLayout& layout = segment.layout;
+  const bool persistent = segment.phases > 1;
+  load_request_state(params, layout);
+  Consumer block{params, layout, segment.first, first_tile(segment.dealt)};
+  GridBarrier barrier(params.barrier);
+  if (block.at.phase != Phase::head) {
+    Loader<packing, stages> loader(params, layout, block.at, persistent ? segment.phases - 1 : 1, block.tile);
+    for (;;) {
+      if (block.at.phase == Phase::attention) {
+        attend(params, layout, loader, block.at.slot);
+      } else {
+        multiply_phase<packing>(block, loader);
+      }
+      if (!persistent) return;
+      block.at = params.schedule.after(block.at);
+      barrier.arrive();
+      if (block.at.phase == Phase::head) break;
+      barrier.wait();
     }
-    grid_barrier(params.barrier);
   }
-  run_head(params, head);
+  Loader<head_packing(packing), stages> loader(params, layout, block.at, 1, block.tile);
+  if (persistent) barrier.wait();
+  multiply_phase<head_packing(packing)>(block, loader);
 }
 
-// What the attention exchanges: of each group of lanes, d outputs, the highest score and the sum; the query.
-int exchange_bytes(const DecodeParams& params) {
-  const int groups = decode_threads * 8 / params.head_dim;
-  return (groups * (params.head_dim + 2) + params.head_dim) * static_cast<int>(sizeof(float));
-}
+constexpr int up_to(int bytes, int multiple) { return (bytes + multiple - 1) / multiple * multiple; }
 
 int activation_bytes(const DecodeParams& params) {
-  int most = exchange_bytes(params);
-  for (const int depth : {params.width, params.attention_width(), params.ffn}) {
-    const int items = (depth + params.item.columns - 1) / params.item.columns;
-    most = max(most, items * params.item.columns * params.batch * static_cast<int>(sizeof(bf16)));
+  int most = 0;
+  for (int phase = 0; phase < phase_count; ++phase) {
+    const MatrixShape& shape = params.shapes[phase];
+    const int columns = (phase + 1 == phase_count ? params.head_item : params.item).columns;
+    most = max(most, shape.warp_items * columns);
   }
-  return (most + 127) / 128 * 128;
+  return decode_warps * most * params.batch * static_cast<int>(bf16_bytes);
+}
+
+// Where things lie in shared memory; the rings come last.
+SharedLayout shared_layout(const DecodeParams& params, int page_entries, int tiles_together) {
+  SharedLayout layout{};
+  const int d = params.head_dim, word = static_cast<int>(sizeof(float));
+  layout.tiles_together = tiles_together;
+  layout.angles = request_state_bytes;
+  layout.log_decay = layout.angles + params.batch * d * word;
+  layout.pages = up_to(layout.log_decay + d / 2 * word, 128);
+  layout.partials = up_to(layout.pages + page_entries * static_cast<int>(sizeof(PageEntry)), 128);
+  layout.activations = up_to(
+      layout.partials + max(tiles_together * tile_partials * word, exchange_bytes(d)), 128);
+  layout.rings = up_to(layout.activations + activation_bytes(params), 128);
+  return layout;
 }
 
 template <Packing packing, int stages>
-const char* launch_decode(const DecodeStep& args, const DecodeParams& params, int blocks, void* stream) {
-  const SchedulePoint first{0, 0, 0, Phase::gqkv};
-  Segment segment{params, first, 1, activations_offset + activation_bytes(params)};
+const char* launch_decode(const DecodeStep& args, const DecodeParams& params, const SharedLayout& layout,
+                          int blocks, void* stream) {
+  Segment segment{params, layout, {0, 0, 0, 0, Phase::gqkv}, 1, 0};
   LaunchShape shape{dim3(static_cast<unsigned>(blocks)), decode_threads};
-  shape.shared_bytes =
-      static_cast<std::size_t>(segment.ring_offset + decode_warps * stages * item_bytes<packing>);
+  shape.shared_bytes = static_cast<std::size_t>(layout.rings + decode_warps * stages * stage_bytes<packing>);
   if (args.persistent) {
     segment.phases = params.schedule.phases();
     shape.cooperative = true;
@@ -73,6 +86,7 @@ const char* launch_decode(const DecodeStep& args, const DecodeParams& params, in
   for (int left = params.schedule.phases(); left > 0; --left) {
     const char* error = launch(decode<packing, stages>, shape, segment, stream);
     if (error != nullptr) return error;
+    segment.dealt = (segment.dealt + params.shape(segment.first.phase).tiles) % blocks;
     segment.first = params.schedule.after(segment.first);
   }
   return nullptr;
@@ -97,17 +111,33 @@ const char* read_limits(Limits& limits) {
   return nullptr;
 }
 
+// How many pages a block attends to at most, when all requests fill their tables.
+int pages_of_block(const DecodeParams& params, int blocks, bool splits_apart) {
+  int pages = params.table_length;
+  if (params.window > 0) pages = min(pages, 2 * params.window / page_tokens);
+  const int splits = splits_apart ? min(pages, max_kv_splits) : 1;
+  const int turns = (params.batch * params.heads * splits + blocks - 1) / blocks;
+  return turns * ((pages + splits - 1) / splits);
+}
+
 template <Packing packing>
-const char* launch_packed(const DecodeStep& args, const DecodeParams& params, void* stream) {
+const char* launch_packed(const DecodeStep& args, DecodeParams params, void* stream) {
   Limits limits;
   if (const char* error = read_limits(limits)) return error;
   const int blocks = args.blocks > 0 ? static_cast<int>(args.blocks) : limits.multiprocessors;
-  const int fixed = activations_offset + activation_bytes(params), stage = decode_warps * item_bytes<packing>;
-  // The rings as deep as they fit: what is on its way covers the memory's latency.
-  if (fixed + 16 * stage <= limits.shared_bytes)
-    return launch_decode<packing, 16>(args, params, blocks, stream);
-  if (fixed + 4 * stage <= limits.shared_bytes)
-    return launch_decode<packing, 4>(args, params, blocks, stream);
+  // Splits in blocks of their own cost the phase after the joining: some more than a page.
+  params.splits_apart = pages_of_block(params, blocks, true) + 1 < pages_of_block(params, blocks, false);
+  const int pages = pages_of_block(params, blocks, params.splits_apart);
+  // The rings as deep as they fit: what is on its way covers the memory's latency and the phases' chains.
+  constexpr int stage = decode_warps * stage_bytes<packing>;
+  const SharedLayout wide = shared_layout(params, pages, max_tiles_together),
+                     narrow = shared_layout(params, pages, 1);
+  if (wide.rings + 11 * stage <= limits.shared_bytes)
+    return launch_decode<packing, 11>(args, params, wide, blocks, stream);
+  if (wide.rings + 7 * stage <= limits.shared_bytes)
+    return launch_decode<packing, 7>(args, params, wide, blocks, stream);
+  if (narrow.rings + 3 * stage <= limits.shared_bytes)
+    return launch_decode<packing, 3>(args, params, narrow, blocks, stream);
   return "the step's activations do not fit this device's shared memory: fewer requests at once would";
 }
 
@@ -132,6 +162,7 @@ DecodeParams params_of(const DecodeStep& args) {
   params.item = item(args.packing);
   params.head_item = item(head_packing(args.packing));
   params.eps = static_cast<float>(args.eps);
+  params.inverse_width = 1.0f / static_cast<float>(params.width);
   params.embedding_scale = static_cast<float>(args.embedding_scale);
   params.tokens = args.tokens.as<std::int32_t>();
   params.positions = args.positions.as<std::int32_t>();
@@ -142,10 +173,8 @@ DecodeParams params_of(const DecodeStep& args) {
   params.log_decay = args.log_decay.given() ? args.log_decay.as<float>() : nullptr;
   params.kv = args.kv.data;
   params.logits = args.logits.as<float>();
-  params.l_weights = args.weights.as<std::byte>();
-  params.h_weights =
-      args.h_layers > 0 ? params.l_weights + args.l_layers * params.layer_bytes() : params.l_weights;
-  params.head_weights = params.l_weights + (args.l_layers + args.h_layers) * params.layer_bytes();
+  while (1 << params.head_shift < params.head_dim) ++params.head_shift;
+  params.place_weights(args.weights.as<std::byte>(), args.h_layers);
   params.place_workspace(args.workspace.as<std::byte>());
   return params;
 }

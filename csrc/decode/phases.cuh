@@ -1,220 +1,366 @@
-// The phases of a decode step, each for every block of the grid. Between two of them all of the grid must
-// have passed a barrier.
+// The phases of a decode step, each for every block of the grid. Between two of them all of the grid must have
+// passed a barrier.
 #pragma once
 
 #include "decode/attention.cuh"
+#include "decode/gemm.cuh"
 
 namespace hrmcore::cuda {
 
-__device__ __forceinline__ SharedArray<float> squares(int norm) {
-  return shared_array<float>(squares_offset) + norm * decode_warps * max_batch;
+// Where a block stands among the tiles of a phase.
+struct Consumer {
+  const DecodeParams& params;
+  const SharedLayout& layout;
+  SchedulePoint at;
+  int tile;  // the block's next
+};
+
+// A warp's share of a matrix's columns: 16s of them from `first_sixteen` on, and the items that they lie in.
+struct WarpShare {
+  int first_sixteen, sixteens, items;
+};
+__device__ __forceinline__ WarpShare warp_share(const MatrixShape& shape, int item_columns) {
+  const int first_item = warp_id() * shape.warp_items, first_sixteen = first_item * (item_columns / 16);
+  return {first_sixteen, min(shape.warp_items * (item_columns / 16), shape.sixteens - first_sixteen),
+          min(shape.warp_items, shape.items - first_item)};
 }
 
-__device__ __forceinline__ void put_squares(int norm, int request, float square) {
-  square = warp_sum(square);
-  if (lane_id() == 0) squares(norm)[warp_id() * max_batch + request] = square;
+// Sums of squares: lane r and each eighth lane after it add up those of request r; warp sums meet in the end.
+__device__ __forceinline__ void put_squares(float square) {
+  square += __shfl_xor_sync(0xffffffffu, square, 8);
+  square += __shfl_xor_sync(0xffffffffu, square, 16);
+  if (lane_id() < max_batch) HRMCORE_REQUEST_STATE(float, squares)[warp_id() * max_batch + lane_id()] = square;
 }
-
-// 1 / rms of a request's row, once the block has passed a barrier after put_squares.
-__device__ __forceinline__ float inverse_rms(const DecodeParams& params, int norm, int request) {
+__device__ __forceinline__ float inverse_rms(const DecodeParams& params, float squares) {
+  return quick_reciprocal_root(squares * params.inverse_width + params.eps);
+}
+// Of a request's row, once the block has passed a barrier after put_squares.
+__device__ __forceinline__ float inverse_rms_of(const DecodeParams& params, int request) {
   float sum = 0;
 #pragma unroll
-  for (int warp = 0; warp < decode_warps; ++warp) sum += squares(norm)[warp * max_batch + request];
-  return 1.0f / sqrtf(sum / static_cast<float>(params.width) + params.eps);
-}
-
-// Fills the activations from source(request, k), eight elements of its row from k on, and their squares.
-template <bool normed, class Source>
-__device__ __forceinline__ void load_activations(const DecodeParams& params, int depth, int padded,
-                                                 const Source& source) {
-  const Activations x = activations(params);
-  for (int request = 0; request < params.batch; ++request) {
-    float square = 0;
-    for (int k = 8 * static_cast<int>(threadIdx.x); k < padded; k += 8 * decode_threads) {
-      Packed<bf16, 8> eight{};
-      if (k < depth) {
-        const Floats<8> values = source(request, k);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          eight.at[i] = to_bf16(values[i]);
-          square += values[i] * values[i];
-        }
-      }
-      x.put(request, k, eight);
-    }
-    if constexpr (normed) put_squares(0, request, square);
+  for (int warp = 0; warp < decode_warps; ++warp) {
+    sum += HRMCORE_REQUEST_STATE(float, squares)[warp * max_batch + request];
   }
-  __syncthreads();
+  return inverse_rms(params, sum);
 }
 
-__device__ __forceinline__ Floats<8> stream_of_first_visit(const DecodeParams& params, int request, int k) {
-  const int token = clamped(load_one(params.tokens + request), params.vocabulary);
-  Floats<8> z_h = load<8>(static_cast<const bf16*>(params.embedding) +
-                          static_cast<std::int64_t>(token) * params.width + k);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) z_h[i] *= params.embedding_scale;
-  return z_h;
+// The squares of `count` tiles from `first` on that the phase before has left, (D / 16, B): lane 8i + r adds
+// those of request r of every fourth tile.
+__device__ __forceinline__ float squares_of_tiles(const DecodeParams& params, int first, int count) {
+  const int request = lane_id() % max_batch;
+  float sum = 0;
+  if (request < params.batch) {
+#pragma unroll 4
+    for (int tile = lane_id() / max_batch; tile < count; tile += 32 / max_batch) {
+      sum += load_one(params.squares + (first + tile) * params.batch + request);
+    }
+  }
+  return sum;
 }
+
+// Copies this warp's share of rows in their order from global memory.
+__device__ __forceinline__ void bring_rows(const DecodeParams& params, const WarpShare& share, const void* rows,
+                                           const Activations& x) {
+  const Packed<bf16, 8>* from =
+      static_cast<const Packed<bf16, 8>*>(rows) + share.first_sixteen * params.batch * 2;
+  const SharedArray<Packed<bf16, 8>> to = x.pieces();
+  const int count = share.sixteens * params.batch * 2;
+  constexpr int together = 4;
+#pragma unroll 1
+  for (int first = lane_id(); first < count; first += 32 * together) {
+    Packed<bf16, 8> pieces[together];
+#pragma unroll
+    for (int i = 0; i < together; ++i) {
+      if (first + 32 * i < count) pieces[i] = load_packed<8>(&from[first + 32 * i].at[0]);
+    }
+#pragma unroll
+    for (int i = 0; i < together; ++i) {
+      if (first + 32 * i < count) to[first + 32 * i] = pieces[i];
+    }
+  }
+}
+
+// The same of what the attention has left, its splits joined.
+__device__ __forceinline__ void bring_attended(const DecodeParams& params, const WarpShare& share,
+                                               const Activations& x) {
+  const SharedArray<Packed<bf16, 8>> to = x.pieces();
+  const int count = share.sixteens * params.batch * 2;
+#pragma unroll 1
+  for (int piece = lane_id(); piece < count; piece += 32) {
+    const int row = piece / 2, sixteen = params.batch == 1 ? row : row / params.batch,
+              request = row - sixteen * params.batch;
+    to[piece] =
+        attended_channels(params, request, 16 * (share.first_sixteen + sixteen) + 8 * (piece % 2));
+  }
+}
+
+// Eight channels of a request as a visit enters them.
+struct Entered {
+  Floats<8> state, other, u;
+};
 
 // The stream that enters a visit: the state that the visit before left, its norm taken now (from the bfloat16
-// copy, as every norm), plus the other one. Each block computes all of it; one writes it down.
-__device__ __forceinline__ void enter_visit(const DecodeParams& params, int visit, int padded) {
-  const bool first = visit == 0, h_before = !first && params.schedule.is_h(visit - 1);
-  const float* before = params.streams[(visit + 1) % 2];
-  float *after = params.streams[visit % 2], *changed = params.states[h_before],
-        *kept = params.states[!h_before];
-  if (!first) {
-    for (int request = 0; request < params.batch; ++request) {
-      float square = 0;
-      for (int k = 8 * static_cast<int>(threadIdx.x); k < params.width; k += 8 * decode_threads) {
-        const Floats<8> u = load<8>(static_cast<const bf16*>(params.x) + request * params.width + k);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) square += u[i] * u[i];
-      }
-      put_squares(1, request, square);
-    }
-    __syncthreads();
+// copy, as every norm), plus the other one. Each block computes all of it; one writes each tile down.
+struct Entrance {
+  const DecodeParams& params;
+  SchedulePoint at;
+  float r;  // 1 / rms of this lane's request, where there is a visit before
+
+  __device__ __forceinline__ Entrance(const DecodeParams& params_, const SchedulePoint& at_)
+      : params(params_), at(at_), r(0) {
+    if (at.visit == 0) return;
+    float square = squares_of_tiles(params, 0, params.width / 16);
+    square += __shfl_xor_sync(0xffffffffu, square, 8);
+    square += __shfl_xor_sync(0xffffffffu, square, 16);
+    r = inverse_rms(params, square);
   }
-  load_activations<true>(params, params.width, padded, [&](int request, int k) {
-    const int at = request * params.width + k;
-    Floats<8> state, other;
-    if (first) {
-      state = load<8>(params.z_init + k);
-      other = stream_of_first_visit(params, request, k);
+
+  __device__ __forceinline__ bool after_h() const { return at.visit > 0 && at.l == 0; }
+  __device__ __forceinline__ float* changed() const { return params.states[after_h() ? 1 : 0]; }
+  __device__ __forceinline__ float* kept() const { return params.states[after_h() ? 0 : 1]; }
+
+  __device__ __forceinline__ Entered channels(int request, int sixteen, int half) const {
+    const int k = 16 * sixteen + 8 * half, place = (sixteen * params.batch + request) * 16 + 8 * half;
+    Entered entered;
+    if (at.visit == 0) {
+      const std::int64_t token = clamped(load_one(params.tokens + request), params.vocabulary);
+      entered.state = load<8>(params.z_init + k);
+      entered.other = load<8>(static_cast<const bf16*>(params.embedding) + token * params.width + k);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) entered.other[i] *= params.embedding_scale;
     } else {
-      const float r = inverse_rms(params, 1, request);
-      state = load<8>(before + at);
-      other = load<8>(kept + at);
+      entered.state = load<8>(params.streams[(at.visit + 1) % 2] + place);
+      entered.other = load<8>(kept() + place);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) state[i] *= r;
+      for (int i = 0; i < 8; ++i) entered.state[i] *= r;
     }
-    Floats<8> u;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) u[i] = state[i] + other[i];
-    if (k / 8 % static_cast<int>(gridDim.x) == static_cast<int>(blockIdx.x)) {
-      store<8>(after + at, u);
-      store<8>(changed + at, state);
-      if (first) store<8>(kept + at, other);
+    for (int i = 0; i < 8; ++i) entered.u[i] = entered.state[i] + entered.other[i];
+    return entered;
+  }
+};
+
+// Lane 8i + r serves request r, so that no lane asks which request it has.
+__device__ __forceinline__ void enter_visit(const DecodeParams& params, const SchedulePoint& at,
+                                            const WarpShare& share, const Activations& x) {
+  const Entrance entrance(params, at);
+  const int request = lane_id() % max_batch, turn = 32 / max_batch;
+  const SharedArray<Packed<bf16, 8>> to = x.pieces();
+  float square = 0;
+  if (request < params.batch) {
+#pragma unroll 2
+    for (int i = lane_id() / max_batch; i < 2 * share.sixteens; i += turn) {
+      const Entered entered = entrance.channels(request, share.first_sixteen + i / 2, i % 2);
+      Packed<bf16, 8> eight;
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+        eight.at[c] = to_bf16(entered.u[c]);
+        square += entered.u[c] * entered.u[c];
+      }
+      to[(i / 2 * params.batch + request) * 2 + i % 2] = eight;
     }
-    return u;
-  });
+#pragma unroll 1
+    for (int tile = static_cast<int>(blockIdx.x); tile < share.first_sixteen + share.sixteens;
+         tile += static_cast<int>(gridDim.x)) {
+      const int half = lane_id() / max_batch;
+      if (tile < share.first_sixteen || half > 1) continue;
+      const Entered entered = entrance.channels(request, tile, half);
+      const int place = (tile * params.batch + request) * 16 + 8 * half;
+      store<8>(params.streams[at.visit % 2] + place, entered.u);
+      store<8>(entrance.changed() + place, entered.state);
+      if (at.visit == 0) store<8>(entrance.kept() + place, entered.other);
+    }
+  }
+  put_squares(square);
 }
 
-// The rows of bfloat16 that a phase before has left.
-template <bool normed>
-__device__ __forceinline__ void load_rows(const DecodeParams& params, const void* rows, int depth,
-                                          int padded) {
-  load_activations<normed>(params, depth, padded, [&](int request, int k) {
-    return load<8>(static_cast<const bf16*>(rows) + request * depth + k);
-  });
-}
+// A finished pair of sums: rows `row` and `row` + 8 of a tile, of one request.
+struct Sums {
+  int tile, row, request;
+  float low, high;
+};
 
 // A pair of outputs i and i + d / 2 of one head, of one of gate, q, k, v.
-__device__ __forceinline__ void finish_gqkv(const DecodeParams& params, int slot, int tile, int row,
-                                            int request, float low, float high) {
-  const int d = params.head_dim, head_tiles = d / 16, width = params.attention_width();
-  const int i = tile % head_tiles * 8 + row, head = tile / head_tiles % params.heads,
-            kind = tile / head_tiles / params.heads;
-  const int channel = head * d + i, partner = channel + d / 2;
-  if (kind == 0) {
-    store<1>(params.gate + request * width + channel, Floats<1>{{low}});
-    store<1>(params.gate + request * width + partner, Floats<1>{{high}});
-    return;
-  }
-  if (kind < 3) {
-    const float* angles = params.rope + static_cast<std::int64_t>(positions()[request]) * d + i;
-    const float cosine = load<1>(angles)[0], sine = load<1>(angles + d / 2)[0], before = low;
+__device__ __forceinline__ void finish_gqkv(const Consumer& block, const Sums& sums) {
+  const DecodeParams& params = block.params;
+  const int d = params.head_dim, width = params.attention_width(), tiles_shift = params.head_shift - 4;
+  const int head_of_all = sums.tile >> tiles_shift, heads = params.heads;
+  const int kind = (head_of_all >= heads) + (head_of_all >= 2 * heads) + (head_of_all >= 3 * heads);
+  const int i = (sums.tile & ((1 << tiles_shift) - 1)) * 8 + sums.row,
+            channel = (head_of_all - kind * heads) * d + i, partner = channel + d / 2;
+  float low = sums.low, high = sums.high;
+  if (kind == 1 || kind == 2) {
+    const SharedArray<float> angles = shared_array<float>(static_cast<std::size_t>(block.layout.angles));
+    const float cosine = angles[sums.request * d + i], sine = angles[sums.request * d + i + d / 2];
+    const float before = low;
     low = low * cosine - high * sine;
     high = high * cosine + before * sine;
   }
-  if (kind == 1) {
-    store<1>(params.q + request * width + channel, Floats<1>{{low}});
-    store<1>(params.q + request * width + partner, Floats<1>{{high}});
+  if (kind >= 2) {
+    bf16* cached = cache_of(params, block.at.slot, kind - 2) +
+                   HRMCORE_REQUEST_STATE(std::int64_t, slot_mapping)[sums.request] * width;
+    store<1>(cached + channel, Floats<1>{{low}});
+    store<1>(cached + partner, Floats<1>{{high}});
     return;
   }
-  bf16* cached = cache_of(params, slot, kind - 2) + slot_mapping()[request] * width;
-  store<1>(cached + channel, Floats<1>{{low}});
-  store<1>(cached + partner, Floats<1>{{high}});
+  float* row = (kind == 0 ? params.gate : params.q) + sums.request * width;
+  const float scale = kind == 0 ? 1.0f : quick_reciprocal_root(static_cast<float>(d));
+  store<1>(row + channel, Floats<1>{{low * scale}});
+  store<1>(row + partner, Floats<1>{{high * scale}});
 }
 
-// The stream's row r of a request grows by `more`; what the next GEMM reads is written beside it.
-__device__ __forceinline__ void add_to_stream(const DecodeParams& params, int visit, int request, int r,
-                                              float more) {
-  if (r >= params.width) return;
-  float* u = params.streams[visit % 2] + request * params.width + r;
-  const float sum = load<1>(u)[0] + more;
-  store<1>(u, Floats<1>{{sum}});
-  store<1>(static_cast<bf16*>(params.x) + request * params.width + r, Floats<1>{{sum}});
+__device__ __forceinline__ void finish_gate_up(const Consumer& block, const Sums& sums) {
+  const int place = sums.tile / 2 * block.params.batch + sums.request;
+  bf16* hidden = static_cast<bf16*>(block.params.hidden) + place * 16 + sums.tile % 2 * 8 + sums.row;
+  store<1>(hidden, Floats<1>{{sums.low * sums.high * quick_reciprocal(1.0f + quick_exp(-sums.low))}});
 }
 
-// One phase of a layer. The stream has begun on params.matrix(at) already, unless it is the attention.
-template <Packing packing, int stages>
-__device__ __forceinline__ void run_phase(const DecodeParams& params, WeightStream<packing, stages>& stream,
-                                          const SchedulePoint& at) {
-  const bool multiplies = at.phase != Phase::attention, enters = at.phase == Phase::gqkv && at.layer == 0;
-  if (multiplies && !enters && static_cast<int>(blockIdx.x) >= stream.matrix().tiles) return;
-  const int padded = stream.depth(), mine = static_cast<int>(threadIdx.x) % max_batch;
-  switch (at.phase) {
-    case Phase::gqkv: {
-      if (enters) {
-        enter_visit(params, at.visit, padded);
-      } else {
-        load_rows<true>(params, params.x, params.width, padded);
-      }
-      const float r = mine < params.batch ? inverse_rms(params, 0, mine) : 0.0f;
-      multiply(params, stream, [&](int tile, int row, int request, float low, float high) {
-        finish_gqkv(params, at.slot, tile, row, request, low * r, high * r);
-      });
-      break;
+__device__ __forceinline__ void finish_head(const Consumer& block, const Sums& sums) {
+  const int token = sums.tile * tile_rows + sums.row, vocabulary = block.params.vocabulary;
+  float* logits = block.params.logits + static_cast<std::int64_t>(sums.request) * vocabulary + token;
+  if (token < vocabulary) store<1>(logits, Floats<1>{{sums.low}});
+  if (token + 8 < vocabulary) store<1>(logits + 8, Floats<1>{{sums.high}});
+}
+
+__device__ __forceinline__ SharedArray<float> partials_of(const SharedLayout& layout, int tile) {
+  return shared_array<float>(static_cast<std::size_t>(layout.partials)) + tile * tile_partials;
+}
+
+// The pair of the block's tiles that a thread finishes. Warp w takes requests 4 (w / 4) to 3 more of tile w % 4
+// of those that the block multiplies between two barriers: lane 4i + c rows i and i + 8 of the one numbered c.
+struct Finisher {
+  int tile, row, request;
+  bool mine;
+  float low_before, high_before;  // of the stream, where the phase adds to it
+
+  __device__ __forceinline__ Finisher(const Consumer& block, bool to_stream)
+      : tile(block.tile + warp_id() % max_tiles_together * static_cast<int>(gridDim.x)),
+        row(lane_id() / 4),
+        request(lane_id() % 4 + warp_id() / 4 * 4),
+        mine(request < block.params.batch),
+        low_before(0),
+        high_before(0) {
+    if (mine && to_stream && tile < block.params.shape(block.at.phase).tiles) {
+      const float* stream =
+          block.params.streams[block.at.visit % 2] + (tile * block.params.batch + request) * 16 + row;
+      low_before = load_one(stream);
+      high_before = load_one(stream + 8);
     }
-    case Phase::attention:
-      attend(params, at.slot);
-      break;
-    case Phase::o: {
-      load_activations<false>(params, params.attention_width(), padded, [&](int request, int k) {
-        return joined_splits(params, request, kv_splits_of(params, positions()[request]).count, k);
-      });
-      multiply(params, stream, [&](int tile, int row, int request, float low, float high) {
-        add_to_stream(params, at.visit, request, tile * tile_rows + row, low);
-        add_to_stream(params, at.visit, request, tile * tile_rows + row + 8, high);
-      });
-      break;
-    }
-    case Phase::gate_up: {
-      load_rows<true>(params, params.x, params.width, padded);
-      const float r = mine < params.batch ? inverse_rms(params, 0, mine) : 0.0f;
-      multiply(params, stream, [&](int tile, int row, int request, float low, float high) {
-        const float a = low * r, b = high * r;
-        bf16* hidden = static_cast<bf16*>(params.hidden) + request * params.ffn + tile * 8 + row;
-        store<1>(hidden, Floats<1>{{a / (1.0f + expf(-a)) * b}});
-      });
-      break;
-    }
-    case Phase::down: {
-      load_rows<false>(params, params.hidden, params.ffn, padded);
-      multiply(params, stream, [&](int tile, int row, int request, float low, float high) {
-        add_to_stream(params, at.visit, request, tile * tile_rows + row, low);
-        add_to_stream(params, at.visit, request, tile * tile_rows + row + 8, high);
-      });
-      break;
-    }
-    case Phase::head:
-      break;
+  }
+};
+
+// The stream's pair of rows of a request grows; what the next GEMM reads is written beside it, and its squares.
+__device__ __forceinline__ void finish_stream(const Consumer& block, const Sums& sums,
+                                              const Finisher& finisher) {
+  const DecodeParams& params = block.params;
+  const int place = sums.tile * params.batch + sums.request, at = place * 16 + sums.row;
+  float square = 0;
+  if (finisher.mine) {
+    const float low = finisher.low_before + sums.low, high = finisher.high_before + sums.high;
+    float* stream = params.streams[block.at.visit % 2] + at;
+    bf16* x = static_cast<bf16*>(params.x) + at;
+    store<1>(stream, Floats<1>{{low}});
+    store<1>(stream + 8, Floats<1>{{high}});
+    store<1>(x, Floats<1>{{low}});
+    store<1>(x + 8, Floats<1>{{high}});
+    const float low_read = rounded<bf16>(low), high_read = rounded<bf16>(high);
+    square = low_read * low_read + high_read * high_read;
+  }
+#pragma unroll
+  for (int by = 4; by < 32; by *= 2) square += __shfl_xor_sync(0xffffffffu, square, by);
+  if (finisher.mine && sums.row == 0) store<1>(params.squares + place, Floats<1>{{square}});
+}
+
+// Adds up the warps' partial sums of the tiles that the block has multiplied, and hands them to the phase.
+__device__ __forceinline__ void finish_tiles(const Consumer& block, const Finisher& finisher, bool to_stream,
+                                             int tiles_done) {
+  const int own = warp_id() % max_tiles_together;
+  if (own >= tiles_done) return;
+  Sums sums{finisher.tile, finisher.row, finisher.request, 0, 0};
+  const SharedArray<float> partials = partials_of(block.layout, own);
+#pragma unroll
+  for (int warp = 0; warp < decode_warps; ++warp) {
+    const int first = (warp * tile_rows + sums.row) * max_batch + sums.request;
+    sums.low += partials[first];
+    sums.high += partials[first + 8 * max_batch];
+  }
+  if (to_stream) {
+    finish_stream(block, sums, finisher);
+    return;
+  }
+  if (!finisher.mine) return;
+  const float r = inverse_rms_of(block.params, sums.request);
+  sums.low *= r;
+  sums.high *= r;
+  if (block.at.phase == Phase::gqkv) {
+    finish_gqkv(block, sums);
+  } else if (block.at.phase == Phase::gate_up) {
+    finish_gate_up(block, sums);
+  } else {
+    finish_head(block, sums);
   }
 }
 
-template <Packing packing, int stages>
-__device__ __forceinline__ void run_head(const DecodeParams& params, WeightStream<packing, stages>& stream) {
-  const int mine = static_cast<int>(threadIdx.x) % max_batch;
-  if (static_cast<int>(blockIdx.x) >= stream.matrix().tiles) return;
-  load_rows<true>(params, params.x, params.width, stream.depth());
-  const float r = mine < params.batch ? inverse_rms(params, 0, mine) : 0.0f;
-  multiply(params, stream, [&](int tile, int row, int request, float low, float high) {
-    const int token = tile * tile_rows + row;
-    float* logits = params.logits + static_cast<std::int64_t>(request) * params.vocabulary + token;
-    if (token < params.vocabulary) store<1>(logits, Floats<1>{{low * r}});
-    if (token + 8 < params.vocabulary) store<1>(logits + 8, Floats<1>{{high * r}});
-  });
+// Brings what a phase multiplies with, this warp's share of it; zeros where an item is wider than the matrix.
+__device__ __forceinline__ void bring_activations(const Consumer& block, const WarpShare& share, int item_columns,
+                                                  const Activations& x) {
+  const DecodeParams& params = block.params;
+  if (block.at.phase == Phase::o) {
+    bring_attended(params, share, x);
+  } else if (block.at.phase == Phase::down) {
+    bring_rows(params, share, params.hidden, x);
+  } else if (block.at.phase == Phase::gqkv && block.at.layer == 0) {
+    enter_visit(params, block.at, share, x);
+  } else {
+    put_squares(squares_of_tiles(params, share.first_sixteen, share.sixteens));
+    bring_rows(params, share, params.x, x);
+  }
+  const int end = share.items * (item_columns / 16) * params.batch * 2;
+  for (int piece = max(share.sixteens, 0) * params.batch * 2 + lane_id(); piece < end; piece += 32) {
+    x.pieces()[piece] = Packed<bf16, 8>{};
+  }
+  __syncwarp();
+}
+
+// This warp's partial sums of a tile.
+__device__ __forceinline__ void put_partials(const SharedLayout& layout, int tile, const float (&sum)[4]) {
+  const SharedArray<float> partials = partials_of(layout, tile) + warp_id() * tile_rows * max_batch;
+  const SharedArray<Packed<float, 2>> pairs{reinterpret_cast<Packed<float, 2>*>(partials.data)};
+  pairs[lane_id()] = Packed<float, 2>{{sum[0], sum[1]}};
+  pairs[lane_id() + 32] = Packed<float, 2>{{sum[2], sum[3]}};
+}
+
+// A phase that multiplies. Leaves the block's first tile of the next one in `block.tile`.
+template <Packing packing, class Stages>
+__device__ __forceinline__ void multiply_phase(Consumer& block, Stages& loader) {
+  constexpr int item_columns = ItemOf<packing>::columns;
+  const DecodeParams& params = block.params;
+  const MatrixShape& shape = params.shape(block.at.phase);
+  const bool enters = block.at.phase == Phase::gqkv && block.at.layer == 0,
+             to_stream = block.at.phase == Phase::o || block.at.phase == Phase::down;
+  if (block.tile < shape.tiles || enters) {
+    const WarpShare share = warp_share(shape, item_columns);
+    const Activations x{block.layout.activations +
+                            warp_id() * shape.warp_items * item_columns * params.batch * static_cast<int>(bf16_bytes),
+                        params.batch};
+    bring_activations(block, share, item_columns, x);
+    const int grid = static_cast<int>(gridDim.x);
+    while (block.tile < shape.tiles) {
+      const Finisher finisher(block, to_stream);
+      int done = 0;
+#pragma unroll 1
+      for (; done < block.layout.tiles_together && block.tile + done * grid < shape.tiles; ++done) {
+        float sum[4];
+        multiply_tile<packing>(sum, loader, shape.stages, share.items, x);
+        put_partials(block.layout, done, sum);
+      }
+      __syncthreads();
+      finish_tiles(block, finisher, to_stream, done);
+      block.tile += done * grid;
+      if (block.tile < shape.tiles) __syncthreads();
+    }
+  }
+  block.tile -= shape.tiles;
 }
 
 }  // namespace hrmcore::cuda

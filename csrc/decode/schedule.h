@@ -1,5 +1,5 @@
-// What both sides of a step know, the host that launches it and the kernels: the sequence of its phases, and
-// where weights and activations lie.
+// What both sides of a decode step know, the host that launches it and the kernels: the order of its phases,
+// how a matrix is shared out, and where weights and activations lie.
 #pragma once
 
 #include <cstddef>
@@ -13,9 +13,11 @@
 
 namespace hrmcore::cuda {
 
+constexpr int decode_warps = 8, decode_threads = 32 * decode_warps;
 constexpr int tile_rows = 16;
-constexpr int max_kv_splits = 4;  // of a request's keys, at most
+constexpr int max_kv_splits = 8;  // of a request's keys, at most
 constexpr int page_tokens = 64;
+constexpr int max_tiles_together = 4;  // of a block, between two barriers of the block
 constexpr std::int64_t bf16_bytes = 2;
 
 // An item of a tile: what one 16-byte piece for each lane holds, and the scales (bfloat16) of its 16 rows.
@@ -37,6 +39,12 @@ constexpr int fragment_bytes = 512, group_scale_bytes = 32;
 template <Packing packing>
 constexpr int item_bytes = fragment_bytes + ItemOf<packing>::groups * group_scale_bytes;
 
+// What a warp loads and consumes at once: items of weights, or its 8 rows of a page of keys or values.
+constexpr int stage_items = 4, page_rows_of_warp = page_tokens / decode_warps;
+template <Packing packing>
+constexpr int stage_bytes = stage_items * item_bytes<packing>;
+static_assert(stage_bytes<Packing::bf16> >= page_rows_of_warp * 128 * 2, "keys of head_dim 128 fit a stage");
+
 struct Item {
   int columns, bytes;
 };
@@ -54,10 +62,11 @@ inline Item item(Packing packing) {
                                     : item_of<Packing::bf16>;
 }
 
-enum class Phase : std::uint8_t { gqkv, attention, o, gate_up, down, head };
+enum class Phase : int { gqkv, attention, o, gate_up, down, head };
+constexpr int phase_count = 6;
 
 struct SchedulePoint {
-  int visit, layer, slot;
+  int visit, l, layer, slot;  // l: which of its H cycle's visits; after those of L comes H's
   Phase phase;
 };
 
@@ -65,8 +74,7 @@ struct SchedulePoint {
 struct Schedule {
   int l_layers, h_layers, h_cycles, l_cycles;
 
-  HRMCORE_HOST_DEVICE bool is_h(int visit) const { return visit % (l_cycles + 1) == l_cycles; }
-  HRMCORE_HOST_DEVICE int layers(int visit) const { return is_h(visit) ? h_layers : l_layers; }
+  HRMCORE_HOST_DEVICE bool is_h(const SchedulePoint& at) const { return at.l == l_cycles; }
   HRMCORE_HOST_DEVICE int visits() const { return h_cycles * (l_cycles + 1); }
 
   HRMCORE_HOST_DEVICE int slots() const { return h_cycles * (l_cycles * l_layers + h_layers); }
@@ -78,33 +86,55 @@ struct Schedule {
     }
     at.phase = Phase::gqkv;
     ++at.slot;
-    if (++at.layer == layers(at.visit)) {
+    if (++at.layer == (is_h(at) ? h_layers : l_layers)) {
       at.layer = 0;
+      at.l = is_h(at) ? 0 : at.l + 1;
       if (++at.visit == visits()) at.phase = Phase::head;
     }
     return at;
   }
 };
 
-struct Matrix {
-  const std::byte* data;
-  int tiles, items;
+// A matrix as a step walks through it. The tiles of all matrices are dealt to the blocks in one sequence, so
+// that every block gets its share of the bytes; a warp owns `warp_items` neighbouring items of each tile.
+struct MatrixShape {
+  int tiles, sixteens, items, warp_items;  // sixteens: of its columns
+  int stages;                              // of a warp, a tile
+  std::int64_t tile_bytes, offset;  // in the layer
 };
 
+inline MatrixShape matrix_shape(std::int64_t rows, std::int64_t depth, Item item, std::int64_t offset) {
+  MatrixShape shape{};
+  shape.tiles = static_cast<int>((rows + tile_rows - 1) / tile_rows);
+  shape.sixteens = static_cast<int>(depth / 16);
+  shape.items = static_cast<int>((depth + item.columns - 1) / item.columns);
+  shape.warp_items = (shape.items + decode_warps - 1) / decode_warps;
+  shape.stages = (shape.warp_items + stage_items - 1) / stage_items;
+  shape.tile_bytes = static_cast<std::int64_t>(shape.items) * item.bytes;
+  shape.offset = offset;
+  return shape;
+}
+
 // The parameters of every kernel of a step: its schedule, shapes, and where everything lies.
+//
+// Activations lie in the order in which the tensor cores take them: of each 16 columns, each request's 16 in
+// turn, (D / 16, B, 16).
 struct DecodeParams {
-  int batch, width, ffn, heads, head_dim, vocabulary;
   Schedule schedule;
+  int batch, width, ffn, heads, head_dim, head_shift, vocabulary;  // head_dim = 1 << head_shift
   int window, table_length, cache_pages, rotations;
+  bool splits_apart;  // each split of the keys in a block of its own, rather than all of a head's in one
   Item item, head_item;
-  float eps, embedding_scale;
+  MatrixShape shapes[phase_count];  // by phase; attention has none
+  std::int64_t layer_bytes;
+  float eps, inverse_width, embedding_scale;
   const std::int32_t *tokens, *positions, *tables;
   const void* embedding;
   const float *z_init, *rope, *log_decay;
   void* kv;
   const std::byte *l_weights, *h_weights, *head_weights;
-  float *logits, *streams[2], *states[2], *gate, *q, *split_lse;
-  void *x, *split_out, *hidden;
+  float *logits, *streams[2], *states[2], *squares, *gate, *q, *split_lse;
+  void *x, *attended, *hidden;
   std::uint32_t* barrier;
 
   // Places what a step keeps between its phases, for 8 requests, from `base` on; returns its bytes. A null
@@ -119,44 +149,39 @@ struct DecodeParams {
     place(barrier, 1, sizeof(std::uint32_t));
     for (float*& stream : streams) place(stream, row, sizeof(float));
     for (float*& state : states) place(state, row, sizeof(float));
+    place(squares, row / tile_rows, sizeof(float));
     place(gate, heads_row, sizeof(float));
     place(q, heads_row, sizeof(float));
     place(split_lse, max_batch * max_kv_splits * heads, sizeof(float));
     place(x, row, bf16_bytes);
-    place(split_out, max_kv_splits * heads_row, bf16_bytes);
+    place(attended, max_kv_splits * heads_row, bf16_bytes);
     place(hidden, max_batch * ffn, bf16_bytes);
     return used;
   }
 
+  // Cuts the weights' bytes into matrices; returns how many there are of them.
+  std::int64_t place_weights(const std::byte* base, std::int64_t own_layers_of_h) {
+    std::int64_t used = 0;
+    const auto place = [&](Phase phase, std::int64_t rows, std::int64_t depth) {
+      MatrixShape& shape = shapes[static_cast<int>(phase)] = matrix_shape(rows, depth, item, used);
+      used += shape.tiles * shape.tile_bytes;
+    };
+    place(Phase::gqkv, 4 * attention_width(), width);
+    place(Phase::o, width, attention_width());
+    place(Phase::gate_up, 2 * ffn, width);
+    place(Phase::down, width, ffn);
+    layer_bytes = used;
+    const std::int64_t h_begins = own_layers_of_h > 0 ? schedule.l_layers * layer_bytes : 0,
+                       head_begins = (schedule.l_layers + own_layers_of_h) * layer_bytes;
+    l_weights = base;
+    h_weights = base == nullptr ? nullptr : base + h_begins;
+    head_weights = base == nullptr ? nullptr : base + head_begins;
+    MatrixShape& head = shapes[static_cast<int>(Phase::head)] = matrix_shape(vocabulary, width, head_item, 0);
+    return head_begins + head.tiles * head.tile_bytes;
+  }
+
   HRMCORE_HOST_DEVICE int attention_width() const { return heads * head_dim; }
-
-  HRMCORE_HOST_DEVICE Matrix matrix(const std::byte* data, int rows, int depth) const {
-    return {data, (rows + tile_rows - 1) / tile_rows, (depth + item.columns - 1) / item.columns};
-  }
-  HRMCORE_HOST_DEVICE Matrix head_matrix() const {
-    return {head_weights, (vocabulary + tile_rows - 1) / tile_rows,
-            (width + head_item.columns - 1) / head_item.columns};
-  }
-  HRMCORE_HOST_DEVICE std::int64_t bytes(const Matrix& m) const {
-    return static_cast<std::int64_t>(m.tiles) * m.items * item.bytes;
-  }
-
-  // What a phase of a layer multiplies with; for the attention, the GEMM after it.
-  HRMCORE_HOST_DEVICE Matrix matrix(const SchedulePoint& at) const {
-    const std::byte* layer = (schedule.is_h(at.visit) ? h_weights : l_weights) + at.layer * layer_bytes();
-    const Matrix gqkv = matrix(layer, 4 * attention_width(), width);
-    if (at.phase == Phase::gqkv) return gqkv;
-    const Matrix o = matrix(gqkv.data + bytes(gqkv), width, attention_width());
-    if (at.phase == Phase::attention || at.phase == Phase::o) return o;
-    const Matrix gate_up = matrix(o.data + bytes(o), 2 * ffn, width);
-    if (at.phase == Phase::gate_up) return gate_up;
-    return matrix(gate_up.data + bytes(gate_up), width, ffn);
-  }
-  HRMCORE_HOST_DEVICE std::int64_t layer_bytes() const {
-    return bytes(matrix(nullptr, 4 * attention_width(), width)) +
-           bytes(matrix(nullptr, width, attention_width())) + bytes(matrix(nullptr, 2 * ffn, width)) +
-           bytes(matrix(nullptr, width, ffn));
-  }
+  HRMCORE_HOST_DEVICE const MatrixShape& shape(Phase phase) const { return shapes[static_cast<int>(phase)]; }
 };
 
 }  // namespace hrmcore::cuda

@@ -22,6 +22,7 @@ namespace {
 constexpr std::size_t stack_bytes = 64 << 10;
 constexpr std::uint64_t stack_mark = 0x6b6361747320656eu;
 constexpr unsigned most_blocks_at_once = 8;
+constexpr std::uint32_t window_room = 1 << 20;  // ticks for the blocks that have yet to arrive
 constexpr std::size_t most_shadow_bytes = std::size_t{256} << 20;
 
 enum class Wait : std::uint8_t { nothing, warp, block, grid, over };
@@ -74,9 +75,11 @@ struct Block {
   std::vector<std::byte> shared;
   std::byte* shared_base = nullptr;
   std::vector<Cell> cells;
-  std::uint32_t synchronised = 0;
-  unsigned at_barrier = 0, at_grid_barrier = 0, finished = 0;
+  std::uint32_t synchronised = 0, with_grid = 0;
+  unsigned at_barrier = 0, finished = 0;
   Site barrier{"", 0};
+  bool arrived = false;       // at the grid's barrier, and has not waited there
+  unsigned arrival = 0;       // how often the barrier had opened then
 };
 
 struct Memory {  // of the stacks
@@ -95,8 +98,12 @@ struct Machine {
   std::vector<Warp*> ready;
   Memory stacks;
   GlobalCells global;
-  std::uint32_t tick = 0, grid_synchronised = 0;
-  unsigned threads_at_grid_barrier = 0;
+  std::uint32_t tick = 0;
+  // What blocks do between their arrival at the grid's barrier and its opening comes after it: their ticks run
+  // from `window_begin` on, ahead of those of the blocks that have yet to arrive.
+  std::uint32_t window_begin = 0, window_tick = 0;
+  std::uint32_t opened = 0;  // where the window of the last barrier to open began
+  unsigned arrived = 0, openings = 0;
   Site grid_barrier{"", 0};
   void* scheduler = nullptr;
   Thread* current = nullptr;
@@ -147,9 +154,15 @@ void make_ready(Thread& thread) {
 
 Warp& warp_of(const Thread& thread) { return thread.block->warps[thread.at.thread.x / 32]; }
 
+bool still_closed(const Block& block) { return block.arrived && block.arrival == machine.openings; }
+
+std::uint32_t& tick_of(const Block& block) {
+  return still_closed(block) ? machine.window_tick : machine.tick;
+}
+
 Observer observer(const Thread& thread) {
-  return {thread.id, machine.tick, warp_of(thread).synchronised, thread.block->synchronised,
-          machine.grid_synchronised};
+  return {thread.id, tick_of(*thread.block), warp_of(thread).synchronised, thread.block->synchronised,
+          thread.block->with_grid};
 }
 
 void report(const Conflict& conflict, bool write, const std::string& place, Site site) {
@@ -164,22 +177,24 @@ void report(const Conflict& conflict, bool write, const std::string& place, Site
 
 void release_block(Block& block) {
   block.at_barrier = 0;
-  block.synchronised = ++machine.tick;
-  for (Warp& warp : block.warps) warp.synchronised = machine.tick;
+  block.synchronised = ++tick_of(block);
+  for (Warp& warp : block.warps) warp.synchronised = block.synchronised;
   ++machine.counters.block_barriers;
   for (Thread& thread : block.threads) {
     if (thread.wait == Wait::block) make_ready(thread);
   }
 }
 
-void release_grid() {
-  machine.threads_at_grid_barrier = 0;
-  machine.grid_synchronised = ++machine.tick;
+void open_grid() {
+  machine.arrived = 0;
+  ++machine.openings;
+  machine.tick = machine.window_tick;
+  machine.opened = machine.window_begin;
   ++machine.counters.grid_barriers;
   for (auto& block : machine.resident) {
-    block->synchronised = machine.tick;
-    for (Warp& warp : block->warps) warp.synchronised = machine.tick;
-    for (Thread& thread : block->threads) make_ready(thread);
+    for (Thread& thread : block->threads) {
+      if (thread.wait == Wait::grid) make_ready(thread);
+    }
   }
 }
 
@@ -195,7 +210,7 @@ void leave() {
   if (block.at_barrier > 0) {
     stop(name(me.id) + " left the kernel, and others wait for it at the barrier at " + text(block.barrier));
   }
-  if (machine.threads_at_grid_barrier > 0) {
+  if (machine.arrived > 0 && !block.arrived) {
     stop(name(me.id) + " left the kernel, and others wait for it at the grid barrier at " +
          text(machine.grid_barrier));
   }
@@ -236,6 +251,8 @@ void start_block(Block& block, unsigned number, std::size_t slot) {
                    number / shape.grid.x / shape.grid.y);
   block.number = number;
   block.finished = block.at_barrier = 0;
+  block.arrived = false;
+  block.with_grid = machine.opened;
   block.synchronised = ++machine.tick;
   constexpr std::size_t alignment = 128;
   block.shared.assign(shape.shared_bytes + alignment, std::byte{0xff});
@@ -390,13 +407,13 @@ const char* run(const Shape& shape, void (*body)(const void* params), const void
   machine.params = params;
   machine.random = 0x9e3779b97f4a7c15u * (machine.seed + 1) | 1;
   machine.failed = false;
-  machine.threads_at_grid_barrier = 0;
+  machine.arrived = 0;
   if (machine.tick >= 1u << 29 || machine.global.bytes() > most_shadow_bytes) {
     machine.global.forget();
     machine.resident.clear();
     machine.tick = 0;
   }
-  machine.grid_synchronised = ++machine.tick;
+  machine.opened = ++machine.tick;  // all of the launch comes after what was before
   ++machine.counters.launches;
   for (auto& block : machine.resident) {
     for (Warp& warp : block->warps) warp.queued = false;
@@ -428,21 +445,42 @@ void block_barrier(Site site) {
   }
 }
 
-void grid_barrier(Site site) {
-  Thread& me = *machine.current;
+void grid_state_read(Site site) {
+  if (machine.current->block->arrived) {
+    stop_here("reads the state of a grid barrier that it has arrived at: it may have opened already", site);
+  }
+}
+
+void grid_arrive(Site site) {
   if (!machine.shape.cooperative) stop_here("a grid barrier in a launch that is not cooperative", site);
   for (const auto& block : machine.resident) {
-    if (block->finished > 0) stop_here("waits at a grid barrier that a block left without reaching", site);
+    if (block->finished > 0) stop_here("arrives at a grid barrier that a block left without reaching", site);
   }
+  Block& block = *machine.current->block;
+  if (block.arrived) stop_here("arrives at a grid barrier twice without having waited", site);
+  block_barrier(site);
+  if (block.arrived) return;  // the first thread of the block to go on has done the rest
   machine.grid_barrier = site;
-  me.wait = Wait::grid;
-  me.what = "a grid barrier";
-  me.site = site;
-  if (++machine.threads_at_grid_barrier == blocks_of(machine.shape.grid) * machine.shape.threads) {
-    release_grid();
-  } else {
+  if (machine.arrived == 0) machine.window_begin = machine.window_tick = machine.tick + window_room;
+  if (machine.tick >= machine.window_begin) stop_here("more synchronisations than the emulator can order", site);
+  block.arrived = true;
+  block.arrival = machine.openings;
+  if (++machine.arrived == blocks_of(machine.shape.grid)) open_grid();
+}
+
+void grid_wait(Site site) {
+  Thread& me = *machine.current;
+  Block& block = *me.block;
+  if (!block.arrived) stop_here("waits at a grid barrier that its block has not arrived at", site);
+  if (still_closed(block)) {
+    me.wait = Wait::grid;
+    me.what = "a grid barrier";
+    me.site = site;
     yield();
   }
+  block_barrier(site);
+  block.arrived = false;
+  block.with_grid = machine.opened;
 }
 
 void warp_operation(const char* what, unsigned mask, const void* in, void* out, Combine combine, Site site) {

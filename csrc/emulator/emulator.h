@@ -8,7 +8,8 @@
 //   - a barrier that not every thread of the block reaches, or that threads reach in different places;
 //   - a warp operation whose lanes disagree about the mask or the place, or whose mask names a lane that has
 //     left;
-//   - a grid barrier in a launch that is not cooperative; a deadlock of any kind;
+//   - a grid barrier in a launch that is not cooperative, that a block arrives at twice or waits at without
+//   having arrived, or whose state is read between the two; a deadlock of any kind;
 //   - shared memory accessed outside the bytes asked for, or misaligned; never-written bytes read as NaNs;
 //   - two accesses to the same bytes, one a write, with no barrier in between that both threads passed;
 //   - cp.async copies that nobody waited for (their target holds NaNs until the wait).
@@ -73,7 +74,9 @@ extern const Coordinates* running;
 
 [[noreturn]] void fail(const char* what, Site site);
 void block_barrier(Site site);
-void grid_barrier(Site site);
+void grid_state_read(Site site);
+void grid_arrive(Site site);
+void grid_wait(Site site);
 std::byte* shared_memory();
 void shared_access(const void* address, std::size_t bytes, bool write, Site site);
 void global_access(const void* address, std::size_t bytes, bool write, Site site);

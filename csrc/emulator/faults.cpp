@@ -29,11 +29,42 @@ void sum_of_block(Memory m) {
   if (index() == 0) put(m.numbers, sum);
 }
 
+void pass_again(GridBarrier& barrier) {
+  barrier.arrive();
+  barrier.wait();
+}
+
+void pass_grid_barrier() {
+  GridBarrier barrier(nullptr);
+  barrier.arrive();
+  barrier.wait();
+}
+
 void passed_through_the_grid(Memory m) {
   const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
   if (index() == 0) put(m.numbers + block, static_cast<float>(block + 1));
-  grid_barrier(nullptr);
+  pass_grid_barrier();
   if (index() == 0) put(m.numbers + blocks + block, load<1>(m.numbers + (block + 1) % blocks)[0]);
+}
+
+// What a block brings between arriving and waiting depends on nobody, and what it writes nobody reads before the
+// next barrier.
+void works_between_arriving_and_waiting(Memory m) {
+  const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+  GridBarrier barrier(nullptr);
+  float own = 0;
+  for (int round = 0; round < 3; ++round) {
+    if (index() == 0) put(m.numbers + block, static_cast<float>(round * 100 + block));
+    barrier.arrive();
+    if (index() == 0) put(m.numbers + 2 * blocks + block, ++own);
+    barrier.wait();
+    if (index() == 0) put(m.numbers + blocks + block, load<1>(m.numbers + (block + 1) % blocks)[0]);
+    barrier.arrive();
+    __syncthreads();
+    barrier.wait();
+    if (index() == 1) own = load<1>(m.numbers + 2 * blocks + (block + 1) % blocks)[0];
+    pass_again(barrier);
+  }
 }
 
 void order_of_blocks(Memory m) {
@@ -150,10 +181,50 @@ void shuffle_with_a_lane_that_left(Memory m) {
   put(m.numbers + index(), __shfl_xor_sync(0xffffffffu, 1.0f, 1));
 }
 
-void grid_barrier_without_cooperation(Memory) { grid_barrier(nullptr); }
+void grid_barrier_without_cooperation(Memory) { pass_grid_barrier(); }
 
 void grid_barrier_skipped(Memory) {
-  if (blockIdx.x != 1) grid_barrier(nullptr);
+  if (blockIdx.x != 1) pass_grid_barrier();
+}
+
+// Others read it as soon as they have waited.
+void write_after_arriving(Memory m) {
+  const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+  GridBarrier barrier(nullptr);
+  barrier.arrive();
+  if (index() == 0) put(m.numbers + block, 1.0f);
+  barrier.wait();
+  if (index() == 0) put(m.numbers + blocks + block, load<1>(m.numbers + (block + 1) % blocks)[0]);
+}
+
+// Others may not have written it yet.
+void read_before_waiting(Memory m) {
+  const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+  GridBarrier barrier(nullptr);
+  if (index() == 0) put(m.numbers + block, 1.0f);
+  barrier.arrive();
+  if (index() == 0) put(m.numbers + blocks + block, load<1>(m.numbers + (block + 1) % blocks)[0]);
+  barrier.wait();
+}
+
+void state_read_after_arriving(Memory) {
+  GridBarrier(nullptr).arrive();
+  GridBarrier(nullptr).wait();
+}
+
+void waits_without_arriving(Memory) { GridBarrier(nullptr).wait(); }
+
+void arrives_twice(Memory) {
+  const GridBarrier barrier(nullptr);
+  barrier.arrive();
+  barrier.arrive();
+}
+
+void leaves_while_others_wait(Memory) {
+  GridBarrier barrier(nullptr);
+  if (blockIdx.x == 0) return;
+  barrier.arrive();
+  barrier.wait();
 }
 
 void copy_nobody_awaits(Memory m) {
@@ -207,6 +278,13 @@ constexpr Planted planted[] = {PLANTED(sum_of_block),
                                PLANTED(shuffle_with_a_lane_that_left),
                                PLANTED(grid_barrier_without_cooperation),
                                PLANTED(grid_barrier_skipped),
+                               PLANTED(works_between_arriving_and_waiting),
+                               PLANTED(write_after_arriving),
+                               PLANTED(read_before_waiting),
+                               PLANTED(state_read_after_arriving),
+                               PLANTED(waits_without_arriving),
+                               PLANTED(arrives_twice),
+                               PLANTED(leaves_while_others_wait),
                                PLANTED(copy_nobody_awaits),
                                PLANTED(copy_read_by_another),
                                PLANTED(too_much_stack)};

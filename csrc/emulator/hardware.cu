@@ -33,11 +33,14 @@ struct Rounds {
 __global__ void __launch_bounds__(64) barriers(Rounds r) {
   const unsigned neighbour = (blockIdx.x + 1) % gridDim.x;
   std::uint32_t wrong = 0;
+  GridBarrier barrier(r.state);
   for (std::uint32_t round = 1; round <= r.rounds; ++round) {
     if (threadIdx.x == 0) store_packed<1>(r.slots + blockIdx.x, Packed<std::uint32_t, 1>{{round}});
-    grid_barrier(r.state);
+    barrier.arrive();
+    barrier.wait();
     if (threadIdx.x == 0) wrong += load_packed<1>(r.slots + neighbour).at[0] != round;
-    grid_barrier(r.state);
+    barrier.arrive();
+    barrier.wait();
   }
   if (threadIdx.x == 0) store_packed<1>(r.wrong + blockIdx.x, Packed<std::uint32_t, 1>{{wrong}});
 }

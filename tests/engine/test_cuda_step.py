@@ -206,7 +206,7 @@ def test_the_bytes_read_are_those_of_the_plan(dtype: str, changes: dict[str, Any
     requests = Requests(model, [400, 5], tmp_path)
     counters()
     requests.advance(CudaStep(model, blocks=7, dtype=dtype), [1, 2])
-    counted, planned = counters(), traffic(model.config, [400, 5], 7, dtype)
+    counted, planned = counters(), traffic(model.config, [400, 5], 7, dtype, requests.tables.shape[1])
     assert counted["bytes_read"] == planned.total
     assert counted["bytes_read_first"] == planned.from_memory
 
@@ -219,7 +219,7 @@ def test_one_request_of_the_1b_model_reads_little_but_weights() -> None:
             config.cache_slots * (4 + 1) * 1536**2 + config.cache_slots * 3 * 1536 * 4096 + 65536 * 1536
         )
         assert read.cache == config.cache_slots * 4 * config.attention_width * (position + 1)
-        assert read.total <= 1.05 * read.floor
+        assert read.total <= 1.15 * read.floor  # of the caches on the chip; test below: of memory
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])

@@ -10,6 +10,9 @@ from hrmcore.engine.mma_layout import GROUP, ITEMS, TILE
 from hrmcore.engine.runner import PAGE
 
 
+MAX_SPLITS = 8  # of a request's keys
+
+
 @dataclass(frozen=True)
 class Traffic:
     """Bytes that one step reads from global memory. What several thread blocks read counts once for each of them."""
@@ -34,60 +37,75 @@ class Traffic:
         return self.floor + self.activations_once
 
 
-def traffic(config: HRMConfig, positions: Sequence[int], blocks: int, dtype: str = "bfloat16") -> Traffic:
+def traffic(
+    config: HRMConfig, positions: Sequence[int], blocks: int, dtype: str = "bfloat16", table_length: int | None = None
+) -> Traffic:
     """What the kernels of csrc/decode/phases.cuh read for requests with `positions` tokens in the cache.
 
-    `blocks` is the grid, `dtype` that of the weights.
+    `blocks` is the grid, `dtype` that of the weights, `table_length` the pages that a request's table has room for:
+    as many as the longest needs unless given.
     """
-    width, ffn, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
-    attention, requests = config.attention_width, len(positions)
-    threads = 256  # of a block
+    width, ffn, heads, d = config.hidden_size, config.intermediate_size, config.num_attention_heads, config.head_dim
+    attention, batch = config.attention_width, len(positions)
+    warps = 8
     head_dtype = "int8" if dtype == "int4" else dtype
+    xpos = config.position_encoding == "xpos"
+    window = config.attention_window
+    first_pages = [max(0, (position // window - 1) * window) // PAGE if window else 0 for position in positions]
+    pages = [position // PAGE + 1 - first for position, first in zip(positions, first_pages, strict=True)]
+    room = table_length or max(position // PAGE + 1 for position in positions)
+    apart = splits_apart(batch * heads, min(room, 2 * window // PAGE) if window else room, blocks)
+    splits = [min(seen, MAX_SPLITS) if apart else 1 for seen in pages]
 
     def active(rows: int) -> int:
         return min(blocks, -(-rows // TILE))
 
-    layer = sum(
-        matrix_bytes(rows, columns, dtype)
-        for rows, columns in ((4 * attention, width), (width, attention), (2 * ffn, width), (width, ffn))
+    squares, row = 4 * batch * width // TILE, 2 * batch * width  # of the residual stream
+    matrices = ((4 * attention, width), (width, attention), (2 * ffn, width), (width, ffn))
+    layer = sum(matrix_bytes(rows, columns, dtype) for rows, columns in matrices)
+    cache = sum(4 * attention * (position + 1 - PAGE * first) for position, first in zip(positions, first_pages))
+    attended = sum(attention // 8 * (16 if n == 1 else 20 * n) for n in splits)
+    once_attended = sum(2 * attention * n + (0 if n == 1 else 4 * heads * n) for n in splits)
+    added_to = 2 * 4 * batch * width  # the stream, by o and by down
+    per_layer = (
+        sum(splits) * heads * (warps * 32 * d + 4 * d)  # each warp reads the queries of its keys
+        + active(width) * attended
+        + active(2 * ffn) * (squares + row)
+        + active(width) * 2 * batch * ffn
+        + added_to
     )
-    cache = 0  # of one layer, as all that follows
-    splits_read = attention_read = attention_once = 0
-    xpos = config.position_encoding == "xpos"
-    for position in positions:
-        window = config.attention_window
-        first_page = max(0, (position // window - 1) * window) // PAGE if window else 0
-        pages = position // PAGE + 1 - first_page
-        kv_splits = min(-(-pages // 4), 4)
-        weights_of_splits = 4 * kv_splits if kv_splits > 1 else 0  # of one head
-        cache += 4 * attention * (position + 1 - first_page * PAGE)
-        attention_read += kv_splits * (8 * attention + 32 * heads * threads * xpos) + 4 * heads * pages * threads // 32
-        splits_read += active(width) * attention // 8 * (16 * kv_splits + weights_of_splits)
-        attention_once += 8 * attention + 4 * pages + 2 * attention * kv_splits + heads * weights_of_splits
-    between = requests * (active(4 * attention) * 2 * width + 8 * attention)
-    others = active(2 * ffn) * 2 * width + active(width) * 2 * ffn + 8 * width
-    per_layer = between + attention_read + splits_read + requests * others
-    per_layer_once = attention_once + 2 * config.head_dim * xpos + 4 * config.head_dim * len(set(positions))
-    per_layer_once += requests * (2 * width + 2 * width + 2 * ffn + 8 * width)
-    entering = 8 * requests * width  # beyond the bfloat16 copy that every other layer begins with
-    entering_read = blocks * requests * 10 * width - requests * active(4 * attention) * 2 * width
-    first_entering = requests * (2 * width + 4) + 4 * width - 10 * requests * width
-    first_entering_read = blocks * requests * (6 * width + width // 2) - blocks * requests * 10 * width
-    positions_read = 8 * requests
+    per_layer_once = 8 * batch * attention + once_attended + squares + row + 2 * batch * ffn + added_to
+    not_entering = config.cache_slots - config.visits
+    entering = (config.visits - 1) * ((blocks + 1) * 8 * batch * width + blocks * warps * squares)
+    entering_once = (config.visits - 1) * (8 * batch * width + squares)
+    first = (blocks + 1) * batch * (6 * width + 4 * 2 * width // TILE)  # z_init, embedding, the token of each piece
+    first_once = 4 * width + batch * (2 * width + 4)
+    launch = blocks * (8 * batch + 4 * d * batch + 2 * d * xpos) + 4 * heads * sum(pages)
+    launch_once = 4 * batch + 4 * sum(pages) + 4 * d * len(set(positions)) + 2 * d * xpos
     return Traffic(
         weights=config.cache_slots * layer + matrix_bytes(config.vocab_size, width, head_dtype),
         cache=config.cache_slots * cache,
         activations=config.cache_slots * per_layer
-        + config.visits * entering_read
-        + first_entering_read
-        + requests * active(config.vocab_size) * 2 * width
-        + blocks * positions_read,
+        + not_entering * active(4 * attention) * (squares + row)
+        + entering
+        + first
+        + active(config.vocab_size) * (squares + row)
+        + launch,
         activations_once=config.cache_slots * per_layer_once
-        + config.visits * entering
-        + first_entering
-        + 2 * requests * width
-        + positions_read,
+        + not_entering * (squares + row)
+        + entering_once
+        + first_once
+        + squares
+        + row
+        + launch_once,
     )
+
+
+def splits_apart(rows: int, pages: int, blocks: int) -> bool:
+    """Whether the splits of a head lie in blocks of their own: when a block then sees fewer pages one by one."""
+    splits = min(pages, MAX_SPLITS)
+    apart = -(-rows * splits // blocks) * -(-pages // splits)
+    return apart + 1 < -(-rows // blocks) * pages
 
 
 def matrix_bytes(rows: int, columns: int, dtype: str) -> int:

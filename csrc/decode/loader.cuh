@@ -1,0 +1,241 @@
+// What a decode step reads from memory, weights, keys and values, streams through a ring of each warp's own, in
+// the order of the schedule and ahead of it. A warp loads for itself, a stage at a time; the ring runs on over
+// the end of a phase, since neither weights nor the keys of earlier tokens depend on one.
+#pragma once
+
+#include <cstddef>
+
+#include "core/cuda.cuh"
+#include "decode/schedule.h"
+
+namespace hrmcore::cuda {
+
+__device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x % 32); }
+__device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x / 32); }
+__device__ __forceinline__ int clamped(int value, int count) { return max(0, min(value, count - 1)); }
+
+// Shared memory begins with what a launch reads once, and the sums of squares of each warp's columns. After it
+// lie, where SharedLayout says: angles (B, d), xPos's decay (d / 2), the block's list of pages, partial sums of
+// tiles (or what the attention exchanges), activations, rings.
+struct RequestState {
+  std::int64_t slot_mapping[max_batch];         // the cache's row of the new token
+  int position[max_batch];                      // of the new token
+  int first_page[max_batch], pages[max_batch];  // of the keys that it sees
+  int kv_splits[max_batch];                     // into which these are cut
+  int page_entries[1];                          // of the block's list of pages
+  float squares[decode_warps * max_batch];
+};
+struct SharedLayout {
+  int angles, log_decay, pages, partials, activations, rings;  // offsets in bytes
+  int tiles_together;                                          // for which there are partial sums
+};
+constexpr int request_state_bytes = (static_cast<int>(sizeof(RequestState)) + 127) / 128 * 128;
+constexpr int tile_partials = decode_warps * tile_rows * max_batch;  // float32
+
+#define HRMCORE_REQUEST_STATE(T, member) shared_array<T>(offsetof(RequestState, member))
+
+// A page that this block attends to: where its rows begin in the cache, whose they are, and how many of them are
+// earlier than the new token. Listed once a launch, in the order in which every layer takes them.
+struct PageEntry {
+  int row, request, head, earlier;
+};
+
+// A page of a request's table.
+__device__ __forceinline__ int page_of(const DecodeParams& params, int request, int number) {
+  return clamped(load_one(params.tables + request * params.table_length + number), params.cache_pages);
+}
+
+// The pages that one task of the attention reads: a head's of a request, all or those of one split.
+struct AttentionTask {
+  int request, head, first_split, last_split, page, end;
+
+  __device__ __forceinline__ bool any() const { return first_split < last_split; }
+};
+
+// Where a split of a request's pages begins.
+__device__ __forceinline__ int split_begin(int request, int split) {
+  const int first = HRMCORE_REQUEST_STATE(int, first_page)[request],
+            pages = HRMCORE_REQUEST_STATE(int, pages)[request],
+            count = HRMCORE_REQUEST_STATE(int, kv_splits)[request];
+  return first + static_cast<int>(static_cast<unsigned>(pages * split) / static_cast<unsigned>(count));
+}
+
+__device__ __forceinline__ int attention_tasks(const DecodeParams& params) {
+  return params.batch * params.heads * (params.splits_apart ? max_kv_splits : 1);
+}
+
+// The split is a task's slowest index: there are fewer of them than tasks have room for.
+__device__ __forceinline__ AttentionTask attention_task(const DecodeParams& params, int number) {
+  const unsigned rows = static_cast<unsigned>(params.batch * params.heads);
+  const unsigned split = static_cast<unsigned>(number) / rows, row = static_cast<unsigned>(number) - split * rows;
+  AttentionTask task{};
+  task.request = static_cast<int>(row / static_cast<unsigned>(params.heads));
+  task.head = static_cast<int>(row) - task.request * params.heads;
+  const int count = HRMCORE_REQUEST_STATE(int, kv_splits)[task.request];
+  task.first_split = params.splits_apart ? static_cast<int>(split) : 0;
+  task.last_split = params.splits_apart ? min(task.first_split + 1, count) : count;
+  if (task.any()) {
+    task.page = split_begin(task.request, task.first_split);
+    task.end = split_begin(task.request, task.last_split);
+  }
+  return task;
+}
+
+// Keys (which = 0) or values (1) of a slot: (tokens, attention width).
+__device__ __forceinline__ bf16* cache_of(const DecodeParams& params, int slot, int which) {
+  const std::int64_t rows = static_cast<std::int64_t>(params.cache_pages) * page_tokens;
+  return static_cast<bf16*>(params.kv) + (2 * slot + which) * rows * params.attention_width();
+}
+
+// The first tile of this block when as many blocks as `dealt` have had a tile more than it.
+__device__ __forceinline__ int first_tile(int dealt) {
+  const int tile = static_cast<int>(blockIdx.x) - dealt;
+  return tile < 0 ? tile + static_cast<int>(gridDim.x) : tile;
+}
+
+// A warp's stages, in the order in which it consumes them. `stages - 1` of them are on their way at any time.
+//
+//   wait()    the offset in shared memory of the next stage, which has landed for the whole warp
+//   refill()  once the warp's lanes have read it: the next one to load, into the place of the stage before
+template <Packing packing, int stages>
+class Loader {
+ public:
+  // The stages of `phases` phases from `first` on, whose first tile for this block is `tile`.
+  __device__ __forceinline__ Loader(const DecodeParams& params, const SharedLayout& layout, SchedulePoint first,
+                                    int phases, int tile)
+      : params_(params),
+        layout_(layout),
+        ring_(layout.rings + warp_id() * stages * stage_bytes<packing>),
+        slot_(ring_),
+        at_(first),
+        phases_left_(phases),
+        tile_(tile) {
+#pragma unroll 1
+    for (int stage = 0; stage < stages - 1; ++stage) load(ring_ + stage * stage_bytes<packing>);
+  }
+
+  __device__ __forceinline__ int wait() const {
+    wait_for_copies<stages - 2>();
+    __syncwarp();  // other lanes' copies, and other lanes have read the stage before
+    return slot_;
+  }
+  __device__ __forceinline__ void refill() {
+    constexpr int last = (stages - 1) * stage_bytes<packing>;
+    load(slot_ == ring_ ? ring_ + last : slot_ - stage_bytes<packing>);
+    slot_ = slot_ == ring_ + last ? ring_ : slot_ + stage_bytes<packing>;
+  }
+
+ private:
+  __device__ __forceinline__ void load(int slot) {
+    while (stages_left_ == 0 && phases_left_ > 0) enter();
+    if (stages_left_ > 0) {
+      if (at_.phase == Phase::attention) {
+        load_page(slot);
+      } else {
+        load_items(slot);
+      }
+      if (--stages_left_ == 0) leave_run();
+    }
+    commit_copies();
+  }
+
+  // Four items of this warp's share of a tile.
+  __device__ __forceinline__ void load_items(int slot) {
+    constexpr int item = item_bytes<packing>, scale_lanes = ItemOf<packing>::groups * group_scale_bytes / 16;
+    std::uint8_t* const place = shared_array<std::uint8_t>(static_cast<std::size_t>(slot + 16 * lane_id())).data;
+    if (items_left_ >= stage_items) {
+#pragma unroll
+      for (int i = 0; i < stage_items; ++i) copy_async(place + i * item, next_ + i * item, 16);
+      if (scale_lanes > 0 && lane_id() < scale_lanes) {
+#pragma unroll
+        for (int i = 0; i < stage_items; ++i) {
+          copy_async(place + (i * item + fragment_bytes), next_ + (i * item + fragment_bytes), 16);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < stage_items - 1; ++i) {
+        if (i >= items_left_) break;
+        copy_async(place + i * item, next_ + i * item, 16);
+        if (scale_lanes > 0 && lane_id() < scale_lanes) {
+          copy_async(place + (i * item + fragment_bytes), next_ + (i * item + fragment_bytes), 16);
+        }
+      }
+    }
+    next_ += stage_bytes<packing>;
+    items_left_ -= stage_items;
+  }
+
+  // This warp's 8 rows of a page, first of keys and then of values; zeros from the new token on.
+  __device__ __forceinline__ void load_page(int slot) {
+    const PageEntry entry = shared_array<PageEntry>(static_cast<std::size_t>(layout_.pages))[entry_ / 2];
+    const int shift = params_.head_shift - 3;  // 16-byte pieces of a row
+    const int width = params_.attention_width(), first = page_rows_of_warp * warp_id();
+    const bf16* rows = cache_of(params_, at_.slot, entry_ % 2) +
+                       (static_cast<std::int64_t>(entry.row) + first) * width + entry.head * params_.head_dim;
+#pragma unroll 1
+    for (int piece = lane_id(); piece < page_rows_of_warp << shift; piece += 32) {
+      const int inner = piece >> shift, column = (piece & ((1 << shift) - 1)) * 8;
+      std::uint8_t* const place = shared_array<std::uint8_t>(static_cast<std::size_t>(slot + 16 * piece)).data;
+      copy_async(place, rows + inner * width + column, first + inner < entry.earlier ? 16 : 0);
+    }
+    ++entry_;
+  }
+
+  // The end of a tile, or of the pages: on to the block's next tile, or out of the phase.
+  __device__ __forceinline__ void leave_run() {
+    if (at_.phase != Phase::attention) {
+      tile_ += static_cast<int>(gridDim.x);
+      const MatrixShape& shape = params_.shape(at_.phase);
+      if (tile_ < shape.tiles) {
+        next_ += to_next_tile_;
+        stages_left_ = shape.stages;
+        items_left_ = items_of_tile_;
+        return;
+      }
+      tile_ -= shape.tiles;
+    }
+    advance();
+  }
+  __device__ __forceinline__ void advance() {
+    --phases_left_;
+    at_ = params_.schedule.after(at_);
+  }
+
+  // Begins a phase, or passes it where it has nothing for this block.
+  __device__ __forceinline__ void enter() {
+    if (at_.phase == Phase::attention) {
+      entry_ = 0;
+      stages_left_ = 2 * HRMCORE_REQUEST_STATE(int, page_entries)[0];
+      if (stages_left_ == 0) advance();
+      return;
+    }
+    const MatrixShape& shape = params_.shape(at_.phase);
+    if (tile_ >= shape.tiles) {
+      tile_ -= shape.tiles;
+      advance();
+      return;
+    }
+    const std::byte* base = params_.head_weights;
+    if (at_.phase != Phase::head) {
+      base = (params_.schedule.is_h(at_) ? params_.h_weights : params_.l_weights) + at_.layer * params_.layer_bytes +
+             shape.offset;
+    }
+    const int first_item = warp_id() * shape.warp_items;
+    next_ = base + tile_ * shape.tile_bytes + first_item * item_bytes<packing> + 16 * lane_id();
+    to_next_tile_ = static_cast<int>(gridDim.x) * shape.tile_bytes - shape.stages * stage_bytes<packing>;
+    items_left_ = items_of_tile_ = min(shape.warp_items, shape.items - first_item);
+    stages_left_ = shape.stages;
+  }
+
+  const DecodeParams& params_;
+  const SharedLayout& layout_;
+  int ring_, slot_;
+  SchedulePoint at_;
+  int phases_left_;
+  int tile_, items_of_tile_ = 0, stages_left_ = 0, items_left_ = 0, entry_ = 0;
+  const std::byte* next_ = nullptr;
+  std::int64_t to_next_tile_ = 0;
+};
+
+}  // namespace hrmcore::cuda
