@@ -292,7 +292,9 @@ class GridBarrier {
   std::uint32_t* state_;
   std::uint32_t before_ = 0;
 #else
-  explicit GridBarrier(std::uint32_t*, emulator::Site site = emulator::here()) { emulator::grid_state_read(site); }
+  explicit GridBarrier(std::uint32_t*, emulator::Site site = emulator::here()) {
+    emulator::grid_state_read(site);
+  }
   void arrive(emulator::Site site = emulator::here()) const { emulator::grid_arrive(site); }
   void wait(emulator::Site site = emulator::here()) const { emulator::grid_wait(site); }
 #endif

@@ -27,8 +27,8 @@ __device__ __forceinline__ void list_pages(const DecodeParams& params, const Sha
     const AttentionTask task = attention_task(params, number);
     for (int page = task.page + lane_id(); page < task.end; page += 32) {
       const int position = HRMCORE_REQUEST_STATE(int, position)[task.request];
-      list[count + page - task.page] = {page_of(params, task.request, page) * page_tokens, task.request, task.head,
-                                        position - page * page_tokens};
+      list[count + page - task.page] = {page_of(params, task.request, page) * page_tokens, task.request,
+                                        task.head, position - page * page_tokens};
     }
     count += task.end - task.page;
   }
@@ -46,9 +46,9 @@ __device__ __forceinline__ void load_request_state(const DecodeParams& params, c
     HRMCORE_REQUEST_STATE(int, first_page)[request] = visible.first;
     HRMCORE_REQUEST_STATE(int, pages)[request] = visible.count;
     HRMCORE_REQUEST_STATE(int, kv_splits)[request] = min(visible.count, max_kv_splits);
-    HRMCORE_REQUEST_STATE(std::int64_t, slot_mapping)[request] =
-        static_cast<std::int64_t>(page_of(params, request, position / page_tokens)) * page_tokens +
-        position % page_tokens;
+    HRMCORE_REQUEST_STATE(std::int64_t, slot_mapping)
+    [request] = static_cast<std::int64_t>(page_of(params, request, position / page_tokens)) * page_tokens +
+                position % page_tokens;
   }
   __syncthreads();
   const SharedArray<float> angles = shared_array<float>(static_cast<std::size_t>(layout.angles)),
@@ -115,7 +115,8 @@ __device__ __forceinline__ float score(const DecodeParams& params, const SharedL
 }
 
 // Adds 8 keys, whose weights are to be exp(score), with the values of a stage.
-__device__ __forceinline__ void add_values(const DecodeParams& params, Softmax& softmax, float weight, int slot) {
+__device__ __forceinline__ void add_values(const DecodeParams& params, Softmax& softmax, float weight,
+                                           int slot) {
   const int d = params.head_dim;
 #pragma unroll
   for (int key = 0; key < page_rows_of_warp; ++key) {
@@ -243,7 +244,8 @@ __device__ __forceinline__ void tell(const Exchange& exchange, const Softmax& so
 // One task: a head of a request over one split, or over all of them. `parity` is that of the exchange.
 template <class Stages>
 __device__ __forceinline__ void attend_task(const DecodeParams& params, const SharedLayout& layout,
-                                            Stages& loader, int slot, const AttentionTask& task, int& parity) {
+                                            Stages& loader, int slot, const AttentionTask& task,
+                                            int& parity) {
   const int d = params.head_dim, width = params.attention_width(), channel = static_cast<int>(threadIdx.x);
   const int position = HRMCORE_REQUEST_STATE(int, position)[task.request];
   const int head_row = task.request * width + task.head * d;
@@ -253,7 +255,8 @@ __device__ __forceinline__ void attend_task(const DecodeParams& params, const Sh
     if (query_channel(piece) < d) q.at[piece] = load<8>(params.q + head_row + query_channel(piece));
   }
   int own_inner = position % page_tokens - page_rows_of_warp * warp_id();
-  if (own_inner >= page_rows_of_warp || task.end <= position / page_tokens) own_inner = -1;  // not this warp's
+  if (own_inner >= page_rows_of_warp || task.end <= position / page_tokens)
+    own_inner = -1;  // not this warp's
   OwnRow own{};
   if (own_inner >= 0 && 8 * lane_id() < d) {
     const std::int64_t at = HRMCORE_REQUEST_STATE(std::int64_t, slot_mapping)[task.request] * width +
@@ -290,8 +293,9 @@ __device__ __forceinline__ void attend_task(const DecodeParams& params, const Sh
   const float joined = join_splits(
       task.last_split, [&](int split) -> float { return exchange.split_values[split * d + channel]; },
       [&](int split) -> float { return exchange.split_lses[split * d + channel]; });
-  store<1>(static_cast<bf16*>(params.attended) + task.request * max_kv_splits * width + task.head * d + channel,
-           Floats<1>{{joined}});
+  store<1>(
+      static_cast<bf16*>(params.attended) + task.request * max_kv_splits * width + task.head * d + channel,
+      Floats<1>{{joined}});
 }
 
 template <class Stages>
@@ -335,7 +339,8 @@ __device__ __forceinline__ Packed<bf16, 8> attended_channels(const DecodeParams&
   for (int c = 0; c < 8; ++c) {
     float channel = 0;
 #pragma unroll
-    for (int split = 0; split < max_kv_splits; ++split) channel += log_weights[split] * to_float(values[split].at[c]);
+    for (int split = 0; split < max_kv_splits; ++split)
+      channel += log_weights[split] * to_float(values[split].at[c]);
     joined.at[c] = to_bf16(channel * inverse);
   }
   return joined;

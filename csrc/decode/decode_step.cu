@@ -66,8 +66,8 @@ SharedLayout shared_layout(const DecodeParams& params, int page_entries, int til
   layout.log_decay = layout.angles + params.batch * d * word;
   layout.pages = up_to(layout.log_decay + d / 2 * word, 128);
   layout.partials = up_to(layout.pages + page_entries * static_cast<int>(sizeof(PageEntry)), 128);
-  layout.activations = up_to(
-      layout.partials + max(tiles_together * tile_partials * word, exchange_bytes(d)), 128);
+  layout.activations =
+      up_to(layout.partials + max(tiles_together * tile_partials * word, exchange_bytes(d)), 128);
   layout.rings = up_to(layout.activations + activation_bytes(params), 128);
   return layout;
 }

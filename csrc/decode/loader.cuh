@@ -67,7 +67,8 @@ __device__ __forceinline__ int attention_tasks(const DecodeParams& params) {
 // The split is a task's slowest index: there are fewer of them than tasks have room for.
 __device__ __forceinline__ AttentionTask attention_task(const DecodeParams& params, int number) {
   const unsigned rows = static_cast<unsigned>(params.batch * params.heads);
-  const unsigned split = static_cast<unsigned>(number) / rows, row = static_cast<unsigned>(number) - split * rows;
+  const unsigned split = static_cast<unsigned>(number) / rows,
+                 row = static_cast<unsigned>(number) - split * rows;
   AttentionTask task{};
   task.request = static_cast<int>(row / static_cast<unsigned>(params.heads));
   task.head = static_cast<int>(row) - task.request * params.heads;
@@ -101,8 +102,8 @@ template <Packing packing, int stages>
 class Loader {
  public:
   // The stages of `phases` phases from `first` on, whose first tile for this block is `tile`.
-  __device__ __forceinline__ Loader(const DecodeParams& params, const SharedLayout& layout, SchedulePoint first,
-                                    int phases, int tile)
+  __device__ __forceinline__ Loader(const DecodeParams& params, const SharedLayout& layout,
+                                    SchedulePoint first, int phases, int tile)
       : params_(params),
         layout_(layout),
         ring_(layout.rings + warp_id() * stages * stage_bytes<packing>),
@@ -142,7 +143,8 @@ class Loader {
   // Four items of this warp's share of a tile.
   __device__ __forceinline__ void load_items(int slot) {
     constexpr int item = item_bytes<packing>, scale_lanes = ItemOf<packing>::groups * group_scale_bytes / 16;
-    std::uint8_t* const place = shared_array<std::uint8_t>(static_cast<std::size_t>(slot + 16 * lane_id())).data;
+    std::uint8_t* const place =
+        shared_array<std::uint8_t>(static_cast<std::size_t>(slot + 16 * lane_id())).data;
     if (items_left_ >= stage_items) {
 #pragma unroll
       for (int i = 0; i < stage_items; ++i) copy_async(place + i * item, next_ + i * item, 16);
@@ -176,7 +178,8 @@ class Loader {
 #pragma unroll 1
     for (int piece = lane_id(); piece < page_rows_of_warp << shift; piece += 32) {
       const int inner = piece >> shift, column = (piece & ((1 << shift) - 1)) * 8;
-      std::uint8_t* const place = shared_array<std::uint8_t>(static_cast<std::size_t>(slot + 16 * piece)).data;
+      std::uint8_t* const place =
+          shared_array<std::uint8_t>(static_cast<std::size_t>(slot + 16 * piece)).data;
       copy_async(place, rows + inner * width + column, first + inner < entry.earlier ? 16 : 0);
     }
     ++entry_;
@@ -218,8 +221,8 @@ class Loader {
     }
     const std::byte* base = params_.head_weights;
     if (at_.phase != Phase::head) {
-      base = (params_.schedule.is_h(at_) ? params_.h_weights : params_.l_weights) + at_.layer * params_.layer_bytes +
-             shape.offset;
+      base = (params_.schedule.is_h(at_) ? params_.h_weights : params_.l_weights) +
+             at_.layer * params_.layer_bytes + shape.offset;
     }
     const int first_item = warp_id() * shape.warp_items;
     next_ = base + tile_ * shape.tile_bytes + first_item * item_bytes<packing> + 16 * lane_id();

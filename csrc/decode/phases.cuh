@@ -29,7 +29,8 @@ __device__ __forceinline__ WarpShare warp_share(const MatrixShape& shape, int it
 __device__ __forceinline__ void put_squares(float square) {
   square += __shfl_xor_sync(0xffffffffu, square, 8);
   square += __shfl_xor_sync(0xffffffffu, square, 16);
-  if (lane_id() < max_batch) HRMCORE_REQUEST_STATE(float, squares)[warp_id() * max_batch + lane_id()] = square;
+  if (lane_id() < max_batch)
+    HRMCORE_REQUEST_STATE(float, squares)[warp_id() * max_batch + lane_id()] = square;
 }
 __device__ __forceinline__ float inverse_rms(const DecodeParams& params, float squares) {
   return quick_reciprocal_root(squares * params.inverse_width + params.eps);
@@ -59,8 +60,8 @@ __device__ __forceinline__ float squares_of_tiles(const DecodeParams& params, in
 }
 
 // Copies this warp's share of rows in their order from global memory.
-__device__ __forceinline__ void bring_rows(const DecodeParams& params, const WarpShare& share, const void* rows,
-                                           const Activations& x) {
+__device__ __forceinline__ void bring_rows(const DecodeParams& params, const WarpShare& share,
+                                           const void* rows, const Activations& x) {
   const Packed<bf16, 8>* from =
       static_cast<const Packed<bf16, 8>*>(rows) + share.first_sixteen * params.batch * 2;
   const SharedArray<Packed<bf16, 8>> to = x.pieces();
@@ -89,8 +90,7 @@ __device__ __forceinline__ void bring_attended(const DecodeParams& params, const
   for (int piece = lane_id(); piece < count; piece += 32) {
     const int row = piece / 2, sixteen = params.batch == 1 ? row : row / params.batch,
               request = row - sixteen * params.batch;
-    to[piece] =
-        attended_channels(params, request, 16 * (share.first_sixteen + sixteen) + 8 * (piece % 2));
+    to[piece] = attended_channels(params, request, 16 * (share.first_sixteen + sixteen) + 8 * (piece % 2));
   }
 }
 
@@ -302,8 +302,8 @@ __device__ __forceinline__ void finish_tiles(const Consumer& block, const Finish
 }
 
 // Brings what a phase multiplies with, this warp's share of it; zeros where an item is wider than the matrix.
-__device__ __forceinline__ void bring_activations(const Consumer& block, const WarpShare& share, int item_columns,
-                                                  const Activations& x) {
+__device__ __forceinline__ void bring_activations(const Consumer& block, const WarpShare& share,
+                                                  int item_columns, const Activations& x) {
   const DecodeParams& params = block.params;
   if (block.at.phase == Phase::o) {
     bring_attended(params, share, x);
@@ -340,8 +340,8 @@ __device__ __forceinline__ void multiply_phase(Consumer& block, Stages& loader) 
              to_stream = block.at.phase == Phase::o || block.at.phase == Phase::down;
   if (block.tile < shape.tiles || enters) {
     const WarpShare share = warp_share(shape, item_columns);
-    const Activations x{block.layout.activations +
-                            warp_id() * shape.warp_items * item_columns * params.batch * static_cast<int>(bf16_bytes),
+    const Activations x{block.layout.activations + warp_id() * shape.warp_items * item_columns *
+                                                       params.batch * static_cast<int>(bf16_bytes),
                         params.batch};
     bring_activations(block, share, item_columns, x);
     const int grid = static_cast<int>(gridDim.x);

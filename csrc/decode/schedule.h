@@ -100,7 +100,7 @@ struct Schedule {
 struct MatrixShape {
   int tiles, sixteens, items, warp_items;  // sixteens: of its columns
   int stages;                              // of a warp, a tile
-  std::int64_t tile_bytes, offset;  // in the layer
+  std::int64_t tile_bytes, offset;         // in the layer
 };
 
 inline MatrixShape matrix_shape(std::int64_t rows, std::int64_t depth, Item item, std::int64_t offset) {

@@ -78,8 +78,8 @@ struct Block {
   std::uint32_t synchronised = 0, with_grid = 0;
   unsigned at_barrier = 0, finished = 0;
   Site barrier{"", 0};
-  bool arrived = false;       // at the grid's barrier, and has not waited there
-  unsigned arrival = 0;       // how often the barrier had opened then
+  bool arrived = false;  // at the grid's barrier, and has not waited there
+  unsigned arrival = 0;  // how often the barrier had opened then
 };
 
 struct Memory {  // of the stacks
@@ -462,7 +462,8 @@ void grid_arrive(Site site) {
   if (block.arrived) return;  // the first thread of the block to go on has done the rest
   machine.grid_barrier = site;
   if (machine.arrived == 0) machine.window_begin = machine.window_tick = machine.tick + window_room;
-  if (machine.tick >= machine.window_begin) stop_here("more synchronisations than the emulator can order", site);
+  if (machine.tick >= machine.window_begin)
+    stop_here("more synchronisations than the emulator can order", site);
   block.arrived = true;
   block.arrival = machine.openings;
   if (++machine.arrived == blocks_of(machine.shape.grid)) open_grid();

@@ -9,7 +9,6 @@ from hrmcore.config import HRMConfig
 from hrmcore.engine.mma_layout import GROUP, ITEMS, TILE
 from hrmcore.engine.runner import PAGE
 
-
 MAX_SPLITS = 8  # of a request's keys
 
 
@@ -63,7 +62,9 @@ def traffic(
     squares, row = 4 * batch * width // TILE, 2 * batch * width  # of the residual stream
     matrices = ((4 * attention, width), (width, attention), (2 * ffn, width), (width, ffn))
     layer = sum(matrix_bytes(rows, columns, dtype) for rows, columns in matrices)
-    cache = sum(4 * attention * (position + 1 - PAGE * first) for position, first in zip(positions, first_pages))
+    cache = sum(
+        4 * attention * (position + 1 - PAGE * first) for position, first in zip(positions, first_pages, strict=True)
+    )
     attended = sum(attention // 8 * (16 if n == 1 else 20 * n) for n in splits)
     once_attended = sum(2 * attention * n + (0 if n == 1 else 4 * heads * n) for n in splits)
     added_to = 2 * 4 * batch * width  # the stream, by o and by down
