@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.command import hrmcore
+from support.command_line import hrmcore
 
 from hrmcore import cli
 from hrmcore.engine.engine import Engine

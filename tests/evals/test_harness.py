@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.command import hrmcore
+from support.command_line import hrmcore
 
 from hrmcore.checkpoint.hrm_text import save_model
 from hrmcore.engine.engine import Engine, load

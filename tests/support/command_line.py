@@ -1,4 +1,4 @@
-"""The command line, run in this process."""
+"""The command line, run in the test's process."""
 
 from __future__ import annotations
 
