@@ -19,6 +19,8 @@ from torch import Tensor
 from hrmcore import microbench
 from hrmcore.ops.backend import reference_ops
 
+pytestmark = pytest.mark.native
+
 ONE_ROUNDING = 2.0**-9  # of many numbers to bfloat16: it changes the norm of all by about 1.7e-3
 FEW = 100  # numbers: one rounding changes each by at most 2^-8
 
@@ -133,6 +135,7 @@ def test_same_bits_on_any_number_of_threads(isa: str, name: str, index: int, dty
     assert same_bits(lambda: list(differentiate(op_of(name), case).values()))
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("name", "index"), case_numbers("schedules"))
 def test_same_bits_for_every_schedule(name: str, index: int, dtype: torch.dtype) -> None:
@@ -140,6 +143,7 @@ def test_same_bits_for_every_schedule(name: str, index: int, dtype: torch.dtype)
     assert same_bits_for_every_schedule(lambda: list(differentiate(op_of(name), case).values()))
 
 
+@pytest.mark.inside_torch
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name: str) -> None:
     """Schema, fake and autograd of every torch.library op that a call and its gradient run."""
@@ -154,6 +158,7 @@ def test_opcheck(name: str) -> None:
         torch.library.opcheck(op, arguments)
 
 
+@pytest.mark.inside_torch
 @pytest.mark.parametrize("name", OPS)
 def test_the_reference_is_twice_differentiable(name: str) -> None:
     case = exact(case_of(name, torch.float32, 1))

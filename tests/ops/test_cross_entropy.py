@@ -122,6 +122,7 @@ def test_memory_is_bounded_by_the_chunk(monkeypatch):
     assert peak(cross_entropy) <= chunk + gradients_and_rows < full / 6
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", [333, 336])  # rows at any alignment, and rows of whole 16-byte pieces
 def test_same_bits_for_every_schedule(dtype, vocabulary):

@@ -104,6 +104,7 @@ def test_nothing_is_written_for_an_injection_without_gradient():
     assert torch.equal(grad, both[0])
 
 
+@pytest.mark.emulated
 def test_traffic_on_cuda():
     """What csrc/ops/rms_norm.h says: memory sees every operand once, forward and backward."""
     x = torch.ones(16, 64)
