@@ -20,7 +20,17 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hrmcore.data.records import PARQUET, KeyCounts, Record, Rejected, encode, parse_record, read_lines, read_records
+from hrmcore.data.records import (
+    PARQUET,
+    Fault,
+    KeyCounts,
+    Record,
+    Rejected,
+    encode,
+    parse_record,
+    read_lines,
+    read_records,
+)
 from hrmcore.data.store import TOKENIZER, Store, TokenWriter, open_store, write_index, write_manifest
 from hrmcore.durable import new_folder, sha256_of
 from hrmcore.tokenizer import Tokenizer, tokenizer_files, train_tokenizer
@@ -213,7 +223,7 @@ class _Encoded:
     lengths: np.ndarray
     prefix: np.ndarray
     conditions: list[str]
-    rejected: list[tuple[int, str]]  # (line, reason)
+    rejected: list[tuple[int, Fault]]  # with the line's number
     keys: KeyCounts
 
 
@@ -240,10 +250,10 @@ def _tokenise(
         for batch, encoded in ordered_map(_batches(paths, sources)):
             name = batch.path.stem
             sources[name].read += len(batch.lines)
-            for number, reason in encoded.rejected:
+            for number, fault in encoded.rejected:
                 if strict:
-                    raise ValueError(f"{batch.path}:{number}: {reason}")
-                sources[name].rejected.add(f"{batch.path.name}:{number}", reason)
+                    raise ValueError(f"{fault.place(f'{batch.path}:{number}')}: {fault.reason}")
+                sources[name].rejected.add(fault.place(f"{batch.path.name}:{number}"), fault.reason)
             sources[name].keys.update(encoded.keys)
             writer.append(encoded.tokens)
             codes = [known.setdefault(condition, len(known)) for condition in encoded.conditions]
@@ -302,7 +312,7 @@ class _Encoder:
         lengths: list[int] = []
         prefix: list[int] = []
         conditions: list[str] = []
-        rejected: list[tuple[int, str]] = []
+        rejected: list[tuple[int, Fault]] = []
         keys = KeyCounts()
         for number, line in enumerate(batch.lines, start=batch.first):
             record = parse_record(line, f"{batch.path}:{number}")
@@ -312,7 +322,7 @@ class _Encoder:
             try:
                 ids, length = encode(record, self._tokenizer, self._context)
             except ValueError as error:
-                rejected.append((number, str(error)))
+                rejected.append((number, Fault(str(error))))
                 continue
             keys.add(record)
             tokens += ids

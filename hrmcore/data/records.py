@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +39,21 @@ class Record:
     source: str
     joined: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a line is no record, and the column of the character where it goes wrong (the first is 1), if there is one.
+
+    Lines are counted by reason, so that names no place.
+    """
+
+    reason: str
+    column: int | None = None
+
+    def place(self, source: str) -> str:
+        """Where it stands: file:line, or file:line:column."""
+        return source if self.column is None else f"{source}:{self.column}"
 
 
 @dataclass
@@ -77,9 +93,9 @@ def read_records(path: str | Path, rejected: Rejected, strict: bool = False) -> 
         if isinstance(record, Record):
             yield record
         elif strict:
-            raise ValueError(f"{source}: {record}")
+            raise ValueError(f"{record.place(source)}: {record.reason}")
         else:
-            rejected.add(source, record)
+            rejected.add(record.place(source), record.reason)
 
 
 def read_lines(path: str | Path) -> Iterator[bytes]:
@@ -116,31 +132,50 @@ def _parquet_lines(path: Path) -> Iterator[bytes]:
         raise ValueError(f"{path}: {error}") from None
 
 
-def parse_record(line: bytes, source: str) -> Record | str:
+def parse_record(line: bytes, source: str) -> Record | Fault:
     """The record of a JSON line, or the reason why it is none. `source` says where it stands."""
-    try:
-        values = json.loads(line)
-    except ValueError:
-        return "not JSON"
+    values = _parse_json(line)
+    if isinstance(values, Fault):
+        return values
     if not isinstance(values, dict):
-        return "not a JSON object"
+        return Fault("not a JSON object")
     for key in ("instruction", "response"):
         if not isinstance(values.get(key), str):
-            return f"{key!r} is missing or not a string"
+            return Fault(f"{key!r} is missing or not a string")
         if not values[key].strip():
-            return f"{key!r} is empty"
+            return Fault(f"{key!r} is empty")
     condition = values.get("condition", "direct")
     if not isinstance(condition, str):
-        return "'condition' is not a string"
+        return Fault("'condition' is not a string")
     joined = []
     for key in JOINED:
         if not isinstance(text := values.get(key) or "", str):
-            return f"{key!r} is not a string"
+            return Fault(f"{key!r} is not a string")
         if text.strip():
             joined.append(key)
     instruction = "\n\n".join([values["instruction"], *(values[key] for key in joined)])
     unused = tuple(key for key in values if key not in KEYS)
     return Record(instruction, values["response"], condition, source, tuple(joined), unused)
+
+
+def _parse_json(line: bytes) -> Any:
+    """What a JSON line says, or the Fault in it."""
+    if not line.strip():
+        return Fault("a blank line")
+    try:
+        return json.loads(line.rstrip(b"\r\n"))
+    except json.JSONDecodeError as error:
+        if error.msg.startswith("Invalid control character"):
+            return Fault("not JSON: an unescaped control character", error.pos + 1)
+        what = error.msg.removesuffix(" at").removesuffix(" starting")
+        return Fault(f"not JSON: {what[0].lower()}{what[1:]}", error.pos + 1)
+    except UnicodeDecodeError as error:
+        before = line[: error.start].decode(error.encoding, "replace")
+        return Fault(f"not JSON: bytes that are not {error.encoding.upper()}", len(before) + 1)
+    except RecursionError:
+        return Fault("not JSON: brackets within brackets, too deep")
+    except ValueError:  # Python converts no number that is so long
+        return Fault("not JSON: a number of too many digits")
 
 
 class KeyCounts:
