@@ -104,10 +104,13 @@ class TransformersRunner:
         return [self._decode(row) for row in rows]
 
     def _ends(self) -> list[int]:
-        """The tokens that end an answer of an hrm_text model: the configuration's and the framing's."""
+        """The tokens that end an answer of an hrm_text model: the two configurations' and the framing's."""
         assert self._framing is not None
-        named = self._model.config.eos_token_id
-        return sorted({self._framing.eoa, *(named if isinstance(named, list) else [] if named is None else [named])})
+        ends = {self._framing.eoa}
+        for config in (self._model.config, self._model.generation_config):
+            named = config.eos_token_id
+            ends.update(named if isinstance(named, list) else [] if named is None else [named])
+        return sorted(ends)
 
     def _decode(self, ids: list[int]) -> str:
         if self._framing is None:

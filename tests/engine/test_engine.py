@@ -14,12 +14,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.checkpoints import edit_config
 from support.engines import distance
+from transformers import AutoModelForCausalLM
 
 import hrmcore.engine.engine
 from hrmcore import _C
 from hrmcore.config import HRMConfig
-from hrmcore.engine.cpu_runner import CpuRunner
+from hrmcore.engine.cpu_runner import CpuRunner, convert
 from hrmcore.engine.engine import Engine, load
 from hrmcore.engine.runner import PAGE, Rows
 from hrmcore.engine.streams import StopFilter
@@ -381,6 +383,40 @@ def test_a_tokenizer_that_is_larger_than_the_model_is_an_error(checkpoint: Path,
     model().save_pretrained(tmp_path)
     shutil.copy(checkpoint / "tokenizer.model", tmp_path)
     with pytest.raises(ValueError, match=r"tokenizer\.model.*300 tokens.*vocab_size is 61"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("named", ["config", "generation", "both"])
+def test_an_answer_ends_where_transformers_ends_it(named: str, tmp_path: Path) -> None:
+    """At the first token that config.json or generation_config.json names; transformers reads the latter, if there."""
+    hrm, ids = model(), random_ids(9)
+    hrm.save_pretrained(tmp_path)
+    free = list(load(tmp_path).tokens(ids, max_new_tokens=24))
+    first, second = sorted(set(free), key=free.index)[2:4]
+    if named != "generation":
+        edit_config(tmp_path, eos_token_id=second)
+    if named != "config":
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [first, second, 61, 1 << 40]}))
+    end = second if named == "config" else first
+    expected = free[: free.index(end)]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    prompt, mask = torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long)
+    answered = theirs.generate(
+        input_ids=prompt, attention_mask=mask, token_type_ids=mask, max_new_tokens=24, do_sample=False, pad_token_id=0
+    )
+    assert answered[0, len(ids) :].tolist() == [*expected, end]
+    convert(tmp_path, tmp_path / "packed", "float32")
+    for folder in (tmp_path, tmp_path / "packed"):
+        answer = load(folder).tokens(ids, max_new_tokens=24)
+        assert list(answer) == expected
+        assert answer.request.finish == "end"
+
+
+@pytest.mark.parametrize("value", ["4", [4, None], True, 4.0, {"id": 4}])
+def test_a_generation_config_that_names_no_token_is_an_error(value: Any, tmp_path: Path) -> None:
+    model().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id must be a token id or a list of them"):
         load(tmp_path)
 
 
