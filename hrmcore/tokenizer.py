@@ -33,6 +33,10 @@ RELEASED_NAMES = {
 OWN_NAMES = {name: f"<{name}>" for name in ("boq", "eoq", "eoa", *CONDITIONS)}
 
 
+class NoFramingError(ValueError):
+    """A tokenizer that works but has no tokens to frame a prompt: it belongs to another kind of model."""
+
+
 def tokenizer_files(folder: Path) -> list[Path]:
     """Those of TOKENIZER_FILES that a folder holds."""
     return [path for name in TOKENIZER_FILES if (path := folder / name).is_file()]
@@ -131,7 +135,8 @@ class Tokenizer:
     def load(cls, folder: str | Path) -> Tokenizer:
         """Read `tokenizer.model` or `tokenizer.json` from a folder.
 
-        Raises FileNotFoundError when there is neither, ValueError when the file is broken or lacks the framing tokens.
+        Raises FileNotFoundError when there is neither, ValueError when the file is broken, NoFramingError when it lacks
+        the framing tokens.
         """
         for name, kind in (("tokenizer.model", _SentencePiece), ("tokenizer.json", _TokenizerJson)):
             if (path := Path(folder) / name).is_file():
@@ -145,7 +150,7 @@ class Tokenizer:
         framing = {}
         for role in ("boq", "eoq", "eoa"):
             if (index := ids.get(role)) is None:
-                raise ValueError(f"{path}: the token {names[role]!r} ({role}) is missing")
+                raise NoFramingError(f"{path}: the token {names[role]!r} ({role}) is missing")
             framing[role] = index
         conditions = {name: index for name in CONDITIONS if (index := ids.get(name)) is not None}
         return cls(backend, path, framing["boq"], framing["eoq"], framing["eoa"], conditions)

@@ -24,15 +24,13 @@ class EngineRunner:
         self._engine = load(path, dtype=dtype, threads=threads)
         self._max_new_tokens = max_new_tokens
         self.name = str(path or "the embedded model")
-        if self._engine.tokenizer is None:
-            raise ValueError(f"{self.name} has no tokenizer, so it cannot be asked questions")
+        self._tokenizer = self._engine.text_tokenizer()
 
     def answer(self, prompts: Sequence[str], condition: str) -> list[str | None]:
         engine = self._engine
-        assert engine.tokenizer is not None
         answers: list[str | None] = [None] * len(prompts)
         context = engine.config.context
-        lengths = [len(engine.tokenizer.prompt(prompt, condition)) for prompt in prompts]
+        lengths = [len(self._tokenizer.prompt(prompt, condition)) for prompt in prompts]
         fitting = [index for index, length in enumerate(lengths) if length < context]
         for chosen in _batches(fitting):
             texts = [prompts[index] for index in chosen]

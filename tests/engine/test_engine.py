@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -377,6 +378,35 @@ def test_a_checkpoint_without_a_tokenizer_refuses_only_text(tmp_path: Path) -> N
     for refused in (engine.generate, engine.stream, lambda text: engine.generate([text])):
         with pytest.raises(ValueError, match=r"no tokenizer.*Engine\.tokens"):
             refused("text")
+
+
+def test_a_tokenizer_of_another_kind_of_model_refuses_only_text(tmp_path: Path) -> None:
+    """One with a chat template of its own and none of the framing tokens."""
+    hrm = model()
+    hrm.save_pretrained(tmp_path)
+    foreign = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "[INST]": 2, "text": 3}, "<s>"))
+    foreign.add_special_tokens(["<s>", "</s>"])
+    foreign.save(str(tmp_path / "tokenizer.json"))
+    template = {"chat_template": "{{ bos_token }}[INST] {{ messages[0]['content'] }} [/INST]", "bos_token": "<s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(template))
+    convert(tmp_path, tmp_path / "packed", "float32")
+    for folder in (tmp_path, tmp_path / "packed"):
+        engine = load(folder)
+        assert engine.tokenizer is None
+        assert len(list(engine.tokens([1, 2], max_new_tokens=4))) == 4
+        assert distance(engine.logits([1, 2, 3]), hrm(torch.tensor([[1, 2, 3]]), 3)[0].detach()) <= 1e-5
+        missing = r"tokenizer\.json: the token '<\|im_start\|>' \(boq\) is missing, so no prompt can be framed: give"
+        prompts: list[Any] = ["text", ["text"]]
+        for prompt in prompts:
+            with pytest.raises(ValueError, match=missing):
+                engine.generate(prompt)
+
+
+def test_a_broken_tokenizer_is_an_error(tmp_path: Path) -> None:
+    model().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer\.json"):
+        load(tmp_path)
 
 
 def test_a_tokenizer_that_is_larger_than_the_model_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
