@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hrmcore.data.prepare import prepare
-from hrmcore.data.records import Rejected
+from hrmcore.data.records import KeyCounts, Rejected
 from hrmcore.data.store import Store
 
 EXAMPLE = """\
@@ -16,6 +16,8 @@ examples:
   hrmcore prepare *.jsonl --new-tokenizer 32768 --cap chat=100000 --out store/
 
 a record, one a line: {"instruction": "What is 17 + 25?", "response": "42", "condition": "direct"}
+  text under "context" or "input" follows the instruction after a blank line (both: context first); other keys are
+  not used; the summary counts and names them
 a run file then has: train_files = ["store/"] and tokenizer = "store/tokenizer"
 
 to try it:
@@ -91,7 +93,10 @@ def summary(store: Store) -> list[str]:
     for name, source in store.manifest["sources"].items():
         lines.append(f"{name}: {source['kept']} of {source['read']} records kept")
         rejected = Rejected(counts=source["left_out"], examples=source["left_out_examples"])
-        lines += [f"  {line}" for line in rejected.report()]
+        keys = KeyCounts()
+        keys.joined.update(source.get("joined_keys", {}))  # stores of before lack both
+        keys.unused.update(source.get("unused_keys", {}))
+        lines += [f"  {line}" for line in [*rejected.report(), *keys.report()]]
         if source["beyond_cap"]:
             lines.append(f"  {source['beyond_cap']} left out: beyond the cap of {source['cap']}")
     values = store.manifest

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hrmcore.data.records import PARQUET, Record, Rejected, encode, parse_record, read_lines, read_records
+from hrmcore.data.records import PARQUET, KeyCounts, Record, Rejected, encode, parse_record, read_lines, read_records
 from hrmcore.data.store import TOKENIZER, Store, TokenWriter, open_store, write_index, write_manifest
 from hrmcore.durable import new_folder, sha256_of
 from hrmcore.tokenizer import Tokenizer, tokenizer_files, train_tokenizer
@@ -32,11 +32,15 @@ _TOKENIZER_BYTES = 1 << 28  # a new tokenizer sees at most so much, spread evenl
 
 @dataclass
 class _Source:
-    """All records of one name. `rejected` tells what was left out, with the place of the first few."""
+    """All records of one name. `rejected` tells what was left out, with the place of the first few.
+
+    `keys` counts what was taken from the usable ones, before a cap.
+    """
 
     files: list[dict[str, Any]] = field(default_factory=list)
     read: int = 0
     rejected: Rejected = field(default_factory=Rejected)
+    keys: KeyCounts = field(default_factory=KeyCounts)
 
 
 @dataclass
@@ -124,6 +128,8 @@ def _counts(
                 "beyond_cap": int((beyond.source == i).sum()),
                 "left_out": source.rejected.counts,
                 "left_out_examples": source.rejected.examples,
+                "joined_keys": dict(source.keys.joined),
+                "unused_keys": dict(source.keys.unused),
             }
             for i, (name, source) in enumerate(sources.items())
         },
@@ -208,6 +214,7 @@ class _Encoded:
     prefix: np.ndarray
     conditions: list[str]
     rejected: list[tuple[int, str]]  # (line, reason)
+    keys: KeyCounts
 
 
 def _tokenise(
@@ -237,6 +244,7 @@ def _tokenise(
                 if strict:
                     raise ValueError(f"{batch.path}:{number}: {reason}")
                 sources[name].rejected.add(f"{batch.path.name}:{number}", reason)
+            sources[name].keys.update(encoded.keys)
             writer.append(encoded.tokens)
             codes = [known.setdefault(condition, len(known)) for condition in encoded.conditions]
             parts.append(
@@ -295,6 +303,7 @@ class _Encoder:
         prefix: list[int] = []
         conditions: list[str] = []
         rejected: list[tuple[int, str]] = []
+        keys = KeyCounts()
         for number, line in enumerate(batch.lines, start=batch.first):
             record = parse_record(line, f"{batch.path}:{number}")
             if not isinstance(record, Record):
@@ -305,12 +314,13 @@ class _Encoder:
             except ValueError as error:
                 rejected.append((number, str(error)))
                 continue
+            keys.add(record)
             tokens += ids
             lengths.append(len(ids))
             prefix.append(length)
             conditions.append(record.condition)
         arrays = [np.asarray(values, dtype=np.int32) for values in (tokens, lengths, prefix)]
-        return _Encoded(arrays[0], arrays[1], arrays[2], conditions, rejected)
+        return _Encoded(arrays[0], arrays[1], arrays[2], conditions, rejected, keys)
 
 
 _OrderedMap = Callable[[Iterator[_Lines]], Iterator[tuple[_Lines, _Encoded]]]

@@ -1,14 +1,15 @@
 """Instruction-response records and their token form.
 
-A record is one JSON object a line: {"instruction": str, "response": str, "condition": "direct"}; other keys are left
-alone. Or a row of a .parquet file with columns of these names. Its sequence is
-`<boq> condition… instruction <eoq> response <eoa>`: the instruction is the bidirectional prefix, the loss is on
-response and eoa. Imports no torch.
+A record is one JSON object a line: {"instruction": str, "response": str, "condition": "direct"}. Text under "context"
+and "input" follows the instruction, in this order, each after a blank line; other keys are left alone. Or a row of a
+.parquet file with columns of these names. Its sequence is `<boq> condition… instruction <eoq> response <eoa>`: the
+instruction is the bidirectional prefix, the loss is on response and eoa. Imports no torch.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,17 +19,25 @@ import numpy as np
 from hrmcore.tokenizer import Tokenizer
 
 PARQUET = ".parquet"  # the suffix of such a file's name
+JOINED = ("context", "input")  # keys whose text belongs to the instruction, in this order
+KEYS = ("instruction", "response", "condition", *JOINED)
 _ROWS = 1024  # rows of it that are held at once
+_UNUSED_NAMES = 64  # a file of which every record has keys of its own must not fill the memory
 
 
 @dataclass(frozen=True)
 class Record:
-    """One instruction-response pair and where it stands (file:line)."""
+    """One instruction-response pair and where it stands (file:line).
+
+    `joined` are the keys whose text the instruction ends with, `unused` those that nothing is taken from.
+    """
 
     instruction: str
     response: str
     condition: str
     source: str
+    joined: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 @dataclass
@@ -97,10 +106,11 @@ def _parquet_lines(path: Path) -> Iterator[bytes]:
             found = file.schema_arrow.names
             if missing := [name for name in ("instruction", "response") if name not in found]:
                 raise ValueError(f"no column {missing[0]!r}; its columns are {', '.join(found)}")
-            columns = [name for name in ("instruction", "response", "condition") if name in found]
+            columns = [name for name in KEYS if name in found]
+            unused = dict.fromkeys(name for name in found if name not in KEYS)  # of which only the names are told
             for batch in file.iter_batches(_ROWS, columns=columns):
                 for row in batch.to_pylist():
-                    given = {name: value for name, value in row.items() if value is not None}
+                    given = {name: value for name, value in row.items() if value is not None} | unused
                     yield json.dumps(given, default=lambda _: None).encode()  # what JSON lacks is no string either
     except (ValueError, pyarrow.ArrowException) as error:
         raise ValueError(f"{path}: {error}") from None
@@ -122,7 +132,44 @@ def parse_record(line: bytes, source: str) -> Record | str:
     condition = values.get("condition", "direct")
     if not isinstance(condition, str):
         return "'condition' is not a string"
-    return Record(values["instruction"], values["response"], condition, source)
+    joined = []
+    for key in JOINED:
+        if not isinstance(text := values.get(key) or "", str):
+            return f"{key!r} is not a string"
+        if text.strip():
+            joined.append(key)
+    instruction = "\n\n".join([values["instruction"], *(values[key] for key in joined)])
+    unused = tuple(key for key in values if key not in KEYS)
+    return Record(instruction, values["response"], condition, source, tuple(joined), unused)
+
+
+class KeyCounts:
+    """How many records have each joined key, and each unused one; `joined` and `unused`, by name."""
+
+    def __init__(self) -> None:
+        self.joined: Counter[str] = Counter()
+        self.unused: Counter[str] = Counter()
+
+    def add(self, record: Record) -> None:
+        self.joined.update(record.joined)
+        self._add_unused(Counter(record.unused))
+
+    def update(self, other: KeyCounts) -> None:
+        self.joined.update(other.joined)
+        self._add_unused(other.unused)
+
+    def _add_unused(self, counts: Counter[str]) -> None:
+        for name, count in counts.items():
+            if name in self.unused or len(self.unused) < _UNUSED_NAMES:
+                self.unused[name] += count
+
+    def report(self) -> list[str]:
+        """A line a joined key, and one for the unused ones."""
+        lines = [f"{n} have {key!r}: it follows the instruction after a blank line" for key, n in self.joined.items()]
+        if self.unused:
+            names = ", ".join(f"{key!r} ({n})" for key, n in self.unused.most_common(8))
+            lines.append(f"not used: {names}" + (", …" if len(self.unused) > 8 else ""))
+        return lines
 
 
 @dataclass(frozen=True)

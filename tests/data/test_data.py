@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from hrmcore.data.packing import epoch_batches, pack, share
-from hrmcore.data.records import Corpus, Rejected, read_records, tokenize
+from hrmcore.data.records import Corpus, KeyCounts, Record, Rejected, read_records, tokenize
+from hrmcore.data.store import load_corpus
 from hrmcore.tokenizer import Tokenizer, train_tokenizer
 
 TASKS = {"mini_sudoku": 60, "spell_backward": 60, "letter_counting": 60, "chain_sum": 60, "gcd": 60}
@@ -155,6 +156,8 @@ BAD_LINES = {
     '{"instruction": 3, "response": "b"}': "'instruction' is missing or not a string",
     '{"instruction": "a", "response": " "}': "'response' is empty",
     '{"instruction": "a", "response": "b", "condition": 1}': "'condition' is not a string",
+    '{"instruction": "a", "input": ["c"], "response": "b"}': "'input' is not a string",
+    '{"instruction": "a", "context": 7, "response": "b"}': "'context' is not a string",
     '{"instruction": "a", "response": "b", "condition": "loud"}': "unknown condition 'loud'",
     '{"instruction": "' + "a " * 600 + '", "response": "b"}': "longer than the context",
     '{"instruction": "\\ud800", "response": "b"}': "surrogate",
@@ -173,6 +176,41 @@ def test_bad_lines_are_counted_and_placed(line: str, tokenizer: Tokenizer, tmp_p
     assert f"{path}:2" in report
     with pytest.raises(ValueError, match=f"{path}:2: .*{BAD_LINES[line]}"):
         tokenize(read_records(path, rejected, strict=True), tokenizer, 256, rejected, strict=True)
+
+
+def test_context_and_input_follow_the_instruction_after_a_blank_line(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path, table = tmp_path / "records.jsonl", tmp_path / "records.parquet"
+    rows: list[dict[str, str | None]] = [
+        {"instruction": "Translate.", "input": "un chat", "response": "a cat", "id": "1"},
+        {"instruction": "When?", "context": "In 1066 he came.\n", "response": "1066"},
+        {"instruction": "Both", "input": "second", "context": "first", "response": "c"},
+        {"instruction": "Neither", "input": "", "context": " \n", "response": "d"},
+        {"instruction": "Neither", "input": None, "context": None, "response": "d"},
+    ]
+    expected = ["Translate.\n\nun chat", "When?\n\nIn 1066 he came.\n", "Both\n\nfirst\n\nsecond", "Neither", "Neither"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = dict.fromkeys(name for row in rows for name in row)
+    parquet.write_table(pyarrow.table({name: [row.get(name) for row in rows] for name in names}), table)
+    for file in (path, table):
+        assert [record.instruction for record in read_records(file, Rejected(), strict=True)] == expected
+    said: list[str] = []
+    corpus, _ = load_corpus([str(path)], tokenizer, 256, said.append)
+    prompt = corpus.tokens[: corpus.prefix[0]].tolist()
+    assert prompt == tokenizer.prompt("Translate.\n\nun chat")
+    assert said == [
+        "2 have 'input': it follows the instruction after a blank line",
+        "2 have 'context': it follows the instruction after a blank line",
+        "not used: 'id' (1)",
+    ]
+
+
+def test_keys_of_every_record_its_own_do_not_pile_up() -> None:
+    keys = KeyCounts()
+    for number in range(1000):
+        keys.add(Record("a", "b", "direct", "file:1", unused=(f"key {number}", "id")))
+    assert len(keys.unused) == 64
+    assert keys.unused["id"] == 1000
+    assert keys.report()[0].endswith("…")
 
 
 def test_a_report_stays_short() -> None:

@@ -154,6 +154,25 @@ def test_the_manifest_accounts_for_every_line(files: list[Path], tokenizer: Path
     assert "gcd: 90 of 90 records kept" in text
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_summary_names_what_beside_the_usual_keys_was_used_and_what_not(
+    workers: int, files: list[Path], tokenizer: Path, tmp_path: Path
+) -> None:
+    rows = [{"instruction": "Spell", "input": f"word {i}" * (i % 2), "response": "d", "id": str(i)} for i in range(50)]
+    path = write(tmp_path / "alpaca.jsonl", rows)
+    store = prepare([path, files[0]], tmp_path / "store", tokenizer=tokenizer, context=CONTEXT, workers=workers)
+    source = store.manifest["sources"]["alpaca"]
+    assert (source["joined_keys"], source["unused_keys"]) == ({"input": 25}, {"id": 50})
+    lines = summary(store)
+    assert lines[:3] == [
+        "alpaca: 50 of 50 records kept",
+        "  25 have 'input': it follows the instruction after a blank line",
+        "  not used: 'id' (50)",
+    ]
+    ids = Tokenizer.load(tokenizer)
+    assert sequences(store.corpus)[1][: store.corpus.prefix[1]] == ids.prompt("Spell\n\nword 1")
+
+
 @pytest.mark.parametrize("number", range(len(BAD_LINES)))
 def test_strict_makes_a_bad_line_fatal(
     number: int, files: list[Path], tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
