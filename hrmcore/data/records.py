@@ -1,9 +1,10 @@
 """Instruction-response records and their token form.
 
 A record is one JSON object a line: {"instruction": str, "response": str, "condition": "direct"}. Text under "context"
-and "input" follows the instruction, in this order, each after a blank line; other keys are left alone. Or a row of a
-.parquet file with columns of these names. Its sequence is `<boq> condition… instruction <eoq> response <eoa>`: the
-instruction is the bidirectional prefix, the loss is on response and eoa. Imports no torch.
+and "input" follows the instruction, in this order, each after a blank line; other keys are left alone. Other shapes
+and kinds of files: hrmcore/data/shapes.py and files.py. Its sequence is
+`<boq> condition… instruction <eoq> response <eoa>`: the instruction is the bidirectional prefix, the loss is on
+response and eoa. Imports no torch.
 """
 
 from __future__ import annotations
@@ -13,15 +14,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from hrmcore.data.shapes import JOINED, PLAIN, Layout, layout_of, plain_records, read_shaped
 from hrmcore.tokenizer import Tokenizer
 
-PARQUET = ".parquet"  # the suffix of such a file's name
-JOINED = ("context", "input")  # keys whose text belongs to the instruction, in this order
-KEYS = ("instruction", "response", "condition", *JOINED)
-_ROWS = 1024  # rows of it that are held at once
 _UNUSED_NAMES = 64  # a file of which every record has keys of its own must not fill the memory
 
 
@@ -66,81 +65,81 @@ class Rejected:
         return lines
 
 
-def read_records(path: str | Path, rejected: Rejected, strict: bool = False) -> Iterator[Record]:
-    """Records of a JSON-lines or Parquet file. A bad line or row is counted in `rejected`, or a ValueError if `strict`.
+def read_records(
+    path: str | Path, rejected: Rejected, strict: bool = False, layout: Layout | None = None
+) -> Iterator[Record]:
+    """Records of a file of any shape and kind. One that is bad is counted in `rejected`, or a ValueError if `strict`.
 
-    Raises as `read_lines` does.
+    `layout` says which keys hold what where it cannot be told from their names. Raises as
+    `hrmcore.data.shapes.read_shaped` does.
     """
-    for number, line in enumerate(read_lines(path), start=1):
-        source = f"{path}:{number}"
-        record = parse_record(line, source)
-        if isinstance(record, Record):
-            yield record
-        elif strict:
-            raise ValueError(f"{source}: {record}")
-        else:
-            rejected.add(source, record)
+    for row, found in read_shaped(path, layout):
+        source = f"{path}:{row.number}"
+        for record in parse_records(row.line, source, found):
+            if isinstance(record, Record):
+                yield record
+            elif strict:
+                raise ValueError(f"{source}: {record}")
+            else:
+                rejected.add(source, record)
 
 
-def read_lines(path: str | Path) -> Iterator[bytes]:
-    """The lines of a JSON-lines file; of a .parquet file the rows, each as the JSON line that it would be.
+def parse_records(line: bytes, source: str, layout: Layout | None) -> list[Record | str]:
+    """The records of a JSON line: one, or for a conversation one for each answer; or reasons why there is none.
 
-    Raises FileNotFoundError when there is no such file; for Parquet ValueError when it is none, lacks a
-    column or pyarrow is not installed.
+    `source` says where it stands; without a `layout` no key is known.
     """
-    if Path(path).suffix == PARQUET:
-        yield from _parquet_lines(Path(path))
-        return
-    with Path(path).open("rb") as file:
-        yield from file
-
-
-def _parquet_lines(path: Path) -> Iterator[bytes]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ValueError(f"{path}: pyarrow is not installed; `pip install hrmcore[parquet]` brings it") from error
-    try:
-        with parquet.ParquetFile(path) as file:
-            found = file.schema_arrow.names
-            if missing := [name for name in ("instruction", "response") if name not in found]:
-                raise ValueError(f"no column {missing[0]!r}; its columns are {', '.join(found)}")
-            columns = [name for name in KEYS if name in found]
-            unused = dict.fromkeys(name for name in found if name not in KEYS)  # of which only the names are told
-            for batch in file.iter_batches(_ROWS, columns=columns):
-                for row in batch.to_pylist():
-                    given = {name: value for name, value in row.items() if value is not None} | unused
-                    yield json.dumps(given, default=lambda _: None).encode()  # what JSON lacks is no string either
-    except (ValueError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path}: {error}") from None
+    values = _values(line)
+    if isinstance(values, str):
+        return [values]
+    used = () if layout is None else layout.keys
+    unused = tuple(key for key in values if key not in used)
+    found = []
+    for plain in plain_records(values, layout):
+        found.append(plain if isinstance(plain, str) else _record_of(plain, source, layout or PLAIN, unused))
+    return found
 
 
 def parse_record(line: bytes, source: str) -> Record | str:
     """The record of a JSON line, or the reason why it is none. `source` says where it stands."""
+    values = _values(line)
+    found = parse_records(line, source, None if isinstance(values, str) else layout_of(values))
+    return found[0] if len(found) == 1 else "it holds several records: parse_records gives them"
+
+
+def _values(line: bytes) -> dict[str, Any] | str:
     try:
-        values = json.loads(line)
-    except ValueError:
+        text = line.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return "not UTF-8; save the file as UTF-8"
+    if not text.strip():
+        return "an empty line"
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
         return "not JSON"
-    if not isinstance(values, dict):
-        return "not a JSON object"
-    for key in ("instruction", "response"):
-        if not isinstance(values.get(key), str):
-            return f"{key!r} is missing or not a string"
-        if not values[key].strip():
-            return f"{key!r} is empty"
-    condition = values.get("condition", "direct")
+    return values if isinstance(values, dict) else "not a JSON object"
+
+
+def _record_of(values: dict[str, Any], source: str, layout: Layout, unused: tuple[str, ...]) -> Record | str:
+    """The record of plain values, whose reasons name the keys as the file does."""
+    for name in ("instruction", "response"):
+        if not isinstance(values.get(name), str):
+            return f"{getattr(layout, name)!r} is missing or not a string"
+        if not values[name].strip():
+            return f"{getattr(layout, name)!r} is empty"
+    condition = values.get("condition", "direct") or "direct"
     if not isinstance(condition, str):
-        return "'condition' is not a string"
+        return f"{layout.condition!r} is not a string"
     joined = []
-    for key in JOINED:
-        if not isinstance(text := values.get(key) or "", str):
-            return f"{key!r} is not a string"
+    for name in JOINED:
+        if not isinstance(text := values.get(name) or "", str):
+            return f"{getattr(layout, name)!r} is not a string"
         if text.strip():
-            joined.append(key)
-    instruction = "\n\n".join([values["instruction"], *(values[key] for key in joined)])
-    unused = tuple(key for key in values if key not in KEYS)
-    return Record(instruction, values["response"], condition, source, tuple(joined), unused)
+            joined.append(name)
+    instruction = "\n\n".join([values["instruction"], *(values[name] for name in joined)])
+    names = tuple(getattr(layout, name) for name in joined)
+    return Record(instruction, values["response"], condition, source, names, unused)
 
 
 class KeyCounts:
@@ -217,7 +216,7 @@ def encode(record: Record, tokenizer: Tokenizer, context: int) -> tuple[list[int
     prompt = tokenizer.prompt(record.instruction, record.condition)
     ids = [*prompt, *tokenizer.encode(record.response), tokenizer.eoa]
     if len(ids) - 1 > context:
-        raise ValueError(f"longer than the context of {context} tokens")
+        raise ValueError(f"longer than the context of {context} tokens; raise it or shorten the record")
     return ids, len(prompt)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from hrmcore.data.files import expand
 from hrmcore.data.records import Corpus, KeyCounts, Record, Rejected, read_records, tokenize
 from hrmcore.durable import sha256_of
 from hrmcore.tokenizer import Tokenizer
@@ -76,7 +77,7 @@ def load_corpus(
     rejected, keys = Rejected(), KeyCounts()
 
     def counted() -> Iterator[Record]:
-        for file in files:
+        for file in expand(files):
             for record in read_records(file, rejected):
                 keys.add(record)
                 yield record

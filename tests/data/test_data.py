@@ -230,7 +230,7 @@ def test_undecodable_bytes_are_a_bad_line(tokenizer: Tokenizer, tmp_path: Path) 
     path.write_bytes(b'{"instruction": "a", "response": "b"}\n\xff\xfe\n')
     rejected = Rejected()
     assert len(list(read_records(path, rejected))) == 1
-    assert rejected.counts == {"not JSON": 1}
+    assert rejected.counts == {"not UTF-8; save the file as UTF-8": 1}
 
 
 def test_no_usable_record_is_an_error(tokenizer: Tokenizer, tmp_path: Path) -> None:
