@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hrmcore.data.files import Row, expand, is_json_lines, source_name
-from hrmcore.data.records import KeyCounts, Record, Rejected, encode, parse_records, read_records
+from hrmcore.data.records import Fault, KeyCounts, Record, Rejected, encode, parse_records, read_records
 from hrmcore.data.shapes import Layout, named_layout, read_shaped
 from hrmcore.data.store import TOKENIZER, Store, TokenWriter, open_store, write_index, write_manifest
 from hrmcore.durable import new_folder, sha256_of
@@ -221,7 +221,7 @@ class _Encoded:
     lengths: np.ndarray
     prefix: np.ndarray
     conditions: list[str]
-    rejected: list[tuple[int, str]]  # (line, reason)
+    rejected: list[tuple[int, Fault]]  # with the line's number
     keys: KeyCounts
     conversations: int
 
@@ -251,10 +251,10 @@ def _tokenise(
             name = source_name(batch.path)
             sources[name].read += len(encoded.lengths) + len(encoded.rejected)
             sources[name].conversations += encoded.conversations
-            for number, reason in encoded.rejected:
+            for number, fault in encoded.rejected:
                 if strict:
-                    raise ValueError(f"{batch.path}:{number}: {reason}")
-                sources[name].rejected.add(f"{batch.path.name}:{number}", reason)
+                    raise ValueError(f"{fault.place(f'{batch.path}:{number}')}: {fault.reason}")
+                sources[name].rejected.add(fault.place(f"{batch.path.name}:{number}"), fault.reason)
             sources[name].keys.update(encoded.keys)
             writer.append(encoded.tokens)
             codes = [known.setdefault(condition, len(known)) for condition in encoded.conditions]
@@ -312,7 +312,7 @@ class _Encoder:
         lengths: list[int] = []
         prefix: list[int] = []
         conditions: list[str] = []
-        rejected: list[tuple[int, str]] = []
+        rejected: list[tuple[int, Fault]] = []
         keys = KeyCounts()
         conversations = 0
         for number, line in batch.rows:
@@ -326,7 +326,7 @@ class _Encoder:
                 try:
                     ids, length = encode(record, self._tokenizer, self._context)
                 except ValueError as error:
-                    rejected.append((number, str(error)))
+                    rejected.append((number, Fault(str(error))))
                     continue
                 keys.add(record)
                 tokens += ids

@@ -39,6 +39,21 @@ class Record:
     unused: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Fault:
+    """Why a line is no record, and the column of the character where it goes wrong (the first is 1), if there is one.
+
+    Lines are counted by reason, so that names no place.
+    """
+
+    reason: str
+    column: int | None = None
+
+    def place(self, source: str) -> str:
+        """Where it stands: file:line, or file:line:column."""
+        return source if self.column is None else f"{source}:{self.column}"
+
+
 @dataclass
 class Rejected:
     """Lines that were left out, counted by reason; the first few of each are kept to be shown."""
@@ -79,62 +94,76 @@ def read_records(
             if isinstance(record, Record):
                 yield record
             elif strict:
-                raise ValueError(f"{source}: {record}")
+                raise ValueError(f"{record.place(source)}: {record.reason}")
             else:
-                rejected.add(source, record)
+                rejected.add(record.place(source), record.reason)
 
 
-def parse_records(line: bytes, source: str, layout: Layout | None) -> list[Record | str]:
-    """The records of a JSON line: one, or for a conversation one for each answer; or reasons why there is none.
+def parse_records(line: bytes, source: str, layout: Layout | None) -> list[Record | Fault]:
+    """The records of a JSON line: one, or for a conversation one for each answer; or what is wrong instead.
 
     `source` says where it stands; without a `layout` no key is known.
     """
-    values = _values(line)
-    if isinstance(values, str):
-        return [values]
+    values = _parse_json(line)
+    return [values] if isinstance(values, Fault) else _records_of(values, source, layout)
+
+
+def parse_record(line: bytes, source: str) -> Record | Fault:
+    """The record of a JSON line, or the reason why it is none. `source` says where it stands."""
+    values = _parse_json(line)
+    if isinstance(values, Fault):
+        return values
+    found = _records_of(values, source, layout_of(values))
+    return found[0] if len(found) == 1 else Fault("it holds several records: parse_records gives them")
+
+
+def _parse_json(line: bytes) -> dict[str, Any] | Fault:
+    """The object that a JSON line says, or the Fault in it."""
+    if not line.strip():
+        return Fault("a blank line")
+    try:
+        values = json.loads(line.rstrip(b"\r\n"))
+    except json.JSONDecodeError as error:
+        if error.msg.startswith("Invalid control character"):
+            return Fault("not JSON: an unescaped control character", error.pos + 1)
+        what = error.msg.removesuffix(" at").removesuffix(" starting")
+        return Fault(f"not JSON: {what[0].lower()}{what[1:]}", error.pos + 1)
+    except UnicodeDecodeError as error:
+        before = line[: error.start].decode(error.encoding, "replace")
+        return Fault(f"not JSON: bytes that are not {error.encoding.upper()}", len(before) + 1)
+    except RecursionError:
+        return Fault("not JSON: brackets within brackets, too deep")
+    except ValueError:  # Python converts no number that is so long
+        return Fault("not JSON: a number of too many digits")
+    return values if isinstance(values, dict) else Fault("not a JSON object")
+
+
+def _records_of(values: dict[str, Any], source: str, layout: Layout | None) -> list[Record | Fault]:
     used = () if layout is None else layout.keys
     unused = tuple(key for key in values if key not in used)
-    found = []
+    found: list[Record | Fault] = []
     for plain in plain_records(values, layout):
-        found.append(plain if isinstance(plain, str) else _record_of(plain, source, layout or PLAIN, unused))
+        try:
+            found.append(Fault(plain) if isinstance(plain, str) else _record(plain, source, layout or PLAIN, unused))
+        except ValueError as error:
+            found.append(Fault(str(error)))
     return found
 
 
-def parse_record(line: bytes, source: str) -> Record | str:
-    """The record of a JSON line, or the reason why it is none. `source` says where it stands."""
-    values = _values(line)
-    found = parse_records(line, source, None if isinstance(values, str) else layout_of(values))
-    return found[0] if len(found) == 1 else "it holds several records: parse_records gives them"
-
-
-def _values(line: bytes) -> dict[str, Any] | str:
-    try:
-        text = line.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return "not UTF-8; save the file as UTF-8"
-    if not text.strip():
-        return "an empty line"
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
-        return "not JSON"
-    return values if isinstance(values, dict) else "not a JSON object"
-
-
-def _record_of(values: dict[str, Any], source: str, layout: Layout, unused: tuple[str, ...]) -> Record | str:
-    """The record of plain values, whose reasons name the keys as the file does."""
+def _record(values: dict[str, Any], source: str, layout: Layout, unused: tuple[str, ...]) -> Record:
+    """The record of plain values. Raises ValueError, naming the key as the file does."""
     for name in ("instruction", "response"):
         if not isinstance(values.get(name), str):
-            return f"{getattr(layout, name)!r} is missing or not a string"
+            raise ValueError(f"{getattr(layout, name)!r} is missing or not a string")
         if not values[name].strip():
-            return f"{getattr(layout, name)!r} is empty"
+            raise ValueError(f"{getattr(layout, name)!r} is empty")
     condition = values.get("condition", "direct") or "direct"
     if not isinstance(condition, str):
-        return f"{layout.condition!r} is not a string"
+        raise ValueError(f"{layout.condition!r} is not a string")
     joined = []
     for name in JOINED:
         if not isinstance(text := values.get(name) or "", str):
-            return f"{getattr(layout, name)!r} is not a string"
+            raise ValueError(f"{getattr(layout, name)!r} is not a string")
         if text.strip():
             joined.append(name)
     instruction = "\n\n".join([values["instruction"], *(values[name] for name in joined)])

@@ -33,6 +33,7 @@ from hrmcore.train.run_file import read_config
 from hrmcore.train.trainer import Trainer
 
 CONTEXT = 256
+BROKEN = "not JSON: expecting property name enclosed in double quotes"  # the first of these
 BAD_LINES = [
     "{",
     '{"instruction": "a", "response": " "}',
@@ -141,7 +142,7 @@ def test_the_manifest_accounts_for_every_line(files: list[Path], tokenizer: Path
     source = store.manifest["sources"]["bad"]
     assert (source["read"], source["kept"], source["beyond_cap"]) == (95, 31, 59)
     assert sorted(source["left_out"].values()) == [1, 1, 1, 1, 1]
-    assert source["left_out_examples"]["not JSON"] == ["bad.jsonl:91"]
+    assert source["left_out_examples"][BROKEN] == ["bad.jsonl:91:2"]
     assert store.manifest["sources"]["gcd"]["kept"] == 90
     assert store.manifest["records"] == len(store.corpus) == 121
     assert sum(store.manifest["conditions"].values()) == 121
@@ -183,7 +184,7 @@ def test_strict_makes_a_bad_line_fatal(
     assert main([*arguments, "--out", str(tmp_path / "store"), "--strict"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.splitlines()[-1].startswith(f"hrmcore prepare: {path}:91: ")
+    assert err.splitlines()[-1].startswith(f"hrmcore prepare: {path}:91:")
     assert list(tmp_path.iterdir()) == [path]
     assert main([*arguments, "--out", str(tmp_path / "store")]) == 0
     assert "bad: 90 of 91 records kept" in capsys.readouterr().out
