@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="the store, a folder that does not exist yet")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument(
-        "--tokenizer", type=Path, metavar="FOLDER", help="a folder with tokenizer.model or tokenizer.json"
+        "--tokenizer", type=Path, metavar="FOLDER", help="a folder with tokenizer.model or tokenizer.json, or a store"
     )
     which.add_argument("--new-tokenizer", type=int, metavar="SIZE", help="train one of SIZE tokens on the records")
     parser.add_argument(
@@ -65,7 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--strict", action="store_true", help="stop at a record that cannot be used, instead of leaving it out"
     )
     parser.add_argument(
-        "--show", type=int, default=0, metavar="N", help="print the tokens of the first N records, prefix and loss apart"
+        "--show",
+        type=int,
+        default=0,
+        metavar="N",
+        help="print the tokens of the first N records, prefix and loss apart",
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenise (default: one for each core)")
 

@@ -5,11 +5,14 @@ A row is the JSON line that its record would be, with the number under which a p
 
 from __future__ import annotations
 
+import codecs
 import csv
 import glob
+import io
+import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -56,7 +59,8 @@ def is_json_lines(path: Path) -> bool:
 def read_rows(path: str | Path, columns: Callable[[Sequence[str]], Sequence[str]] | None = None) -> Iterator[Row]:
     """The rows of a file, by its ending: .json, .csv, .tsv, .parquet, else JSON lines; each perhaps compressed.
 
-    `columns` chooses of a Parquet file's column names those that are read; None reads all. It may raise ValueError.
+    `columns` is called with the column names of a table; of a Parquet file those are read that it returns, all without
+    it. It may raise ValueError.
     Raises FileNotFoundError when there is no such file, and ValueError naming file and line where it cannot be read on.
     """
     path = Path(path)
@@ -69,12 +73,12 @@ def read_rows(path: str | Path, columns: Callable[[Sequence[str]], Sequence[str]
     with _open(path) as file:
         try:
             if suffix in _DELIMITERS:
-                yield from _csv(path, file, _DELIMITERS[suffix])
+                yield from _csv(path, file, _DELIMITERS[suffix], columns)
             elif suffix == ".json":
                 yield from _json(path, file)
             else:
                 yield from map(Row._make, enumerate(file, start=1))
-        except (EOFError, *_damage(path)) as error:
+        except _damage(path) as error:
             raise ValueError(f"{path}: the compressed file is damaged or cut short ({error})") from None
 
 
@@ -88,15 +92,15 @@ def _damage(path: Path) -> tuple[type[Exception], ...]:
         import gzip
         import zlib
 
-        return gzip.BadGzipFile, zlib.error
+        return EOFError, gzip.BadGzipFile, zlib.error
     if path.suffix == ".xz":
         import lzma
 
-        return (lzma.LZMAError,)
-    return (OSError,) if path.suffix in COMPRESSED else ()
+        return EOFError, lzma.LZMAError
+    return (EOFError, OSError) if path.suffix in COMPRESSED else ()
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> Any:
     """The file's bytes, unpacked."""
     if path.suffix == ".gz":
         import gzip
@@ -116,13 +120,10 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _open_zstandard(path: Path) -> IO[bytes]:
-    import io
-
     with path.open("rb"):  # a missing file is named as every other one is
         pass
     pyarrow = _pyarrow(path)
-    stream: Any = io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
-    return stream  # type: ignore[no-any-return]
+    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
 
 
 def _pyarrow(path: Path) -> Any:
@@ -152,13 +153,16 @@ def _parquet(path: Path, columns: Callable[[Sequence[str]], Sequence[str]] | Non
         raise ValueError(f"{path}: {error}") from None
 
 
-def _csv(path: Path, file: IO[bytes], delimiter: str) -> Iterator[Row]:
+def _csv(
+    path: Path, file: IO[bytes], delimiter: str, columns: Callable[[Sequence[str]], Sequence[str]] | None
+) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(_text_lines(path, file), delimiter=delimiter, strict=True)
     try:
         header = next(reader, None)
         if not header or not any(header):
             raise ValueError(f"{path}:1: a first line with the columns' names is missing")
+        _check_columns(path, header, columns)
         begins = reader.line_num + 1
         for cells in reader:
             if cells and len(cells) != len(header):
@@ -171,8 +175,16 @@ def _csv(path: Path, file: IO[bytes], delimiter: str) -> Iterator[Row]:
         raise ValueError(f"{path}:{reader.line_num}: not CSV ({error})") from None
 
 
-def _text_lines(path: Path, file: IO[bytes]) -> Iterator[str]:
-    for number, line in enumerate(file, start=1):
+def _check_columns(path: Path, header: Sequence[str], columns: Callable[[Sequence[str]], Sequence[str]] | None) -> None:
+    try:
+        if columns:
+            columns(header)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _text_lines(path: Path, lines: Iterable[bytes]) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError:
@@ -181,26 +193,16 @@ def _text_lines(path: Path, file: IO[bytes]) -> Iterator[str]:
 
 def _json(path: Path, file: IO[bytes]) -> Iterator[Row]:
     """The elements of an array; a file that begins with an object is read as JSON lines."""
-    number, opening = 0, b""
-    for opening in file:
-        number += 1
-        if opening.strip():
+    opening: list[bytes] = []
+    for line in file:
+        opening.append(line)
+        if line.removeprefix(codecs.BOM_UTF8).strip():
             break
-    start = opening.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not start.startswith(b"["):
-        yield Row(number, opening)
-        yield from map(Row._make, enumerate(file, start=number + 1))
-        return
-    text = "\n" * (number - 1) + "".join(_text_lines_from(path, number, [opening, *file]))
-    yield from _elements(path, text.replace("\ufeff", "", 1) if opening.startswith(b"\xef\xbb\xbf") else text)
-
-
-def _text_lines_from(path: Path, number: int, lines: Sequence[bytes]) -> Iterator[str]:
-    for place, line in enumerate(lines, start=number):
-        try:
-            yield line.decode()
-        except UnicodeDecodeError:
-            raise ValueError(f"{path}:{place}: not UTF-8; save the file as UTF-8") from None
+    lines = itertools.chain(opening, file)
+    if opening and opening[-1].removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        yield from _elements(path, "".join(_text_lines(path, lines)))
+    else:
+        yield from map(Row._make, enumerate(lines, start=1))
 
 
 def _elements(path: Path, text: str) -> Iterator[Row]:

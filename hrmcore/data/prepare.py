@@ -23,7 +23,7 @@ from tqdm import tqdm
 from hrmcore.data.files import Row, expand, is_json_lines, source_name
 from hrmcore.data.records import Fault, KeyCounts, Record, Rejected, encode, parse_records, read_records
 from hrmcore.data.shapes import Layout, named_layout, read_shaped
-from hrmcore.data.store import TOKENIZER, Store, TokenWriter, open_store, write_index, write_manifest
+from hrmcore.data.store import TOKENIZER, Store, TokenWriter, open_store, tokenizer_of, write_index, write_manifest
 from hrmcore.durable import new_folder, sha256_of
 from hrmcore.tokenizer import Tokenizer, tokenizer_files, train_tokenizer
 
@@ -77,9 +77,9 @@ def prepare(
 
     A file is JSON lines, a JSON array, CSV or Parquet, perhaps compressed; a name may be a glob pattern. `columns` says
     which key or column holds the instruction, the response and so on, where it cannot be told from their names. A
-    source is a file's name without its endings. `caps` limits the records of some sources: they are chosen by `seed`, evenly
-    over the source's conditions and over its files from end to end. Records keep the order of the files, and the store
-    is the same for any number of workers. `out` appears only once it is complete.
+    source is a file's name without its endings. `caps` limits the records of some sources: they are chosen by `seed`,
+    evenly over the source's conditions and over its files from end to end. Records keep the order of the files, and
+    the store is the same for any number of workers. `out` appears only once it is complete.
 
     Raises FileExistsError when `out` exists, ValueError on arguments, on files without a usable record, and, if
     `strict`, on the first record that cannot be used.
@@ -89,7 +89,7 @@ def prepare(
     _check_arguments(paths, context, caps, workers)
     with new_folder(Path(out)) as folder:
         if new_tokenizer is None:
-            _copy_tokenizer(Path(tokenizer or "."), folder / TOKENIZER)
+            _copy_tokenizer(tokenizer_of(tokenizer or "."), folder / TOKENIZER)
         else:
             train_tokenizer(_texts(paths, layout), folder / TOKENIZER, new_tokenizer)
         ids = Tokenizer.load(folder / TOKENIZER)
@@ -170,12 +170,16 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 def _texts(paths: Sequence[Path], layout: Layout | None = None) -> Iterator[str]:
     """Instructions and responses to train a tokenizer on: of every n-th record, if all would be too much."""
     stride = -(-sum(path.stat().st_size for path in paths) // _TOKENIZER_BYTES)
-    records = itertools.chain.from_iterable(read_records(path, Rejected(), layout=layout) for path in paths)
+    rejected, usable = Rejected(), 0
+    records = itertools.chain.from_iterable(read_records(path, rejected, layout=layout) for path in paths)
     chosen = itertools.islice(records, 0, None, max(1, stride))
     for record in tqdm(chosen, desc="tokenizer", unit="record", disable=None):
+        usable += 1
         for text in (record.instruction, record.response):
             if text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text):
                 yield text  # one with a lone surrogate is no text; tokenising reports it
+    if not usable:
+        raise ValueError("no usable record: " + ("; ".join(rejected.report()) or "the files are empty"))
 
 
 def _choose(index: _Index, names: Sequence[str], caps: Mapping[str, int], seed: int) -> np.ndarray:

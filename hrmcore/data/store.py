@@ -61,6 +61,12 @@ def open_store(folder: str | Path) -> Store:
     return Store(folder, manifest, corpus)
 
 
+def tokenizer_of(folder: str | Path) -> Path:
+    """The folder of a tokenizer: of a store its own, else the folder itself."""
+    own = Path(folder) / TOKENIZER
+    return own if (Path(folder) / MANIFEST).is_file() else Path(folder)
+
+
 def load_corpus(
     files: Sequence[str], tokenizer: Tokenizer, context: int, say: Callable[[str], None]
 ) -> tuple[Corpus, str]:
