@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -323,9 +323,10 @@ def train_tokenizer(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()
+    failed: list[Exception] = []
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
+            sentence_iterator=_watched(texts, failed),
             model_writer=model,  # not a file name, which the model would remember
             model_type="bpe",
             vocab_size=vocab_size,
@@ -346,6 +347,36 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(f"tokenizer: {str(error).splitlines()[-1].split('] ')[-1]}") from None
+        if not failed:
+            raise _refusal(vocab_size, str(error)) from None
+    if failed:
+        raise failed[0]
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     return Tokenizer.load(folder)
+
+
+def _watched(texts: Iterable[str], failed: list[Exception]) -> Iterator[str]:
+    """The texts; what goes wrong in reading them ends them and is kept, for sentencepiece would drop it."""
+    try:
+        yield from texts
+    except Exception as error:
+        failed.append(error)
+
+
+class VocabularyError(ValueError):
+    """A tokenizer of this size cannot be trained on these texts; `fits` is the nearest size that can, if known."""
+
+    def __init__(self, message: str, fits: int | None) -> None:
+        super().__init__(message)
+        self.fits = fits
+
+
+def _refusal(size: int, error: str) -> VocabularyError:
+    """What sentencepiece says of a vocabulary that does not fit, in our words."""
+    if high := re.search(r"set it to a value <= (\d+)", error):
+        most = int(high[1])
+        return VocabularyError(f"tokenizer: {size} tokens are more than these texts fill; take at most {most}", most)
+    if low := re.search(r"required_chars\. \d+ vs (\d+)", error):
+        least = int(low[1])
+        return VocabularyError(f"tokenizer: {size} tokens do not hold these texts' bytes; take at least {least}", least)
+    return VocabularyError(f"tokenizer: {error.splitlines()[-1].split('] ')[-1] or 'the texts are empty'}", None)

@@ -21,6 +21,7 @@ GROUND = "_C config tokenizer durable positions ops"
 ROOMS = {
     "_C": "",
     "_lazy": "",
+    "chat": "",
     "config": "",
     "tokenizer": "",
     "durable": "",
@@ -31,7 +32,7 @@ ROOMS = {
     "microbench": "_C ops machine",
     "optim": GROUND,
     "planner": GROUND,
-    "data": f"_lazy {GROUND}",
+    "data": f"_lazy chat {GROUND}",
     "model": f"{GROUND} data",
     "distributed": f"{GROUND} model optim data",
     "checkpoint": f"_lazy {GROUND} model optim distributed",
@@ -54,7 +55,7 @@ NEVER_EAGER = {
 }
 FREE_OF_TORCH = [
     *("config", "tokenizer", "planner", "durable", "positions", "repl", "cli"),
-    *("data", "data.records", "data.packing", "data.store", "data.prepare"),
+    *("chat", "data", "data.records", "data.files", "data.shapes", "data.packing", "data.store", "data.prepare"),
     *("checkpoint", "checkpoint.hrm_text", "checkpoint.safetensors_reader"),
     *("growth", "train"),
     *("engine", "engine.engine", "engine.runner", "engine.cpu_runner"),

@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from hrmcore.tokenizer import CONDITIONS, OWN_NAMES, RELEASED_NAMES, PieceDecoder, Tokenizer, train_tokenizer
+from hrmcore.tokenizer import (
+    CONDITIONS,
+    OWN_NAMES,
+    RELEASED_NAMES,
+    PieceDecoder,
+    Tokenizer,
+    VocabularyError,
+    train_tokenizer,
+)
 
 TEXTS = [
     "How many times does the letter r appear? Count the bits of 1023.\n",
@@ -125,9 +134,24 @@ def test_training_again_gives_the_same_bytes(tmp_path: Path) -> None:
     assert str(tmp_path).encode() not in (tmp_path / "a/tokenizer.model").read_bytes()
 
 
-def test_too_few_texts_for_the_vocabulary(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="tokenizer: Vocabulary size too high"):
-        train_tokenizer(["abc"], tmp_path, 5000)
+@pytest.mark.parametrize(("size", "advice"), [(5000, "at most"), (20, "at least")])
+@pytest.mark.parametrize("texts", [["abc"], ["héllo wörld, hello world"] * 9, ["日本語"]])
+def test_a_vocabulary_that_does_not_fit_names_the_size_that_does(
+    size: int, advice: str, texts: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(VocabularyError, match=f"^tokenizer: {size} tokens .*; take {advice} ") as refused:
+        train_tokenizer(texts, tmp_path, size)
+    assert refused.value.fits is not None
+    assert train_tokenizer(texts, tmp_path, refused.value.fits).vocab_size == refused.value.fits
+
+
+def test_texts_that_cannot_be_read_stop_the_training_of_a_tokenizer(tmp_path: Path) -> None:
+    def broken() -> Iterator[str]:
+        yield "hello world " * 99
+        raise ValueError("a.csv:7: broken")
+
+    with pytest.raises(ValueError, match=r"a\.csv:7: broken"):
+        train_tokenizer(broken(), tmp_path, 270)
 
 
 def test_released_ids_are_those_of_the_library(tmp_path: Path) -> None:
@@ -338,6 +362,7 @@ def test_broken_files_are_errors_and_not_crashes(own: Tokenizer, released: Token
 
 CHANGE_EACH_BYTE = """
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from hrmcore.tokenizer import Tokenizer
 path = Path(sys.argv[1])

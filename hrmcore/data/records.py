@@ -1,9 +1,10 @@
 """Instruction-response records and their token form.
 
 A record is one JSON object a line: {"instruction": str, "response": str, "condition": "direct"}. Text under "context"
-and "input" follows the instruction, in this order, each after a blank line; other keys are left alone. Or a row of a
-.parquet file with columns of these names. Its sequence is `<boq> condition… instruction <eoq> response <eoa>`: the
-instruction is the bidirectional prefix, the loss is on response and eoa. Imports no torch.
+and "input" follows the instruction, in this order, each after a blank line; other keys are left alone. Other shapes
+and kinds of files: hrmcore/data/shapes.py and files.py. Its sequence is
+`<boq> condition… instruction <eoq> response <eoa>`: the instruction is the bidirectional prefix, the loss is on
+response and eoa. Imports no torch.
 """
 
 from __future__ import annotations
@@ -17,12 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from hrmcore.data.shapes import JOINED, PLAIN, Layout, layout_of, plain_records, read_shaped
 from hrmcore.tokenizer import Tokenizer
 
-PARQUET = ".parquet"  # the suffix of such a file's name
-JOINED = ("context", "input")  # keys whose text belongs to the instruction, in this order
-KEYS = ("instruction", "response", "condition", *JOINED)
-_ROWS = 1024  # rows of it that are held at once
 _UNUSED_NAMES = 64  # a file of which every record has keys of its own must not fill the memory
 
 
@@ -82,54 +80,32 @@ class Rejected:
         return lines
 
 
-def read_records(path: str | Path, rejected: Rejected, strict: bool = False) -> Iterator[Record]:
-    """Records of a JSON-lines or Parquet file. A bad line or row is counted in `rejected`, or a ValueError if `strict`.
+def read_records(
+    path: str | Path, rejected: Rejected, strict: bool = False, layout: Layout | None = None
+) -> Iterator[Record]:
+    """Records of a file of any shape and kind. One that is bad is counted in `rejected`, or a ValueError if `strict`.
 
-    Raises as `read_lines` does.
+    `layout` says which keys hold what where it cannot be told from their names. Raises as
+    `hrmcore.data.shapes.read_shaped` does.
     """
-    for number, line in enumerate(read_lines(path), start=1):
-        source = f"{path}:{number}"
-        record = parse_record(line, source)
-        if isinstance(record, Record):
-            yield record
-        elif strict:
-            raise ValueError(f"{record.place(source)}: {record.reason}")
-        else:
-            rejected.add(record.place(source), record.reason)
+    for row, found in read_shaped(path, layout):
+        source = f"{path}:{row.number}"
+        for record in parse_records(row.line, source, found):
+            if isinstance(record, Record):
+                yield record
+            elif strict:
+                raise ValueError(f"{record.place(source)}: {record.reason}")
+            else:
+                rejected.add(record.place(source), record.reason)
 
 
-def read_lines(path: str | Path) -> Iterator[bytes]:
-    """The lines of a JSON-lines file; of a .parquet file the rows, each as the JSON line that it would be.
+def parse_records(line: bytes, source: str, layout: Layout | None) -> list[Record | Fault]:
+    """The records of a JSON line: one, or for a conversation one for each answer; or what is wrong instead.
 
-    Raises FileNotFoundError when there is no such file; for Parquet ValueError when it is none, lacks a
-    column or pyarrow is not installed.
+    `source` says where it stands; without a `layout` no key is known.
     """
-    if Path(path).suffix == PARQUET:
-        yield from _parquet_lines(Path(path))
-        return
-    with Path(path).open("rb") as file:
-        yield from file
-
-
-def _parquet_lines(path: Path) -> Iterator[bytes]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ValueError(f"{path}: pyarrow is not installed; `pip install hrmcore[parquet]` brings it") from error
-    try:
-        with parquet.ParquetFile(path) as file:
-            found = file.schema_arrow.names
-            if missing := [name for name in ("instruction", "response") if name not in found]:
-                raise ValueError(f"no column {missing[0]!r}; its columns are {', '.join(found)}")
-            columns = [name for name in KEYS if name in found]
-            unused = dict.fromkeys(name for name in found if name not in KEYS)  # of which only the names are told
-            for batch in file.iter_batches(_ROWS, columns=columns):
-                for row in batch.to_pylist():
-                    given = {name: value for name, value in row.items() if value is not None} | unused
-                    yield json.dumps(given, default=lambda _: None).encode()  # what JSON lacks is no string either
-    except (ValueError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path}: {error}") from None
+    values = _parse_json(line)
+    return [values] if isinstance(values, Fault) else _records_of(values, source, layout)
 
 
 def parse_record(line: bytes, source: str) -> Record | Fault:
@@ -137,33 +113,16 @@ def parse_record(line: bytes, source: str) -> Record | Fault:
     values = _parse_json(line)
     if isinstance(values, Fault):
         return values
-    if not isinstance(values, dict):
-        return Fault("not a JSON object")
-    for key in ("instruction", "response"):
-        if not isinstance(values.get(key), str):
-            return Fault(f"{key!r} is missing or not a string")
-        if not values[key].strip():
-            return Fault(f"{key!r} is empty")
-    condition = values.get("condition", "direct")
-    if not isinstance(condition, str):
-        return Fault("'condition' is not a string")
-    joined = []
-    for key in JOINED:
-        if not isinstance(text := values.get(key) or "", str):
-            return Fault(f"{key!r} is not a string")
-        if text.strip():
-            joined.append(key)
-    instruction = "\n\n".join([values["instruction"], *(values[key] for key in joined)])
-    unused = tuple(key for key in values if key not in KEYS)
-    return Record(instruction, values["response"], condition, source, tuple(joined), unused)
+    found = _records_of(values, source, layout_of(values))
+    return found[0] if len(found) == 1 else Fault("it holds several records: parse_records gives them")
 
 
-def _parse_json(line: bytes) -> Any:
-    """What a JSON line says, or the Fault in it."""
+def _parse_json(line: bytes) -> dict[str, Any] | Fault:
+    """The object that a JSON line says, or the Fault in it."""
     if not line.strip():
         return Fault("a blank line")
     try:
-        return json.loads(line.rstrip(b"\r\n"))
+        values = json.loads(line.rstrip(b"\r\n"))
     except json.JSONDecodeError as error:
         if error.msg.startswith("Invalid control character"):
             return Fault("not JSON: an unescaped control character", error.pos + 1)
@@ -176,6 +135,40 @@ def _parse_json(line: bytes) -> Any:
         return Fault("not JSON: brackets within brackets, too deep")
     except ValueError:  # Python converts no number that is so long
         return Fault("not JSON: a number of too many digits")
+    return values if isinstance(values, dict) else Fault("not a JSON object")
+
+
+def _records_of(values: dict[str, Any], source: str, layout: Layout | None) -> list[Record | Fault]:
+    used = () if layout is None else layout.keys
+    unused = tuple(key for key in values if key not in used)
+    found: list[Record | Fault] = []
+    for plain in plain_records(values, layout):
+        try:
+            found.append(Fault(plain) if isinstance(plain, str) else _record(plain, source, layout or PLAIN, unused))
+        except ValueError as error:
+            found.append(Fault(str(error)))
+    return found
+
+
+def _record(values: dict[str, Any], source: str, layout: Layout, unused: tuple[str, ...]) -> Record:
+    """The record of plain values. Raises ValueError, naming the key as the file does."""
+    for name in ("instruction", "response"):
+        if not isinstance(values.get(name), str):
+            raise ValueError(f"{getattr(layout, name)!r} is missing or not a string")
+        if not values[name].strip():
+            raise ValueError(f"{getattr(layout, name)!r} is empty")
+    condition = values.get("condition", "direct") or "direct"
+    if not isinstance(condition, str):
+        raise ValueError(f"{layout.condition!r} is not a string")
+    joined = []
+    for name in JOINED:
+        if not isinstance(text := values.get(name) or "", str):
+            raise ValueError(f"{getattr(layout, name)!r} is not a string")
+        if text.strip():
+            joined.append(name)
+    instruction = "\n\n".join([values["instruction"], *(values[name] for name in joined)])
+    names = tuple(getattr(layout, name) for name in joined)
+    return Record(instruction, values["response"], condition, source, names, unused)
 
 
 class KeyCounts:
@@ -252,7 +245,7 @@ def encode(record: Record, tokenizer: Tokenizer, context: int) -> tuple[list[int
     prompt = tokenizer.prompt(record.instruction, record.condition)
     ids = [*prompt, *tokenizer.encode(record.response), tokenizer.eoa]
     if len(ids) - 1 > context:
-        raise ValueError(f"longer than the context of {context} tokens")
+        raise ValueError(f"longer than the context of {context} tokens; raise it or shorten the record")
     return ids, len(prompt)
 
 

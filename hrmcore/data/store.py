@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from hrmcore.data.files import expand
 from hrmcore.data.records import Corpus, KeyCounts, Record, Rejected, read_records, tokenize
 from hrmcore.durable import sha256_of
 from hrmcore.tokenizer import Tokenizer
@@ -60,6 +61,12 @@ def open_store(folder: str | Path) -> Store:
     return Store(folder, manifest, corpus)
 
 
+def tokenizer_of(folder: str | Path) -> Path:
+    """The folder of a tokenizer: of a store its own, else the folder itself."""
+    own = Path(folder) / TOKENIZER
+    return own if (Path(folder) / MANIFEST).is_file() else Path(folder)
+
+
 def load_corpus(
     files: Sequence[str], tokenizer: Tokenizer, context: int, say: Callable[[str], None]
 ) -> tuple[Corpus, str]:
@@ -76,7 +83,7 @@ def load_corpus(
     rejected, keys = Rejected(), KeyCounts()
 
     def counted() -> Iterator[Record]:
-        for file in files:
+        for file in expand(files):
             for record in read_records(file, rejected):
                 keys.add(record)
                 yield record

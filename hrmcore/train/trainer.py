@@ -151,6 +151,7 @@ class Trainer:
                 # The run file asked for xPos, if this is xPos; the checkpoint says so, and hrmcore loads it.
                 save_model(model, folder, dtype=half, tokenizer_folder=tokenizer, allow_xpos=True)
         self._say(f"{folder}: the model, for hrmcore generate, eval, inspect and grow")
+        self._say(f"next: hrmcore repl {folder}")
 
     def evaluate(self) -> dict[str, float]:
         """Held-out loss and share of right answers, of the averaged weights; empty without held-out records."""

@@ -281,6 +281,13 @@ max_position_embeddings = {context}
     ]
     assert losses[0] == losses[1]
 
+    named = run_file(f'["{store}"]', "[]", "g")
+    named.write_text(named.read_text().replace(f'tokenizer = "{tokenizer}"', f'tokenizer = "{store}"'))
+    assert read_config(named).tokenizer == str(store / "tokenizer")
+    capsys.readouterr()
+    assert main(["train", str(named)]) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == f"next: hrmcore repl {tmp_path / 'g' / 'checkpoint'}"
+
     def refusal(path: Path) -> str:
         capsys.readouterr()
         assert main(["train", str(path)]) == 2
