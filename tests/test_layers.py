@@ -21,6 +21,7 @@ GROUND = "_C config tokenizer durable positions ops"
 ROOMS = {
     "_C": "",
     "_lazy": "",
+    "chat": "",
     "config": "",
     "tokenizer": "",
     "durable": "",
@@ -37,7 +38,7 @@ ROOMS = {
     "checkpoint": f"_lazy {GROUND} model optim distributed",
     "growth": f"_lazy {GROUND} model optim planner checkpoint",
     "train": f"_lazy {GROUND} machine model optim planner data distributed checkpoint growth",
-    "engine": f"_lazy {GROUND} model checkpoint",
+    "engine": f"_lazy chat {GROUND} model checkpoint",
     "lens": f"{GROUND} model",
     "evals": f"{GROUND} data checkpoint engine",
     "commands": f"{GROUND} model planner plots microbench data checkpoint growth train engine lens evals",
@@ -53,7 +54,7 @@ NEVER_EAGER = {
     *("huggingface_hub", "pyarrow"),
 }
 FREE_OF_TORCH = [
-    *("config", "tokenizer", "planner", "durable", "positions", "repl", "cli"),
+    *("chat", "config", "tokenizer", "planner", "durable", "positions", "repl", "cli"),
     *("data", "data.records", "data.packing", "data.store", "data.prepare"),
     *("checkpoint", "checkpoint.hrm_text", "checkpoint.safetensors_reader"),
     *("growth", "train"),

@@ -10,7 +10,7 @@ import contextlib
 import re
 import sys
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, overload
 
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrmcore import _C
+from hrmcore.chat import render
 from hrmcore.checkpoint.hrm_text import CONFIG_FILE, resolve
 from hrmcore.config import WINDOW_MULTIPLE, HRMConfig
 from hrmcore.engine.cpu_runner import CpuRunner
@@ -188,6 +189,14 @@ class Engine:
         ids = self.tokenizer.prompt(_check_text(prompt), condition)
         request = self._request(ids, len(ids), max_new_tokens, sampling, ignore_eos=False)
         return Answer(Tokens(request, self._follow(request)), PieceDecoder(self.tokenizer), StopFilter(stops))
+
+    def chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[TextOptions]) -> str:
+        """Answer the last of messages ({"role", "content"}); `hrmcore.chat.render` makes them one instruction."""
+        return "".join(self.stream_chat(messages, **options))
+
+    def stream_chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[TextOptions]) -> Answer:
+        """`chat`, piece by piece as `stream` gives them."""
+        return self.stream(render(messages), **options)
 
     def tokens(
         self,
