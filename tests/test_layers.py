@@ -58,7 +58,7 @@ FREE_OF_TORCH = [
     *("data", "data.records", "data.packing", "data.store", "data.prepare"),
     *("checkpoint", "checkpoint.hrm_text", "checkpoint.safetensors_reader"),
     *("growth", "train"),
-    *("engine", "engine.engine", "engine.runner", "engine.cpu_runner"),
+    *("engine", "engine.engine", "engine.async_engine", "engine.runner", "engine.cpu_runner"),
     *("engine.packed_file", "engine.streams", "engine.sampling"),
     *("evals.harness", "evals.iq", "evals.reasoning_gym", "evals.runners"),
     *(f"commands.{path.stem}" for path in (PACKAGE / "commands").glob("*.py")),
