@@ -132,16 +132,11 @@ def _layers(config: HRMConfig) -> int:
     return l_layers if config.shared_stacks else l_layers + h_layers
 
 
-def backward_visits(config: HRMConfig, horizon: int | None) -> int:
-    """How many of a token's stack visits carry gradient when the horizon is K; None is every visit.
+def backward_visits(config: HRMConfig, horizon: int | None) -> tuple[int, int]:
+    """How many of a token's visits of L and of H carry gradient when the horizon is K; None is every visit.
 
-    H gets min(H_cycles, K − 1) of them, L the rest, at most all of its visits. Raises ValueError when K is below 2.
+    H gets min(H_cycles, K − 1) of the K, L the rest, at most all of its visits. Raises ValueError when K is below 2.
     """
-    return sum(_backward_visits(config, horizon))
-
-
-def _backward_visits(config: HRMConfig, horizon: int | None) -> tuple[int, int]:
-    """The same apart: visits of L, visits of H."""
     l_visits, h_visits = config.H_cycles * config.L_cycles, config.H_cycles
     if horizon is None:
         return l_visits, h_visits
@@ -161,7 +156,7 @@ def training_flops(
     block that carries gradient is counted although K <= H_cycles does not need it: 8·A·D a token.
     """
     forward = config.cache_slots  # layers that a token passes, and those of them that carry gradient
-    backward = sum(map(mul, _backward_visits(config, horizon), config.depths))
+    backward = sum(map(mul, backward_visits(config, horizon), config.depths))
     return Flops(
         stacks=tokens * (2 * forward + 4 * backward) * layer_weights(config),
         head=supervised * 6 * config.vocab_size * config.hidden_size,
@@ -218,7 +213,7 @@ def memory(
     last_mlp = 2 * width * batch_tokens * (config.hidden_size + config.intermediate_size)
     unneeded = (1 - supervised) * last_mlp
     last_visit = h_visit - unneeded
-    activations = sum(map(mul, _backward_visits(config, horizon), (l_visit, h_visit))) - unneeded
+    activations = sum(map(mul, backward_visits(config, horizon), (l_visit, h_visit))) - unneeded
     work = batch_tokens * config.attention_width * (5 * width + (8 if precision == "bfloat16" else 0))
     logits = width * min(batch_tokens * supervised * config.vocab_size, LOGITS_AT_ONCE)
     casts = width * head if ranks == 1 and precision == "bfloat16" else 0

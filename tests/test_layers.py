@@ -17,7 +17,7 @@ from hrmcore.cli import COMMANDS
 PACKAGE = Path(hrmcore.__file__).parent
 
 # A room's line names all that it may import from; a package may also import from itself, but not in a circle.
-GROUND = "_C config tokenizer durable ops"
+GROUND = "_C config tokenizer durable positions ops"
 ROOMS = {
     "_C": "",
     "_lazy": "",
@@ -25,7 +25,8 @@ ROOMS = {
     "tokenizer": "",
     "durable": "",
     "plots": "",
-    "ops": "_C",
+    "positions": "",
+    "ops": "_C positions",
     "machine": "_C",
     "microbench": "_C ops machine",
     "optim": GROUND,
@@ -52,7 +53,7 @@ NEVER_EAGER = {
     *("huggingface_hub", "pyarrow"),
 }
 FREE_OF_TORCH = [
-    *("config", "tokenizer", "planner", "durable", "repl", "cli"),
+    *("config", "tokenizer", "planner", "durable", "positions", "repl", "cli"),
     *("data", "data.records", "data.packing", "data.store", "data.prepare"),
     *("checkpoint", "checkpoint.hrm_text", "checkpoint.safetensors_reader"),
     *("growth", "train"),

@@ -18,7 +18,7 @@ from hrmcore import _C
 from hrmcore.checkpoint.hrm_text import read_config, save_model
 from hrmcore.config import HRMConfig
 from hrmcore.data.packing import PackedBatch
-from hrmcore.engine.cpu_runner import CpuRunner, convert, fading, rotations
+from hrmcore.engine.cpu_runner import CpuRunner, convert, log_decay, rotations
 from hrmcore.engine.torch_runner import TorchRunner
 from hrmcore.model import HRM
 from hrmcore.ops.backend import reference_ops
@@ -291,8 +291,8 @@ def test_a_packed_file_keeps_the_encoding(tmp_path: Path) -> None:
 
 def test_the_engine_has_the_tables_of_the_ops() -> None:
     own = config(head_dim=64, xpos_scale_base=300)
-    rates = fading(own)
-    assert rates is not None
-    assert np.allclose(rates, xpos_log_decay(64, 300).numpy(), rtol=1e-7, atol=0)
+    decay = log_decay(own)
+    assert decay is not None
+    assert np.allclose(decay, xpos_log_decay(64, 300).numpy(), rtol=1e-7, atol=0)
     assert np.abs(rotations(own)[::97] - rope_table(65536, 64, exact=True).numpy()[::97]).max() <= 1e-7
-    assert fading(config(position_encoding="rope")) is None
+    assert log_decay(config(position_encoding="rope")) is None

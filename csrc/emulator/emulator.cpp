@@ -11,113 +11,12 @@
 #include <vector>
 
 #include "emulator/fiber.h"
-#include "emulator/races.h"
+#include "emulator/machine.h"
 
 namespace hrmcore::emulator {
 
 const Coordinates* running = nullptr;
-
-namespace {
-
-constexpr std::size_t stack_bytes = 64 << 10;
-constexpr std::uint64_t stack_mark = 0x6b6361747320656eu;
-constexpr unsigned most_blocks_at_once = 8;
-constexpr std::uint32_t window_room = 1 << 20;  // ticks for the blocks that have yet to arrive
-constexpr std::size_t most_shadow_bytes = std::size_t{256} << 20;
-
-enum class Wait : std::uint8_t { nothing, warp, block, grid, over };
-
-struct Block;
-
-struct Copy {
-  std::byte* shared;
-  const std::byte* global;
-  std::size_t bytes, filled;
-  unsigned group;
-};
-
-struct Thread {
-  Coordinates at;
-  void* fiber = nullptr;
-  std::byte* stack = nullptr;
-  Block* block = nullptr;
-  ThreadId id = 0;
-  unsigned lane = 0;
-  Wait wait = Wait::nothing;
-  const char* what = "";
-  Site site{"", 0};
-  std::vector<Copy> copies;
-  unsigned copy_group = 0;
-};
-
-struct WarpOperation {
-  const char* what;
-  unsigned mask, arrived;
-  Site site;
-  Combine combine;
-  const void* in[32];
-  void* out[32];
-};
-
-struct Warp {
-  Block* block = nullptr;
-  Thread* threads = nullptr;
-  unsigned lanes = 0, finished = 0;  // bits
-  std::uint32_t synchronised = 0;
-  bool queued = false;
-  std::vector<WarpOperation> operations;
-};
-
-struct Block {
-  unsigned number = 0;
-  std::vector<Thread> threads;
-  std::vector<Warp> warps;
-  std::vector<std::byte> shared;
-  std::byte* shared_base = nullptr;
-  std::vector<Cell> cells;
-  std::uint32_t synchronised = 0, with_grid = 0;
-  unsigned at_barrier = 0, finished = 0;
-  Site barrier{"", 0};
-  bool arrived = false;  // at the grid's barrier, and has not waited there
-  unsigned arrival = 0;  // how often the barrier had opened then
-};
-
-struct Memory {  // of the stacks
-  std::byte* base = nullptr;
-  std::size_t bytes = 0;
-};
-
-struct Machine {
-  std::mutex one_launch;
-  std::uint64_t seed = 0, random = 0;
-  Shape shape{dim3(), 0, 0, false};
-  Site launch{"", 0};
-  void (*body)(const void*) = nullptr;
-  const void* params = nullptr;
-  std::vector<std::unique_ptr<Block>> resident;
-  std::vector<Warp*> ready;
-  Memory stacks;
-  GlobalCells global;
-  std::uint32_t tick = 0;
-  // What blocks do between their arrival at the grid's barrier and its opening comes after it: their ticks run
-  // from `window_begin` on, ahead of those of the blocks that have yet to arrive.
-  std::uint32_t window_begin = 0, window_tick = 0;
-  std::uint32_t opened = 0;  // where the window of the last barrier to open began
-  unsigned arrived = 0, openings = 0;
-  Site grid_barrier{"", 0};
-  void* scheduler = nullptr;
-  Thread* current = nullptr;
-  bool failed = false;
-  std::string message;
-  Counters counters;
-} machine;
-
-std::uint64_t random_below(std::uint64_t bound) {
-  machine.random ^= machine.random << 13;
-  machine.random ^= machine.random >> 7;
-  machine.random ^= machine.random << 17;
-  return (machine.random >> 11) % bound;
-}
+Machine machine;
 
 std::string text(Site site) {
   const std::string path = site.file;
@@ -141,6 +40,21 @@ std::string name(ThreadId id) {
   stop(name(machine.current->id) + " at " + text(site) + ": " + message);
 }
 
+namespace {
+
+constexpr std::size_t stack_bytes = 64 << 10;
+constexpr std::uint64_t stack_mark = 0x6b6361747320656eu;
+constexpr unsigned most_blocks_at_once = 8;
+constexpr std::uint32_t window_room = 1 << 20;  // ticks for the blocks that have yet to arrive
+constexpr std::size_t most_shadow_bytes = std::size_t{256} << 20;
+
+std::uint64_t random_below(std::uint64_t bound) {
+  machine.random ^= machine.random << 13;
+  machine.random ^= machine.random >> 7;
+  machine.random ^= machine.random << 17;
+  return (machine.random >> 11) % bound;
+}
+
 void yield() { hrmcore_switch_fiber(&machine.current->fiber, machine.scheduler); }
 
 void make_ready(Thread& thread) {
@@ -153,25 +67,6 @@ void make_ready(Thread& thread) {
 }
 
 Warp& warp_of(const Thread& thread) { return thread.block->warps[thread.at.thread.x / 32]; }
-
-bool still_closed(const Block& block) { return block.arrived && block.arrival == machine.openings; }
-
-std::uint32_t& tick_of(const Block& block) {
-  return still_closed(block) ? machine.window_tick : machine.tick;
-}
-
-Observer observer(const Thread& thread) {
-  return {thread.id, tick_of(*thread.block), warp_of(thread).synchronised, thread.block->synchronised,
-          thread.block->with_grid};
-}
-
-void report(const Conflict& conflict, bool write, const std::string& place, Site site) {
-  const std::string mine = write ? "writes " : "reads ";
-  const std::string theirs = conflict.with_write ? " wrote" : " read";
-  stop_here("race: " + mine + place + ", which " + name(conflict.other) + theirs +
-                " with no barrier in between that both passed",
-            site);
-}
 
 // ---- barriers
 
@@ -516,7 +411,7 @@ void warp_operation(const char* what, unsigned mask, const void* in, void* out, 
   if (combine != nullptr) {
     combine(operation->in, operation->out);
   } else if (mask == (warp.lanes & ~warp.finished)) {
-    warp.synchronised = ++machine.tick;
+    warp.synchronised = ++tick_of(*me.block);
   }
   warp.operations.erase(operation);
   for (unsigned lane = 0; lane < 32; ++lane) {
@@ -525,67 +420,6 @@ void warp_operation(const char* what, unsigned mask, const void* in, void* out, 
 }
 
 std::byte* shared_memory() { return machine.current->block->shared_base; }
-
-void shared_access(const void* address, std::size_t bytes, bool write, Site site) {
-  Thread& me = *machine.current;
-  Block& block = *me.block;
-  const std::ptrdiff_t offset = static_cast<const std::byte*>(address) - block.shared_base;
-  if (offset < 0 || offset + bytes > machine.shape.shared_bytes) {
-    stop_here("shared memory out of bounds: byte " + std::to_string(offset) + " of " +
-                  std::to_string(machine.shape.shared_bytes),
-              site);
-  }
-  if (offset % bytes != 0)
-    stop_here("misaligned access to shared memory, at byte " + std::to_string(offset), site);
-  const Observer who = observer(me);
-  for (std::size_t cell = offset / cell_bytes; cell <= (offset + bytes - 1) / cell_bytes; ++cell) {
-    const Conflict conflict = write ? block.cells[cell].write(who) : block.cells[cell].read(who);
-    if (conflict.found) {
-      report(conflict, write, "byte " + std::to_string(cell * cell_bytes) + " of shared memory", site);
-    }
-  }
-}
-
-void global_access(const void* address, std::size_t bytes, bool write, Site site) {
-  const auto first = reinterpret_cast<std::uintptr_t>(address);
-  if (first % bytes != 0) stop_here("misaligned access to global memory", site);
-  (write ? machine.counters.bytes_written : machine.counters.bytes_read) += bytes;
-  const Observer who = observer(*machine.current);
-  Cell* cells = machine.global.at(first);
-  for (std::size_t cell = 0; cell < (bytes + cell_bytes - 1) / cell_bytes; ++cell) {
-    if (!write && cells[cell].unread(who)) machine.counters.bytes_read_first += std::min(bytes, cell_bytes);
-    const Conflict conflict = write ? cells[cell].write(who) : cells[cell].read(who);
-    if (conflict.found) report(conflict, write, "global memory", site);
-  }
-}
-
-void copy_async(void* shared, const void* global, std::size_t bytes, std::size_t filled, Site site) {
-  Thread& me = *machine.current;
-  shared_access(shared, bytes, true, site);
-  if (reinterpret_cast<std::uintptr_t>(global) % bytes != 0) stop_here("misaligned source of cp.async", site);
-  for (std::size_t read = 0; read < filled; read += cell_bytes) {
-    global_access(static_cast<const std::byte*>(global) + read, cell_bytes, false, site);
-  }
-  std::memset(shared, 0xff, bytes);
-  me.copies.push_back(
-      {static_cast<std::byte*>(shared), static_cast<const std::byte*>(global), bytes, filled, me.copy_group});
-}
-
-void commit_copies() { ++machine.current->copy_group; }
-
-void wait_for_copies(unsigned groups_left, Site site) {
-  Thread& me = *machine.current;
-  me.site = site;
-  const auto landed = std::find_if(me.copies.begin(), me.copies.end(), [&](const Copy& copy) {
-    return copy.group + groups_left >= me.copy_group;
-  });
-  for (auto copy = me.copies.begin(); copy != landed; ++copy) {
-    shared_access(copy->shared, copy->bytes, true, site);
-    std::memset(copy->shared, 0, copy->bytes);
-    std::memcpy(copy->shared, copy->global, copy->filled);
-  }
-  me.copies.erase(me.copies.begin(), landed);
-}
 
 }  // namespace hrmcore::emulator
 

@@ -51,12 +51,16 @@ void passed_through_the_grid(Memory m) {
 // next barrier.
 void works_between_arriving_and_waiting(Memory m) {
   const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+  const SharedArray<float> shared = shared_array<float>(0);
   GridBarrier barrier(nullptr);
   float own = 0;
   for (int round = 0; round < 3; ++round) {
     if (index() == 0) put(m.numbers + block, static_cast<float>(round * 100 + block));
     barrier.arrive();
     if (index() == 0) put(m.numbers + 2 * blocks + block, ++own);
+    shared[index()] = own;
+    __syncwarp();
+    own += shared[index() ^ 1] - shared[index() ^ 1];
     barrier.wait();
     if (index() == 0) put(m.numbers + blocks + block, load<1>(m.numbers + (block + 1) % blocks)[0]);
     barrier.arrive();

@@ -18,6 +18,7 @@ from hrmcore.checkpoint.hrm_text import Arrays, key_table, resolve
 from hrmcore.config import HRMConfig
 from hrmcore.engine.packed_file import PACKED_FILE, Header, read_header, write_packed
 from hrmcore.engine.runner import DTYPES, PAGE, Interrupted, Rows
+from hrmcore.positions import rotary_table, xpos_log_decay
 from hrmcore.tokenizer import TOKENIZER_FILES
 
 _MOST_TOGETHER = 64  # sequences, each of which may hold a page that is not full
@@ -59,7 +60,7 @@ class CpuRunner:
             kv_dtype=kv_dtype,
             threads=threads or _C.num_threads(),
             cache_tokens=pages * PAGE,
-            log_decay=fading(config),
+            log_decay=log_decay(config),
             window=config.attention_window,
         )
 
@@ -165,32 +166,15 @@ def _windowed(config: HRMConfig, attention_window: int | None) -> HRMConfig:
 
 
 def rotations(config: HRMConfig) -> NDArray[np.float32]:
-    """The table of `hrmcore.ops.rope.rope_table` without torch: (positions, head_dim).
-
-    Its cos and sin differ by one unit in the last place here and there. The powers go through float64, because numpy's
-    float32 ones are off in the last place, too.
-    """
-    if config.position_encoding == "xpos":
-        inv_freq = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
-        table = np.empty((config.context, config.head_dim), np.float32)
-        half = config.head_dim // 2
-        for start in range(0, config.context, 4096):  # the float64 angles of all at once would be another 4 tables
-            angles = np.arange(start, min(start + 4096, config.context))[:, None] * inv_freq
-            np.cos(angles, out=table[start : start + 4096, :half], casting="same_kind")
-            np.sin(angles, out=table[start : start + 4096, half:], casting="same_kind")
-        return table
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    powers = (np.float64(config.rope_theta) ** exponents.astype(np.float64)).astype(np.float32)
-    angles = np.arange(config.max_position_embeddings, dtype=np.float32)[:, None] * (np.float32(1) / powers)
-    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    """The table of rotations of a model: (positions, head_dim)."""
+    xpos = config.position_encoding == "xpos"
+    length = config.context if xpos else config.max_position_embeddings
+    return rotary_table(length, config.head_dim, config.rope_theta, exact=xpos)
 
 
-def fading(config: HRMConfig) -> NDArray[np.float32] | None:
-    """What `hrmcore.ops.rope.xpos_log_decay` gives, without torch: (head_dim / 2); None for a RoPE model."""
-    if config.position_encoding == "rope":
-        return None
-    zeta = (np.arange(0, config.head_dim, 2) + 0.4 * config.head_dim) / (1.4 * config.head_dim)
-    return (np.log(zeta) / config.xpos_scale_base).astype(np.float32)
+def log_decay(config: HRMConfig) -> NDArray[np.float32] | None:
+    """The log decay of a model's xPos: (head_dim / 2); None for a RoPE model."""
+    return None if config.position_encoding == "rope" else xpos_log_decay(config.head_dim, config.xpos_scale_base)
 
 
 def convert(source: str | Path, out: str | Path, dtype: str) -> Path:

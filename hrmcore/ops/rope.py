@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
 from hrmcore import _C
+from hrmcore import positions as formulas
 from hrmcore.ops.backend import DEVICES, reference_active, stream_of
 
 
@@ -39,18 +40,8 @@ def rope_table(length: int, head_dim: int, theta: float = 10000.0, exact: bool =
 
 
 def xpos_log_decay(head_dim: int, scale_base: int = 512) -> Tensor:
-    """The log decay of xPos: how a score decays with the distance of query and key; (d/2) float32, for `attention`.
-
-    Channel pair i is multiplied by zeta_i^(distance / scale_base) = exp(log_decay_i distance), where
-    zeta_i = (2i + 0.4 d) / (1.4 d). Source: arXiv 2212.10554. Raises ValueError on a head_dim that is odd or below 2,
-    or a scale_base below 1.
-    """
-    if head_dim < 2 or head_dim % 2:
-        raise ValueError(f"xpos_log_decay: head_dim must be even and at least 2, got {head_dim}")
-    if scale_base < 1:
-        raise ValueError(f"xpos_log_decay: scale_base must be at least 1, got {scale_base}")
-    zeta = (torch.arange(0, head_dim, 2, dtype=torch.float64) + 0.4 * head_dim) / (1.4 * head_dim)
-    return (zeta.log() / scale_base).float()
+    """The log decay of xPos, `hrmcore.positions.xpos_log_decay`, for `attention`; (d/2) float32."""
+    return torch.from_numpy(formulas.xpos_log_decay(head_dim, scale_base))
 
 
 def rope_ref(q: Tensor, k: Tensor, table: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

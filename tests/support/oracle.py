@@ -39,6 +39,10 @@ def bound(out: Tensor, float32: float) -> float:
 
 def framed(x: Tensor, frame: float = torch.nan) -> Tensor:
     """A copy of `x` that is the inside of a larger buffer of NaNs: a read past its rows or columns shows."""
+    if x.dim() == 1:
+        buffer = torch.full((len(x) + 6,), frame, dtype=x.dtype)
+        buffer[3:-3] = x
+        return buffer[3:-3]
     buffer = torch.full((x.shape[0] + 2, *x.shape[1:-1], x.shape[-1] + 6), frame, dtype=x.dtype)
     inside = buffer[1:-1, ..., 3:-3]
     inside.copy_(x)
