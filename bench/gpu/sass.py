@@ -185,6 +185,9 @@ class Kernel:
                         heapq.heappush(queue, (length + len(self.blocks[after].instructions), *state))
         return None
 
+    def calls(self, blocks: Iterable[int]) -> int:
+        return sum(i.counts_as("CALL") and not i.is_branch for b in blocks for i in self.blocks[b].instructions)
+
     def divisions(self, blocks: Iterable[int]) -> int:
         """Divisions of integers."""
         return sum(i.opcode in DIVISION for b in blocks for i in self.blocks[b].instructions)
@@ -207,11 +210,12 @@ def parse(text: str) -> dict[str, dict[str, Kernel]]:
 
 
 def cuobjdump() -> str | None:
-    """The tool: on the PATH, or of PyPI's nvidia-cuda-cuobjdump."""
-    if path := shutil.which("cuobjdump"):
-        return path
-    here = Path(sysconfig.get_path("purelib"))
-    return next((str(path) for path in sorted(here.glob("nvidia/*/bin/cuobjdump"))), None)
+    """The tool and nvdisasm, which it calls: on the PATH, or beside each other of PyPI's packages of their names."""
+    installed = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/cuobjdump"))
+    for tool in (shutil.which("cuobjdump"), *map(str, installed)):
+        if tool and (shutil.which("nvdisasm") or Path(tool).with_name("nvdisasm").exists()):
+            return tool
+    return None
 
 
 def disassembled(tool: str, binary: Path, targets: Iterable[str] = ()) -> dict[str, dict[str, Kernel]]:

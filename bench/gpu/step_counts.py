@@ -37,7 +37,7 @@ def main() -> int:
     options = parser.parse_args()
     tool = cuobjdump()
     if tool is None:
-        print("no cuobjdump: pip install nvidia-cuda-cuobjdump", file=sys.stderr)
+        print("no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm", file=sys.stderr)
         return 2
     kernels = deepest(disassembled(tool, options.binary, [options.target])[options.target].values())
     print(json.dumps({d: counted(k, d, options.step) for d, k in kernels.items()}, indent=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from support.traffic import traffic
@@ -125,3 +126,13 @@ def test_shapes_follow_the_schedule() -> None:
     assert short.blocks_with_work("attention") == 48
     assert not step_model.xl("bfloat16", 8, 200).splits_apart
     assert step_model.xl("bfloat16", 8, 200).ring_stages() == 7
+
+
+def test_the_counts_are_those_of_the_committed_table() -> None:
+    """make cuda-table writes both."""
+    table = (Path(__file__).parents[2] / "csrc" / "sass.txt").read_text()
+    targets = table.splitlines()[1].split()
+    for dtype, counts in step_model.load_counts("new").items():
+        figures = next(line for line in table.splitlines() if line.startswith(f"{dtype}: instructions for"))
+        shown = figures.split("bytes" if dtype == "bfloat16" else "item")[1].split()[targets.index("sm_90")]
+        assert float(shown) == pytest.approx(counts["stage"] / 4, abs=0.06)
