@@ -71,7 +71,7 @@ class TrainConfig:
     tokenizer: str = _key(
         "required",
         "folder with tokenizer.model or tokenizer.json, or a prepared folder for its own; may be left out with "
-        "init_from, or where train_files is a prepared folder"
+        "init_from, or where train_files is a prepared folder",
     )
     out: str = _key("required", "run folder: metrics.jsonl, states/ and checkpoint/ are written here")
     steps: int = _key("required", "optimizer steps of the whole run")
