@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING
 from hrmcore._lazy import lazy
 
 if TYPE_CHECKING:
+    from hrmcore.engine.async_engine import AsyncAnswer as AsyncAnswer
+    from hrmcore.engine.async_engine import AsyncEngine as AsyncEngine
+    from hrmcore.engine.async_engine import EngineClosed as EngineClosed
+    from hrmcore.engine.async_engine import QueueFull as QueueFull
     from hrmcore.engine.engine import EMBEDDED_MODEL as EMBEDDED_MODEL
     from hrmcore.engine.engine import Engine as Engine
     from hrmcore.engine.engine import TextOptions as TextOptions
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy(
     __name__,
     {
+        "async_engine": ["AsyncAnswer", "AsyncEngine", "EngineClosed", "QueueFull"],
         "engine": ["EMBEDDED_MODEL", "Engine", "TextOptions", "load"],
         "streams": ["Answer", "Finish", "Request", "StopFilter", "Tokens"],
     },

@@ -14,7 +14,7 @@ from hrmcore.checkpoint.hrm_text import CONFIG_FILE
 from hrmcore.engine.cuda_decode import MOST_REQUESTS, CudaStep, Form
 from hrmcore.engine.mma_layout import MMA_DTYPES
 from hrmcore.engine.runner import Rows
-from hrmcore.engine.torch_runner import TorchRunner
+from hrmcore.engine.torch_runner import TorchRunner, one_at_a_time
 from hrmcore.model import HRM
 from hrmcore.ops.backend import require_cuda
 
@@ -54,6 +54,7 @@ class CudaRunner(TorchRunner):
             model = windowed.requires_grad_(False)
         return cls(model.to(device), "bfloat16" if dtype == "auto" else dtype)
 
+    @one_at_a_time
     @torch.inference_mode()
     def step(self, handles: Sequence[int], tokens: Sequence[int]) -> Rows:
         """Append one token to each of these sequences, 8 at a time; returns the logits (S, V) float32 that follow."""

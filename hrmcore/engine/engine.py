@@ -10,14 +10,15 @@ import contextlib
 import re
 import sys
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, overload
+from typing import TYPE_CHECKING, TypedDict, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hrmcore import _C
+from hrmcore.chat import render
 from hrmcore.checkpoint.hrm_text import CONFIG_FILE, resolve
 from hrmcore.config import WINDOW_MULTIPLE, HRMConfig
 from hrmcore.engine.cpu_runner import CpuRunner
@@ -25,7 +26,7 @@ from hrmcore.engine.packed_file import PACKED_FILE
 from hrmcore.engine.runner import DTYPES, Interrupted
 from hrmcore.engine.sampling import Sampler, Sampling, is_integer, require, sample
 from hrmcore.engine.streams import Answer, Request, StopFilter, Tokens
-from hrmcore.tokenizer import PieceDecoder, Tokenizer
+from hrmcore.tokenizer import NoFramingError, PieceDecoder, Tokenizer
 
 if TYPE_CHECKING:
     from typing import Unpack  # Python 3.11; only type checkers come here
@@ -40,6 +41,9 @@ EMBEDDED_MODEL = Path(__file__).parents[1] / "assets" / "tiny"
 MAX_BATCH = 64
 CACHE_BUDGET = 4 << 30  # bytes
 PREFILL_TOKENS = 4096  # in one packed prefill; a longer prompt goes alone
+
+
+Key = TypeVar("Key")  # what a caller knows a request by
 
 
 class TextOptions(TypedDict, total=False):
@@ -92,7 +96,10 @@ def load(
         raise FileNotFoundError("this installation has no embedded model: give the path of a checkpoint")
     folder = EMBEDDED_MODEL if path is None else resolve(path)
     runner = _open_runner(folder, dtype, device, threads, kv_dtype, window)
-    return Engine(runner, _find_tokenizer(folder, runner.config), folder)
+    try:
+        return Engine(runner, _find_tokenizer(folder, runner.config), folder)
+    except NoFramingError as error:  # its tokens need no frame
+        return Engine(runner, None, folder, f"{error}, so no prompt can be framed")
 
 
 def _open_runner(
@@ -110,13 +117,16 @@ class Engine:
     """A loaded model: what `load` returns, or any Runner with a tokenizer and the folder that both came from.
 
     Every method raises ValueError on a bad argument, before anything runs. `tokenizer` is None when the checkpoint came
-    without one; then only `tokens` and `logits` work.
+    without one, or with one of another kind of model; then only `tokens` and `logits` work. `why_no_tokenizer` says it.
     """
 
-    def __init__(self, runner: Runner, tokenizer: Tokenizer | None, source: Path) -> None:
+    def __init__(
+        self, runner: Runner, tokenizer: Tokenizer | None, source: Path, why_no_tokenizer: str | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.source = source
         self._runner = runner
+        self._why_no_tokenizer = why_no_tokenizer or f"{source} has no tokenizer"
 
     @property
     def config(self) -> HRMConfig:
@@ -137,6 +147,12 @@ class Engine:
     def open_requests(self) -> int:
         """How many answers hold a part of the KV cache now: begun, and neither ended nor closed."""
         return self._runner.open_sequences
+
+    def text_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises ValueError saying what is missing when there is none that frames a prompt."""
+        if self.tokenizer is None:
+            raise ValueError(f"{self._why_no_tokenizer}: give token ids to Engine.tokens instead")
+        return self.tokenizer
 
     @overload
     def generate(self, prompt: str, **options: Unpack[TextOptions]) -> str: ...  # type: ignore[overload-overlap]
@@ -181,13 +197,20 @@ class Engine:
         The answer ends where the model ends it, before the first `stop` string, after max_new_tokens, or at the end of
         the context; `.finish` says which. Temperature 0 is greedy. The same seed gives the same answer.
         """
-        if self.tokenizer is None:
-            raise ValueError(f"{self.source} has no tokenizer: give token ids to Engine.tokens instead")
+        tokenizer = self.text_tokenizer()
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         stops = _check_stop(stop)
-        ids = self.tokenizer.prompt(_check_text(prompt), condition)
+        ids = tokenizer.prompt(_check_text(prompt), condition)
         request = self._request(ids, len(ids), max_new_tokens, sampling, ignore_eos=False)
-        return Answer(Tokens(request, self._follow(request)), PieceDecoder(self.tokenizer), StopFilter(stops))
+        return Answer(Tokens(request, self._follow(request)), PieceDecoder(tokenizer), StopFilter(stops))
+
+    def chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[TextOptions]) -> str:
+        """Answer the last of messages ({"role", "content"}); `hrmcore.chat.render` makes them one instruction."""
+        return "".join(self.stream_chat(messages, **options))
+
+    def stream_chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[TextOptions]) -> Answer:
+        """`chat`, piece by piece as `stream` gives them."""
+        return self.stream(render(messages), **options)
 
     def tokens(
         self,
@@ -260,13 +283,20 @@ class Engine:
                 yield token
 
     def _decode(self, requests: Sequence[Request]) -> Generator[tuple[int, int], None, None]:
-        """Decode requests together, yielding (index, token) as tokens come. Requests join as others leave.
+        """Decode requests together, yielding (index, token) as tokens come. Closing the generator ends all requests."""
+        with contextlib.closing(self.decode(deque(enumerate(requests)))) as run:
+            for index, token in run:
+                if token is not None:
+                    yield index, token
 
-        The consumer ends a request by setting its `finish`, from any thread: it leaves before the next step, and soon
-        when it is in a long prefill. Closing the generator ends all requests.
+    def decode(self, waiting: deque[tuple[Key, Request]]) -> Generator[tuple[Key, int | None], None, None]:
+        """Decode what waits, yielding (key, token) as tokens come and (key, None) once a request has left.
+
+        Requests join as others leave; another thread may append to `waiting` meanwhile. Anyone may end a request by
+        setting its `finish`, from any thread: it leaves before the next step, soon when it is in a long prefill, and
+        without a word when it has not begun. Closing the generator ends all that have.
         """
-        waiting = deque(enumerate(requests))
-        active: list[tuple[int, Request]] = []
+        active: list[tuple[Key, Request]] = []
         try:
             while waiting or active:
                 tokens: list[int] = []
@@ -283,12 +313,13 @@ class Engine:
                         tokens += sample([r.sampler for r in fresh], rows)
                     except Interrupted:
                         waiting.extendleft(reversed(joining))
-                for (index, request), token in zip(active, tokens, strict=True):
+                for (key, request), token in zip(active, tokens, strict=True):
                     if not request.finish and request.take(token):
-                        yield index, token
+                        yield key, token
                 for entry in [entry for entry in active if entry[1].finish]:
                     active.remove(entry)
                     self._runner.close(entry[1].handle)
+                    yield entry[0], None
         finally:
             for _, request in active:
                 self._runner.close(request.handle)
@@ -306,12 +337,12 @@ class Engine:
         return rows
 
     def _admit(
-        self, waiting: deque[tuple[int, Request]], active: Sequence[tuple[int, Request]]
-    ) -> list[tuple[int, Request]]:
+        self, waiting: deque[tuple[Key, Request]], active: Sequence[tuple[Key, Request]]
+    ) -> list[tuple[Key, Request]]:
         """Take from the queue what fits beside the active requests; at least one when there are none."""
         budget = CACHE_BUDGET // self._runner.cache_bytes_per_token - sum(r.most_tokens for _, r in active)
         prefill = PREFILL_TOKENS
-        admitted: list[tuple[int, Request]] = []
+        admitted: list[tuple[Key, Request]] = []
         while waiting and len(active) + len(admitted) < MAX_BATCH:
             request = waiting[0][1]
             if request.finish:

@@ -33,15 +33,15 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        require(_is_number(self.temperature) and self.temperature >= 0, "temperature", "0 or more", self.temperature)
+        require(is_number(self.temperature) and self.temperature >= 0, "temperature", "0 or more", self.temperature)
         if self.top_k is not None:
             require(is_integer(self.top_k) and self.top_k >= 1, "top_k", "a whole number of at least 1", self.top_k)
         if self.top_p is not None:
-            require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
+            require(is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
         if self.min_p is not None:
-            require(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "between 0 and 1", self.min_p)
+            require(is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "between 0 and 1", self.min_p)
         penalty = self.repetition_penalty
-        require(_is_number(penalty) and penalty > 0, "repetition_penalty", "above 0 (1 is none)", penalty)
+        require(is_number(penalty) and penalty > 0, "repetition_penalty", "above 0 (1 is none)", penalty)
         if self.seed is not None:
             require(is_integer(self.seed) and self.seed >= 0, "seed", "a whole number of at least 0", self.seed)
             require(self.seed < 1 << 64, "seed", "a whole number below 2**64", self.seed)
@@ -82,5 +82,6 @@ def is_integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether it is a finite number; True and False are not."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

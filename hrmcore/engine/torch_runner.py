@@ -5,9 +5,12 @@ Shapes: T tokens, S sequences, H heads, d head_dim, V vocabulary, C pages of the
 
 from __future__ import annotations
 
+import functools
 import itertools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +18,8 @@ from torch import Tensor
 from hrmcore.config import HRMConfig
 from hrmcore.engine.runner import PAGE, Rows
 from hrmcore.model import HRM, Layout
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 @dataclass
@@ -85,6 +90,17 @@ class _CacheView:
         return keys.index_select(0, self._rows), values.index_select(0, self._rows)
 
 
+def one_at_a_time(method: Method) -> Method:
+    """A runner's method that waits until no other thread is in one."""
+
+    @functools.wraps(method)
+    def locked(self: TorchRunner, *arguments: Any) -> Any:
+        with self._lock:
+            return method(self, *arguments)
+
+    return cast(Method, locked)
+
+
 class TorchRunner:
     """The reference runner: HRM.hidden over packed sequences. The cache has a slot for each (visit, layer)."""
 
@@ -99,6 +115,7 @@ class TorchRunner:
         self._pool = _Pool(self.config, dtype, self._device)
         self._sequences: dict[int, _Sequence] = {}
         self._handles = itertools.count()
+        self._lock = threading.RLock()
 
     @property
     def open_sequences(self) -> int:
@@ -109,6 +126,7 @@ class TorchRunner:
         """The keys and values of all sequences: (slots, 2, rows, H, d). Replaced when the pool grows."""
         return self._pool.kv
 
+    @one_at_a_time
     def open(
         self,
         prompts: Sequence[Sequence[int]],
@@ -125,9 +143,11 @@ class TorchRunner:
                 self.close(handle)
             raise
 
+    @one_at_a_time
     def step(self, handles: Sequence[int], tokens: Sequence[int]) -> Rows:
         return self._advance([self._sequences[handle] for handle in handles], [[token] for token in tokens])
 
+    @one_at_a_time
     def close(self, handle: int) -> None:
         self._pool.release(self._sequences.pop(handle))
 
@@ -143,6 +163,7 @@ class TorchRunner:
         longest = max(map(len, pages))
         return torch.tensor([row + [0] * (longest - len(row)) for row in pages], dtype=torch.int32, device=self._device)
 
+    @one_at_a_time
     @torch.inference_mode()
     def logits(self, ids: Sequence[int], prefix_length: int) -> Rows:
         return self._model(torch.tensor([list(ids)], device=self._device), prefix_length)[0].cpu().numpy()
