@@ -19,7 +19,7 @@ def test_the_engines_angles_are_the_models_but_for_the_last_place(
     ours, models = rotary_table(length, head_dim, theta, exact), rope.rope_table(length, head_dim, theta, exact).numpy()
     assert ours.shape == (length, head_dim)
     assert ours.dtype == np.float32
-    # Both round cos and sin. Where the angles themselves are float32, one of them may be off by a unit in its last place.
+    # Both round cos and sin. Angles in float32 are themselves off by half a unit in their last place, in both tables.
     allowed = 2 * UNIT if exact else 2 * UNIT + 2 * UNIT * length
     assert np.abs(ours.astype(np.float64) - models).max() <= allowed
 
