@@ -106,7 +106,7 @@ const char* read_limits(Limits& limits) {
     status = cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (status != cudaSuccess) return cudaGetErrorString(status);
 #else
-  static_cast<void>(limits);
+  limits.shared_bytes = static_cast<int>(emulator::shared_bytes_of_device());
 #endif
   return nullptr;
 }

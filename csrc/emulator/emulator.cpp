@@ -276,6 +276,10 @@ const char* refuse(const std::string& message) {
 
 }  // namespace
 
+std::size_t shared_bytes_of_device() { return machine.shared_bytes; }
+
+void set_shared_bytes(std::size_t bytes) { machine.shared_bytes = std::min(bytes, max_shared_bytes); }
+
 void set_seed(std::uint64_t seed) {
   const std::lock_guard<std::mutex> lock(machine.one_launch);
   machine.seed = seed;

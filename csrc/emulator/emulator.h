@@ -52,6 +52,10 @@ struct Shape {
 
 constexpr std::size_t max_shared_bytes = 227 << 10;
 
+// What a kernel that asks takes for the device's shared memory: 99 KB until set_shared_bytes says otherwise.
+std::size_t shared_bytes_of_device();
+void set_shared_bytes(std::size_t bytes);
+
 // What the launches so far did, by count: the bytes that kernels asked of global memory, caches not
 // considered; and of those read the ones that nobody had read since the last grid barrier or launch, which is
 // what comes from memory where a cache holds what blocks read one after the other.

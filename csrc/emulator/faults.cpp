@@ -357,6 +357,10 @@ HRMCORE_TEST_ENTRY const char* hrmcore_test_ldmatrix(const std::uint16_t* elemen
   return launch(one_ldmatrix, {dim3(1), 32, 512}, Matrices{elements, registers}, nullptr);
 }
 
+HRMCORE_TEST_ENTRY void hrmcore_test_shared_bytes(std::uint64_t bytes) {
+  hrmcore::emulator::set_shared_bytes(bytes);
+}
+
 HRMCORE_TEST_ENTRY void hrmcore_test_seed(std::uint64_t seed) { hrmcore::emulator::set_seed(seed); }
 
 HRMCORE_TEST_ENTRY void hrmcore_test_counters(std::uint64_t* out) {

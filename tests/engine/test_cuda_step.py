@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.emulator import counters, emulated_cuda, seeded
+from support.emulator import counters, device_with, emulated_cuda, seeded
 from support.engines import distance
 from support.traffic import matrix_bytes, traffic
 from torch import Tensor
@@ -28,6 +28,7 @@ from hrmcore.engine.runner import PAGE
 from hrmcore.engine.torch_runner import TorchRunner
 from hrmcore.model import HRM
 
+FORMS: tuple[Form, ...] = ("persistent", "graph")
 TOLERANCE = 2e-2  # in norm: activations meet the tensor cores as bfloat16; measured 2e-3 to 3e-3
 
 pytestmark = [pytest.mark.emulated, pytest.mark.usefixtures("one_thread")]
@@ -124,6 +125,30 @@ def test_quantised_weights_are_those_of_the_cpu_engine(dtype: str, tmp_path: Pat
     requests = Requests(rounded, [70, 2], tmp_path / "rounded", "float32")
     ours, theirs = requests.advance(CudaStep(model, blocks=3, dtype=dtype), [7, 8])
     assert distance(ours, theirs) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
+def test_whole_stages_and_rings_of_any_depth_give_the_same_bits(dtype: str, tmp_path: Path) -> None:
+    """Shares of a warp from part of a stage to several whole ones, rings of 3, 7 and 11 stages, keys at full width."""
+    shape = {"hidden_size": 128, "intermediate_size": 2320, "num_attention_heads": 2, "head_dim": 128}
+    shape |= {"num_layers_per_stack": 1, "H_cycles": 1, "L_cycles": 1}
+    model, rounded = random_model(**shape), random_model(**shape)
+    if dtype != "bfloat16":  # in float32 on the CPU, whose engine would round activations to int8, too
+        model.save_pretrained(tmp_path / "model")
+        packed = CpuRunner.from_checkpoint(tmp_path / "model", dtype, None, 1, 0)
+        for name, tensor in rounded.named_parameters():
+            packed.core.get_weight(name, tensor)
+    requests = Requests(rounded, [130, 5], tmp_path / "rounded", "float32")
+    tokens = torch.tensor([7, 8], dtype=torch.int32)
+    results = []
+    for shared_kib in (99, 180, 227):
+        for form in FORMS if shared_kib == 227 else FORMS[:1]:
+            with device_with(shared_kib), emulated_cuda():
+                step = CudaStep(model, form, 5, dtype)
+                results.append(step(tokens, requests.positions, requests.tables, requests.kv.clone()))
+    assert all(torch.equal(result, results[0]) for result in results)
+    _, theirs = requests.advance(CudaStep(model, blocks=5, dtype=dtype), tokens.tolist())
+    assert distance(results[0], theirs) < TOLERANCE
 
 
 def test_the_bits_are_the_same_in_both_forms_and_for_every_schedule_grid_and_batch(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ library.hrmcore_test_planted.argtypes = [
     *(ctypes.c_void_p, ctypes.c_void_p),
 ]
 library.hrmcore_test_mma.restype = library.hrmcore_test_ldmatrix.restype = ctypes.c_char_p
-library.hrmcore_test_seed.argtypes = [ctypes.c_uint64]
+library.hrmcore_test_seed.argtypes = library.hrmcore_test_shared_bytes.argtypes = [ctypes.c_uint64]
 
 
 @contextlib.contextmanager
@@ -32,6 +32,16 @@ def seeded(seed: int) -> Iterator[None]:
         yield
     finally:
         library.hrmcore_test_seed(0)
+
+
+@contextlib.contextmanager
+def device_with(shared_kib: int) -> Iterator[None]:
+    """The emulated device has so much shared memory a block in this context, instead of 99 KiB."""
+    library.hrmcore_test_shared_bytes(shared_kib << 10)
+    try:
+        yield
+    finally:
+        library.hrmcore_test_shared_bytes(99 << 10)
 
 
 @contextlib.contextmanager
