@@ -244,7 +244,7 @@ def old_token(case: Case, counts: Counts, c: Constants) -> float:
 
 
 def repeated(case: Case) -> dict[str, int]:
-    """How often a token goes through each phase."""
+    """How often a token goes through each phase. Stacks are taken to be of one depth."""
     slots, visits = case.config.cache_slots, case.config.visits
     counts = dict.fromkeys(PHASES[:5], slots)
     return {**counts, "gqkv": slots - visits, "first gqkv": visits, "head": 1}
@@ -282,7 +282,7 @@ def explained(counts: Counts, c: Constants) -> list[tuple[tuple[str, int, int], 
 
 def predict(case: Case, counts: Counts, c: Constants) -> dict[str, Any]:
     """A token of the persistent form, and of each phase its mean, its limits, and as a launch of its own."""
-    works = {phase: new_work(case, counts, phase) for phase in PHASES}
+    works = {phase: new_work(case, counts, phase) for phase, times in repeated(case).items() if times}
     sequence = list(order(case))
     times = together([works[phase] for phase in sequence], case.ring_stages() - 1, c)
     total = sum(timed.total for timed in times) / 1e3
@@ -299,7 +299,7 @@ def predict(case: Case, counts: Counts, c: Constants) -> dict[str, Any]:
             "graph_us": alone(new_work(case, counts, phase, graph=True), c),
         }
     limit = case.bytes / c.bandwidth / 1e9
-    graph = sum(n * phases[phase]["graph_us"] for phase, n in repeated(case).items()) / 1e3
+    graph = sum(repeated(case)[phase] * found["graph_us"] for phase, found in phases.items()) / 1e3
     return {
         "dtype": case.dtype,
         "batch": case.batch,
