@@ -34,7 +34,7 @@ def main() -> None:
     binary, path, counts_path = (Path(argument) for argument in sys.argv[1:4])
     tool = cuobjdump()
     if tool is None:
-        print("the decode step's code is not counted: no cuobjdump (pip install nvidia-cuda-{cuobjdump,nvdisasm})")
+        print("code is not counted: no cuobjdump (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)")
         return
     code = disassembled(tool, binary, TARGETS)
     kernels = {target: deepest(code[target].values()) for target in TARGETS}

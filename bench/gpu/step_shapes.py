@@ -151,3 +151,13 @@ class Case:
             (4 * row + split) % self.blocks for row in range(self.heads_of_all) for split in range(self.old_splits())
         )
         return max(tasks.values())
+
+
+class SpreadCase(Case):
+    """The step before with a change that was tried on the card: a split for each page, at most 4, over all blocks."""
+
+    def old_splits(self) -> int:
+        return min(self.pages, 4)
+
+    def old_tasks_of_block(self) -> int:
+        return -(-self.heads_of_all * self.old_splits() // self.blocks)
