@@ -110,7 +110,7 @@ def parse_record(line: bytes, source: str) -> Record | str:
     """The record of a JSON line, or the reason why it is none. `source` says where it stands."""
     try:
         values = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return "not JSON"
     if not isinstance(values, dict):
         return "not a JSON object"
