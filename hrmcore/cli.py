@@ -15,13 +15,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+_TRAINING = "take a smaller batch_tokens or model, or a narrower precision; `hrmcore plan` estimates a run's peak"
+
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand: its line in `hrmcore --help`, and where it lives."""
+    """One subcommand: its line in `hrmcore --help`, where it lives, and what helps when memory runs out."""
 
     help: str
     module: str
+    memory: str = "take a smaller model or a shorter prompt, or a narrower --dtype where the command has it"
 
 
 # As `hrmcore --help` groups them.
@@ -34,8 +37,8 @@ GROUPS = {
     },
     "train a model": {
         "prepare": Command("tokenise records into a store to train from", "hrmcore.commands.prepare"),
-        "plan": Command("estimate what a training run costs", "hrmcore.commands.plan"),
-        "train": Command("train a model as a run file says", "hrmcore.commands.train"),
+        "plan": Command("estimate what a training run costs", "hrmcore.commands.plan", _TRAINING),
+        "train": Command("train a model as a run file says", "hrmcore.commands.train", _TRAINING),
         "grow": Command("make a larger model that computes the same", "hrmcore.commands.grow"),
     },
     "look at results": {
@@ -70,14 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"hrmcore {args.command}: {explain(error).removeprefix(f'{args.command}: ')}", file=sys.stderr)
         return 2
-    except FloatingPointError as error:  # a training run has gone wrong, whatever was given
+    except ArithmeticError as error:  # a training run or an answer is no number any more, whatever was given
         print(f"hrmcore {args.command}: {explain(error)}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
-        what = "take a smaller batch_tokens or model, or a narrower dtype; `hrmcore plan` estimates a run's peak"
-        print(f"hrmcore {args.command}: out of memory: {what}", file=sys.stderr)
+        print(f"hrmcore {args.command}: {_memory(error)}; {COMMANDS[args.command].memory}", file=sys.stderr)
         return 1
 
 
@@ -85,6 +87,12 @@ def _out_of_memory(error: Exception) -> bool:
     """Whether memory ran out in Python, the engine or torch, which raises a plain RuntimeError on the CPU."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or "DefaultCPUAllocator" in str(error)
+
+
+def _memory(error: Exception) -> str:
+    """What ran out. The engine says which memory and how much; torch's text is of many lines."""
+    own = isinstance(error, MemoryError) and type(error).__name__ == "MemoryError" and str(error)
+    return explain(error) if own else "out of memory"
 
 
 def explain(error: Exception) -> str:

@@ -22,6 +22,47 @@ XPOS_POSITIONS = 65536  # the most tokens of an xPos model's sequence: up to her
 WINDOW_MULTIPLE = 64  # tokens: a tile of the attention kernels and a block of the KV cache
 
 
+@dataclass(frozen=True)
+class Range:
+    """The values of a number that can be computed with: from `least` to `most`, and why no more."""
+
+    least: float
+    most: float
+    why: str
+
+    def check(self, name: str, value: float) -> None:
+        """Raises ValueError naming the number; NaN is in no range."""
+        if self.least <= value <= self.most:
+            return
+        if value < self.least:
+            raise ValueError(f"{name} must be at least {self.least}, got {value}")
+        raise ValueError(f"{name} must be at most {self.most} ({self.why}), got {value}")
+
+
+_ADDRESSES = 1 << 47  # bytes that a process can have on the processors of today
+_SHAPE = "what is larger fits no memory"
+_FLOAT32 = "squares of it are taken in float32"
+
+# What each key of a model may be. How they may go together is checked in HRMConfig.
+RANGES: dict[str, Range] = {
+    "vocab_size": Range(1, (1 << 31) - 1, "token ids are int32"),
+    "hidden_size": Range(1, 1 << 24, _SHAPE),
+    "intermediate_size": Range(1, 1 << 24, _SHAPE),
+    "num_layers_per_stack": Range(1, 1 << 16, _SHAPE),
+    "H_layers": Range(1, 1 << 16, _SHAPE),
+    "num_attention_heads": Range(1, 1 << 16, _SHAPE),
+    "head_dim": Range(1, 256, "the attention kernels hold a head in registers"),
+    "H_cycles": Range(1, 1 << 16, "each is a pass over both stacks"),
+    "L_cycles": Range(1, 1 << 16, "each is a pass over a stack"),
+    "max_position_embeddings": Range(1, MAX_POSITIONS, "the table of rotations is held whole"),
+    "rms_norm_eps": Range(1e-30, 1 - 2**-53, "it is a share of the mean square"),
+    "rope_theta": Range(1 + 2**-52, 1e30, "powers of it are taken in float32"),
+    "embedding_scale": Range(1e-15, 1e15, _FLOAT32),
+    "xpos_scale_base": Range(64, MAX_POSITIONS, "no sequence is longer"),
+    "attention_window": Range(0, MAX_POSITIONS, "no sequence is longer"),
+}
+
+
 def default_intermediate_size(hidden_size: int) -> int:
     """FFN width of the published models: 4·D·2/3, rounded, then up to a multiple of 256."""
     return -(-round(4 * hidden_size * 2 / 3) // 256) * 256
@@ -94,13 +135,11 @@ class HRMConfig:
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         for f in dataclasses.fields(self):
             _check_type(f.name, getattr(self, f.name), str(f.type))
-        for name in _COUNTS:
-            if getattr(self, name) < 1:
-                raise ValueError(f"config: {name} must be at least 1, got {getattr(self, name)}")
+        for name, allowed in RANGES.items():
+            if (value := getattr(self, name)) is not None:
+                allowed.check(f"config: {name}", value)
         if self.H_layers == self.num_layers_per_stack:
             object.__setattr__(self, "H_layers", None)
-        elif self.H_layers is not None and self.H_layers < 1:
-            raise ValueError(f"config: H_layers must be at least 1, got {self.H_layers}")
         elif self.H_layers is not None and self.shared_stacks:
             raise ValueError(f"config: shared_stacks are one stack, H_layers {self.H_layers} would make it two")
         if self.hidden_size % self.num_attention_heads:
@@ -108,27 +147,15 @@ class HRMConfig:
             raise ValueError(
                 f"config: hidden_size {self.hidden_size} must be a multiple of num_attention_heads {heads}"
             )
-        if self.max_position_embeddings > MAX_POSITIONS:
-            raise ValueError(
-                f"config: max_position_embeddings must be at most {MAX_POSITIONS}, got {self.max_position_embeddings}"
-            )
-        if self.head_dim % 8 or self.head_dim > 256:
+        if self.head_dim % 8:
             raise ValueError(f"config: head_dim must be a multiple of 8 and at most 256, got {self.head_dim}")
-        if not 0 < self.rms_norm_eps < 1:
-            raise ValueError(f"config: rms_norm_eps must be between 0 and 1, got {self.rms_norm_eps}")
-        if not (math.isfinite(self.rope_theta) and self.rope_theta > 1):
-            raise ValueError(f"config: rope_theta must be a finite number above 1, got {self.rope_theta}")
         if self.embedding_scale is None:
             object.__setattr__(self, "embedding_scale", math.sqrt(self.hidden_size))
-        elif not (math.isfinite(self.embedding_scale) and self.embedding_scale > 0):
-            raise ValueError(f"config: embedding_scale must be a finite number above 0, got {self.embedding_scale}")
         if self.position_encoding not in ("rope", "xpos"):
             raise ValueError(f"config: position_encoding must be 'rope' or 'xpos', got {self.position_encoding!r}")
-        if not 64 <= self.xpos_scale_base <= MAX_POSITIONS:
-            raise ValueError(f"config: xpos_scale_base must be from 64 to {MAX_POSITIONS}, got {self.xpos_scale_base}")
         if self.position_encoding == "rope" and self.xpos_scale_base != 512:
             raise ValueError("config: xpos_scale_base is for position_encoding 'xpos', not for 'rope'")
-        if self.attention_window < 0 or self.attention_window % WINDOW_MULTIPLE:
+        if self.attention_window % WINDOW_MULTIPLE:
             raise ValueError(
                 f"config: attention_window must be a multiple of {WINDOW_MULTIPLE}, or 0 for none, "
                 f"got {self.attention_window}"
@@ -138,6 +165,22 @@ class HRMConfig:
             for token in tokens:
                 if not 0 <= token < self.vocab_size:
                     raise ValueError(f"config: {name} must be in [0, vocab_size={self.vocab_size}), got {token}")
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        """What the keys come to together: no size overflows later, wherever it is computed."""
+        if 4 * self.parameters > _ADDRESSES:
+            raise ValueError(
+                f"config: vocab_size, hidden_size, intermediate_size, heads and layers make {self.parameters:.3g} "
+                f"weights; a process can address {_ADDRESSES // 4:.3g}"
+            )
+        cache = 8 * self.cache_slots * self.attention_width * self.context  # keys and values in float32
+        if cache > _ADDRESSES:
+            raise ValueError(
+                f"config: H_cycles {self.H_cycles} and L_cycles {self.L_cycles} make {self.visits} visits and "
+                f"{self.cache_slots} layers' keys and values a token: {cache:.3g} bytes for a context of "
+                f"{self.context} tokens; a process can address {_ADDRESSES:.3g}: take fewer cycles or less context"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> HRMConfig:
@@ -198,6 +241,13 @@ class HRMConfig:
         return self.num_layers_per_stack, self.H_layers or self.num_layers_per_stack
 
     @property
+    def parameters(self) -> int:
+        """Number of weights; of shared stacks, as if they were two."""
+        width, attention, ffn = self.hidden_size, self.attention_width, self.intermediate_size
+        layer = 5 * width * attention + 3 * width * ffn
+        return (2 * self.vocab_size + 1) * width + sum(self.depths) * layer
+
+    @property
     def visits(self) -> int:
         """How often a stack runs for one token: H_cycles · (L_cycles + 1)."""
         return self.H_cycles * (self.L_cycles + 1)
@@ -209,17 +259,6 @@ class HRMConfig:
         return self.H_cycles * (self.L_cycles * l_layers + h_layers)
 
 
-_COUNTS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_layers_per_stack",
-    "num_attention_heads",
-    "head_dim",
-    "H_cycles",
-    "L_cycles",
-    "max_position_embeddings",
-)
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
@@ -238,5 +277,3 @@ def _check_type(name: str, value: object, annotation: str) -> None:
         allowed = isinstance(value, _TYPES[annotation]) and (annotation == "bool" or not isinstance(value, bool))
     if not allowed:
         raise ValueError(f"config: {name} must be of type {annotation}, got {value!r}")
-    if isinstance(value, int) and abs(value) >= 1 << 62:
-        raise ValueError(f"config: {name} is too large: {value}")

@@ -89,7 +89,9 @@ class _TokenizerJson:
 
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises a bare Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises a bare Exception, and Rust's panics are no Exception
             raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
         self._tokenizer.encode_special_tokens = True  # a special token spelled out in a text is ordinary text
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)

@@ -227,7 +227,7 @@ def test_want_of_memory_is_one_line_and_exit_1(
     assert hrmcore("plan", "--size", "XL", "--tokens", "1e9") == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("hrmcore plan: out of memory: take a smaller batch_tokens")
+    assert err.startswith("hrmcore plan: out of memory; take a smaller batch_tokens")
     assert err.count("\n") == 1
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from hrmcore.config import MAX_POSITIONS, PRESETS, HRMConfig, default_intermediate_size
+from hrmcore.checkpoint.hrm_text import key_table
+from hrmcore.config import MAX_POSITIONS, PRESETS, RANGES, HRMConfig, default_intermediate_size
 
 SMALL: dict[str, Any] = {
     "vocab_size": 100,
@@ -91,6 +92,8 @@ def test_unknown_and_missing_keys_are_named() -> None:
         *[("rms_norm_eps", wrong) for wrong in (0, 1, -1e-6, math.nan, math.inf, "1e-6", 10**400)],
         *[("rope_theta", wrong) for wrong in (0, 1, -10000.0, math.nan, math.inf, None, 10**400)],
         *[("embedding_scale", wrong) for wrong in (0, -1.0, math.nan, math.inf, "sqrt", False, 10**400)],
+        *[("embedding_scale", wrong) for wrong in (1e39, 1e-39)],
+        *[(key, 1 << 61) for key in ("head_dim", "H_cycles", "L_cycles", "max_position_embeddings", "H_layers")],
         *[("prefix_lm", wrong) for wrong in (0, 1, None, "true")],
         *[("pad_token_id", wrong) for wrong in (-1, 100, 1.0, True, (1,), [1])],
         *[("eos_token_id", wrong) for wrong in (-1, 100, 1.0, True, (1, 100), [1, None], ["1"], [[1]], [True], "1")],
@@ -99,6 +102,34 @@ def test_unknown_and_missing_keys_are_named() -> None:
 def test_impossible_values_name_the_key(key: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"^config: .*{key}"):
         HRMConfig.from_dict(SMALL | {key: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 1 << 24, "num_attention_heads": 1, "vocab_size": 1 << 30}, "make 3.6e.16 weights"),
+        ({"num_layers_per_stack": 60000, "intermediate_size": 1 << 24}, "make 2.9e.14 weights; a process can address"),
+        (
+            {"H_cycles": 65536, "L_cycles": 65536},
+            "L_cycles 65536 make 4295032832 visits and .* fewer",
+        ),
+    ],
+)
+def test_sizes_that_together_fit_no_memory_are_refused_before_any_is_asked_for(
+    changes: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^config: .*{message}"):
+        HRMConfig.from_dict(SMALL | changes)
+
+
+def test_every_number_of_a_config_has_a_range() -> None:
+    numbers = {f.name for f in dataclasses.fields(HRMConfig) if str(f.type).split(" ")[0] in ("int", "float")}
+    assert numbers - {"pad_token_id", "eos_token_id"} == set(RANGES)
+
+
+def test_the_number_of_weights_is_that_of_the_key_table() -> None:
+    for config in (HRMConfig(**SMALL), HRMConfig(**SMALL, H_layers=5, head_dim=16), HRMConfig.preset("B")):
+        assert config.parameters == sum(math.prod(key.shape) for key in key_table(config))
 
 
 @pytest.mark.parametrize(("value", "ids"), [(None, ()), (7, (7,)), ([7, 9], (7, 9)), ((0,), (0,)), ([], ())])

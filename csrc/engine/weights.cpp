@@ -1,5 +1,7 @@
 #include "engine/weights.h"
 
+#include <atomic>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 
@@ -36,6 +38,24 @@ float element(const TensorView& tensor, std::int64_t row, std::int64_t column) {
   const std::int64_t index = tensor.rank == 1 ? column * tensor.strides[0] : row * tensor.strides[0] + column;
   return tensor.dtype == DType::bf16 ? from_bf16(tensor.as<std::uint16_t>()[index])
                                      : tensor.as<float>()[index];
+}
+
+// Whether no exponent has all bits set.
+template <class Bits>
+bool are_finite(const Bits* bits, std::int64_t count, Bits exponent) {
+  Bits top = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const Bits own = bits[i] & exponent;
+    top = own > top ? own : top;
+  }
+  return top != exponent;
+}
+
+bool row_is_finite(const TensorView& tensor, std::int64_t row) {
+  const std::int64_t at = row * tensor.strides[0], count = tensor.shape[1];
+  return tensor.dtype == DType::bf16
+             ? are_finite<std::uint16_t>(tensor.as<std::uint16_t>() + at, count, 0x7f80)
+             : are_finite<std::uint32_t>(tensor.as<std::uint32_t>() + at, count, 0x7f800000);
 }
 
 }  // namespace
@@ -116,16 +136,19 @@ void Weights::set(const std::string& name, const TensorView& tensor) {
   check.size(vector ? 0 : 1, place.columns, "columns");
   if (memory_.mapped() || memory_.data() == nullptr)
     throw std::runtime_error("set: the weights have no memory of their own");
+  places_[name].filled = false;
   std::byte* to = memory_.data() + place.offset;
   const MappedRange source = range_of(tensor);
   const MappedReading reading;
+  std::atomic<bool> finite{true};
   if (place.matrix != nullptr) {
-    pack_rows(PackRows{tensor, place.order, *place.matrix, to});
+    pack_rows(PackRows{tensor, place.order, *place.matrix, to, finite});
   } else {
     const bool wide = vector || packing_ == Packing::f32;
     const bool same = tensor.dtype == (wide ? DType::f32 : DType::bf16) && !vector;
     for (std::int64_t row = 0; row < place.rows; ++row) {
       if (same) {
+        if (!row_is_finite(tensor, row)) finite = false;
         const std::int64_t size = wide ? 4 : 2;
         std::memcpy(to + row * place.columns * size, tensor.as<std::byte>() + row * tensor.strides[0] * size,
                     static_cast<std::size_t>(place.columns * size));
@@ -133,6 +156,7 @@ void Weights::set(const std::string& name, const TensorView& tensor) {
       }
       for (std::int64_t column = 0; column < place.columns; ++column) {
         const float value = element(tensor, row, column);
+        if (!std::isfinite(value)) finite = false;
         const std::int64_t index = row * place.columns + column;
         if (wide) {
           reinterpret_cast<float*>(to)[index] = value;
@@ -143,6 +167,7 @@ void Weights::set(const std::string& name, const TensorView& tensor) {
     }
   }
   if (source.lost()) throw FileError(name + ": its file was cut short while it was read");
+  if (!finite) throw std::invalid_argument("'" + name + "' has a value that is NaN or infinite");
   places_[name].filled = true;
 }
 

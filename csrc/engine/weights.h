@@ -44,7 +44,8 @@ class Weights {
   // Throws FileError when it is missing, too short or not what `checksum` says.
   void map_file(const std::string& path, std::int64_t offset, std::uint64_t checksum);
 
-  // `name` as in HRM.state_dict(). Throws std::invalid_argument on an unknown name or a wrong shape or dtype.
+  // `name` as in HRM.state_dict(). Throws std::invalid_argument on an unknown name, a wrong shape or
+  // dtype, and a value that is not finite.
   void set(const std::string& name, const TensorView& tensor);
   // What set() kept of a tensor, as float32.
   void get(const std::string& name, const TensorView& out) const;

@@ -19,8 +19,9 @@ HRMCORE_INLINE std::int64_t source_row(RowOrder order, std::int64_t rows, std::i
   return row < half ? index : rows / 2 + index;
 }
 
+// Fills the tile; adds to `taint` what is NaN when a weight is not finite, else 0.
 template <class T>
-void gather(const PackRows& args, std::int64_t panel, std::int64_t group, Tile& tile) {
+void gather(const PackRows& args, std::int64_t panel, std::int64_t group, Tile& tile, vfloat& taint) {
   const std::int64_t columns = args.source.shape[1], first = group * group_columns;
   const std::int64_t count = columns - first < group_columns ? columns - first : group_columns;
   for (std::int64_t r = 0; r < panel_rows; ++r) {
@@ -28,11 +29,16 @@ void gather(const PackRows& args, std::int64_t panel, std::int64_t group, Tile& 
     const T* p = row < 0 ? nullptr : args.source.as<T>() + row * args.source.strides[0] + first;
     float line[group_columns] = {};
     if (p != nullptr && count == group_columns) {
-      for (int k = 0; k < group_columns; k += lanes) store(line + k, load(p + k));
+      for (int k = 0; k < group_columns; k += lanes) {
+        const vfloat w = load(p + k);
+        taint += w * 0.0f;
+        store(line + k, w);
+      }
     } else if (p != nullptr) {
       for (std::int64_t k = 0; k < count; k += lanes) {
-        store_part(line + k, load_part(p + k, count - k < lanes ? count - k : lanes),
-                   count - k < lanes ? count - k : lanes);
+        const vfloat w = load_part(p + k, count - k < lanes ? count - k : lanes);
+        taint += w * 0.0f;
+        store_part(line + k, w, count - k < lanes ? count - k : lanes);
       }
     }
     for (int k = 0; k < group_columns; ++k) tile[k][r] = line[k];
@@ -167,16 +173,20 @@ void pack_rows(const PackRows& args) noexcept {
   const PackedMatrix& target = args.target;
   parallel_for(target.panels(), 1, [&](std::int64_t begin, std::int64_t end) {
     Tile tile;
+    vfloat taint = {};
     for (std::int64_t panel = begin; panel < end; ++panel) {
       for (std::int64_t group = 0; group < target.groups(); ++group) {
         if (args.source.dtype == DType::bf16) {
-          gather<bf16>(args, panel, group, tile);
+          gather<bf16>(args, panel, group, tile, taint);
         } else {
-          gather<float>(args, panel, group, tile);
+          gather<float>(args, panel, group, tile, taint);
         }
         write_group(tile, target.packing,
                     args.data + panel * target.panel_bytes() + group * group_bytes(target.packing));
       }
+    }
+    for (int lane = 0; lane < lanes; ++lane) {
+      if (taint[lane] != 0) args.finite.store(false, std::memory_order_relaxed);
     }
   });
 }

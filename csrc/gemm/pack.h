@@ -7,6 +7,8 @@
 // Reads 4 or 2 bytes a weight, writes what weight_layout.h states.
 #pragma once
 
+#include <atomic>
+
 #include "core/isa.h"
 #include "core/tensor.h"
 #include "gemm/weight_layout.h"
@@ -27,7 +29,8 @@ struct PackRows {
   TensorView source;  // (R, K) float32 or bfloat16, unit stride in K
   RowOrder order;
   PackedMatrix target;
-  std::byte* data;  // target.bytes(), written
+  std::byte* data;            // target.bytes(), written
+  std::atomic<bool>& finite;  // made false where the source has a NaN or an infinity
 };
 
 struct UnpackRows {

@@ -351,7 +351,8 @@ def read_tensors(folder: str | Path) -> Tensors:
 def load_model(path: str | Path) -> HRM:
     """Build the model of a checkpoint folder or cached hub id, its weights as float32 in memory of their own.
 
-    Raises FileNotFoundError and ValueError as `resolve` and `read_tensors` do.
+    Raises FileNotFoundError and ValueError as `resolve` and `read_tensors` do, and ValueError naming a tensor that is
+    not finite.
     """
     import torch
 
@@ -362,6 +363,9 @@ def load_model(path: str | Path) -> HRM:
     with torch.device("meta"):  # no time and no random numbers for weights that are replaced
         model = HRM(config)
     weights = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
+    for name, weight in weights.items():
+        if not math.isfinite(float(weight.sum())) and not bool(weight.isfinite().all()):  # finite ones may overflow
+            raise ValueError(f"{path}: {name!r} has a value that is NaN or infinite")
     model.load_state_dict(weights, assign=True)
     model.reset_positions(config.max_position_embeddings)
     return model

@@ -281,7 +281,7 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any], dict[str, str]]:
     try:
         entries: dict[str, Any] = json.loads(text)
         metadata: dict[str, str] = entries.pop("__metadata__")
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise ValueError(f"{path}: not a training state, or cut short") from None
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise ValueError(f"{path}: not a training state, its metadata does not say so")

@@ -148,6 +148,8 @@ def _check_arguments(paths: Sequence[Path], context: int, caps: Mapping[str, int
     for name, value in (("context", context), ("workers", workers)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if empty := sorted(name for name, cap in caps.items() if cap < 1):
+        raise ValueError(f"--cap {empty[0]}={caps[empty[0]]} leaves no record; it must be at least 1")
     seen: set[Path] = set()
     for path in paths:
         with path.open("rb"):  # a missing file is named before hours of work

@@ -195,7 +195,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_bytes())
         known = manifest["format"]
         entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path}: not a store's manifest; prepare the store again") from None
     if known != FORMAT:
         raise ValueError(f"{path}: format {known}, this version reads {FORMAT}; prepare the store again")

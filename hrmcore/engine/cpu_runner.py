@@ -37,7 +37,7 @@ class CpuRunner:
     ) -> None:
         self.config = config
         self.dtype = dtype
-        self.parameters = sum(math.prod(key.shape) for key in key_table(config))
+        self.parameters = config.parameters
         kv_dtype = kv_dtype or ("float32" if dtype == "float32" else "bfloat16")
         page_bytes = _C.page_bytes(kv_dtype, config.cache_slots, config.num_attention_heads, config.head_dim)
         pages = max(cache_bytes // page_bytes, -(-config.context // PAGE)) + _MOST_TOGETHER
@@ -96,7 +96,10 @@ class CpuRunner:
         # The largest tensor first, while little is packed: each is mapped in addition to what is packed already.
         for key in sorted(key_table(runner.config), key=lambda key: -math.prod(key.shape)):
             array = arrays[key.name]
-            runner.core.set_weight(key.name, array.astype(np.float32) if array.dtype == np.float16 else array)
+            try:
+                runner.core.set_weight(key.name, array.astype(np.float32) if array.dtype == np.float16 else array)
+            except ValueError as error:
+                raise ValueError(f"{folder}: {error}") from None
             arrays.release()
         return runner
 

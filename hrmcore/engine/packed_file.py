@@ -79,6 +79,12 @@ def read_header(path: Path) -> Header:
         config = HRMConfig.from_dict(values["config"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    if 2 * values["bytes"] < config.parameters:  # int4 has half a byte a weight, and scales
+        sizes = f"states {values['bytes']} bytes, the model has {config.parameters} weights"
+        raise ValueError(f"{path}: its header {sizes}")
+    end = _data_offset(length) + values["bytes"]
+    if (size := path.stat().st_size) < end:
+        raise ValueError(f"{path}: truncated, {size} bytes where {end} are needed")
     return Header(config, values["dtype"], values["bytes"], values["checksum"], _data_offset(length))
 
 

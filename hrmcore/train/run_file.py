@@ -15,7 +15,7 @@ from typing import Any
 from hrmcore.checkpoint.hrm_text import read_config as read_checkpoint_config
 from hrmcore.checkpoint.hrm_text import resolve
 from hrmcore.checkpoint.training_state import is_state, read_metadata
-from hrmcore.config import HRMConfig
+from hrmcore.config import HRMConfig, Range
 from hrmcore.data.store import MANIFEST, TOKENIZER, tokenizer_of
 from hrmcore.growth.stages import GrowStage, growths_of, read_stages
 from hrmcore.tokenizer import Tokenizer, tokenizer_files
@@ -48,6 +48,39 @@ GROUPS = (
     "growth",
     "validation and logging",
 )
+
+
+_STEPS = 1 << 40
+_COUNTED = "no run comes so far"
+_FLOAT = "steps are taken in float32"
+_INT32 = "places in a batch are int32"
+
+# What each number of a run file may be; [model] has its own in hrmcore/config.py. Some may not be their least value:
+# see TrainConfig. A pair is checked number by number.
+RANGES: dict[str, Range] = {
+    "steps": Range(1, _STEPS, _COUNTED),
+    "batch_tokens": Range(1, (1 << 31) - 65, _INT32),
+    "accumulate": Range(1, 1 << 20, "a step holds its batches together"),
+    "seed": Range(0, (1 << 63) - 1, "the generators take 63 bits"),
+    "warmup_steps": Range(0, _STEPS, _COUNTED),
+    "horizon_first": Range(2, 1 << 32, "no model has as many visits"),
+    "horizon_last": Range(2, 1 << 32, "no model has as many visits"),
+    "horizon_fraction": Range(0, 1, "it is a share of the steps"),
+    "learning_rate": Range(0, 1e6, _FLOAT),
+    "betas": Range(0, 1 - 2**-24, "1 in float32 would forget nothing"),
+    "eps": Range(0, 1, _FLOAT),
+    "rho": Range(0, 1e6, _FLOAT),
+    "curvature_every": Range(1, _STEPS, _COUNTED),
+    "weight_decay": Range(0, 1e6, _FLOAT),
+    "grad_clip": Range(0, 1e30, _FLOAT),
+    "ema": Range(0, 1 - 2**-24, "1 in float32 would average nothing"),
+    "spike_factor": Range(0, 1e30, _FLOAT),
+    "save_every": Range(1, _STEPS, _COUNTED),
+    "keep": Range(1, _STEPS, _COUNTED),
+    "keep_every": Range(0, _STEPS, _COUNTED),
+    "eval_every": Range(1, _STEPS, _COUNTED),
+    "check_records": Range(0, (1 << 31) - 1, "no file has as many"),
+}
 
 
 def _key(group: str, explanation: str, default: Any = dataclasses.MISSING) -> Any:
@@ -150,16 +183,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self._choose("optimizer", tuple(OPTIMIZERS))
         self._follow_optimizer()
-        for name in ("steps", "batch_tokens", "accumulate", "eval_every", "save_every", "keep"):
-            self._hold(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup_steps", "keep_every", "check_records"):
-            self._hold(name, getattr(self, name) >= 0, "at least 0")
-        if self.curvature_every is not None:
-            self._hold("curvature_every", self.curvature_every >= 1, "at least 1")
-        for name in ("learning_rate", "grad_clip"):
-            self._hold(name, 0 < getattr(self, name) < math.inf, "above 0")
-        self._hold("spike_factor", self.spike_factor == 0 or 1 < self.spike_factor < math.inf, "0 or above 1")
-        self._hold("ema", 0 <= self.ema < 1, "at least 0 and below 1")
+        for name in ("learning_rate", "grad_clip", "rho"):
+            self._hold(name, getattr(self, name) is None or not getattr(self, name) <= 0, "above 0")
+        self._hold("spike_factor", self.spike_factor == 0 or not self.spike_factor <= 1, "0 or above 1")
+        self._hold("ema", not (self.ema < 0 or self.ema >= 1), "at least 0 and below 1")
+        for name, allowed in RANGES.items():
+            value = getattr(self, name)
+            for number in value if isinstance(value, tuple) else () if value is None else (value,):
+                allowed.check(f"train config: {name}", number)
         self._choose("objective", ("response", "all"))
         if self.objective == "all" and self.model.prefix_lm:
             raise ValueError(
@@ -175,12 +206,11 @@ class TrainConfig:
             raise ValueError(f"train config: {who} works on whole parameters; set parallel = 'data'")
         self._choose("on_nonfinite", ("stop", "skip"))
         self._hold("log", set(self.log) <= set(SINKS) and len(set(self.log)) == len(self.log), f"some of {SINKS}")
-        if not 2 <= self.horizon_first <= self.horizon_last:
+        if self.horizon_first > self.horizon_last:
             raise ValueError(
-                "train config: horizons must satisfy 2 <= horizon_first <= horizon_last, "
+                "train config: horizons must satisfy horizon_first <= horizon_last, "
                 f"got {self.horizon_first} and {self.horizon_last}"
             )
-        self._hold("horizon_fraction", 0 <= self.horizon_fraction <= 1, "in [0, 1]")
         if not self.train_files:
             raise ValueError("train config: train_files is empty")
         growths_of(self.grow, self.model, self.seed)  # each of them must be possible
@@ -236,7 +266,7 @@ def read_config(path: str | Path) -> TrainConfig:
     path = Path(path)
     try:
         values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not TOML ({error})") from None
     try:
         return _config_from(values)
@@ -283,11 +313,20 @@ def _model_config(table: Any, init_from: str | None, tokenizer: Tokenizer) -> HR
         if not isinstance(table, dict):
             raise ValueError("model must be a table")
         own = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eoa, "pad_token_id": 0}
-        return HRMConfig.from_dict({**own, **table})
+        config = HRMConfig.from_dict({**own, **table})
+        if config.vocab_size < tokenizer.vocab_size:
+            raise ValueError(
+                f"model: vocab_size is {config.vocab_size}, but {tokenizer.source} has {tokenizer.vocab_size} tokens; "
+                "leave it out, or take at least as many"
+            )
+        return config
     if table is not None:
         raise ValueError(f"{init_from} brings the model's shape; remove [model]")
     if is_state(init_from):
-        config = HRMConfig.from_dict(json.loads(read_metadata(init_from)["model_config"]))
+        try:
+            config = HRMConfig.from_dict(json.loads(read_metadata(init_from)["model_config"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{init_from}: its metadata has no model_config ({error})") from None
     else:
         config = read_checkpoint_config(resolve(init_from))
     if tokenizer.vocab_size > config.vocab_size:
@@ -305,7 +344,8 @@ def _typed(name: str, annotation: str, value: Any) -> Any:
         if pair and all(isinstance(item, kinds) and not isinstance(item, bool) for item in value):
             return tuple(value)
     elif expected == "float" and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        huge = isinstance(value, int) and abs(value) > sys.float_info.max  # no float holds it, and no range allows it
+        return float(value) if not huge else math.inf if value > 0 else -math.inf
     elif type(value).__name__ == expected:
         return value
     raise ValueError(f"{name} must be of type {expected}, got {value!r}")

@@ -28,7 +28,7 @@ def exact_matches(model: HRM, corpus: Corpus, count: int, batch_tokens: int) -> 
     No decoding is needed for that. An answer is right if and only if, after every prefix of the right response, the
     likeliest token is the next token of that response.
     """
-    chosen = np.unique(np.linspace(0, len(corpus) - 1, count).astype(np.int64))
+    chosen = np.unique(np.linspace(0, len(corpus) - 1, min(count, len(corpus))).astype(np.int64))
     right = 0
     for batch_indices in epoch_batches(corpus.lengths[chosen], batch_tokens, seed=0, epoch=0):
         batch = pack(corpus, [int(chosen[index]) for index in batch_indices], BatchStream.MULTIPLE)

@@ -83,7 +83,32 @@ def more_layers_than_the_config(folder: Path) -> None:
 
 @breaks("ValueError", "'model.L_module.layers.2.attn.gqkv_proj.weight' is missing")
 def fewer_layers_than_the_config(folder: Path) -> None:
+    edit_config(folder, num_hidden_layers=10000)
+
+
+@breaks("ValueError", "config: num_layers_per_stack must be at most 65536")
+def more_layers_than_fit(folder: Path) -> None:
     edit_config(folder, num_hidden_layers=1 << 50)
+
+
+@breaks("ValueError", "config: H_cycles must be at most 65536", "got 2305843009213693952")
+def more_cycles_than_can_be_counted(folder: Path) -> None:
+    edit_config(folder, H_cycles=1 << 61)
+
+
+@breaks("ValueError", "config: H_cycles 60000 and L_cycles 60000 make 3600060000 visits", "take fewer cycles")
+def more_cycles_than_memory(folder: Path) -> None:
+    edit_config(folder, H_cycles=60000, L_cycles=60000)
+
+
+@breaks("ValueError", "config: embedding_scale must be at most", "got 1e+39")
+def embedding_scale_beyond_float32(folder: Path) -> None:
+    edit_config(folder, embedding_scale=1e39)
+
+
+@breaks("ValueError", "'lm_head.weight' has a value that is NaN or infinite")
+def weights_that_are_not_finite(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors["lm_head.weight"].view(-1)[-1].fill_(float("nan")))
 
 
 @breaks("ValueError", "'lm_head.weight' has shape (49, 48)", "asks for (50, 48)")

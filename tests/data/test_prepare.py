@@ -411,3 +411,8 @@ def group_of(leader: int) -> list[int]:
             if int(group) == leader and state != "Z":
                 alive.append(int(entry.name))
     return alive
+
+
+def test_a_cap_that_leaves_nothing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--cap gcd=0 leaves no record; it must be at least 1"):
+        prepare([tmp_path / "gcd.jsonl"], tmp_path / "store", tokenizer=tmp_path, caps={"gcd": 0})

@@ -28,6 +28,7 @@ from hrmcore.engine.packed_file import PACKED_FILE
 from hrmcore.engine.torch_runner import TorchRunner
 from hrmcore.model import HRM
 from hrmcore.ops.rope import rope_table
+from hrmcore.tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -322,6 +323,45 @@ def test_a_file_that_is_replaced_or_removed_stays_readable(int8: Path) -> None:
     before = engine.logits(ids)
     (int8 / PACKED_FILE).unlink()
     assert torch.equal(engine.logits(ids), before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "name", ["lm_head.weight", "embed_tokens.weight", "z_L_init", "H_module.layers.0.o_proj.weight"]
+)
+def test_a_weight_that_is_not_finite_is_named_at_load(
+    name: str, stored: torch.dtype, dtype: str, tmp_path: Path
+) -> None:
+    config = HRMConfig(61, 40, 56, 1, 2, 24, max_position_embeddings=64)  # no group of columns is full
+    for value in (float("nan"), float("inf"), float("-inf")):
+        model = HRM(config)
+        with torch.no_grad():
+            model.state_dict()[name].view(-1)[-1] = value
+        save_model(model, tmp_path, stored)
+        with pytest.raises(ValueError, match=f"^{tmp_path}: '{name}' has a value that is NaN or infinite"):
+            load(tmp_path, dtype=dtype)
+
+
+def test_the_largest_finite_weights_are_finite(tmp_path: Path) -> None:
+    model = HRM(HRMConfig(61, 40, 56, 1, 2, 24, max_position_embeddings=64))
+    with torch.no_grad():
+        for weight in model.state_dict().values():
+            weight.fill_(torch.finfo(torch.float32).max)
+    save_model(model, tmp_path)
+    assert load(tmp_path).dtype == "float32"
+    load_model(tmp_path)
+
+
+def test_logits_that_are_no_numbers_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_tokenizer(["what is 3 plus 4?", "copy 1 2 3 4 5 6 7"] * 20, tmp_path, vocab_size=300)
+    model = HRM(HRMConfig(300, 40, 56, 1, 2, 24, max_position_embeddings=64))
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.finfo(torch.float32).max)
+    save_model(model, tmp_path)
+    assert cli.main(["generate", "copy 1", "--model", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"hrmcore generate: the model's logits are not finite: \S+ for token \d+\n", error)
 
 
 def test_the_command_converts(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,7 @@ from hrmcore.train import curvature
 from hrmcore.train.run_file import (
     GROUPS,
     OPTIMIZERS,
+    RANGES,
     TrainConfig,
     ema_decay,
     explain,
@@ -302,7 +303,27 @@ def test_a_step_that_is_not_finite_can_be_skipped(run_file: Path) -> None:
         ("seed = 7", "ema = 1.0", "ema must be at least 0 and below 1"),
         ("seed = 7", "accumulate = 0", "accumulate must be at least 1"),
         ("seed = 7", 'on_nonfinite = "hope"', "on_nonfinite must be one of"),
-        ("seed = 7", "horizon_first = 1", "2 <= horizon_first"),
+        ("seed = 7", "horizon_first = 1", "horizon_first must be at least 2"),
+        ("seed = 7", "horizon_first = 9", "horizons must satisfy horizon_first <= horizon_last, got 9 and 5"),
+        (
+            "seed = 7",
+            f"check_records = {1 << 63}",
+            "check_records must be at most 2147483647 .*, got 9",
+        ),
+        ("seed = 7", "seed = -1", "seed must be at least 0, got -1"),
+        ("seed = 7", f"accumulate = {1 << 62}", "accumulate must be at most 1048576"),
+        ("seed = 7", "betas = [0.9, nan]", "betas must be at most .*, got nan"),
+        ("seed = 7", "betas = [1.0, 0.9]", "betas must be at most"),
+        ("seed = 7", "weight_decay = nan", "weight_decay must be at most"),
+        ("learning_rate = 0.003", f"learning_rate = {10**400}", "learning_rate must be at most 1000000.0 .*, got inf"),
+        ("learning_rate = 0.003", "learning_rate = nan", "learning_rate must be at most"),
+        ("seed = 7", f"keep = {'[' * 5000}", "not TOML"),
+        (
+            "hidden_size = 32",
+            "hidden_size = 32\nvocab_size = 7",
+            "model: vocab_size is 7, but .* has 330",
+        ),
+        ("hidden_size = 32", f"hidden_size = 32\nH_cycles = {1 << 61}", "config: H_cycles must be at most 65536"),
         ("hidden_size = 32", "hidden_sise = 32", "unknown key 'hidden_sise'"),
         ("head_dim = 16", "head_dim = 13", "head_dim must be a multiple of 8"),
     ],
@@ -310,6 +331,12 @@ def test_a_step_that_is_not_finite_can_be_skipped(run_file: Path) -> None:
 def test_a_bad_run_file_names_file_and_key(run_file: Path, old: str, new: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{run_file}: .*{message}"):
         read_config(rewrite(run_file, old, new))
+
+
+def test_every_number_of_a_run_file_has_a_range() -> None:
+    kinds = ("int", "float", "tuple[float, float]")
+    numbers = {f.name for f in dataclasses.fields(TrainConfig) if str(f.type).removesuffix(" | None") in kinds}
+    assert numbers == set(RANGES)
 
 
 @pytest.mark.parametrize(
