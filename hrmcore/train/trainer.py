@@ -272,7 +272,10 @@ class Trainer:
             return
         self.optimizer.step(batch_tokens=1 if self.optimizer.variant == "G" else None)
         if self.step % (self.config.curvature_every or 1) == 0:
-            self._sample_curvature(self.optimizer, batches, k)
+            try:
+                self._sample_curvature(self.optimizer, batches, k)
+            except FloatingPointError as error:  # the step is taken; the estimate stays as it was
+                self._skip_or_stop(batches, str(error))
 
     def _sample_curvature(self, sophia: optim.Sophia, batches: Sequence[PackedBatch], k: int) -> None:
         seed = self.config.seed
@@ -300,7 +303,7 @@ class Trainer:
         return None
 
     def _skip_or_stop(self, batches: Sequence[PackedBatch], fault: str) -> None:
-        """Count a faulty step, or raise FloatingPointError that names the records it comes from."""
+        """Count a faulty step or curvature sample, or raise FloatingPointError that says where it may come from."""
         if self.config.on_nonfinite == "skip":
             self.skipped += 1
             return
