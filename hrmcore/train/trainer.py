@@ -308,12 +308,36 @@ class Trainer:
             self.skipped += 1
             return
         records = [record for batch in batches for record in batch.records]
-        guilty = [record for record in records if not math.isfinite(self._loss_of(record))] or records
-        shown = ", ".join(self.corpus.describe(record) for record in guilty[:20]) + ("…" if len(guilty) > 20 else "")
+        guilty = [record for record in records if not math.isfinite(self._loss_of(record))]
         raise FloatingPointError(
-            f"step {self.step}: {fault}; it comes from the records {shown}; "
-            "mend or remove them, or set on_nonfinite = 'skip'; the states before are intact"
+            f"step {self.step}: {fault}; {self._causes(records, guilty)}; the states before are intact"
         )
+
+    def _causes(self, records: Sequence[int], guilty: Sequence[int]) -> str:
+        """Where a fault may come from: the records whose own loss is not finite, the learning rate, the weights."""
+        named = guilty or records
+        shown = ", ".join(self.corpus.describe(record) for record in named[:20]) + ("…" if len(named) > 20 else "")
+        largest = self._largest_weight()
+        weights = f"the largest weight is {largest:.3g}" if math.isfinite(largest) else "a weight is not finite"
+        rate = f"learning_rate is {self.config.learning_rate:g}, {weights}"
+        if 0 < len(guilty) < len(records):
+            return (
+                f"it comes from the records {shown}; mend or remove them, or set on_nonfinite = 'skip'; "
+                f"if they are sound, the rate may be too high or the weights spoilt: {rate}"
+            )
+        who = f"all {len(records)} records have it" if guilty else "no record has it by itself"
+        return (
+            f"{who}, so look at the rate and the weights first: {rate}; a lower learning_rate, a longer warmup_steps "
+            f"or another init_from may help; the records are {shown}"
+        )
+
+    def _largest_weight(self) -> float:
+        """The largest magnitude of a weight, infinite if one is not finite."""
+        largest = 0.0
+        for parameter in self.model.parameters():
+            if (weight := optim.local(parameter.detach())).numel():
+                largest = max(largest, float(weight.abs().max().nan_to_num(math.inf)))
+        return max(self.world.sum(largest if rank == self.world.rank else 0.0) for rank in range(self.world.ranks))
 
     def _loss_of(self, record: int) -> float:
         with torch.no_grad(), self._precision():

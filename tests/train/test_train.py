@@ -286,6 +286,27 @@ def test_a_step_that_is_not_finite_can_be_skipped(run_file: Path) -> None:
     trainer.close()
 
 
+def test_a_learning_rate_that_is_too_high_is_not_the_records_fault(run_file: Path) -> None:
+    trainer = Trainer(read_config(rewrite(run_file, "learning_rate = 0.003", "learning_rate = 1e6")))
+    with pytest.raises(FloatingPointError, match="is not finite") as error:
+        trainer.run()
+    said = str(error.value)
+    assert re.search(
+        r"; (all \d+ records have it|no record has it by itself), so look at the rate and the weights", said
+    )
+    assert re.search(
+        r": learning_rate is 1e\+06, (the largest weight is \d[\d.]*e\+\d+|a weight is not finite); ", said
+    )
+    assert "mend" not in said
+
+
+def test_the_records_are_named_and_the_weights_as_the_other_cause(trainer: Trainer) -> None:
+    poison(trainer)
+    sound = r"it comes from the records .*; if they are sound, .*: learning_rate is 0\.003, a weight is not finite; "
+    with pytest.raises(FloatingPointError, match=sound):
+        trainer._train_step()
+
+
 @pytest.mark.parametrize("variant", ["g", "h"])
 def test_a_curvature_sample_that_is_not_finite_is_skipped_or_stops(
     variant: str, run_file: Path, monkeypatch: pytest.MonkeyPatch
