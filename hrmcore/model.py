@@ -242,6 +242,15 @@ class HRM(nn.Module):
             require_cuda()
         return super().to(*args, **kwargs)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or cast everything; the tables of positions stay float32, which the ops take them in."""
+        tables = {name: getattr(self, name) for name in ("rope_table", "xpos_log_decay")}
+        super()._apply(*args, **kwargs)
+        for name, table in tables.items():
+            if table is not None and (found := getattr(self, name)).dtype != table.dtype:
+                setattr(self, name, table.to(found.device))
+        return self
+
     def reset_parameters(self) -> None:
         """LeCun initialisation: normal truncated at 3 sigma, variance-corrected, std 1/sqrt(fan_in); z_L_init std 1."""
         for parameter in self.parameters():

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
@@ -41,6 +42,17 @@ class _Batch:
 
     def of_states(self, key: str) -> list[Any]:
         return [state[key] for state in self.states]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A sample probe ⊙ hvp of the Hessian's diagonal, a tensor each; for variant G both are the gradient."""
+
+    group: dict[str, Any]
+    numbers: list[int]
+    parameters: list[Tensor]
+    probes: list[Tensor]
+    hvps: list[Tensor]
 
 
 class _Fused(torch.optim.Optimizer):
@@ -245,17 +257,23 @@ class Sophia(_Fused):
         H: ĥ = u ⊙ ∇²L u with the probe u normal, drawn from `generator`, and L = `loss`, a scalar that must be twice
         differentiable: compute it inside hrmcore.ops.backend.reference_ops(). The gradients are left alone.
 
-        Raises ValueError when `loss` is missing for H or given for G, and for H on sharded parameters.
+        Raises ValueError when `loss` is missing for H or given for G, and for H on sharded parameters. Raises
+        FloatingPointError, with nothing changed, when the sample is not finite: it would stay in h. On sharded
+        parameters every rank then raises, so call it on all of them.
         """
         if (loss is not None) != (self.variant == "H"):
             raise ValueError("update_hessian takes the loss for variant H, and nothing for variant G")
-        if loss is None:
-            for batch in self._ready():
-                self._curve(batch.group, batch.numbers, batch.parameters, batch.gradients, batch.gradients)
-        else:
-            self._hutchinson(loss, generator)
+        samples = self._gauss_newton() if loss is None else self._hutchinson(loss, generator)
+        self._refuse_nonfinite(samples)
+        for sample in samples:
+            hessians = [self._state(parameter, sample.group)["hessian"] for parameter in sample.parameters]
+            device, b2 = sample.parameters[0].device, sample.group["betas"][1]
+            _run(_C.sophia_curvature, device, sample.numbers, hessians, sample.probes, sample.hvps, b2)
 
-    def _hutchinson(self, loss: Tensor, generator: torch.Generator | None) -> None:
+    def _gauss_newton(self) -> list[_Sample]:
+        return [_Sample(b.group, b.numbers, b.parameters, b.gradients, b.gradients) for b in self._ready()]
+
+    def _hutchinson(self, loss: Tensor, generator: torch.Generator | None) -> list[_Sample]:
         for group in self.param_groups:
             _check_options(group)
         everything = [(group, p) for group in self.param_groups for p in group["params"]]
@@ -274,20 +292,33 @@ class Sophia(_Fused):
         hvps = torch.autograd.grad(  # Hessian-vector products ∇²L u
             [g for g, _ in curved], [p for _, _, p, _ in used], [u for _, u in curved], materialize_grads=True
         )
-        for (number, group, p, _), probe, hvp in zip(used, probes, hvps, strict=True):
-            self._curve(group, [number], [p], [probe], [hvp.contiguous()])
+        return [
+            _Sample(group, [number], [p], [probe], [hvp.contiguous()])
+            for (number, group, p, _), probe, hvp in zip(used, probes, hvps, strict=True)
+        ]
 
-    def _curve(
-        self,
-        group: dict[str, Any],
-        numbers: list[int],
-        parameters: list[Tensor],
-        probes: list[Tensor],
-        hvps: list[Tensor],
-    ) -> None:
-        """Update h with the samples probe ⊙ hvp; for variant G both are the gradient."""
-        hessians = [self._state(parameter, group)["hessian"] for parameter in parameters]
-        _run(_C.sophia_curvature, parameters[0].device, numbers, hessians, probes, hvps, group["betas"][1])
+    @torch.no_grad()
+    def _refuse_nonfinite(self, samples: Sequence[_Sample]) -> None:
+        """Raise FloatingPointError when a product probe ⊙ hvp is not finite, on this rank or another."""
+        faulty = [
+            number
+            for sample in samples
+            for number, probe, hvp in zip(sample.numbers, sample.probes, sample.hvps, strict=True)
+            if not (local(probe) * local(hvp)).isfinite().all()
+        ]
+        if self._on_any_rank(bool(faulty)):
+            where = f"parameter {faulty[0]}" if faulty else "another rank's shards"
+            raise FloatingPointError(f"the curvature sample is not finite in {where}")
+
+    def _on_any_rank(self, here: bool) -> bool:
+        """Whether `here` is true on any of the ranks that the parameters are sharded over."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if isinstance(parameter, DTensor):
+                    flag = torch.tensor(float(here), device=parameter.device)
+                    dist.all_reduce(flag, dist.ReduceOp.MAX, parameter.device_mesh.get_group())
+                    return bool(flag)
+        return here
 
 
 class AdamAtan2(_Fused):

@@ -250,6 +250,30 @@ def packed(sequences: list[tuple[int, int]], vocab: int) -> PackedBatch:
     )
 
 
+@pytest.mark.parametrize("position_encoding", ["rope", "xpos"])
+def test_a_model_in_bfloat16_keeps_its_tables_and_its_loss(position_encoding: str) -> None:
+    """Against the same rounded weights in float32 under autocast, which training uses; the tables lose nothing."""
+    model = random_model(config(position_encoding=position_encoding))
+    batch = packed([(40, 12), (7, 1), (23, 23)], model.config.vocab_size)
+    table = model.rope_table.clone()
+    half = random_model(model.config).to(torch.bfloat16)
+    assert half.rope_table.dtype == torch.float32
+    assert torch.equal(half.rope_table, table)
+    model.load_state_dict({name: weight.float() for name, weight in half.state_dict().items()})
+    losses = [half.loss(batch)]
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        losses.append(model.loss(batch))
+    for loss in losses:
+        loss.backward()
+    assert float(losses[0].detach()) == pytest.approx(float(losses[1].detach()), rel=1e-3)
+    for ours, exact in zip(half.parameters(), model.parameters(), strict=True):
+        assert ours.grad is not None
+        assert exact.grad is not None
+        assert ours.grad.dtype == torch.bfloat16
+        assert float((ours.grad.float() - exact.grad).norm() / exact.grad.norm()) < 2**-7
+    assert torch.equal(half.float().rope_table, table)
+
+
 def plain_loss(w: dict[str, Tensor], c: HRMConfig, batch: PackedBatch, graded: set[tuple[Any, ...]]) -> Tensor:
     bounds = batch.offsets.tolist()
     rows = [

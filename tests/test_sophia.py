@@ -177,3 +177,32 @@ def test_same_curvature_for_every_schedule() -> None:
         return [optimizer.state[p]["hessian"] for p in params]
 
     assert same_bits_for_every_schedule(compute)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e25])  # the square of the last is too large
+def test_a_sample_that_is_not_finite_changes_nothing(value: float, backend: str) -> None:
+    sound, faulty = (torch.nn.Parameter(torch.ones(40)) for _ in range(2))
+    optimizer = Sophia([sound, faulty], betas=(0.9, 0.5))
+    for p in (sound, faulty):
+        p.grad = torch.full((40,), 2.0)
+    optimizer.update_hessian()
+    assert faulty.grad is not None
+    faulty.grad[17] = value
+    with pytest.raises(FloatingPointError, match="the curvature sample is not finite in parameter 1"):
+        optimizer.update_hessian()
+    for p in (sound, faulty):
+        assert torch.equal(optimizer.state[p]["hessian"], torch.full((40,), 2.0))
+        p.grad = torch.full((40,), 0.1)
+    optimizer.step(batch_tokens=1)
+    assert torch.isfinite(faulty).all()
+
+
+def test_a_hutchinson_sample_that_is_not_finite_changes_nothing() -> None:
+    p = torch.nn.Parameter(torch.tensor([1.0, 0.0]))
+    optimizer = Sophia([p], variant="H")
+    optimizer.update_hessian((p**2).sum())
+    before = optimizer.state[p]["hessian"].clone()
+    with pytest.raises(FloatingPointError, match="the curvature sample is not finite in parameter 0"):
+        optimizer.update_hessian((p**1.5).sum())  # its second derivative at 0 is infinite
+    assert torch.equal(optimizer.state[p]["hessian"], before)
+    assert p.tolist() == [1.0, 0.0]

@@ -9,6 +9,7 @@ from pathlib import Path
 from hrmcore import plots
 from hrmcore.evals import iq, reasoning_gym
 from hrmcore.evals.harness import Task, evaluate, records_task, report, table
+from hrmcore.evals.scorers import SCORERS
 
 EXAMPLE = f"""\
 examples:
@@ -24,7 +25,13 @@ tasks:
   {", ".join(iq.FAMILIES)}: one family
   {", ".join(iq.TASKS)}: one task
   reasoning_gym:NAME     a task of the reasoning-gym package (pip install hrmcore[demo]), which scores the answers
-  FILE.jsonl             records ({{"instruction", "response"[, "condition"]}}, one a line); the answer must match
+  FILE.jsonl             records ({{"instruction", "response"[, "condition"]}}, one a line); scored as exact
+
+scorers (--scorer; each task names its default, which the JSON of --out says):
+  exact                  the whole answer, white space around it aside
+  first_line             the first line of the answer, as the IQ tasks are scored
+  answer                 what \\boxed{{}} holds, or follows "####" or "answer is"; else the answer without brackets and
+                         punctuation around it (B. and (B) are B); numbers by value (1,234 is 1234); Unicode's form C
 """
 
 
@@ -36,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed asks the same questions (0)")
     noise = f"irrelevant facts in an anti_interference question ({','.join(map(str, iq.NOISE))})"
     parser.add_argument("--noise", default=",".join(map(str, iq.NOISE)), metavar="A,B,…", help=noise)
+    parser.add_argument("--scorer", choices=SCORERS, help="what counts as right (default: as each task names it)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON")
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw the results: accuracy with intervals, score over noise"
@@ -58,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     if args.n < 1:
         raise ValueError(f"--n must be at least 1, got {args.n}")
     chosen = choose(args.tasks, args.n, args.seed, _noise(args.noise))
+    if args.scorer is not None:
+        chosen = [task.scored_by(args.scorer) for task in chosen]
     if args.out is not None and not args.out.resolve().parent.is_dir():
         raise ValueError(f"{args.out}: no such folder")
     if args.plot is not None:

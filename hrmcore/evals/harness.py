@@ -8,12 +8,13 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from hrmcore.data.records import Rejected, read_records
 from hrmcore.evals.draws import Draws
+from hrmcore.evals.scorers import SCORERS
 
 Z95 = 1.959963984540054  # half-width of a normal's central 95%, in standard deviations
 
@@ -30,13 +31,28 @@ class Question:
 
 @dataclass(frozen=True)
 class Task:
-    """Questions of one kind. `score(index, response)` is from 0 to 1; only a right answer scores 1."""
+    """Questions of one kind. `score(index, response)` is from 0 to 1; only a right answer scores 1.
+
+    `scorer` names the rule: one of SCORERS, or the package whose own it is.
+    """
 
     name: str
     family: str
     questions: tuple[Question, ...]
     score: Callable[[int, str], float]
     noise: int | None = None
+    scorer: str = "exact"
+
+    def scored_by(self, scorer: str) -> Task:
+        """The same questions, scored by another rule. Raises ValueError on a name that is not in SCORERS."""
+        if scorer not in SCORERS:
+            raise ValueError(f"unknown scorer {scorer!r}; there are: {', '.join(SCORERS)}")
+        rule, questions = SCORERS[scorer], self.questions
+
+        def score(index: int, response: str) -> float:
+            return float(rule(response, questions[index].answer))
+
+        return replace(self, score=score, scorer=scorer)
 
 
 class Runner(Protocol):
@@ -67,6 +83,7 @@ class Score:
     score: float
     chance: float | None
     too_long: int
+    scorer: str = "exact"
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
@@ -109,13 +126,14 @@ def tally(task: Task, answers: Sequence[str | None]) -> Score:
         score=math.fsum(scores) / n,
         chance=math.fsum(chances) / n if len(chances) == n else None,
         too_long=sum(answer is None for answer in answers),
+        scorer=task.scorer,
     )
 
 
 def records_task(path: str, n: int, seed: int) -> Task:
-    """A file of records ({"instruction", "response"[, "condition"]}, one JSON object a line), by exact match.
+    """A file of records ({"instruction", "response"[, "condition"]}, one JSON object a line), scored as `exact`.
 
-    White space around an answer does not count. A file of more than `n` records is sampled. Raises ValueError with
+    A file of more than `n` records is sampled. Raises ValueError with
     file and line on a record that is none, FileNotFoundError when there is no file.
     """
     records = list(read_records(path, Rejected(), strict=True))
@@ -124,8 +142,7 @@ def records_task(path: str, n: int, seed: int) -> Task:
     if len(records) > n:
         records = Draws("records", seed).sample(records, n)
     questions = tuple(Question(r.instruction, r.response.strip(), condition=r.condition) for r in records)
-    name = Path(path).name
-    return Task(name, "records", questions, lambda index, answer: float(answer.strip() == questions[index].answer))
+    return Task(Path(path).name, "records", questions, lambda *_: 0.0).scored_by("exact")
 
 
 def require_extra(package: str, extra: str) -> None:

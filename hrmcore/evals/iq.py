@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from hrmcore.evals.draws import Draws
 from hrmcore.evals.harness import Question, Task
+from hrmcore.evals.scorers import first_line
 
 CONSONANTS, VOWELS = "bdfghklmnprstvz", "aeiou"
 ATTRIBUTES = (
@@ -55,7 +56,7 @@ def tasks(name: str, n: int, seed: int, noise: Sequence[int] = NOISE) -> list[Ta
     made = []
     for level in noise if TASKS[name].noisy else (None,):
         asked = questions(name, n, seed, level or 0)
-        made.append(Task(name, TASKS[name].family, asked, Match(asked), level))
+        made.append(Task(name, TASKS[name].family, asked, Match(asked), level, "first_line"))
     return made
 
 
@@ -66,8 +67,7 @@ class Match:
     questions: Sequence[Question]
 
     def __call__(self, index: int, response: str) -> float:
-        first, *_ = response.strip().splitlines() or [""]
-        return float(first.strip() == self.questions[index].answer)
+        return float(first_line(response, self.questions[index].answer))
 
 
 def _word(draws: Draws, syllables: int) -> str:

@@ -20,4 +20,4 @@ def task(name: str, n: int, seed: int) -> Task:
     def score(index: int, response: str) -> float:
         return float(dataset.score_answer(response.strip(), entries[index]))
 
-    return Task(name, "reasoning_gym", questions, score)
+    return Task(name, "reasoning_gym", questions, score, scorer="reasoning_gym")

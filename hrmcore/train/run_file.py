@@ -150,7 +150,9 @@ class TrainConfig:
         "optimizer", "decay of the averaged weights that are validated and exported; 0: no average", 0.9999
     )
     on_nonfinite: str = _key(
-        "optimizer", "what a NaN or a spike of the loss does: 'stop' the run, or 'skip' the step and count it", "stop"
+        "optimizer",
+        "what a NaN, or a spike of the loss, does: 'stop' the run, or 'skip' the step or curvature sample and count it",
+        "stop",
     )
     spike_factor: float = _key(
         "optimizer", "a loss above this many times its running mean is a spike; 0: none is (experimental)", 0.0

@@ -274,7 +274,10 @@ class Trainer:
             return
         self.optimizer.step(batch_tokens=1 if self.optimizer.variant == "G" else None)
         if self.step % (self.config.curvature_every or 1) == 0:
-            self._sample_curvature(self.optimizer, batches, k)
+            try:
+                self._sample_curvature(self.optimizer, batches, k)
+            except FloatingPointError as error:  # the step is taken; the estimate stays as it was
+                self._skip_or_stop(batches, str(error))
 
     def _sample_curvature(self, sophia: optim.Sophia, batches: Sequence[PackedBatch], k: int) -> None:
         seed = self.config.seed
@@ -302,17 +305,41 @@ class Trainer:
         return None
 
     def _skip_or_stop(self, batches: Sequence[PackedBatch], fault: str) -> None:
-        """Count a faulty step, or raise FloatingPointError that names the records it comes from."""
+        """Count a faulty step or curvature sample, or raise FloatingPointError that says where it may come from."""
         if self.config.on_nonfinite == "skip":
             self.skipped += 1
             return
         records = [record for batch in batches for record in batch.records]
-        guilty = [record for record in records if not math.isfinite(self._loss_of(record))] or records
-        shown = ", ".join(self.corpus.describe(record) for record in guilty[:20]) + ("…" if len(guilty) > 20 else "")
+        guilty = [record for record in records if not math.isfinite(self._loss_of(record))]
         raise FloatingPointError(
-            f"step {self.step}: {fault}; it comes from the records {shown}; "
-            "mend or remove them, or set on_nonfinite = 'skip'; the states before are intact"
+            f"step {self.step}: {fault}; {self._causes(records, guilty)}; the states before are intact"
         )
+
+    def _causes(self, records: Sequence[int], guilty: Sequence[int]) -> str:
+        """Where a fault may come from: the records whose own loss is not finite, the learning rate, the weights."""
+        named = guilty or records
+        shown = ", ".join(self.corpus.describe(record) for record in named[:20]) + ("…" if len(named) > 20 else "")
+        largest = self._largest_weight()
+        weights = f"the largest weight is {largest:.3g}" if math.isfinite(largest) else "a weight is not finite"
+        rate = f"learning_rate is {self.config.learning_rate:g}, {weights}"
+        if 0 < len(guilty) < len(records):
+            return (
+                f"it comes from the records {shown}; mend or remove them, or set on_nonfinite = 'skip'; "
+                f"if they are sound, the rate may be too high or the weights spoilt: {rate}"
+            )
+        who = f"all {len(records)} records have it" if guilty else "no record has it by itself"
+        return (
+            f"{who}, so look at the rate and the weights first: {rate}; a lower learning_rate, a longer warmup_steps "
+            f"or another init_from may help; the records are {shown}"
+        )
+
+    def _largest_weight(self) -> float:
+        """The largest magnitude of a weight, infinite if one is not finite."""
+        largest = 0.0
+        for parameter in self.model.parameters():
+            if (weight := optim.local(parameter.detach())).numel():
+                largest = max(largest, float(weight.abs().max().nan_to_num(math.inf)))
+        return max(self.world.sum(largest if rank == self.world.rank else 0.0) for rank in range(self.world.ranks))
 
     def _loss_of(self, record: int) -> float:
         with torch.no_grad(), self._precision():

@@ -104,6 +104,41 @@ def test_sophia_g_samples_and_steps_as_two_unsharded_ranks_do(tmp_path: Path, to
             torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-3 * float(tensor.abs().max()))
 
 
+ONE_RANK_OVERFLOWS = """
+import sys
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from hrmcore.optim import Sophia
+mesh = init_device_mesh("cpu", (2,))
+p = torch.nn.Parameter(distribute_tensor(torch.ones(6), mesh, [Shard(0)]))
+sophia = Sophia([p])
+for fourth in (2.0, float("inf")):
+    p.grad = distribute_tensor(torch.tensor([2.0, 2.0, 2.0, fourth, 2.0, 2.0]), mesh, [Shard(0)])
+    try:
+        sophia.update_hessian()
+    except FloatingPointError as error:
+        print(error)
+print(sophia.state[p]["hessian"].to_local().tolist())
+"""
+
+
+def test_no_rank_takes_a_curvature_sample_that_another_refuses() -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    command = [*torchrun, "--tee", "1", sys.executable, "-c", ONE_RANK_OVERFLOWS]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    said = sorted(line.split("]:", 1)[-1] for line in done.stdout.splitlines())
+    held = str((torch.full((3,), 4.0) * (1 - 0.99)).tolist())
+    assert said == sorted(
+        [
+            "the curvature sample is not finite in another rank's shards",
+            "the curvature sample is not finite in parameter 0",
+            *[held] * 2,
+        ]
+    )
+
+
 def test_bfloat16_is_gathered_and_rounds_as_it_does_alone(tmp_path: Path, tokenizer: Path, ranks: Ranks) -> None:
     keys = {"precision": "bfloat16", "steps": 8}
     alone = read_config(write_run(tmp_path / "alone", tokenizer, **keys))

@@ -287,6 +287,60 @@ def test_a_step_that_is_not_finite_can_be_skipped(run_file: Path) -> None:
     trainer.close()
 
 
+def test_a_learning_rate_that_is_too_high_is_not_the_records_fault(run_file: Path) -> None:
+    trainer = Trainer(read_config(rewrite(run_file, "learning_rate = 0.003", "learning_rate = 1e6")))
+    with pytest.raises(FloatingPointError, match="is not finite") as error:
+        trainer.run()
+    said = str(error.value)
+    assert re.search(
+        r"; (all \d+ records have it|no record has it by itself), so look at the rate and the weights", said
+    )
+    assert re.search(
+        r": learning_rate is 1e\+06, (the largest weight is \d[\d.]*e\+\d+|a weight is not finite); ", said
+    )
+    assert "mend" not in said
+
+
+def test_the_records_are_named_and_the_weights_as_the_other_cause(trainer: Trainer) -> None:
+    poison(trainer)
+    sound = r"it comes from the records .*; if they are sound, .*: learning_rate is 0\.003, a weight is not finite; "
+    with pytest.raises(FloatingPointError, match=sound):
+        trainer._train_step()
+
+
+@pytest.mark.parametrize("variant", ["g", "h"])
+def test_a_curvature_sample_that_is_not_finite_is_skipped_or_stops(
+    variant: str, run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every second step samples; one sample in the run has an Inf."""
+    keys = f'on_nonfinite = "skip"\noptimizer = "sophia-{variant}"\ncurvature_every = 2'
+    trainer = Trainer(read_config(rewrite(run_file, "steps = 12", f"steps = 12\n{keys}")))
+    usual = Sophia._refuse_nonfinite
+
+    def spoil(self: Sophia, samples: Any) -> None:
+        samples[0].hvps[0].view(-1)[3] = torch.inf
+        usual(self, samples)
+
+    trainer._train_step()
+    hessians = {name: t.clone() for name, t in trainer._tensors().items() if ".hessian." in name}
+    assert hessians
+    with monkeypatch.context() as patched:
+        patched.setattr(Sophia, "_refuse_nonfinite", spoil)
+        trainer._train_step()
+        assert trainer._train_step()["skipped"] == 1
+    after = trainer._tensors()
+    assert all(torch.equal(after[name], hessian) for name, hessian in hessians.items())
+    assert trainer._train_step()["skipped"] == 1
+    assert trainer._train_step()["skipped"] == 1
+    assert all(torch.isfinite(tensor).all() for tensor in trainer._tensors().values())
+    trainer.config = dataclasses.replace(trainer.config, on_nonfinite="stop")
+    monkeypatch.setattr(Sophia, "_refuse_nonfinite", spoil)
+    trainer._train_step()
+    with pytest.raises(FloatingPointError, match=r"step 6: the curvature sample is not finite in parameter 0; "):
+        trainer._train_step()
+    trainer.close()
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
