@@ -159,8 +159,9 @@ class Sophia(_Fused):
 
     `variant` "G" (Gauss-Newton-Bartlett) takes the curvature from squared gradients of labels that the model itself
     sampled; B is then the number of tokens over which that loss was averaged: `batch_tokens`, or what a step is given
-    instead. "H" (Hutchinson) takes it from Hessian products; its B is 1. Raises ValueError on numbers out of range: lr or weight_decay below 0, a beta or ema outside
-    [0, 1), rho not above 0, eps below 1e-30, batch_tokens below 1 or given for H. Source: arXiv 2305.14342.
+    instead. "H" (Hutchinson) takes it from Hessian products; its B is 1. Raises ValueError on numbers out of range: lr
+    or weight_decay below 0, a beta or ema outside [0, 1), rho not above 0, eps below 1e-30, batch_tokens below 1 or
+    given for H. Source: arXiv 2305.14342.
 
     >>> loss_of_sampled_labels.backward()  # the mean over the batch; the model's own labels at supervised positions
     >>> sophia.update_hessian()
