@@ -36,6 +36,7 @@ GROUPS = {
         "convert": Command("pack a checkpoint for the CPU engine", "hrmcore.commands.convert"),
     },
     "train a model": {
+        "init": Command("propose a run file for records and a time budget", "hrmcore.commands.init"),
         "prepare": Command("tokenise records into a store to train from", "hrmcore.commands.prepare"),
         "plan": Command("estimate what a training run costs", "hrmcore.commands.plan", _TRAINING),
         "train": Command("train a model as a run file says", "hrmcore.commands.train", _TRAINING),

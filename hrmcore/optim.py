@@ -170,9 +170,10 @@ class Sophia(_Fused):
     `update_hessian` for h. While h is 0, as it is before the first call, every step is lr times the sign of m.
 
     `variant` "G" (Gauss-Newton-Bartlett) takes the curvature from squared gradients of labels that the model itself
-    sampled; B is then the number of tokens over which that loss was averaged. "H" (Hutchinson) takes it from Hessian
-    products; its B is 1. Raises ValueError on numbers out of range: lr or weight_decay below 0, a beta or ema outside
-    [0, 1), rho not above 0, eps below 1e-30. Source: arXiv 2305.14342.
+    sampled; B is then the number of tokens over which that loss was averaged: `batch_tokens`, or what a step is given
+    instead. "H" (Hutchinson) takes it from Hessian products; its B is 1. Raises ValueError on numbers out of range: lr
+    or weight_decay below 0, a beta or ema outside [0, 1), rho not above 0, eps below 1e-30, batch_tokens below 1 or
+    given for H. Source: arXiv 2305.14342.
 
     >>> loss_of_sampled_labels.backward()  # the mean over the batch; the model's own labels at supervised positions
     >>> sophia.update_hessian()
@@ -191,11 +192,15 @@ class Sophia(_Fused):
         weight_decay: float = 0.1,
         eps: float = 1e-12,
         ema: float | None = None,
+        batch_tokens: int | None = None,
     ) -> None:
         if variant not in ("G", "H"):
             raise ValueError(f"variant must be 'G' or 'H', got {variant!r}")
         self.variant = variant
-        self._batch_tokens = 1
+        self.batch_tokens = batch_tokens
+        self._step_tokens = 1
+        if batch_tokens is not None:
+            self._tokens_of_step(None)
         self._clipped: dict[torch.device, Tensor] = {}  # counts of the last step
         self._counted = 0  # the coordinates of which those are counts
         super().__init__(params, lr=lr, betas=betas, rho=rho, weight_decay=weight_decay, eps=eps, ema=ema)
@@ -212,18 +217,27 @@ class Sophia(_Fused):
         return clipped / counted if counted else math.nan
 
     def step(self, closure: Callable[[], Any] | None = None, *, batch_tokens: int | None = None) -> Any:
-        """One step; variant G needs B, the tokens over which the curvature's loss was averaged.
+        """One step. `batch_tokens`, for variant G, stands for the optimizer's own in this step alone.
 
-        Raises ValueError, before anything has changed, when `batch_tokens` is missing for G, given for H or below 1.
+        Raises ValueError, before anything has changed, when neither is there for G, or as the optimizer itself does.
         """
-        if self.variant == "H" and batch_tokens is not None:
-            raise ValueError("batch_tokens is for variant G only; H's curvature does not depend on the batch size")
-        if self.variant == "G" and (batch_tokens is None or batch_tokens < 1):
-            raise ValueError(f"step(batch_tokens=n) must be at least 1 for variant G, got {batch_tokens}")
-        self._batch_tokens = batch_tokens or 1
+        self._step_tokens = self._tokens_of_step(batch_tokens)
         self._clipped.clear()
         self._counted = 0
         return super().step(closure)
+
+    def _tokens_of_step(self, given: int | None) -> int:
+        """B of a step."""
+        tokens = self.batch_tokens if given is None else given
+        if self.variant == "H":
+            if tokens is not None:
+                raise ValueError("batch_tokens is for variant G only; H's curvature does not depend on the batch size")
+            return 1
+        if tokens is None:
+            raise ValueError("variant G needs batch_tokens: Sophia(batch_tokens=n), or step(batch_tokens=n)")
+        if tokens < 1:
+            raise ValueError(f"batch_tokens must be at least 1 for variant G, got {tokens}")
+        return tokens
 
     def _update(self, batch: _Batch, averages: Sequence[Tensor | None]) -> None:
         group = batch.group
@@ -243,7 +257,7 @@ class Sophia(_Fused):
             group["betas"][0],
             group["weight_decay"],
             group["rho"],
-            self._batch_tokens,
+            self._step_tokens,
             group["eps"],
             group["ema"] or 0.0,
         )

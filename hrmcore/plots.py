@@ -1,14 +1,15 @@
 """Every picture, in one style, each from JSON that something else wrote. Needs matplotlib (the extra `bench`).
 
-Ours is drawn in colour, what it is compared with in grey, intervals as bars or bands. A title says what was found, the
-line at the bottom under which conditions.
+Ours is in colour, what it is compared with in grey, intervals are bars or bands. A title says what was found, the line
+at the bottom under which conditions.
 """
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, quantiles
 from typing import Any
@@ -289,8 +290,8 @@ def _noise_curves(axes: Any, curves: dict[str, list[dict[str, Any]]]) -> None:
     _legend(axes)
 
 
-def training(rows: list[dict[str, float]], path: Path) -> None:
-    """Draw the steps that `hrmcore train` recorded: loss, held-out loss and answers, gradients, speed."""
+def training(runs: Mapping[str, list[dict[str, float]]], path: Path) -> None:
+    """Draw the steps that runs of `hrmcore train` recorded, by name: loss, held-out loss and answers, and so on."""
     panels = [
         ("loss, nats a token", ("loss", "heldout_loss"), "log"),
         ("held-out answers that are right", ("heldout_exact",), "linear"),
@@ -299,29 +300,32 @@ def training(rows: list[dict[str, float]], path: Path) -> None:
         ("learning rate", ("learning_rate",), "linear"),
         ("tokens/s", ("tokens_per_second",), "linear"),
     ]
-    known = {key for row in rows for key in row}
+    known = {key for rows in runs.values() for row in rows for key in row}
     panels = [panel for panel in panels if panel[1][0] in known]
     figure, grid = _figure(-(-len(panels) // 2), 2, (11, 1.4 + 2.6 * -(-len(panels) // 2)))
     for axes, (label, keys, scale) in zip(grid.flat, panels, strict=False):
-        for key, colour in zip(keys, OURS, strict=False):
-            found = [(row["step"], row[key]) for row in rows if key in row]
-            if found:
-                marker = "o" if key.startswith("heldout") else None
-                name = "held-out" if key.startswith("heldout") else "training"
-                axes.plot(
-                    *zip(*found, strict=True), color=colour, label=name, linewidth=1.5, marker=marker, markersize=4
-                )
-        axes.set_yscale(scale)
+        for number, (name, rows) in enumerate(runs.items()):
+            for part, key in enumerate(keys, number) if len(runs) == 1 else ((number, key) for key in keys):
+                _curve(axes, rows, key, OURS[part % len(OURS)], name, len(runs) == 1)
+        axes.set(xlabel="step", ylabel=label, yscale=scale)
         if scale == "log":
             _plain_ticks(axes)
-        axes.set(xlabel="step", ylabel=label)
         if len(axes.lines) > 1:
             _legend(axes)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_visible(False)
-    key, name = ("heldout_loss", "Held-out loss") if "heldout_loss" in known else ("loss", "Loss")
-    step, loss = [(row["step"], row[key]) for row in rows if key in row][-1]
-    _save(figure, path, f"{name} {loss:.3g} after {step:,.0f} steps")
+    grid.flat[-1].set_visible(len(panels) % 2 == 0)
+    key, what = ("heldout_loss", "Held-out loss") if "heldout_loss" in known else ("loss", "Loss")
+    ends = [[(row[key], row["step"], n) for row in rows if key in row][-1:] for n, rows in runs.items()]
+    loss, step, name = min(itertools.chain(*ends))
+    _save(figure, path, f"{what} {loss:.3g} after {step:,.0f} steps" + (f": {name} is lowest" if len(runs) > 1 else ""))
+
+
+def _curve(axes: Any, rows: list[dict[str, float]], key: str, colour: str, run: str, alone: bool) -> None:
+    """One figure of a run over its steps; beside other runs, training is drawn fainter than held-out records."""
+    heldout = key.startswith("heldout")
+    if found := [(row["step"], row[key]) for row in rows if key in row]:
+        name = ("" if alone else f"{run}, ") + ("held-out" if heldout else "training")
+        style = {"marker": "o", "markersize": 4} if heldout else {"alpha": 1 if alone else 0.5}
+        axes.plot(*zip(*found, strict=True), color=colour, label=name, **style)
 
 
 def _plain_ticks(axes: Any) -> None:

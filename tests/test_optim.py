@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -27,6 +27,14 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LambdaLR,
+    LinearLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
 
 from hrmcore import _C
 from hrmcore.optim import AdamAtan2, AdamW, Sophia
@@ -448,3 +456,60 @@ def test_closure_and_schedule(processor: str) -> None:
     schedule.step()
     optimizer.step(closure, batch_tokens=3)
     assert p.tolist() == [0.25, 0.25]
+
+
+def own_tokens(kind: str) -> dict[str, Any]:
+    return {"batch_tokens": BATCH_TOKENS} if kind == "SophiaG" else {}
+
+
+SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "lambda": lambda optimizer: LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+    "cosine after warm-up": lambda optimizer: SequentialLR(
+        optimizer, [LinearLR(optimizer, 0.1, total_iters=3), CosineAnnealingLR(optimizer, 5)], [3]
+    ),
+    "one cycle": lambda optimizer: OneCycleLR(optimizer, max_lr=0.02, total_steps=10),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_of_torch_set_the_rate_of_a_step_without_arguments(name: str, kind: str) -> None:
+    """The weights are, to the bit, those of steps whose options were set by hand."""
+    scheduled, by_hand = parameters(), parameters()
+    optimizer, other = make(kind, scheduled, **own_tokens(kind)), make(kind, by_hand)
+    schedule = SCHEDULES[name](optimizer)
+    rates = set()
+    for step in range(8):
+        for ours, theirs in zip(optimizer.param_groups, other.param_groups, strict=True):
+            theirs.update(lr=ours["lr"], betas=ours["betas"])
+            rates.add(ours["lr"])
+        for p, gradient in zip(scheduled, gradients(step), strict=True):
+            p.grad = gradient
+        optimizer.step()
+        schedule.step()
+        for p, gradient in zip(by_hand, gradients(step), strict=True):
+            p.grad = gradient
+        other.step(**own_tokens(kind))
+    assert len(rates) > 5
+    assert all(map(torch.equal, scheduled, by_hand))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_by_torch_conventions(kind: str) -> None:
+    """A closure, a gradient scaler, a copy through its state and a schedule on a plateau need nothing of their own."""
+    params = parameters()
+    optimizer = make(kind, params, **own_tokens(kind))
+    plateau = ReduceLROnPlateau(optimizer, patience=0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        scaler.scale(sum(p.square().sum() for p in params)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        plateau.step(1.0)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
+    again = make(kind, params, **own_tokens(kind))
+    again.load_state_dict(optimizer.state_dict())
+    assert again.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+    norm = params[0].detach().square().sum()
+    assert again.step(lambda: params[0].detach().square().sum()) == norm

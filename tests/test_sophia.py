@@ -152,9 +152,14 @@ def test_batch_tokens_times_h_averages_to_the_gauss_newton_diagonal() -> None:
 def test_misuse_of_sophia(processor: str) -> None:
     p = torch.nn.Parameter(torch.ones(4))
     g, h = Sophia([p]), Sophia([p], variant="H")
-    for tokens in (None, 0):
-        with pytest.raises(ValueError, match=rf"step\(batch_tokens=n\) must be at least 1 for variant G, got {tokens}"):
-            g.step(batch_tokens=tokens)
+    with pytest.raises(ValueError, match=r"variant G needs batch_tokens: Sophia\(batch_tokens=n\), or step\("):
+        g.step()
+    with pytest.raises(ValueError, match="batch_tokens must be at least 1 for variant G, got 0"):
+        g.step(batch_tokens=0)
+    with pytest.raises(ValueError, match="batch_tokens must be at least 1 for variant G, got 0"):
+        Sophia([p], batch_tokens=0)
+    with pytest.raises(ValueError, match="batch_tokens is for variant G only"):
+        Sophia([p], variant="H", batch_tokens=4)
     with pytest.raises(ValueError, match="batch_tokens is for variant G only"):
         h.step(batch_tokens=4)
     with pytest.raises(ValueError, match="takes the loss for variant H"):

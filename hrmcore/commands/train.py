@@ -8,6 +8,7 @@ from pathlib import Path
 EXAMPLE = """\
 examples:
   hrmcore train run.toml          start, or resume from the newest state in the run folder
+  hrmcore train run.toml --set learning_rate=1e-3 --set out=run2    with other values than the file's
   hrmcore train --explain         every key of a run file
   torchrun --nproc-per-node 2 -m hrmcore train run.toml    two processes, which share the batches of the run; with
                                   parallel = "sharded" in the run file, also the model and the optimizer's state
@@ -31,6 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLE
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("config", nargs="?", type=Path, help="the run file (TOML)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a key of the run file with another value, as learning_rate=1e-3 or model.head_dim=64; may be repeated",
+    )
     what.add_argument("--explain", action="store_true", help="print every key of a run file and leave")
 
 
@@ -43,5 +51,5 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from hrmcore.train.trainer import Trainer
 
-    Trainer(read_config(args.config)).run()
+    Trainer(read_config(args.config, args.set)).run()
     return 0

@@ -259,21 +259,42 @@ def ema_decay(config: TrainConfig, step: int) -> float | None:
     return min(config.ema, (1 + step) / (10 + step)) if config.ema else None
 
 
-def read_config(path: str | Path) -> TrainConfig:
+def read_config(path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
     """Read and validate a TOML run file with a [model] table and the keys of TrainConfig at the top level.
 
     The model's vocabulary is the tokenizer's. With `init_from`, that checkpoint brings the model and the tokenizer; a
-    store brings its tokenizer. Raises ValueError naming the file and the key.
+    store brings its tokenizer. `changes` are KEY=VALUE texts that stand for what the file says; the value is TOML, or
+    plain text, a key of [model] is model.KEY. Raises ValueError naming the file and the key.
     """
     path = Path(path)
     try:
         values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not TOML ({error})") from None
+    for change in changes:
+        _change(values, change)
     try:
         return _config_from(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _change(values: dict[str, Any], change: str) -> None:
+    """Put a KEY=VALUE text into the values of a run file."""
+    key, equals, text = change.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise ValueError(f"--set must be KEY=VALUE, got {change!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    table, name = values, key
+    if key.startswith("model."):
+        table, name = values.setdefault("model", {}), key.removeprefix("model.")
+    if not isinstance(table, dict) or name in ("model", "grow"):
+        raise ValueError(f"--set {key}: name one key, as learning_rate or model.head_dim")
+    table[name] = value
 
 
 def _config_from(values: Mapping[str, Any]) -> TrainConfig:

@@ -658,6 +658,49 @@ def test_the_curves_are_drawn(run_file: Path, figures: list[Any], capsys: pytest
     assert main(["plot", config.out + "/nothing"]) == 2
 
 
+def test_runs_are_drawn_over_one_another_and_written_as_a_table(
+    tmp_path: Path, figures: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, losses in (("a", (4.0, 3.0)), ("b", (4.0, 2.0))):
+        (tmp_path / name).mkdir()
+        rows = [{"step": step, "loss": loss, "heldout_loss": loss + 1} for step, loss in enumerate(losses, start=1)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert main(["plot", *runs, "--out", str(tmp_path / "both.png")]) == 0
+    legend = figures[0].axes[0].get_legend().get_texts()
+    assert [text.get_text() for text in legend] == ["a, training", "a, held-out", "b, training", "b, held-out"]
+    assert list(figures[0].axes[0].lines[2].get_ydata()) == [4.0, 2.0]
+    assert figures[0].get_suptitle() == "Held-out loss 3 after 2 steps: b is lowest"
+    capsys.readouterr()
+    assert main(["plot", runs[1], "--csv"]) == 0
+    table = tmp_path / "b" / "metrics.csv"
+    assert capsys.readouterr().out == f"{table}\n"
+    assert table.read_text() == "step,loss,heldout_loss\n1.0,4.0,5.0\n2.0,2.0,3.0\n"
+    assert main(["plot", *runs, "--csv", "--out", str(tmp_path / "both.csv")]) == 0
+    assert (tmp_path / "both.csv").read_text().splitlines()[::3] == ["run,step,loss,heldout_loss", "b,1.0,4.0,5.0"]
+
+
+def test_set_stands_for_what_the_run_file_says(
+    run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = ["learning_rate = 2e-3", "betas=[0.8, 0.9]", "optimizer=adamw", "model.rope_theta=500.0", "steps=2"]
+    config = read_config(run_file, changes)
+    assert (config.learning_rate, config.betas, config.optimizer) == (2e-3, (0.8, 0.9), "adamw")
+    assert config.model.rope_theta == 500.0
+    given = [word for change in [*changes, f"out={tmp_path / 'other'}"] for word in ("--set", change)]
+    assert main(["train", str(run_file), *given]) == 0
+    assert [row["step"] for row in read_metrics(tmp_path / "other" / "metrics.jsonl")] == [1, 2]
+    capsys.readouterr()
+    for change, message in {
+        "steps": "--set must be KEY=VALUE, got 'steps'",
+        "stepz=3": f"{run_file}: unknown key 'stepz'",
+        "steps=many": f"{run_file}: steps must be of type int, got 'many'",
+        "model=3": "--set model: name one key, as learning_rate or model.head_dim",
+    }.items():
+        assert main(["train", str(run_file), "--set", change]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_plot_says_what_is_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
