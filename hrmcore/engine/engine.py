@@ -281,9 +281,9 @@ class Engine:
     def decode(self, waiting: deque[tuple[Key, Request]]) -> Generator[tuple[Key, int | None], None, None]:
         """Decode what waits, yielding (key, token) as tokens come and (key, None) once a request has left.
 
-        Requests join as others leave; another thread may append to `waiting` meanwhile. Anyone may end a request by
-        setting its `finish`, from any thread: it leaves before the next step, soon when it is in a long prefill, and
-        without a word when it has not begun. Closing the generator ends all that have.
+        Requests join as others leave; other threads may append to `waiting` and remove from it meanwhile. Anyone may
+        end a request by setting its `finish`, from any thread: it leaves before the next step, soon when it is in a
+        long prefill, and without a word when it has not begun. Closing the generator ends all that have.
         """
         active: list[tuple[Key, Request]] = []
         try:
@@ -333,15 +333,19 @@ class Engine:
         prefill = PREFILL_TOKENS
         admitted: list[tuple[Key, Request]] = []
         while waiting and len(active) + len(admitted) < MAX_BATCH:
-            request = waiting[0][1]
+            try:
+                entry = waiting.popleft()
+            except IndexError:  # another thread has withdrawn the last one
+                break
+            request = entry[1]
             if request.finish:
-                waiting.popleft()
                 continue
             budget -= request.most_tokens
             prefill -= len(request.ids)
             if (budget < 0 and (active or admitted)) or (prefill < 0 and admitted):
+                waiting.appendleft(entry)
                 break
-            admitted.append(waiting.popleft())
+            admitted.append(entry)
         return admitted
 
 
