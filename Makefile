@@ -3,7 +3,8 @@
 # make check style, types and tests of what changed since the branch left main, in a minute; prints what it leaves out
 # make docs  builds the pages of docs/ into build/site; a broken link or anchor is an error
 # make stub  writes hrmcore/_C.pyi, the native module's signatures, anew
-# make cuda  compiles the CUDA kernels for every target and checks what ptxas says of them (needs nvcc, no GPU)
+# make cuda  compiles the CUDA kernels for every target and checks what ptxas says of them, and the decode step's code
+#            (needs nvcc, no GPU)
 # make sanitize  runs the tests of the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
 # make tsan      runs the engine under ThreadSanitizer (GCC): batches of requests that are cancelled at random
 
@@ -46,6 +47,7 @@ stub: $(VENV)/installed-dev
 	mv build/_C.pyi hrmcore/_C.pyi
 
 CUDA_LOG := build/cuda/ptxas.log
+DECODE_OBJECT := build/cuda/CMakeFiles/_C_cuda.dir/csrc/decode/decode_step.cu.o
 
 $(CUDA_LOG): $(VENV)/installed-dev $(NATIVE)
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset cuda \
@@ -56,9 +58,11 @@ $(CUDA_LOG): $(VENV)/installed-dev $(NATIVE)
 
 cuda: $(CUDA_LOG)
 	$(BIN)/python cmake/check_ptxas.py $(CUDA_LOG) csrc/ptxas.txt
+	PYTHONPATH="$(CURDIR)" $(BIN)/python cmake/check_sass.py $(DECODE_OBJECT) csrc/sass.txt bench/gpu/step_counts.json
 
 cuda-table: $(CUDA_LOG)
 	$(BIN)/python cmake/check_ptxas.py $(CUDA_LOG) csrc/ptxas.txt --update
+	PYTHONPATH="$(CURDIR)" $(BIN)/python cmake/check_sass.py $(DECODE_OBJECT) csrc/sass.txt bench/gpu/step_counts.json --update
 
 sanitize: $(VENV)/installed-dev
 	VENV="$(VENV)" CXX="$(CXX)" tests/soak/instrumented.sh asan

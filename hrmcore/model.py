@@ -323,7 +323,7 @@ class HRM(nn.Module):
         With a `sampler`, the labels are drawn from the model's own distribution: the squared gradient of that loss is
         Sophia-G's curvature.
         """
-        batch = batch.to(self.lm_head.weight.device)
+        batch = self._brought(batch)
         final, rows = self._supervised_states(batch, horizon)
         head, targets = self.lm_head.weight, batch.targets
         if sampler is not None:
@@ -333,14 +333,18 @@ class HRM(nn.Module):
     @torch.no_grad()
     def greedy_tokens(self, batch: PackedBatch) -> Tensor:
         """The most probable token (R) int64 after each supervised position of a packed batch, on any device."""
-        final, supervised = self._supervised_states(batch.to(self.lm_head.weight.device))
+        final, supervised = self._supervised_states(self._brought(batch))
         return torch.cat([self.lm_head(final[rows]).argmax(-1) for rows in supervised.split(_ROWS)])
+
+    def _brought(self, batch: PackedBatch) -> PackedBatch:
+        """A batch on the model's device, its rows checked where they lie: a batch from the host costs no wait."""
+        check_rows(batch.supervised, len(batch.ids))
+        return batch.to(self.lm_head.weight.device)
 
     def _supervised_states(self, batch: PackedBatch, horizon: int | None = None) -> tuple[Tensor, Tensor]:
         """Final states, and the rows of the supervised tokens in them; the last MLP skips the other tokens."""
         prefix = batch.prefix if self.config.prefix_lm else torch.zeros_like(batch.prefix)
         layout, rows = Layout(batch.offsets, prefix, batch.positions), batch.supervised
-        check_rows(rows, len(batch.ids))
         multiple = rows_filled(len(batch.ids) // 16)  # at most 16 row counts: oneDNN keeps some 4 MB for each
         filled = -(-max(1, len(rows)) // multiple) * multiple
         if filled >= len(batch.ids):

@@ -6,8 +6,10 @@ A sequence is `<boq> condition… instruction <eoq> response <eoa>`. Our own mod
 
 from __future__ import annotations
 
+import codecs
 import io
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -31,6 +33,10 @@ RELEASED_NAMES = {
 OWN_NAMES = {name: f"<{name}>" for name in ("boq", "eoq", "eoa", *CONDITIONS)}
 
 
+class NoFramingError(ValueError):
+    """A tokenizer that works but has no tokens to frame a prompt: it belongs to another kind of model."""
+
+
 def tokenizer_files(folder: Path) -> list[Path]:
     """Those of TOKENIZER_FILES that a folder holds."""
     return [path for name in TOKENIZER_FILES if (path := folder / name).is_file()]
@@ -40,13 +46,19 @@ class _Backend(Protocol):
     """What the two libraries have in common."""
 
     vocab_size: int
+    # The byte of each token that decodes only together with the whole run of such tokens that it stands in: a run that
+    # is not UTF-8 loses all its characters.
+    byte_fallback: Mapping[int, int]
 
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def token_id(self, token: str) -> int | None: ...
+    def has(self, index: int) -> bool: ...
 
 
 class _SentencePiece:
+    byte_fallback: Mapping[int, int] = {}  # a broken character costs its neighbours nothing
+
     def __init__(self, path: Path) -> None:
         import sentencepiece
 
@@ -67,6 +79,9 @@ class _SentencePiece:
         index = int(self._processor.piece_to_id(token))
         return None if index == self._processor.unk_id() else index
 
+    def has(self, index: int) -> bool:
+        return 0 <= index < self.vocab_size
+
 
 class _TokenizerJson:
     def __init__(self, path: Path) -> None:
@@ -77,7 +92,16 @@ class _TokenizerJson:
         except Exception as error:  # the library raises a bare Exception
             raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
         self._tokenizer.encode_special_tokens = True  # a special token spelled out in a text is ordinary text
-        self.vocab_size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = 1 + max(vocabulary.values(), default=-1)
+        self.byte_fallback: Mapping[int, int] = {}
+        if self._falls_back_to_bytes():
+            found = ((index, re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)) for token, index in vocabulary.items())
+            self.byte_fallback = {index: int(match[1], 16) for index, match in found if match}
+
+    def _falls_back_to_bytes(self) -> bool:
+        decoder = self._tokenizer.decoder
+        return decoder is not None and "é" in decoder.decode(["<0xC3>", "<0xA9>"])
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -88,6 +112,9 @@ class _TokenizerJson:
     def token_id(self, token: str) -> int | None:
         index: int | None = self._tokenizer.token_to_id(token)
         return index
+
+    def has(self, index: int) -> bool:  # added tokens may leave gaps before them
+        return 0 <= index < self.vocab_size and self._tokenizer.id_to_token(index) is not None
 
 
 @dataclass(frozen=True)
@@ -108,7 +135,8 @@ class Tokenizer:
     def load(cls, folder: str | Path) -> Tokenizer:
         """Read `tokenizer.model` or `tokenizer.json` from a folder.
 
-        Raises FileNotFoundError when there is neither, ValueError when the file is broken or lacks the framing tokens.
+        Raises FileNotFoundError when there is neither, ValueError when the file is broken, NoFramingError when it lacks
+        the framing tokens.
         """
         for name, kind in (("tokenizer.model", _SentencePiece), ("tokenizer.json", _TokenizerJson)):
             if (path := Path(folder) / name).is_file():
@@ -122,7 +150,7 @@ class Tokenizer:
         framing = {}
         for role in ("boq", "eoq", "eoa"):
             if (index := ids.get(role)) is None:
-                raise ValueError(f"{path}: the token {names[role]!r} ({role}) is missing")
+                raise NoFramingError(f"{path}: the token {names[role]!r} ({role}) is missing")
             framing[role] = index
         conditions = {name: index for name in CONDITIONS if (index := ids.get(name)) is not None}
         return cls(backend, path, framing["boq"], framing["eoq"], framing["eoa"], conditions)
@@ -195,29 +223,40 @@ class Tokenizer:
 
 
 class PieceDecoder:
-    """Turns a stream of token ids into text pieces that are always whole UTF-8 characters."""
+    """Turns a stream of token ids into text pieces that are always whole UTF-8 characters.
+
+    The pieces together are what `Tokenizer.decode_answer` makes of all ids.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._framing = tokenizer.special_ids
         self._pending: list[int] = []
+        self._most_pending = 32
         self._shown = ""
+        self._run = _ByteRun(tokenizer.backend.byte_fallback)
 
     def push(self, token: int) -> str:
-        """The text that is certain after this token: none for part of a character, or an id beyond the vocabulary."""
-        if token >= self._tokenizer.vocab_size:
+        """The text that is certain after this token: none for part of a character, or an id beyond the vocabulary.
+
+        Nor is there any while a byte that is still to come may make U+FFFD of characters that are whole already, as it
+        does in a tokenizer.json with byte fallback; they come with the next token that is not a byte.
+        """
+        if token in self._framing or not self._tokenizer.backend.has(token):
             return ""
         self._pending.append(token)
+        self._run.push(token)
+        if self._run.open:
+            return ""
         text = self._tokenizer.decode(self._pending)
-        # The bytes of an incomplete character, at most three, read as U+FFFD until the rest of it comes.
         certain = text
-        for _ in range(3):
-            certain = certain.removesuffix("\ufffd")
+        if not self._run.broken:
+            # The bytes of an incomplete character, at most three, read as U+FFFD until the rest of it comes.
+            for _ in range(3):
+                certain = certain.removesuffix("\ufffd")
         piece = self._advance(certain)
-        if certain == text and len(self._pending) > 32:
-            # Decoding all tokens again each time would take quadratic time. Keep a few: they settle whether the next
-            # token's leading space is shown.
-            self._pending = self._pending[-8:]
-            self._shown = self._tokenizer.decode(self._pending)
+        if certain == text and len(self._pending) > self._most_pending:
+            self._forget()
         return piece
 
     def finish(self) -> str:
@@ -229,6 +268,46 @@ class PieceDecoder:
         if piece:  # else text may be shorter: two bytes read as two U+FFFD before a third made them one
             self._shown = text
         return piece
+
+    def _forget(self) -> None:
+        """Drop the oldest tokens: decoding all of them again each time would take quadratic time.
+
+        A few stay. They settle whether the next token's leading space is shown, so they must have text of their own,
+        and whether the run of bytes at the end is broken.
+        """
+        kept = self._pending[-8:]
+        text = self._tokenizer.decode(kept)
+        run = _ByteRun(self._tokenizer.backend.byte_fallback)
+        for token in kept:
+            run.push(token)
+        if text and run.broken == self._run.broken:
+            self._pending, self._shown, self._most_pending = kept, text, 32
+        else:
+            self._most_pending = 2 * len(self._pending)
+
+
+class _ByteRun:
+    """The run of byte fallback tokens at the end of a stream: `open` while more bytes may spoil it, `broken` once it is
+    no UTF-8 whatever follows."""
+
+    def __init__(self, byte_of: Mapping[int, int]) -> None:
+        self._byte_of = byte_of
+        self._start()
+
+    def _start(self) -> None:
+        self.open = self.broken = False
+        self._utf8 = codecs.getincrementaldecoder("utf-8")()
+
+    def push(self, token: int) -> None:
+        if (byte := self._byte_of.get(token)) is None:
+            if self.open or self.broken:
+                self._start()
+        elif not self.broken:
+            try:
+                self._utf8.decode(bytes([byte]))
+                self.open = True
+            except UnicodeDecodeError:
+                self.open, self.broken = False, True
 
 
 def train_tokenizer(
@@ -244,9 +323,10 @@ def train_tokenizer(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()
+    failed: list[Exception] = []
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
+            sentence_iterator=_watched(texts, failed),
             model_writer=model,  # not a file name, which the model would remember
             model_type="bpe",
             vocab_size=vocab_size,
@@ -267,6 +347,36 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(f"tokenizer: {str(error).splitlines()[-1].split('] ')[-1]}") from None
+        if not failed:
+            raise _refusal(vocab_size, str(error)) from None
+    if failed:
+        raise failed[0]
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     return Tokenizer.load(folder)
+
+
+def _watched(texts: Iterable[str], failed: list[Exception]) -> Iterator[str]:
+    """The texts; what goes wrong in reading them ends them and is kept, for sentencepiece would drop it."""
+    try:
+        yield from texts
+    except Exception as error:
+        failed.append(error)
+
+
+class VocabularyError(ValueError):
+    """A tokenizer of this size cannot be trained on these texts; `fits` is the nearest size that can, if known."""
+
+    def __init__(self, message: str, fits: int | None) -> None:
+        super().__init__(message)
+        self.fits = fits
+
+
+def _refusal(size: int, error: str) -> VocabularyError:
+    """What sentencepiece says of a vocabulary that does not fit, in our words."""
+    if high := re.search(r"set it to a value <= (\d+)", error):
+        most = int(high[1])
+        return VocabularyError(f"tokenizer: {size} tokens are more than these texts fill; take at most {most}", most)
+    if low := re.search(r"required_chars\. \d+ vs (\d+)", error):
+        least = int(low[1])
+        return VocabularyError(f"tokenizer: {size} tokens do not hold these texts' bytes; take at least {least}", least)
+    return VocabularyError(f"tokenizer: {error.splitlines()[-1].split('] ')[-1] or 'the texts are empty'}", None)

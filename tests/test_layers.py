@@ -32,7 +32,7 @@ ROOMS = {
     "microbench": "_C ops machine",
     "optim": GROUND,
     "planner": GROUND,
-    "data": f"_lazy {GROUND}",
+    "data": f"_lazy chat {GROUND}",
     "model": f"{GROUND} data",
     "distributed": f"{GROUND} model optim data",
     "checkpoint": f"_lazy {GROUND} model optim distributed",
@@ -55,8 +55,8 @@ NEVER_EAGER = {
     *("huggingface_hub", "pyarrow"),
 }
 FREE_OF_TORCH = [
-    *("chat", "config", "tokenizer", "planner", "durable", "positions", "repl", "cli"),
-    *("data", "data.records", "data.packing", "data.store", "data.prepare"),
+    *("config", "tokenizer", "planner", "durable", "positions", "repl", "cli"),
+    *("chat", "data", "data.records", "data.files", "data.shapes", "data.packing", "data.store", "data.prepare"),
     *("checkpoint", "checkpoint.hrm_text", "checkpoint.safetensors_reader"),
     *("growth", "train"),
     *("engine", "engine.engine", "engine.async_engine", "engine.runner", "engine.cpu_runner"),

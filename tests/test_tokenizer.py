@@ -6,15 +6,24 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from hrmcore.tokenizer import CONDITIONS, OWN_NAMES, RELEASED_NAMES, PieceDecoder, Tokenizer, train_tokenizer
+from hrmcore.tokenizer import (
+    CONDITIONS,
+    OWN_NAMES,
+    RELEASED_NAMES,
+    PieceDecoder,
+    Tokenizer,
+    VocabularyError,
+    train_tokenizer,
+)
 
 TEXTS = [
     "How many times does the letter r appear? Count the bits of 1023.\n",
@@ -54,6 +63,30 @@ def saved(made: tokenizers.Tokenizer, folder: Path) -> Tokenizer:
 @pytest.fixture(scope="module")
 def released(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return saved(byte_level_bpe(special=True), tmp_path_factory.mktemp("released"))
+
+
+@pytest.fixture(scope="module")
+def byte_fallback(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A tokenizer.json as Llama's: words with U+2581, bytes for the rest, and a gap in the ids."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"helowrd日e\u0301"]
+    tokens += ["\u2581hello", "lo", "\ufffd", *RELEASED_NAMES.values()]
+    vocab = {token: index + 5 * (index >= 259) for index, token in enumerate(dict.fromkeys(tokens))}
+    model = models.BPE(vocab=vocab, merges=[("l", "o")], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    made = tokenizers.Tokenizer(model)
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    made.add_special_tokens(["<s>", "</s>", *RELEASED_NAMES.values()])
+    folder = tmp_path_factory.mktemp("byte_fallback")
+    assert made.id_to_token(260) is None
+    return saved(made, folder)
+
+
+@pytest.fixture(params=["own", "released", "byte_fallback"])
+def any_tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    """Every kind of decoder: sentencepiece's, byte-level, byte fallback."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(params=["own", "released"])
@@ -101,9 +134,24 @@ def test_training_again_gives_the_same_bytes(tmp_path: Path) -> None:
     assert str(tmp_path).encode() not in (tmp_path / "a/tokenizer.model").read_bytes()
 
 
-def test_too_few_texts_for_the_vocabulary(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="tokenizer: Vocabulary size too high"):
-        train_tokenizer(["abc"], tmp_path, 5000)
+@pytest.mark.parametrize(("size", "advice"), [(5000, "at most"), (20, "at least")])
+@pytest.mark.parametrize("texts", [["abc"], ["héllo wörld, hello world"] * 9, ["日本語"]])
+def test_a_vocabulary_that_does_not_fit_names_the_size_that_does(
+    size: int, advice: str, texts: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(VocabularyError, match=f"^tokenizer: {size} tokens .*; take {advice} ") as refused:
+        train_tokenizer(texts, tmp_path, size)
+    assert refused.value.fits is not None
+    assert train_tokenizer(texts, tmp_path, refused.value.fits).vocab_size == refused.value.fits
+
+
+def test_texts_that_cannot_be_read_stop_the_training_of_a_tokenizer(tmp_path: Path) -> None:
+    def broken() -> Iterator[str]:
+        yield "hello world " * 99
+        raise ValueError("a.csv:7: broken")
+
+    with pytest.raises(ValueError, match=r"a\.csv:7: broken"):
+        train_tokenizer(broken(), tmp_path, 270)
 
 
 def test_released_ids_are_those_of_the_library(tmp_path: Path) -> None:
@@ -190,16 +238,46 @@ def test_streamed_pieces_of_text_are_whole(own: Tokenizer, released: Tokenizer, 
         assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
 
 
-def test_streamed_pieces_of_any_ids_make_up_what_decode_gives(tokenizer: Tokenizer) -> None:
-    """Ids as a model may sample them: half of them bytes, which rarely make up characters."""
+def test_streamed_pieces_of_any_ids_make_up_what_decode_gives(any_tokenizer: Tokenizer) -> None:
+    """Ids as a model may sample them: bytes that rarely make up characters, control tokens, framing tokens, gaps."""
+    tokenizer = any_tokenizer
     choose = random.Random(0)
-    first = tokenizer.encode("\U0010ffff")  # 4 bytes: among the byte tokens of both kinds
-    for _ in range(300):
-        ids = [choose.choice([choose.randrange(tokenizer.vocab_size), *first]) for _ in range(choose.randrange(80))]
+    first = tokenizer.encode("\U0010ffff")[-4:]  # 4 bytes: among the byte tokens of all kinds
+    characters = [tokenizer.encode(text)[-6:] for text in ("é", "日", "語", "😀", "e\u0301", " a", " ", "\ufffd")]
+    special = [[0], [1], [2], *([token] for token in tokenizer.special_ids)]
+    for _ in range(1500):
+        ids: list[int] = []
+        for _ in range(choose.randrange(80)):
+            kind = choose.choice(
+                [[[choose.randrange(tokenizer.vocab_size)]], [[i] for i in first], characters, special]
+            )
+            ids += choose.choice(kind)
         pieces = streamed(tokenizer, ids)
         assert "".join(pieces) == tokenizer.decode(ids)
         for piece in pieces:
             assert piece.encode().decode() == piece
+
+
+@settings(deadline=None, max_examples=200)
+@given(text=st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\u2581\ufffd"), max_size=60))
+@example(text="😀🎉")
+@example(text="日本語")
+@example(text="hello é日本 " * 20)
+@example(text="日本語😀" * 30)
+def test_byte_fallback_streams_whole_characters(byte_fallback: Tokenizer, text: str) -> None:
+    ids = byte_fallback.encode(text)
+    pieces = streamed(byte_fallback, ids)
+    assert "".join(pieces) == byte_fallback.decode(ids) == text
+    library = tokenizers.Tokenizer.from_file(str(byte_fallback.source))
+    assert "".join(pieces) == library.decode(ids, skip_special_tokens=False)
+
+
+def test_a_run_of_bytes_is_shown_when_nothing_can_change_it(byte_fallback: Tokenizer) -> None:
+    """The library makes U+FFFD of a whole run for one byte that does not fit, of characters before it, too."""
+    a, run, broken = byte_fallback.encode("h")[-1], byte_fallback.encode("語")[-3:], byte_fallback.encode("é")[-1]
+    assert streamed(byte_fallback, [a, *run, *run, a]) == ["h", "", "", "", "", "", "", "語語h", ""]
+    assert streamed(byte_fallback, [*run, *run[:2]])[-1] == "\ufffd" * 5
+    assert streamed(byte_fallback, [*run, broken, *run, a])[-6:] == ["\ufffd" * 4, *"\ufffd\ufffd\ufffdh", ""]
 
 
 def test_a_character_is_shown_with_its_last_byte_and_not_before(tokenizer: Tokenizer) -> None:
@@ -209,7 +287,8 @@ def test_a_character_is_shown_with_its_last_byte_and_not_before(tokenizer: Token
     assert streamed(tokenizer, ids[:3])[-1] != ""
 
 
-def test_a_row_that_no_word_belongs_to_is_no_text(tokenizer: Tokenizer) -> None:
+def test_a_row_that_no_word_belongs_to_is_no_text(any_tokenizer: Tokenizer) -> None:
+    tokenizer = any_tokenizer
     ids, beyond = tokenizer.encode("größer"), tokenizer.vocab_size
     answered = [i for token in ids for i in (token, beyond, beyond + 99)]
     decoder = PieceDecoder(tokenizer)
@@ -217,9 +296,9 @@ def test_a_row_that_no_word_belongs_to_is_no_text(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode_answer(answered) == "größer"
 
 
-def test_endless_broken_bytes_are_shown_as_they_come(tokenizer: Tokenizer) -> None:
-    last = tokenizer.encode("\U0010ffff")[-1]
-    decoder = PieceDecoder(tokenizer)
+def test_endless_broken_bytes_are_shown_as_they_come(any_tokenizer: Tokenizer) -> None:
+    last = any_tokenizer.encode("\U0010ffff")[-1]
+    decoder = PieceDecoder(any_tokenizer)
     assert sum(len(decoder.push(last)) for _ in range(100)) >= 97
 
 
@@ -283,6 +362,7 @@ def test_broken_files_are_errors_and_not_crashes(own: Tokenizer, released: Token
 
 CHANGE_EACH_BYTE = """
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from hrmcore.tokenizer import Tokenizer
 path = Path(sys.argv[1])

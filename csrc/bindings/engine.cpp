@@ -2,7 +2,7 @@
 #include <cstdint>
 #include <exception>
 #include <memory>
-#include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -19,13 +19,8 @@ using Tensor = Operand<Use::input>;
 using OptionalTensor = Operand<Use::optional>;
 using Output = Operand<Use::output>;
 
-// A step waits for the engine without the GIL, so that no thread waits for one of the two holding the other.
-std::unique_lock<std::mutex> lock_engine(Engine& engine) {
-  py::gil_scoped_release unlocked;
-  return std::unique_lock<std::mutex>(engine.mutex());
-}
-
-// What may end a long step: a signal's handler that raises, or `stop`, a callable that says true.
+// What may end a long step, or the wait for one: a signal's handler that raises, or `stop`, a callable that
+// says true. Whatever Python runs here holds none of the core's locks.
 class CancelCheck {
  public:
   explicit CancelCheck(const py::object& stop) : stop_(stop) {}
@@ -132,19 +127,10 @@ void bind_engine(py::module_& m) {
            })
       .def("checksum", [](const Engine& e) { return e.weights().checksum(); })
       .def(
-          "open",
-          [](Engine& e, std::int64_t prefix_length) {
-            const auto lock = lock_engine(e);
-            return e.open(prefix_length);
-          },
+          "open", [](Engine& e, std::int64_t prefix_length) { return e.open(prefix_length); },
           py::arg("prefix_length"))
       .def(
-          "close",
-          [](Engine& e, std::int64_t request) {
-            const auto lock = lock_engine(e);
-            e.close(request);
-          },
-          py::arg("request"))
+          "close", [](Engine& e, std::int64_t request) { e.close(request); }, py::arg("request"))
       .def(
           "step",
           [](Engine& e, const std::vector<std::int64_t>& requests,
@@ -153,7 +139,13 @@ void bind_engine(py::module_& m) {
             DlpackArgs b("step");
             const TensorView out = b.view(logits, "logits");
             CancelCheck cancel(stop);
-            const auto lock = lock_engine(e);
+            std::optional<Engine::Turn> turn;
+            {
+              py::gil_scoped_release unlocked;
+              turn.emplace(e, cancel.interrupt());
+            }
+            cancel.rethrow();
+            if (!turn->taken()) return false;
             e.begin(requests, ids, every_row, out);
             bool done = false;
             {
@@ -171,8 +163,8 @@ void bind_engine(py::module_& m) {
       .def_property_readonly("workspace_bytes", &Engine::workspace_bytes)
       .def_property_readonly("threads", &Engine::threads)
       .def_property_readonly("open_requests", &Engine::open_requests)
-      .def_property_readonly("cache_pages", [](const Engine& e) { return e.cache().capacity(); })
-      .def_property_readonly("cache_pages_used", [](const Engine& e) { return e.cache().used(); });
+      .def_property_readonly("cache_pages", &Engine::cache_pages)
+      .def_property_readonly("cache_pages_used", &Engine::cache_pages_used);
 }
 
 void bind_cuda_step(py::module_& m) {

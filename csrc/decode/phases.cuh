@@ -59,21 +59,27 @@ __device__ __forceinline__ float squares_of_tiles(const DecodeParams& params, in
   return sum;
 }
 
-// Copies this warp's share of rows in their order from global memory.
+// Copies this warp's share of rows in their order from global memory. `meanwhile` runs once, when the first are on
+// their way: what it reads itself is not waited for after them.
+template <class Meanwhile>
 __device__ __forceinline__ void bring_rows(const DecodeParams& params, const WarpShare& share,
-                                           const void* rows, const Activations& x) {
+                                           const void* rows, const Activations& x,
+                                           const Meanwhile& meanwhile) {
   const Packed<bf16, 8>* from =
       static_cast<const Packed<bf16, 8>*>(rows) + share.first_sixteen * params.batch * 2;
   const SharedArray<Packed<bf16, 8>> to = x.pieces();
   const int count = share.sixteens * params.batch * 2;
   constexpr int together = 4;
+  bool begun = false;
 #pragma unroll 1
-  for (int first = lane_id(); first < count; first += 32 * together) {
+  for (int first = lane_id(); !begun || first < count; first += 32 * together) {
     Packed<bf16, 8> pieces[together];
 #pragma unroll
     for (int i = 0; i < together; ++i) {
       if (first + 32 * i < count) pieces[i] = load_packed<8>(&from[first + 32 * i].at[0]);
     }
+    if (!begun) meanwhile();
+    begun = true;
 #pragma unroll
     for (int i = 0; i < together; ++i) {
       if (first + 32 * i < count) to[first + 32 * i] = pieces[i];
@@ -308,12 +314,12 @@ __device__ __forceinline__ void bring_activations(const Consumer& block, const W
   if (block.at.phase == Phase::o) {
     bring_attended(params, share, x);
   } else if (block.at.phase == Phase::down) {
-    bring_rows(params, share, params.hidden, x);
+    bring_rows(params, share, params.hidden, x, [] {});
   } else if (block.at.phase == Phase::gqkv && block.at.layer == 0) {
     enter_visit(params, block.at, share, x);
   } else {
-    put_squares(squares_of_tiles(params, share.first_sixteen, share.sixteens));
-    bring_rows(params, share, params.x, x);
+    bring_rows(params, share, params.x, x,
+               [&] { put_squares(squares_of_tiles(params, share.first_sixteen, share.sixteens)); });
   }
   const int end = share.items * (item_columns / 16) * params.batch * 2;
   for (int piece = max(share.sixteens, 0) * params.batch * 2 + lane_id(); piece < end; piece += 32) {

@@ -97,17 +97,60 @@ std::int64_t Engine::open(std::int64_t prefix) {
     reject("open", "prefix_length", "between 0 and the context of " + std::to_string(shape_.positions),
            std::to_string(prefix));
   }
-  requests_[next_request_].prefix = prefix;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  Request& request = requests_[next_request_];
+  request.id = next_request_;
+  request.prefix = prefix;
   return next_request_++;
 }
 
 void Engine::close(std::int64_t request) {
+  const std::lock_guard<std::mutex> lock(mutex_);
   const auto found = requests_.find(request);
-  if (found == requests_.end()) reject("close", "request", "open", named(request) + ", which is not");
-  std::vector<std::byte*>& pages = found->second.pages;
-  pages.erase(pages.begin(), pages.begin() + found->second.given_back);
-  cache_.release(pages);
-  requests_.erase(found);
+  if (found == requests_.end() || found->second.closing)
+    reject("close", "request", "open", named(request) + ", which is not");
+  if (found->second.stepping) {
+    found->second.closing = true;
+    ++closing_;
+  } else {
+    release(found->second);
+  }
+}
+
+void Engine::release(Request& request) noexcept {
+  request.pages.erase(request.pages.begin(), request.pages.begin() + request.given_back);
+  cache_.release(request.pages);
+  requests_.erase(request.id);
+}
+
+std::int64_t Engine::open_requests() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return static_cast<std::int64_t>(requests_.size()) - closing_;
+}
+
+std::int64_t Engine::cache_pages_used() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return cache_.used();
+}
+
+Engine::Turn::Turn(Engine& engine, const Interrupt& interrupt)
+    : engine_(engine), taken_(engine.turns_.take(interrupt)) {}
+
+Engine::Turn::~Turn() {
+  if (taken_) engine_.end_turn();
+}
+
+void Engine::end_turn() noexcept {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (Request* request : stepping_) {
+      request->stepping = false;
+      if (request->closing) release(*request);
+    }
+    stepping_.clear();
+    closing_ = 0;
+  }
+  turns_.pass();
 }
 
 void Engine::check_step(const std::vector<std::int64_t>& requests,
@@ -187,15 +230,20 @@ void Engine::begin(const std::vector<std::int64_t>& requests,
                    const TensorView& logits) {
   weights_.check_complete();
   weights_.check_unchanged();
-  check_step(requests, ids, every_row, logits);
-  reserve(requests, ids);
-  stepping_.clear();
-  chunks_.clear();
-  for (std::size_t i = 0; i < requests.size(); ++i) {
-    Request& request = requests_.at(requests[i]);
-    stepping_.push_back(&request);
-    chunks_.push_back({ids[i].data(), static_cast<std::int64_t>(ids[i].size()), request.length,
-                       request.prefix, request.pages.data()});
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    check_step(requests, ids, every_row, logits);
+    reserve(requests, ids);
+    stepping_.reserve(requests.size());
+    chunks_.clear();
+    chunks_.reserve(requests.size());
+    for (std::size_t i = 0; i < requests.size(); ++i) {
+      Request& request = requests_.at(requests[i]);
+      request.stepping = true;
+      stepping_.push_back(&request);
+      chunks_.push_back({ids[i].data(), static_cast<std::int64_t>(ids[i].size()), request.length,
+                         request.prefix, request.pages.data()});
+    }
   }
   recurrence_.prepare(chunks_, every_row, pool_.size());
   logits_ = logits.as<float>();
@@ -208,6 +256,7 @@ bool Engine::run(const Interrupt& interrupt) noexcept {
 
 void Engine::commit() {
   weights_.check_unchanged();
+  const std::lock_guard<std::mutex> lock(mutex_);
   for (std::size_t i = 0; i < stepping_.size(); ++i) {
     stepping_[i]->length += chunks_[i].tokens;
     release_behind(*stepping_[i]);

@@ -3,6 +3,10 @@
 //
 // A request's logits have the same bits whatever runs beside it, however its response is cut into chunks, and
 // with any number of threads: no kernel's arithmetic for one token depends on the others of a step.
+//
+// Any thread may open, close and step at any time. Steps take turns; opening and closing never wait for one,
+// because Python runs during a step and may come here on the same thread. A request that is in a step when it
+// is closed is released when the step ends.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +19,7 @@
 #include "core/tensor.h"
 #include "engine/recurrence.h"
 #include "engine/thread_pool.h"
+#include "engine/turns.h"
 #include "engine/weights.h"
 #include "kv/kv_cache.h"
 
@@ -32,21 +37,37 @@ class Engine {
   const ModelShape& shape() const { return shape_; }
   Weights& weights() { return weights_; }
   const Weights& weights() const { return weights_; }
-  const KvCache& cache() const { return cache_; }
+  std::int64_t cache_pages() const { return cache_.capacity(); }
+  std::int64_t cache_pages_used() const;
   int threads() const { return pool_.size(); }
   std::int64_t workspace_bytes() const { return recurrence_.workspace_bytes(); }
-  std::int64_t open_requests() const { return static_cast<std::int64_t>(requests_.size()); }
-
-  // Whoever calls one of the following holds this.
-  std::mutex& mutex() { return mutex_; }
+  std::int64_t open_requests() const;
 
   // A new request, whose first `prefix` tokens see each other both ways: they must come in one step, its
   // first.
   std::int64_t open(std::int64_t prefix);
-  // Releases its pages. Throws std::invalid_argument when it is not open.
+  // Releases its pages, at the end of the step that it may be in. Throws std::invalid_argument when it is not
+  // open.
   void close(std::int64_t request);
 
-  // A step in three parts, so that only the middle one, which cannot fail, runs without the GIL. begin throws
+  // The right to make one step, from when it is taken until the end of its life.
+  class Turn {
+   public:
+    // Waits, without the GIL, as Turns::take does.
+    Turn(Engine& engine, const Interrupt& interrupt);
+    ~Turn();
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+
+    bool taken() const { return taken_; }
+
+   private:
+    Engine& engine_;
+    const bool taken_;
+  };
+
+  // A step in three parts, for whoever has the turn. Only the middle one runs without the GIL, and cannot fail.
+  // Python runs only in its calls of `interrupt`. begin throws
   // std::invalid_argument on a bad argument, OutOfMemory when the cache or the system has no room,
   // std::runtime_error when the weights are incomplete, FileError when their file changed; then nothing has
   // happened. run returns false, and nothing has happened, when `interrupt` wanted it to stop. commit throws
@@ -59,15 +80,19 @@ class Engine {
 
  private:
   struct Request {
+    std::int64_t id = 0;
     std::int64_t prefix = 0;
     std::int64_t length = 0;
-    std::int64_t given_back = 0;    // of its first pages
-    std::vector<std::byte*> pages;  // null where given back
+    bool stepping = false, closing = false;  // closing: when the step ends
+    std::int64_t given_back = 0;             // of its first pages
+    std::vector<std::byte*> pages;           // null where given back
   };
 
   void check_step(const std::vector<std::int64_t>& requests,
                   const std::vector<std::vector<std::int64_t>>& ids, bool every_row,
                   const TensorView& logits) const;
+  void end_turn() noexcept;
+  void release(Request& request) noexcept;
   void release_behind(Request& request);
   void reserve(const std::vector<std::int64_t>& requests, const std::vector<std::vector<std::int64_t>>& ids);
 
@@ -79,12 +104,17 @@ class Engine {
   std::int64_t window_;
   ThreadPool pool_;
   Recurrence recurrence_;
-  std::mutex mutex_;
-  std::unordered_map<std::int64_t, Request> requests_;
-  std::int64_t next_request_ = 0;
+  Turns turns_;
+
+  // Of whoever has the turn.
   std::vector<Request*> stepping_;
   std::vector<Chunk> chunks_;
   float* logits_ = nullptr;
+
+  // Of cache_ and the following. Never held where Python can run, nor while the GIL is waited for.
+  mutable std::mutex mutex_;
+  std::unordered_map<std::int64_t, Request> requests_;
+  std::int64_t next_request_ = 0, closing_ = 0;
 };
 
 }  // namespace hrmcore

@@ -16,6 +16,7 @@ namespace {
 constexpr std::int64_t gemm_tokens = 256;  // of a block of outputs that stays in the second-level cache
 // Up to here the weights' stream decides, beyond it the arithmetic.
 constexpr std::int64_t streaming_tokens = 16;
+constexpr std::size_t streaming_layers = 8;  // of a short step, between two looks at the clock
 constexpr std::int64_t chunk_panels = tile_chunk_columns / (panel_rows / 2);  // of gate and up
 constexpr auto patience = std::chrono::milliseconds(100);  // asking may cost a wait for Python's lock
 constexpr std::int64_t outputs_floats = gemm_tokens * chunk_panels * panel_rows;
@@ -212,7 +213,8 @@ bool Recurrence::visit(Worker& worker, Stack stack, std::int64_t slot, const Pac
   float *state = stack == Stack::H ? z_h_ : z_l_, *other = stack == Stack::H ? z_l_ : z_h_;
   for (std::size_t layer = 0; layer < layers.size(); ++layer) {
     const LayerWeights& w = layers[layer];
-    ask(worker);
+    const bool streaming = tokens_ <= streaming_tokens;
+    if (!streaming || layer % streaming_layers == 0) ask(worker);
     const Operand input =
         layer == 0 ? normalise(worker, state, other, u_) : normalise(worker, u_, nullptr, nullptr);
     if (stopped_.load(std::memory_order_relaxed)) return false;
@@ -222,7 +224,7 @@ bool Recurrence::visit(Worker& worker, Stack stack, std::int64_t slot, const Pac
     const Operand attended = attended_operand(worker);
     worker.hint(prefetch_hint(w.gate_up));
     add_gemm(worker, w.o, attended);
-    ask(worker);
+    if (!streaming) ask(worker);
     const Operand middle = normalise(worker, u_, nullptr, nullptr);
     if (stopped_.load(std::memory_order_relaxed)) return false;
     worker.hint(prefetch_hint(w.down));
@@ -236,7 +238,7 @@ bool Recurrence::visit(Worker& worker, Stack stack, std::int64_t slot, const Pac
 }
 
 void Recurrence::ask(const Worker& worker) {
-  if (worker.rank() != 0 || interrupt_.wanted == nullptr || tokens_ <= streaming_tokens) return;
+  if (worker.rank() != 0 || interrupt_.wanted == nullptr) return;
   const auto now = std::chrono::steady_clock::now();
   if (now - asked_ < patience) return;
   asked_ = now;

@@ -22,6 +22,7 @@
 
 #include "core/memory.h"
 #include "engine/thread_pool.h"
+#include "engine/turns.h"
 #include "engine/weights.h"
 #include "gemm/amx_tiles.h"
 #include "kv/paged_attention.h"
@@ -36,12 +37,6 @@ struct Chunk {
   const std::byte* const* pages;  // with room for start + tokens
 };
 
-// Asked now and then by the thread that runs a long step, whether it shall stop.
-struct Interrupt {
-  bool (*wanted)(void* context) noexcept = nullptr;
-  void* context = nullptr;
-};
-
 class Recurrence {
  public:
   // xpos: null for RoPE. window: 0 for none.
@@ -50,9 +45,9 @@ class Recurrence {
 
   // Makes room for a step; the only part that can throw (std::bad_alloc).
   void prepare(const std::vector<Chunk>& chunks, bool every_row, int threads);
-  // Runs it. logits: the last row of each chunk, or every row, [rows][V]. A step of more than a few tokens
-  // asks `interrupt` twice a layer and visit, though not more often than every tenth of a second; false when
-  // it stopped.
+  // Runs it. logits: the last row of each chunk, or every row, [rows][V]. Asks
+  // `interrupt` twice a layer and visit, in a step of few tokens every eighth layer, though not more often than
+  // every tenth of a second; false when it stopped.
   bool run(ThreadPool& pool, float* logits, const Interrupt& interrupt) noexcept;
 
   std::int64_t workspace_bytes() const { return memory_.size(); }

@@ -80,8 +80,10 @@ ThreadPool::~ThreadPool() {
 
 void ThreadPool::run(Job job, void* context) noexcept {
   if (owner_ != getpid()) {
-    // A forked child has only the calling thread.
+    // A forked child has only the calling thread, and perhaps a half of what the others were at.
     size_ = 1;
+    arrived_.store(0, std::memory_order_relaxed);
+    for (Cursor& cursor : cursors_) cursor.taken.store(0, std::memory_order_relaxed);
   }
   FlushDenormals flush;
   job_ = job;

@@ -41,6 +41,7 @@ void check(const CrossEntropyBackward& args) {
       .dtype({DType::f32})
       .size(0, args.logits.shape[0], "R")
       .contiguous();
+  Check(op, "scale", args.scale).cpu_or_cuda().rank(1).dtype({DType::f32}).size(0, 1, "one number");
 }
 #endif
 
@@ -110,7 +111,7 @@ void forward_rows(const CrossEntropyForward& args, std::int64_t begin, std::int6
 template <class T>
 void backward_rows(const CrossEntropyBackward& args, std::int64_t begin, std::int64_t end) {
   const std::int64_t width = args.logits.shape[1];
-  const float scale = static_cast<float>(args.scale);
+  const float scale = *args.scale.as<float>();
   for (std::int64_t r = begin; r < end; ++r) {
     T* row = row_of<T>(args.logits, r);
     const float lse = args.lse.as<float>()[r];

@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(threads) backward(CrossEntropyBackward args) {
   const std::int64_t target = load_one(args.targets.as<std::int64_t>() + row);
   const bool inside = target >= 0 && target < width;
   const float lse = load<1>(args.lse.as<float>() + row)[0];
-  const float scale = inside ? static_cast<float>(args.scale) : not_a_number();
+  const float scale = inside ? load_one(args.scale.as<float>()) : not_a_number();
   for (std::int64_t c = static_cast<std::int64_t>(threadIdx.x) * n; c < width; c += threads * n) {
     Floats<n> x = load<n>(logits + c);
 #pragma unroll

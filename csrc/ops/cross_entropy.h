@@ -29,7 +29,7 @@ struct CrossEntropyBackward {
   TensorView logits;   // (R, V), overwritten by their gradient
   TensorView targets;  // (R) int64 in [0, V)
   TensorView lse;      // (R) float32, from the forward
-  double scale;        // the gradient of every row's loss
+  TensorView scale;    // (1) float32: the gradient of every row's loss
 };
 
 void check(const CrossEntropyForward& args);

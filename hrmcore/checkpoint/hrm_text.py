@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from hrmcore.model import HRM
 
 CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def resolve(source: str | Path) -> Path:
 
 
 def read_config(folder: str | Path) -> HRMConfig:
-    """The configuration in a released `config.json`.
+    """The configuration in a released `config.json`; a `generation_config.json` beside it adds to its eos_token_id.
 
     Keys that do not touch the computation are ignored. Raises FileNotFoundError without the file, ValueError naming
     the key that is missing, impossible, or asks for a computation that hrmcore does not do.
@@ -135,9 +136,24 @@ def read_config(folder: str | Path) -> HRMConfig:
     values = read_json(path)
     try:
         _refuse_unsupported(values)
-        return HRMConfig.from_dict(_own_keys(values))
+        config = HRMConfig.from_dict(_own_keys(values))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    ends = _generation_ends(path.with_name(GENERATION_FILE))
+    if more := [token for token in ends if token not in config.eos_token_ids and token < config.vocab_size]:
+        return config.replace(eos_token_id=(*config.eos_token_ids, *more))
+    return config
+
+
+def _generation_ends(path: Path) -> list[int]:
+    """The tokens that end an answer by a generation_config.json; none without the file."""
+    if not path.is_file():
+        return []
+    given = read_json(path).get("eos_token_id")
+    ends = [] if given is None else given if isinstance(given, list) else [given]
+    if not all(type(token) is int for token in ends):
+        raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, got {given!r}")
+    return [token for token in dict.fromkeys(ends) if token >= 0]  # no model answers with others
 
 
 _DEFAULTS = {

@@ -90,7 +90,7 @@ def _read_header(path: Path) -> dict[str, Stored]:
             text = file.read(length)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    header = _parse_json(path, text)
+    header = parse_json(path, text)
     header.pop("__metadata__", None)
     spans = []
     stored = {}
@@ -158,10 +158,12 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such file") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    return _parse_json(path, text)
+    return parse_json(path, text)
 
 
-def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
+def parse_json(path: Path, text: bytes) -> dict[str, Any]:
+    """The JSON object that `text` holds, no key of which comes twice. Raises ValueError naming the file."""
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for key, value in pairs:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from hrmcore.data.prepare import prepare
-from hrmcore.data.records import Rejected
-from hrmcore.data.store import Store
+from hrmcore.data.records import KeyCounts, Rejected
+from hrmcore.data.show import shown
+from hrmcore.data.store import TOKENIZER, Store
+from hrmcore.tokenizer import Tokenizer
 
 EXAMPLE = """\
 examples:
   hrmcore prepare math.jsonl chat.jsonl --tokenizer tokenizer/ --out store/
-  hrmcore prepare *.jsonl --new-tokenizer 32768 --cap chat=100000 --out store/
+  hrmcore prepare 'data/*.jsonl.gz' --new-tokenizer 32768 --cap chat=100000 --out store/
+  hrmcore prepare trivia.csv --columns instruction=question,response=answer --new-tokenizer 512 --out store/ --show 3
 
-a record, one a line: {"instruction": "What is 17 + 25?", "response": "42", "condition": "direct"}
-a run file then has: train_files = ["store/"] and tokenizer = "store/tokenizer"
+a file is JSON lines, a JSON array (.json), .csv, .tsv or .parquet, each perhaps .gz, .bz2, .xz or .zst. A record has
+  {"instruction": "What is 17 + 25?", "response": "42", "condition": "direct"}      the condition may be left out
+  {"instruction": ..., "input": ..., "output": ...}     or "prompt" and "completion"
+  {"messages": [{"role": "user", "content": ...}, ...]}     or "conversations" with "from" and "value"
+  text under "context" or "input" follows the instruction after a blank line (both: context first); other keys are
+  not used; the summary counts and names them. A conversation becomes a record for each assistant turn
 
 to try it:
   for i in $(seq 1000); do echo '{"instruction": "What is '$i' + 1?", "response": "'$((i + 1))'"}'; done > sums.jsonl
@@ -30,16 +38,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "files",
         nargs="+",
-        type=Path,
         metavar="FILE",
-        help="records as JSON lines or .parquet; a file is one source, named like it without its ending",
+        help="records, or a glob pattern in quotes; a file is one source, named like it without its endings",
     )
     parser.add_argument("--out", type=Path, required=True, help="the store, a folder that does not exist yet")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument(
-        "--tokenizer", type=Path, metavar="FOLDER", help="a folder with tokenizer.model or tokenizer.json"
+        "--tokenizer", type=Path, metavar="FOLDER", help="a folder with tokenizer.model or tokenizer.json, or a store"
     )
     which.add_argument("--new-tokenizer", type=int, metavar="SIZE", help="train one of SIZE tokens on the records")
+    parser.add_argument(
+        "--columns",
+        metavar="NAME=KEY,...",
+        help="which key or column holds instruction, response, context, input, condition or messages",
+    )
     parser.add_argument("--context", type=int, default=4096, metavar="N", help="longest record in tokens (4096)")
     parser.add_argument(
         "--cap",
@@ -52,6 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict", action="store_true", help="stop at a record that cannot be used, instead of leaving it out"
     )
+    parser.add_argument(
+        "--show",
+        type=int,
+        default=0,
+        metavar="N",
+        help="print the tokens of the first N records, prefix and loss apart",
+    )
     parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenise (default: one for each core)")
 
 
@@ -63,13 +82,37 @@ def run(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
         new_tokenizer=args.new_tokenizer,
         context=args.context,
+        columns=parse_columns(args.columns or ""),
         caps=parse_caps(args.cap),
         seed=args.seed,
         strict=args.strict,
         workers=args.workers,
     )
-    print("\n".join(summary(store)))
+    for line in shown(store.corpus, Tokenizer.load(store.folder / TOKENIZER), args.show, sys.stdout.isatty()):
+        print(line)
+    print("\n".join([*summary(store), *next_step(store)]))
     return 0
+
+
+def next_step(store: Store) -> list[str]:
+    """What to do with a store."""
+    return [
+        f'next: a run file with train_files = ["{store.folder}"], for `hrmcore train run.toml`;',
+        "      `hrmcore train --help` has an example",
+    ]
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """NAME=KEY,NAME=KEY as a mapping. Raises ValueError on another form or a name that comes twice."""
+    columns: dict[str, str] = {}
+    for part in filter(None, text.split(",")):
+        name, _, key = (side.strip() for side in part.partition("="))
+        if not name or not key:
+            raise ValueError(f"--columns must be NAME=KEY,NAME=KEY, got {part!r}")
+        if name in columns:
+            raise ValueError(f"--columns names {name!r} twice")
+        columns[name] = key
+    return columns
 
 
 def parse_caps(texts: Sequence[str]) -> dict[str, int]:
@@ -90,8 +133,13 @@ def summary(store: Store) -> list[str]:
     lines = []
     for name, source in store.manifest["sources"].items():
         lines.append(f"{name}: {source['kept']} of {source['read']} records kept")
+        if conversations := source.get("conversations"):  # stores of before lack it
+            lines.append(f"  {conversations} conversations: a record for each answer in them")
         rejected = Rejected(counts=source["left_out"], examples=source["left_out_examples"])
-        lines += [f"  {line}" for line in rejected.report()]
+        keys = KeyCounts()
+        keys.joined.update(source.get("joined_keys", {}))  # stores of before lack both
+        keys.unused.update(source.get("unused_keys", {}))
+        lines += [f"  {line}" for line in [*rejected.report(), *keys.report()]]
         if source["beyond_cap"]:
             lines.append(f"  {source['beyond_cap']} left out: beyond the cap of {source['cap']}")
     values = store.manifest

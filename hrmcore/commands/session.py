@@ -70,8 +70,7 @@ class Session:
 
     def _open(self, name: str | None) -> None:
         engine = self._load(name)
-        if engine.tokenizer is None:
-            raise ValueError(f"{engine.source} has no tokenizer, so it cannot take a question")
+        engine.text_tokenizer()
         samples = read_samples(engine.source)
         self.engine, self.samples = engine, samples
         self.name = "the embedded model" if name is None else name
@@ -79,8 +78,7 @@ class Session:
     @property
     def conditions(self) -> list[str]:
         """The conditions that the model knows."""
-        assert self.engine.tokenizer is not None
-        return list(self.engine.tokenizer.condition_ids)
+        return list(self.engine.text_tokenizer().condition_ids)
 
     def handle(self, text: str) -> bool:
         """Answer a question or run a slash command; False when the user leaves. A mistake is told in one line."""
@@ -172,8 +170,7 @@ class Session:
 
     def _set_condition(self, argument: str) -> None:
         if argument:
-            assert self.engine.tokenizer is not None
-            self.engine.tokenizer.conditions(argument)
+            self.engine.text_tokenizer().conditions(argument)
             self.options["condition"] = argument
         self.say(f"condition: {self.options['condition']} (known: {', '.join(self.conditions) or 'none'})")
 

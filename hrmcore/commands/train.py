@@ -13,8 +13,7 @@ examples:
                                   parallel = "sharded" in the run file, also the model and the optimizer's state
 
 a run file that trains on the store of `hrmcore prepare --help` in a minute:
-  train_files = ["store/"]        # or files of records, with any tokenizer
-  tokenizer = "store/tokenizer"
+  train_files = ["store/"]        # it brings its tokenizer; or files of records, with tokenizer = "folder"
   out = "run/"                    # metrics.jsonl, states/ and checkpoint/
   steps = 20
   batch_tokens = 1024

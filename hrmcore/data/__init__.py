@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hrmcore.data.packing import pack as pack
     from hrmcore.data.packing import share as share
     from hrmcore.data.records import Corpus as Corpus
+    from hrmcore.data.records import Fault as Fault
     from hrmcore.data.records import Record as Record
     from hrmcore.data.records import Rejected as Rejected
     from hrmcore.data.records import encode as encode
@@ -27,7 +28,7 @@ __getattr__, __dir__ = lazy(
     __name__,
     {
         "packing": ["BatchStream", "PackedBatch", "epoch_batches", "pack", "share"],
-        "records": ["Corpus", "Record", "Rejected", "encode", "parse_record", "read_records", "tokenize"],
+        "records": ["Corpus", "Fault", "Record", "Rejected", "encode", "parse_record", "read_records", "tokenize"],
         "store": ["Store", "load_corpus", "open_store"],
     },
 )

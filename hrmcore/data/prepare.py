@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hrmcore.data.records import PARQUET, Record, Rejected, encode, parse_record, read_lines, read_records
-from hrmcore.data.store import TOKENIZER, Store, TokenWriter, open_store, write_index, write_manifest
+from hrmcore.data.files import Row, expand, is_json_lines, source_name
+from hrmcore.data.records import Fault, KeyCounts, Record, Rejected, encode, parse_records, read_records
+from hrmcore.data.shapes import Layout, named_layout, read_shaped
+from hrmcore.data.store import TOKENIZER, Store, TokenWriter, open_store, tokenizer_of, write_index, write_manifest
 from hrmcore.durable import new_folder, sha256_of
 from hrmcore.tokenizer import Tokenizer, tokenizer_files, train_tokenizer
 
@@ -32,11 +34,16 @@ _TOKENIZER_BYTES = 1 << 28  # a new tokenizer sees at most so much, spread evenl
 
 @dataclass
 class _Source:
-    """All records of one name. `rejected` tells what was left out, with the place of the first few."""
+    """All records of one name. `rejected` tells what was left out, with the place of the first few.
+
+    `keys` counts what was taken from the usable ones, before a cap. `read` counts a conversation's answers.
+    """
 
     files: list[dict[str, Any]] = field(default_factory=list)
     read: int = 0
+    conversations: int = 0
     rejected: Rejected = field(default_factory=Rejected)
+    keys: KeyCounts = field(default_factory=KeyCounts)
 
 
 @dataclass
@@ -60,6 +67,7 @@ def prepare(
     tokenizer: str | Path | None = None,
     new_tokenizer: int | None = None,
     context: int = 4096,
+    columns: Mapping[str, str] | None = None,
     caps: Mapping[str, int] | None = None,
     seed: int = 0,
     strict: bool = False,
@@ -67,26 +75,29 @@ def prepare(
 ) -> Store:
     """Tokenise record files into a store at `out`, with the tokenizer of a folder or a new one of that size.
 
-    A source is the stem of a file's name. `caps` limits the records of some sources: they are chosen by `seed`, evenly
-    over the source's conditions and over its files from end to end. Records keep the order of the files, and the store
-    is the same for any number of workers. `out` appears only once it is complete.
+    A file is JSON lines, a JSON array, CSV or Parquet, perhaps compressed; a name may be a glob pattern. `columns` says
+    which key or column holds the instruction, the response and so on, where it cannot be told from their names. A
+    source is a file's name without its endings. `caps` limits the records of some sources: they are chosen by `seed`,
+    evenly over the source's conditions and over its files from end to end. Records keep the order of the files, and
+    the store is the same for any number of workers. `out` appears only once it is complete.
 
     Raises FileExistsError when `out` exists, ValueError on arguments, on files without a usable record, and, if
     `strict`, on the first record that cannot be used.
     """
-    paths, caps = [Path(file) for file in files], dict(caps or {})
+    paths, caps, layout = expand(files), dict(caps or {}), named_layout(columns or {})
     workers = os.cpu_count() or 1 if workers is None else workers
     _check_arguments(paths, context, caps, workers)
     with new_folder(Path(out)) as folder:
         if new_tokenizer is None:
-            _copy_tokenizer(Path(tokenizer or "."), folder / TOKENIZER)
+            _copy_tokenizer(tokenizer_of(tokenizer or "."), folder / TOKENIZER)
         else:
-            train_tokenizer(_texts(paths), folder / TOKENIZER, new_tokenizer)
+            train_tokenizer(_texts(paths, layout), folder / TOKENIZER, new_tokenizer)
         ids = Tokenizer.load(folder / TOKENIZER)
-        names = list(dict.fromkeys(path.stem for path in paths))
+        names = list(dict.fromkeys(map(source_name, paths)))
         sources, conditions = {name: _Source() for name in names}, list[str]()
         writer = TokenWriter(folder, ids.vocab_size)
-        index = _tokenise(paths, sources, conditions, writer, folder / TOKENIZER, context, strict, workers)
+        rows = _batches(paths, sources, layout)
+        index = _tokenise(paths, rows, sources, conditions, writer, folder / TOKENIZER, context, strict, workers)
         kept = _choose(index, names, caps, seed)
         if not kept.all():
             writer.keep(np.concatenate([[0], np.cumsum(index.lengths)]), kept)
@@ -119,11 +130,14 @@ def _counts(
             name: {
                 "files": source.files,
                 "read": source.read,
+                "conversations": source.conversations,
                 "kept": int((chosen.source == i).sum()),
                 "cap": caps.get(name),
                 "beyond_cap": int((beyond.source == i).sum()),
                 "left_out": source.rejected.counts,
                 "left_out_examples": source.rejected.examples,
+                "joined_keys": dict(source.keys.joined),
+                "unused_keys": dict(source.keys.unused),
             }
             for i, (name, source) in enumerate(sources.items())
         },
@@ -141,7 +155,7 @@ def _check_arguments(paths: Sequence[Path], context: int, caps: Mapping[str, int
         if path.resolve() in seen:
             raise ValueError(f"{path}: is given twice")
         seen.add(path.resolve())
-    stems = {path.stem for path in paths}
+    stems = set(map(source_name, paths))
     if unknown := sorted(set(caps) - stems):
         raise ValueError(f"--cap names {unknown[0]!r}, but the sources are {', '.join(sorted(stems))}")
 
@@ -153,15 +167,19 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
         shutil.copyfile(file, target / file.name)
 
 
-def _texts(paths: Sequence[Path]) -> Iterator[str]:
+def _texts(paths: Sequence[Path], layout: Layout | None = None) -> Iterator[str]:
     """Instructions and responses to train a tokenizer on: of every n-th record, if all would be too much."""
     stride = -(-sum(path.stat().st_size for path in paths) // _TOKENIZER_BYTES)
-    records = itertools.chain.from_iterable(read_records(path, Rejected()) for path in paths)
+    rejected, usable = Rejected(), 0
+    records = itertools.chain.from_iterable(read_records(path, rejected, layout=layout) for path in paths)
     chosen = itertools.islice(records, 0, None, max(1, stride))
     for record in tqdm(chosen, desc="tokenizer", unit="record", disable=None):
+        usable += 1
         for text in (record.instruction, record.response):
             if text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text):
                 yield text  # one with a lone surrogate is no text; tokenising reports it
+    if not usable:
+        raise ValueError("no usable record: " + ("; ".join(rejected.report()) or "the files are empty"))
 
 
 def _choose(index: _Index, names: Sequence[str], caps: Mapping[str, int], seed: int) -> np.ndarray:
@@ -192,11 +210,11 @@ def stratified(strata: np.ndarray, count: int, rng: np.random.Generator) -> np.n
 
 @dataclass(frozen=True)
 class _Lines:
-    """Consecutive lines of a file."""
+    """Consecutive rows of a file."""
 
     path: Path
-    first: int
-    lines: list[bytes]
+    rows: list[Row]
+    layout: Layout | None
 
 
 @dataclass(frozen=True)
@@ -207,11 +225,14 @@ class _Encoded:
     lengths: np.ndarray
     prefix: np.ndarray
     conditions: list[str]
-    rejected: list[tuple[int, str]]  # (line, reason)
+    rejected: list[tuple[int, Fault]]  # with the line's number
+    keys: KeyCounts
+    conversations: int
 
 
 def _tokenise(
     paths: Sequence[Path],
+    batches: Iterator[_Lines],
     sources: Mapping[str, _Source],
     conditions: list[str],
     writer: TokenWriter,
@@ -224,19 +245,21 @@ def _tokenise(
     numbers = {name: number for number, name in enumerate(sources)}
     known: dict[str, int] = {}
     parts: list[_Index] = []
-    known_size = all(path.suffix != PARQUET for path in paths)  # of the lines that will be read
+    known_size = all(map(is_json_lines, paths))  # of the lines that will be read
     total = sum(path.stat().st_size for path in paths) if known_size else None
     with (
         _mapper(tokenizer, context, workers) as ordered_map,
         tqdm(total=total, desc="tokenising", unit="B", unit_scale=True, disable=None) as bar,
     ):
-        for batch, encoded in ordered_map(_batches(paths, sources)):
-            name = batch.path.stem
-            sources[name].read += len(batch.lines)
-            for number, reason in encoded.rejected:
+        for batch, encoded in ordered_map(batches):
+            name = source_name(batch.path)
+            sources[name].read += len(encoded.lengths) + len(encoded.rejected)
+            sources[name].conversations += encoded.conversations
+            for number, fault in encoded.rejected:
                 if strict:
-                    raise ValueError(f"{batch.path}:{number}: {reason}")
-                sources[name].rejected.add(f"{batch.path.name}:{number}", reason)
+                    raise ValueError(f"{fault.place(f'{batch.path}:{number}')}: {fault.reason}")
+                sources[name].rejected.add(fault.place(f"{batch.path.name}:{number}"), fault.reason)
+            sources[name].keys.update(encoded.keys)
             writer.append(encoded.tokens)
             codes = [known.setdefault(condition, len(known)) for condition in encoded.conditions]
             parts.append(
@@ -247,7 +270,7 @@ def _tokenise(
                     np.asarray(codes, dtype=np.int32),
                 )
             )
-            bar.update(sum(map(len, batch.lines)))
+            bar.update(sum(len(row.line) for row in batch.rows))
     conditions.extend(known)
     if not sum(len(part.lengths) for part in parts):
         reports = [f"{name}: {line}" for name, source in sources.items() for line in source.rejected.report()]
@@ -256,28 +279,27 @@ def _tokenise(
     return _Index(*(np.concatenate(list(column)) for column in columns))
 
 
-def _batches(paths: Sequence[Path], sources: Mapping[str, _Source]) -> Iterator[_Lines]:
-    """The files' lines in batches; a file's size and checksum join its source when its last line is read."""
+def _batches(paths: Sequence[Path], sources: Mapping[str, _Source], layout: Layout | None) -> Iterator[_Lines]:
+    """The files' rows in batches; a file's size and checksum join its source when its last row is read."""
     for path in paths:
-        digest, size, number = hashlib.sha256(), 0, 1
-        everything = read_lines(path)
-        while lines := list(_take(everything)):
-            yield _Lines(path, number, lines)
-            number += len(lines)
-            for line in lines:
-                digest.update(line)
-                size += len(line)
+        digest, size = hashlib.sha256(), 0
+        everything = read_shaped(path, layout)
+        while rows := list(_take(everything)):
+            yield _Lines(path, [row for row, _ in rows], rows[-1][1])
+            for row, _ in rows:
+                digest.update(row.line)
+                size += len(row.line)
         sha256 = digest.hexdigest()
-        if path.suffix == PARQUET:  # its lines are made of it, they are not what it holds
+        if not is_json_lines(path):  # its rows are made of it, they are not what it holds
             size, sha256 = path.stat().st_size, sha256_of(path)
-        sources[path.stem].files.append({"name": path.name, "bytes": size, "sha256": sha256})
+        sources[source_name(path)].files.append({"name": path.name, "bytes": size, "sha256": sha256})
 
 
-def _take(file: Iterator[bytes]) -> Iterator[bytes]:
+def _take(rows: Iterator[tuple[Row, Layout | None]]) -> Iterator[tuple[Row, Layout | None]]:
     size = 0
-    for line in itertools.islice(file, _BATCH_LINES):
-        yield line
-        size += len(line)
+    for shaped in itertools.islice(rows, _BATCH_LINES):
+        yield shaped
+        size += len(shaped[0].line)
         if size >= _BATCH_BYTES:
             return
 
@@ -294,23 +316,29 @@ class _Encoder:
         lengths: list[int] = []
         prefix: list[int] = []
         conditions: list[str] = []
-        rejected: list[tuple[int, str]] = []
-        for number, line in enumerate(batch.lines, start=batch.first):
-            record = parse_record(line, f"{batch.path}:{number}")
-            if not isinstance(record, Record):
-                rejected.append((number, record))
-                continue
-            try:
-                ids, length = encode(record, self._tokenizer, self._context)
-            except ValueError as error:
-                rejected.append((number, str(error)))
-                continue
-            tokens += ids
-            lengths.append(len(ids))
-            prefix.append(length)
-            conditions.append(record.condition)
+        rejected: list[tuple[int, Fault]] = []
+        keys = KeyCounts()
+        conversations = 0
+        for number, line in batch.rows:
+            records = parse_records(line, f"{batch.path}:{number}", batch.layout)
+            is_conversation = batch.layout is not None and batch.layout.messages is not None
+            conversations += is_conversation and any(isinstance(record, Record) for record in records)
+            for record in records:
+                if not isinstance(record, Record):
+                    rejected.append((number, record))
+                    continue
+                try:
+                    ids, length = encode(record, self._tokenizer, self._context)
+                except ValueError as error:
+                    rejected.append((number, Fault(str(error))))
+                    continue
+                keys.add(record)
+                tokens += ids
+                lengths.append(len(ids))
+                prefix.append(length)
+                conditions.append(record.condition)
         arrays = [np.asarray(values, dtype=np.int32) for values in (tokens, lengths, prefix)]
-        return _Encoded(arrays[0], arrays[1], arrays[2], conditions, rejected)
+        return _Encoded(arrays[0], arrays[1], arrays[2], conditions, rejected, keys, conversations)
 
 
 _OrderedMap = Callable[[Iterator[_Lines]], Iterator[tuple[_Lines, _Encoded]]]

@@ -1,7 +1,8 @@
 """Instruction-response records and their token form.
 
-A record is one JSON object a line: {"instruction": str, "response": str, "condition": "direct"}; other keys are left
-alone. Or a row of a .parquet file with columns of these names. Its sequence is
+A record is one JSON object a line: {"instruction": str, "response": str, "condition": "direct"}. Text under "context"
+and "input" follows the instruction, in this order, each after a blank line; other keys are left alone. Other shapes
+and kinds of files: hrmcore/data/shapes.py and files.py. Its sequence is
 `<boq> condition… instruction <eoq> response <eoa>`: the instruction is the bidirectional prefix, the loss is on
 response and eoa. Imports no torch.
 """
@@ -9,26 +10,48 @@ response and eoa. Imports no torch.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from hrmcore.data.shapes import JOINED, PLAIN, Layout, layout_of, plain_records, read_shaped
 from hrmcore.tokenizer import Tokenizer
 
-PARQUET = ".parquet"  # the suffix of such a file's name
-_ROWS = 1024  # rows of it that are held at once
+_UNUSED_NAMES = 64  # a file of which every record has keys of its own must not fill the memory
 
 
 @dataclass(frozen=True)
 class Record:
-    """One instruction-response pair and where it stands (file:line)."""
+    """One instruction-response pair and where it stands (file:line).
+
+    `joined` are the keys whose text the instruction ends with, `unused` those that nothing is taken from.
+    """
 
     instruction: str
     response: str
     condition: str
     source: str
+    joined: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a line is no record, and the column of the character where it goes wrong (the first is 1), if there is one.
+
+    Lines are counted by reason, so that names no place.
+    """
+
+    reason: str
+    column: int | None = None
+
+    def place(self, source: str) -> str:
+        """Where it stands: file:line, or file:line:column."""
+        return source if self.column is None else f"{source}:{self.column}"
 
 
 @dataclass
@@ -57,72 +80,124 @@ class Rejected:
         return lines
 
 
-def read_records(path: str | Path, rejected: Rejected, strict: bool = False) -> Iterator[Record]:
-    """Records of a JSON-lines or Parquet file. A bad line or row is counted in `rejected`, or a ValueError if `strict`.
+def read_records(
+    path: str | Path, rejected: Rejected, strict: bool = False, layout: Layout | None = None
+) -> Iterator[Record]:
+    """Records of a file of any shape and kind. One that is bad is counted in `rejected`, or a ValueError if `strict`.
 
-    Raises as `read_lines` does.
+    `layout` says which keys hold what where it cannot be told from their names. Raises as
+    `hrmcore.data.shapes.read_shaped` does.
     """
-    for number, line in enumerate(read_lines(path), start=1):
-        source = f"{path}:{number}"
-        record = parse_record(line, source)
-        if isinstance(record, Record):
-            yield record
-        elif strict:
-            raise ValueError(f"{source}: {record}")
-        else:
-            rejected.add(source, record)
+    for row, found in read_shaped(path, layout):
+        source = f"{path}:{row.number}"
+        for record in parse_records(row.line, source, found):
+            if isinstance(record, Record):
+                yield record
+            elif strict:
+                raise ValueError(f"{record.place(source)}: {record.reason}")
+            else:
+                rejected.add(record.place(source), record.reason)
 
 
-def read_lines(path: str | Path) -> Iterator[bytes]:
-    """The lines of a JSON-lines file; of a .parquet file the rows, each as the JSON line that it would be.
+def parse_records(line: bytes, source: str, layout: Layout | None) -> list[Record | Fault]:
+    """The records of a JSON line: one, or for a conversation one for each answer; or what is wrong instead.
 
-    Raises FileNotFoundError when there is no such file; for Parquet ValueError when it is none, lacks a
-    column or pyarrow is not installed.
+    `source` says where it stands; without a `layout` no key is known.
     """
-    if Path(path).suffix == PARQUET:
-        yield from _parquet_lines(Path(path))
-        return
-    with Path(path).open("rb") as file:
-        yield from file
+    values = _parse_json(line)
+    return [values] if isinstance(values, Fault) else _records_of(values, source, layout)
 
 
-def _parquet_lines(path: Path) -> Iterator[bytes]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ValueError(f"{path}: pyarrow is not installed; `pip install hrmcore[parquet]` brings it") from error
-    try:
-        with parquet.ParquetFile(path) as file:
-            found = file.schema_arrow.names
-            if missing := [name for name in ("instruction", "response") if name not in found]:
-                raise ValueError(f"no column {missing[0]!r}; its columns are {', '.join(found)}")
-            columns = [name for name in ("instruction", "response", "condition") if name in found]
-            for batch in file.iter_batches(_ROWS, columns=columns):
-                for row in batch.to_pylist():
-                    given = {name: value for name, value in row.items() if value is not None}
-                    yield json.dumps(given, default=lambda _: None).encode()  # what JSON lacks is no string either
-    except (ValueError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def parse_record(line: bytes, source: str) -> Record | str:
+def parse_record(line: bytes, source: str) -> Record | Fault:
     """The record of a JSON line, or the reason why it is none. `source` says where it stands."""
+    values = _parse_json(line)
+    if isinstance(values, Fault):
+        return values
+    found = _records_of(values, source, layout_of(values))
+    return found[0] if len(found) == 1 else Fault("it holds several records: parse_records gives them")
+
+
+def _parse_json(line: bytes) -> dict[str, Any] | Fault:
+    """The object that a JSON line says, or the Fault in it."""
+    if not line.strip():
+        return Fault("a blank line")
     try:
-        values = json.loads(line)
-    except ValueError:
-        return "not JSON"
-    if not isinstance(values, dict):
-        return "not a JSON object"
-    for key in ("instruction", "response"):
-        if not isinstance(values.get(key), str):
-            return f"{key!r} is missing or not a string"
-        if not values[key].strip():
-            return f"{key!r} is empty"
-    condition = values.get("condition", "direct")
+        values = json.loads(line.rstrip(b"\r\n"))
+    except json.JSONDecodeError as error:
+        if error.msg.startswith("Invalid control character"):
+            return Fault("not JSON: an unescaped control character", error.pos + 1)
+        what = error.msg.removesuffix(" at").removesuffix(" starting")
+        return Fault(f"not JSON: {what[0].lower()}{what[1:]}", error.pos + 1)
+    except UnicodeDecodeError as error:
+        before = line[: error.start].decode(error.encoding, "replace")
+        return Fault(f"not JSON: bytes that are not {error.encoding.upper()}", len(before) + 1)
+    except RecursionError:
+        return Fault("not JSON: brackets within brackets, too deep")
+    except ValueError:  # Python converts no number that is so long
+        return Fault("not JSON: a number of too many digits")
+    return values if isinstance(values, dict) else Fault("not a JSON object")
+
+
+def _records_of(values: dict[str, Any], source: str, layout: Layout | None) -> list[Record | Fault]:
+    used = () if layout is None else layout.keys
+    unused = tuple(key for key in values if key not in used)
+    found: list[Record | Fault] = []
+    for plain in plain_records(values, layout):
+        try:
+            found.append(Fault(plain) if isinstance(plain, str) else _record(plain, source, layout or PLAIN, unused))
+        except ValueError as error:
+            found.append(Fault(str(error)))
+    return found
+
+
+def _record(values: dict[str, Any], source: str, layout: Layout, unused: tuple[str, ...]) -> Record:
+    """The record of plain values. Raises ValueError, naming the key as the file does."""
+    for name in ("instruction", "response"):
+        if not isinstance(values.get(name), str):
+            raise ValueError(f"{getattr(layout, name)!r} is missing or not a string")
+        if not values[name].strip():
+            raise ValueError(f"{getattr(layout, name)!r} is empty")
+    condition = values.get("condition", "direct") or "direct"
     if not isinstance(condition, str):
-        return "'condition' is not a string"
-    return Record(values["instruction"], values["response"], condition, source)
+        raise ValueError(f"{layout.condition!r} is not a string")
+    joined = []
+    for name in JOINED:
+        if not isinstance(text := values.get(name) or "", str):
+            raise ValueError(f"{getattr(layout, name)!r} is not a string")
+        if text.strip():
+            joined.append(name)
+    instruction = "\n\n".join([values["instruction"], *(values[name] for name in joined)])
+    names = tuple(getattr(layout, name) for name in joined)
+    return Record(instruction, values["response"], condition, source, names, unused)
+
+
+class KeyCounts:
+    """How many records have each joined key, and each unused one; `joined` and `unused`, by name."""
+
+    def __init__(self) -> None:
+        self.joined: Counter[str] = Counter()
+        self.unused: Counter[str] = Counter()
+
+    def add(self, record: Record) -> None:
+        self.joined.update(record.joined)
+        self._add_unused(Counter(record.unused))
+
+    def update(self, other: KeyCounts) -> None:
+        self.joined.update(other.joined)
+        self._add_unused(other.unused)
+
+    def _add_unused(self, counts: Counter[str]) -> None:
+        for name, count in counts.items():
+            if name in self.unused or len(self.unused) < _UNUSED_NAMES:
+                self.unused[name] += count
+
+    def report(self) -> list[str]:
+        """A line a joined key, and one for the unused ones."""
+        lines = [f"{n} have {key!r}: it follows the instruction after a blank line" for key, n in self.joined.items()]
+        if self.unused:
+            names = ", ".join(f"{key!r} ({n})" for key, n in self.unused.most_common(8))
+            lines.append(f"not used: {names}" + (", …" if len(self.unused) > 8 else ""))
+        return lines
 
 
 @dataclass(frozen=True)
@@ -170,7 +245,7 @@ def encode(record: Record, tokenizer: Tokenizer, context: int) -> tuple[list[int
     prompt = tokenizer.prompt(record.instruction, record.condition)
     ids = [*prompt, *tokenizer.encode(record.response), tokenizer.eoa]
     if len(ids) - 1 > context:
-        raise ValueError(f"longer than the context of {context} tokens")
+        raise ValueError(f"longer than the context of {context} tokens; raise it or shorten the record")
     return ids, len(prompt)
 
 

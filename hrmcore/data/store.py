@@ -13,7 +13,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hrmcore.data.records import Corpus, Rejected, read_records, tokenize
+from hrmcore.data.files import expand
+from hrmcore.data.records import Corpus, KeyCounts, Record, Rejected, read_records, tokenize
 from hrmcore.durable import sha256_of
 from hrmcore.tokenizer import Tokenizer
 
@@ -60,23 +61,36 @@ def open_store(folder: str | Path) -> Store:
     return Store(folder, manifest, corpus)
 
 
+def tokenizer_of(folder: str | Path) -> Path:
+    """The folder of a tokenizer: of a store its own, else the folder itself."""
+    own = Path(folder) / TOKENIZER
+    return own if (Path(folder) / MANIFEST).is_file() else Path(folder)
+
+
 def load_corpus(
     files: Sequence[str], tokenizer: Tokenizer, context: int, say: Callable[[str], None]
 ) -> tuple[Corpus, str]:
     """The records of some files, or of one store, and the checksum of their tokens.
 
-    `say` is called with a line for each reason why records were left out. Raises ValueError when a store is not the
-    only one named, was made with another tokenizer, or holds a record of more than `context` tokens.
+    `say` is called with a line for each reason why records were left out, and for keys beside the usual ones. Raises
+    ValueError when a store is not the only one named, was made with another tokenizer, or holds a record of more than
+    `context` tokens.
     """
     if folders := [file for file in files if Path(file).is_dir()]:
         if len(files) > 1:
             raise ValueError(f"{folders[0]}: a store stands alone; `hrmcore prepare` puts many files into one")
         return _load_store(folders[0], tokenizer, context)
-    rejected = Rejected()
-    records = (record for file in files for record in read_records(file, rejected))
-    bar = tqdm(records, desc="tokenising", unit="record", disable=None)
+    rejected, keys = Rejected(), KeyCounts()
+
+    def counted() -> Iterator[Record]:
+        for file in expand(files):
+            for record in read_records(file, rejected):
+                keys.add(record)
+                yield record
+
+    bar = tqdm(counted(), desc="tokenising", unit="record", disable=None)
     corpus = tokenize(iter(bar), tokenizer, context, rejected)
-    for line in rejected.report():
+    for line in [*rejected.report(), *keys.report()]:
         say(line)
     digest = hashlib.sha256()
     for array in (corpus.tokens, corpus.offsets, corpus.prefix):

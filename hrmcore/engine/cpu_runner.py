@@ -122,8 +122,8 @@ class CpuRunner:
     ) -> tuple[list[int], Rows]:
         """Prefill new sequences; returns a handle for each, and the logits (S, V) float32 after their last tokens.
 
-        A long prefill calls `stop` several times a second and raises Interrupted when it returns True. Ctrl-C raises
-        KeyboardInterrupt. Either way, none of the new sequences stays open.
+        A long prefill, or the wait for another thread's, calls `stop` several times a second and raises Interrupted
+        when it returns True. Ctrl-C raises KeyboardInterrupt. Either way, none of the new sequences stays open.
         """
         prefixes = [prefix if self.config.prefix_lm else 0 for prefix in prefix_lengths]
         handles = [self.core.open(prefix) for prefix in prefixes]
@@ -139,7 +139,7 @@ class CpuRunner:
         return self._advance(handles, [[token] for token in tokens])
 
     def close(self, handle: int) -> None:
-        """Release what a sequence holds."""
+        """Release what a sequence holds; at the end of the step, when it is in one. Never waits for a step."""
         self.core.close(handle)
 
     def logits(self, ids: Sequence[int], prefix_length: int) -> Rows:

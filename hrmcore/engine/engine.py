@@ -26,7 +26,7 @@ from hrmcore.engine.packed_file import PACKED_FILE
 from hrmcore.engine.runner import DTYPES, Interrupted
 from hrmcore.engine.sampling import Sampler, Sampling, is_integer, require, sample
 from hrmcore.engine.streams import Answer, Request, StopFilter, Tokens
-from hrmcore.tokenizer import PieceDecoder, Tokenizer
+from hrmcore.tokenizer import NoFramingError, PieceDecoder, Tokenizer
 
 if TYPE_CHECKING:
     from typing import Unpack  # Python 3.11; only type checkers come here
@@ -96,7 +96,10 @@ def load(
         raise FileNotFoundError("this installation has no embedded model: give the path of a checkpoint")
     folder = EMBEDDED_MODEL if path is None else resolve(path)
     runner = _open_runner(folder, dtype, device, threads, kv_dtype, window)
-    return Engine(runner, _find_tokenizer(folder, runner.config), folder)
+    try:
+        return Engine(runner, _find_tokenizer(folder, runner.config), folder)
+    except NoFramingError as error:  # its tokens need no frame
+        return Engine(runner, None, folder, f"{error}, so no prompt can be framed")
 
 
 def _open_runner(
@@ -114,13 +117,16 @@ class Engine:
     """A loaded model: what `load` returns, or any Runner with a tokenizer and the folder that both came from.
 
     Every method raises ValueError on a bad argument, before anything runs. `tokenizer` is None when the checkpoint came
-    without one; then only `tokens` and `logits` work.
+    without one, or with one of another kind of model; then only `tokens` and `logits` work. `why_no_tokenizer` says it.
     """
 
-    def __init__(self, runner: Runner, tokenizer: Tokenizer | None, source: Path) -> None:
+    def __init__(
+        self, runner: Runner, tokenizer: Tokenizer | None, source: Path, why_no_tokenizer: str | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.source = source
         self._runner = runner
+        self._why_no_tokenizer = why_no_tokenizer or f"{source} has no tokenizer"
 
     @property
     def config(self) -> HRMConfig:
@@ -141,6 +147,12 @@ class Engine:
     def open_requests(self) -> int:
         """How many answers hold a part of the KV cache now: begun, and neither ended nor closed."""
         return self._runner.open_sequences
+
+    def text_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises ValueError saying what is missing when there is none that frames a prompt."""
+        if self.tokenizer is None:
+            raise ValueError(f"{self._why_no_tokenizer}: give token ids to Engine.tokens instead")
+        return self.tokenizer
 
     @overload
     def generate(self, prompt: str, **options: Unpack[TextOptions]) -> str: ...  # type: ignore[overload-overlap]
@@ -185,13 +197,12 @@ class Engine:
         The answer ends where the model ends it, before the first `stop` string, after max_new_tokens, or at the end of
         the context; `.finish` says which. Temperature 0 is greedy. The same seed gives the same answer.
         """
-        if self.tokenizer is None:
-            raise ValueError(f"{self.source} has no tokenizer: give token ids to Engine.tokens instead")
+        tokenizer = self.text_tokenizer()
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         stops = _check_stop(stop)
-        ids = self.tokenizer.prompt(_check_text(prompt), condition)
+        ids = tokenizer.prompt(_check_text(prompt), condition)
         request = self._request(ids, len(ids), max_new_tokens, sampling, ignore_eos=False)
-        return Answer(Tokens(request, self._follow(request)), PieceDecoder(self.tokenizer), StopFilter(stops))
+        return Answer(Tokens(request, self._follow(request)), PieceDecoder(tokenizer), StopFilter(stops))
 
     def chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[TextOptions]) -> str:
         """Answer the last of messages ({"role", "content"}); `hrmcore.chat.render` makes them one instruction."""

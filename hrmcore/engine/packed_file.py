@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hrmcore.checkpoint.safetensors_reader import parse_json
 from hrmcore.config import HRMConfig
 from hrmcore.durable import replacing
+from hrmcore.engine.runner import DTYPES
 
 PACKED_FILE = "weights.hrmpack"
 
@@ -25,6 +28,19 @@ _VERSION = 1
 _PREFIX = struct.Struct("<8sII32s")
 _ALIGNMENT = 4096  # bytes; a mapping begins at a page of the operating system
 _MAX_HEADER_BYTES = 1 << 20
+
+
+def _is_below(value: object, limit: int) -> bool:
+    return type(value) is int and 0 <= value < limit
+
+
+# What the header holds, and all that it may hold: each key's values in words, and their check.
+_SCHEMA: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "config": ("an object", lambda value: isinstance(value, dict)),
+    "dtype": (f"one of {', '.join(DTYPES)}", lambda value: isinstance(value, str) and value in DTYPES),
+    "bytes": ("a whole number below 2**62", lambda value: _is_below(value, 1 << 62)),
+    "checksum": ("a whole number below 2**64", lambda value: _is_below(value, 1 << 64)),
+}
 
 
 @dataclass(frozen=True)
@@ -52,14 +68,18 @@ def read_header(path: Path) -> Header:
         text = file.read(min(length, _MAX_HEADER_BYTES))
     if len(text) != length or hashlib.sha256(text).digest() != digest:
         raise ValueError(f"{path}: damaged, its header does not match its checksum; convert the checkpoint again")
-    values: dict[str, Any] = json.loads(text)
-    return Header(
-        config=HRMConfig.from_dict(values["config"]),
-        dtype=values["dtype"],
-        bytes=values["bytes"],
-        checksum=values["checksum"],
-        offset=_data_offset(length),
-    )
+    values = parse_json(path, text)
+    if unlike := sorted(set(values) ^ set(_SCHEMA)):
+        fault = "unknown" if unlike[0] in values else "missing"
+        raise ValueError(f"{path}: its header has the {fault} key {unlike[0]!r}; the keys are {', '.join(_SCHEMA)}")
+    for key, (expected, holds) in _SCHEMA.items():
+        if not holds(values[key]):
+            raise ValueError(f"{path}: {key} in its header must be {expected}, got {reprlib.repr(values[key])}")
+    try:
+        config = HRMConfig.from_dict(values["config"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return Header(config, values["dtype"], values["bytes"], values["checksum"], _data_offset(length))
 
 
 def _data_offset(header_length: int) -> int:

@@ -28,7 +28,8 @@ class Runner(Protocol):
 
     The engine has checked every argument: token ids are in the vocabulary, no sequence grows beyond the context, every
     handle is open. A sequence's logits must not depend on which others are open, or advance in the same call.
-    Runners may be called from several threads, and work on one call at a time.
+    Runners may be called from several threads, and work on one call at a time. What Python runs inside a step of
+    CpuRunner (a signal's handler, a finaliser, `stop`) may open and close, and gets RuntimeError when it steps.
 
     A call that raises has changed nothing: the sequences that were open still are, at the length they had, and none was
     added. MemoryError says that the KV cache has no room; OSError, that the weights' file can no longer be read. The

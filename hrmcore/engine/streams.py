@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -54,7 +53,11 @@ class Tokens(Iterator[int]):
         self._run = run
 
     def __next__(self) -> int:
-        return next(self._run)
+        token = next(self._run)
+        if self.request.finish == "closed":  # by another thread, while this one was inside the generator
+            self.close()
+            raise StopIteration
+        return token
 
     def close(self) -> None:
         """Cancel: release what the request holds. Nothing more comes.
@@ -64,9 +67,9 @@ class Tokens(Iterator[int]):
         self.request.finish = self.request.finish or "closed"
         try:
             self._run.close()
-        except ValueError:
-            if inspect.getgeneratorstate(self._run) != inspect.GEN_RUNNING:
-                raise  # else another thread is inside the generator, and sees `finish`
+        except ValueError as error:
+            if str(error) != "generator already executing":
+                raise  # else whoever is inside the generator sees `finish` when it leaves it
 
 
 class Answer(Iterator[str]):

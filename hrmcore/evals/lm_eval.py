@@ -47,9 +47,7 @@ class HRMCoreLM(LM):
         """
         super().__init__()
         self._engine = load(path, dtype=dtype, threads=threads)
-        if self._engine.tokenizer is None:
-            raise ValueError(f"{path} has no tokenizer, so it cannot be evaluated on text")
-        self._tokenizer = self._engine.tokenizer
+        self._tokenizer = self._engine.text_tokenizer()
         self._condition = condition
         self._opening = [self._tokenizer.boq, *self._tokenizer.conditions(condition)]
         self._context = self._engine.config.context

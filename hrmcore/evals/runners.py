@@ -24,15 +24,13 @@ class EngineRunner:
         self._engine = load(path, dtype=dtype, threads=threads)
         self._max_new_tokens = max_new_tokens
         self.name = str(path or "the embedded model")
-        if self._engine.tokenizer is None:
-            raise ValueError(f"{self.name} has no tokenizer, so it cannot be asked questions")
+        self._tokenizer = self._engine.text_tokenizer()
 
     def answer(self, prompts: Sequence[str], condition: str) -> list[str | None]:
         engine = self._engine
-        assert engine.tokenizer is not None
         answers: list[str | None] = [None] * len(prompts)
         context = engine.config.context
-        lengths = [len(engine.tokenizer.prompt(prompt, condition)) for prompt in prompts]
+        lengths = [len(self._tokenizer.prompt(prompt, condition)) for prompt in prompts]
         fitting = [index for index, length in enumerate(lengths) if length < context]
         for chosen in _batches(fitting):
             texts = [prompts[index] for index in chosen]
@@ -104,10 +102,13 @@ class TransformersRunner:
         return [self._decode(row) for row in rows]
 
     def _ends(self) -> list[int]:
-        """The tokens that end an answer of an hrm_text model: the configuration's and the framing's."""
+        """The tokens that end an answer of an hrm_text model: the two configurations' and the framing's."""
         assert self._framing is not None
-        named = self._model.config.eos_token_id
-        return sorted({self._framing.eoa, *(named if isinstance(named, list) else [] if named is None else [named])})
+        ends = {self._framing.eoa}
+        for config in (self._model.config, self._model.generation_config):
+            named = config.eos_token_id
+            ends.update(named if isinstance(named, list) else [] if named is None else [named])
+        return sorted(ends)
 
     def _decode(self, ids: list[int]) -> str:
         if self._framing is None:

@@ -1,7 +1,7 @@
 """Cross-entropy of supervised rows, in chunks: the logits of all rows never exist together.
 
-Kernels: csrc/ops/cross_entropy.{h,cpp,cu}; the GEMMs are torch's. On CUDA, the check of the rows and the read of the
-loss's gradient wait for the device.
+Kernels: csrc/ops/cross_entropy.{h,cpp,cu}; the GEMMs are torch's. On CUDA the host reads nothing: rows there are not
+checked, those out of range are taken for the nearest in range.
 
 Shapes: T tokens, R supervised rows, D width, V vocabulary.
 """
@@ -19,7 +19,8 @@ from torch.utils.dlpack import to_dlpack
 from hrmcore import _C
 from hrmcore.ops.backend import DEVICES, reference_active, stream_of
 
-CHUNK_ELEMENTS = 1 << 23  # the most logits that exist at one time; 32 MiB in float32
+CHUNK_ELEMENTS = 1 << 23  # the most logits that exist at one time on the CPU; 32 MiB in float32
+CHUNK_ROWS_ON_CUDA = 2048  # each chunk adds to the head's whole gradient: fewer, larger ones add less
 ROW_MULTIPLE = 64  # a GEMM's rows are padded to it: oneDNN (bfloat16) compiles a kernel for each new shape
 
 
@@ -37,7 +38,8 @@ def cross_entropy(hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor)
 
     hidden: (T, D) float32 or bfloat16; weight: (V, D), rounded to hidden's dtype for the products; rows: (R) int64,
     strictly rising, in [0, T); targets: (R) int64 in [0, V). Sums in float64. Backward computes the logits again: only
-    one chunk of them exists at any time. Raises ValueError on a wrong dtype, shape, row or target.
+    one chunk of them exists at any time. Raises ValueError on a wrong dtype or shape, and on the CPU on a wrong row or
+    target.
     """
     if reference_active():
         return cross_entropy_ref(hidden, weight, rows, targets)
@@ -75,11 +77,11 @@ def _cross_entropy_backward(
     hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, lse: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
     grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
-    rounded = weight.to(hidden.dtype)
+    rounded, scale = weight.to(hidden.dtype), grad.detach().float().reshape(1)
     for part, states, logits in _chunks(hidden, rounded, rows):
         count = part.stop - part.start
-        operands = (logits[:count], targets[part], lse[part])
-        _C.cross_entropy_backward(*map(to_dlpack, operands), float(grad), stream_of(hidden))
+        operands = (logits[:count], targets[part], lse[part], scale)
+        _C.cross_entropy_backward(*map(to_dlpack, operands), stream_of(hidden))
         logits[count:] = 0
         grad_hidden[rows[part]] = torch.mm(logits, rounded)[:count]
         if states.dtype == torch.float32:
@@ -94,9 +96,12 @@ def _chunks(hidden: Tensor, weight: Tensor, rows: Tensor) -> Iterator[tuple[slic
 
     All chunks share one buffer of logits.
     """
-    most = max(ROW_MULTIPLE, CHUNK_ELEMENTS // weight.shape[0] // ROW_MULTIPLE * ROW_MULTIPLE)
+    least = CHUNK_ROWS_ON_CUDA if hidden.is_cuda else ROW_MULTIPLE
+    most = max(least, CHUNK_ELEMENTS // weight.shape[0] // ROW_MULTIPLE * ROW_MULTIPLE)
     most = min(most, rows_filled(len(rows)))
     buffer = hidden.new_empty(most, weight.shape[0])
+    if rows.is_cuda:
+        rows = rows.clamp(0, len(hidden) - 1)
     for begin in range(0, len(rows), most):
         part = slice(begin, min(begin + most, len(rows)))
         count = part.stop - begin
@@ -111,7 +116,7 @@ def rows_filled(rows: int) -> int:
 
 
 def check_rows(rows: Tensor, tokens: int) -> None:
-    """Raises ValueError unless `rows` are (R) int64, strictly rising, in [0, tokens)."""
+    """Raises ValueError unless `rows` are (R) int64, strictly rising, in [0, tokens). Waits for the rows' device."""
     if rows.dim() != 1 or rows.dtype != torch.int64:
         raise ValueError(f"cross_entropy: rows must be (R) int64, got {rows.dtype} {tuple(rows.shape)}")
     if len(rows) and not (rows[0] >= 0 and rows[-1] < tokens and bool((rows.diff() > 0).all())):
@@ -127,7 +132,8 @@ def _check_operands(hidden: Tensor, weight: Tensor, rows: Tensor) -> None:
         raise ValueError(
             f"cross_entropy: weight must be (V, D) with D = {hidden.shape[1]}, got {weight.dtype} {tuple(weight.shape)}"
         )
-    check_rows(rows, len(hidden))
+    if not rows.is_cuda:  # there the host would wait; HRM checks a batch before it goes to the device
+        check_rows(rows, len(hidden))
 
 
 @_cross_entropy.register_fake

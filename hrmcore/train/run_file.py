@@ -16,7 +16,7 @@ from hrmcore.checkpoint.hrm_text import read_config as read_checkpoint_config
 from hrmcore.checkpoint.hrm_text import resolve
 from hrmcore.checkpoint.training_state import is_state, read_metadata
 from hrmcore.config import HRMConfig
-from hrmcore.data.store import MANIFEST, TOKENIZER
+from hrmcore.data.store import MANIFEST, TOKENIZER, tokenizer_of
 from hrmcore.growth.stages import GrowStage, growths_of, read_stages
 from hrmcore.tokenizer import Tokenizer, tokenizer_files
 from hrmcore.train.metrics import SINKS
@@ -70,8 +70,8 @@ class TrainConfig:
     )
     tokenizer: str = _key(
         "required",
-        "folder with tokenizer.model or tokenizer.json; may be left out with init_from or with a prepared folder, "
-        "which bring their own",
+        "folder with tokenizer.model or tokenizer.json, or a prepared folder for its own; may be left out with "
+        "init_from, or where train_files is a prepared folder",
     )
     out: str = _key("required", "run folder: metrics.jsonl, states/ and checkpoint/ are written here")
     steps: int = _key("required", "optimizer steps of the whole run")
@@ -93,7 +93,7 @@ class TrainConfig:
     )
     horizon_first: int = _key(
         "schedule",
-        "gradient horizon K at the start (docs/model.md): how many of a forward pass's last visits carry gradient",
+        "gradient horizon K at the start: how many of a forward pass's last visits carry gradient",
         2,
     )
     horizon_last: int = _key("schedule", "gradient horizon K once it has risen", 5)
@@ -259,6 +259,7 @@ def _config_from(values: Mapping[str, Any]) -> TrainConfig:
     required = {name for name, f in fields.items() if f.default is dataclasses.MISSING} - {"model"}
     if missing := sorted(required - set(checked)):
         raise ValueError(f"missing key {missing[0]!r}")
+    checked["tokenizer"] = str(tokenizer_of(checked["tokenizer"]))
     tokenizer = Tokenizer.load(checked["tokenizer"])
     return TrainConfig(model=_model_config(values.get("model"), checked.get("init_from"), tokenizer), **checked)
 

@@ -151,6 +151,7 @@ class Trainer:
                 # The run file asked for xPos, if this is xPos; the checkpoint says so, and hrmcore loads it.
                 save_model(model, folder, dtype=half, tokenizer_folder=tokenizer, allow_xpos=True)
         self._say(f"{folder}: the model, for hrmcore generate, eval, inspect and grow")
+        self._say(f"next: hrmcore repl {folder}")
 
     def evaluate(self) -> dict[str, float]:
         """Held-out loss and share of right answers, of the averaged weights; empty without held-out records."""
@@ -231,19 +232,20 @@ class Trainer:
     def _backward(self, batches: Sequence[PackedBatch], k: int) -> tuple[float, float]:
         """Gradients of the mean loss over all supervised tokens of the batches; returns it and the gradients' norm."""
         count = supervised_of(batches)
-        total = 0.0
+        losses = []
         for batch in self._shares(batches):
             with self._precision():
                 loss = self.model.loss(batch, horizon=k) / count
             loss.backward()
-            total += float(loss.detach())
+            losses.append(loss.detach())
         self._sum_gradients()
         parameters, limit = self.model.parameters(), self.config.grad_clip
         if self._sharded:
             norm = fsdp.clip_gradients(parameters, limit, self.world)
-        else:
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-        return self.world.sum(total), norm
+            figures = [*torch.stack(losses).tolist(), norm] if losses else [norm]
+        else:  # one read of all figures: on a GPU the host waits for the step's work only here
+            figures = torch.stack([*losses, torch.nn.utils.clip_grad_norm_(parameters, limit)]).tolist()
+        return self.world.sum(sum(figures[:-1])), figures[-1]
 
     def _sum_gradients(self) -> None:
         """After backward: sum over all ranks; gradients of a sharded model were summed on the way."""

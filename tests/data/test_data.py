@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from hrmcore.data.packing import epoch_batches, pack, share
-from hrmcore.data.records import Corpus, Rejected, read_records, tokenize
+from hrmcore.data.records import Corpus, Fault, KeyCounts, Record, Rejected, parse_record, read_records, tokenize
+from hrmcore.data.store import load_corpus
 from hrmcore.tokenizer import Tokenizer, train_tokenizer
 
 TASKS = {"mini_sudoku": 60, "spell_backward": 60, "letter_counting": 60, "chain_sum": 60, "gcd": 60}
@@ -155,10 +157,47 @@ BAD_LINES = {
     '{"instruction": 3, "response": "b"}': "'instruction' is missing or not a string",
     '{"instruction": "a", "response": " "}': "'response' is empty",
     '{"instruction": "a", "response": "b", "condition": 1}': "'condition' is not a string",
+    '{"instruction": "a", "input": ["c"], "response": "b"}': "'input' is not a string",
+    '{"instruction": "a", "context": 7, "response": "b"}': "'context' is not a string",
     '{"instruction": "a", "response": "b", "condition": "loud"}': "unknown condition 'loud'",
     '{"instruction": "' + "a " * 600 + '", "response": "b"}': "longer than the context",
     '{"instruction": "\\ud800", "response": "b"}': "surrogate",
 }
+
+
+# What is wrong with the JSON, and the column of the character where it is.
+NOT_JSON: dict[bytes, tuple[str, int | None]] = {
+    b"": ("a blank line", None),
+    b" \t": ("a blank line", None),
+    b'{"instruction": "a\x01", "response": "b"}': ("not JSON: an unescaped control character", 19),
+    '{"instruction": "é😀\t", "response": "b"}'.encode(): (
+        "not JSON: an unescaped control character",
+        20,
+    ),
+    b'{"instruction": "a", "response": "b"': ("not JSON: expecting ',' delimiter", 37),
+    b'{"instruction": "a", "response": "b': ("not JSON: unterminated string", 34),
+    b'{"instruction": "\\x", "response": "b"}': ("not JSON: invalid \\escape", 18),
+    b'{"instruction": "a", "response": "b"} {}': ("not JSON: extra data", 39),
+    b"oops": ("not JSON: expecting value", 1),
+    b"\xc3\xa9\xff\xfe": ("not JSON: bytes that are not UTF-8", 2),
+    b"[" * 100_000: ("not JSON: brackets within brackets, too deep", None),
+    b"1" * 5000: ("not JSON: a number of too many digits", None),
+}
+
+
+@pytest.mark.parametrize("line", NOT_JSON, ids=range(len(NOT_JSON)))
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b""], ids=["lf", "crlf", "end"])
+def test_what_is_not_json_is_named_with_its_column(line: bytes, end: bytes, tmp_path: Path) -> None:
+    reason, column = NOT_JSON[line]
+    assert parse_record(line + end, "file:2") == Fault(reason, column)
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(b'{"instruction": "a", "response": "b"}\n' + (line + end or b"\n"))
+    rejected = Rejected()
+    assert len(list(read_records(path, rejected))) == 1
+    place = f"{path}:2" if column is None else f"{path}:2:{column}"
+    assert rejected.report() == [f"1 left out: {reason} ({place})"]
+    with pytest.raises(ValueError, match=re.escape(f"{place}: {reason}")):
+        list(read_records(path, rejected, strict=True))
 
 
 @pytest.mark.parametrize("line", BAD_LINES)
@@ -171,8 +210,43 @@ def test_bad_lines_are_counted_and_placed(line: str, tokenizer: Tokenizer, tmp_p
     [report] = rejected.report()
     assert BAD_LINES[line] in report
     assert f"{path}:2" in report
-    with pytest.raises(ValueError, match=f"{path}:2: .*{BAD_LINES[line]}"):
+    with pytest.raises(ValueError, match=f"{path}:2:.*{BAD_LINES[line]}"):
         tokenize(read_records(path, rejected, strict=True), tokenizer, 256, rejected, strict=True)
+
+
+def test_context_and_input_follow_the_instruction_after_a_blank_line(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path, table = tmp_path / "records.jsonl", tmp_path / "records.parquet"
+    rows: list[dict[str, str | None]] = [
+        {"instruction": "Translate.", "input": "un chat", "response": "a cat", "id": "1"},
+        {"instruction": "When?", "context": "In 1066 he came.\n", "response": "1066"},
+        {"instruction": "Both", "input": "second", "context": "first", "response": "c"},
+        {"instruction": "Neither", "input": "", "context": " \n", "response": "d"},
+        {"instruction": "Neither", "input": None, "context": None, "response": "d"},
+    ]
+    expected = ["Translate.\n\nun chat", "When?\n\nIn 1066 he came.\n", "Both\n\nfirst\n\nsecond", "Neither", "Neither"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = dict.fromkeys(name for row in rows for name in row)
+    parquet.write_table(pyarrow.table({name: [row.get(name) for row in rows] for name in names}), table)
+    for file in (path, table):
+        assert [record.instruction for record in read_records(file, Rejected(), strict=True)] == expected
+    said: list[str] = []
+    corpus, _ = load_corpus([str(path)], tokenizer, 256, said.append)
+    prompt = corpus.tokens[: corpus.prefix[0]].tolist()
+    assert prompt == tokenizer.prompt("Translate.\n\nun chat")
+    assert said == [
+        "2 have 'input': it follows the instruction after a blank line",
+        "2 have 'context': it follows the instruction after a blank line",
+        "not used: 'id' (1)",
+    ]
+
+
+def test_keys_of_every_record_its_own_do_not_pile_up() -> None:
+    keys = KeyCounts()
+    for number in range(1000):
+        keys.add(Record("a", "b", "direct", "file:1", unused=(f"key {number}", "id")))
+    assert len(keys.unused) == 64
+    assert keys.unused["id"] == 1000
+    assert keys.report()[0].endswith("…")
 
 
 def test_a_report_stays_short() -> None:
@@ -187,19 +261,11 @@ def test_a_report_stays_short() -> None:
     assert lines[8:] == ["39 left out for 13 other reasons"]
 
 
-def test_undecodable_bytes_are_a_bad_line(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    path = tmp_path / "records.jsonl"
-    path.write_bytes(b'{"instruction": "a", "response": "b"}\n\xff\xfe\n')
-    rejected = Rejected()
-    assert len(list(read_records(path, rejected))) == 1
-    assert rejected.counts == {"not JSON": 1}
-
-
 def test_no_usable_record_is_an_error(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     path.write_text("oops\n", encoding="utf-8")
     rejected = Rejected()
-    with pytest.raises(ValueError, match=f"no usable record: 1 left out: not JSON .*{path}:1"):
+    with pytest.raises(ValueError, match=f"no usable record: 1 left out: not JSON: expecting value .*{path}:1:1"):
         tokenize(read_records(path, rejected), tokenizer, 256, rejected)
 
 

@@ -33,6 +33,7 @@ from hrmcore.train.run_file import read_config
 from hrmcore.train.trainer import Trainer
 
 CONTEXT = 256
+BROKEN = "not JSON: expecting property name enclosed in double quotes"  # the first of these
 BAD_LINES = [
     "{",
     '{"instruction": "a", "response": " "}',
@@ -141,7 +142,7 @@ def test_the_manifest_accounts_for_every_line(files: list[Path], tokenizer: Path
     source = store.manifest["sources"]["bad"]
     assert (source["read"], source["kept"], source["beyond_cap"]) == (95, 31, 59)
     assert sorted(source["left_out"].values()) == [1, 1, 1, 1, 1]
-    assert source["left_out_examples"]["not JSON"] == ["bad.jsonl:91"]
+    assert source["left_out_examples"][BROKEN] == ["bad.jsonl:91:2"]
     assert store.manifest["sources"]["gcd"]["kept"] == 90
     assert store.manifest["records"] == len(store.corpus) == 121
     assert sum(store.manifest["conditions"].values()) == 121
@@ -154,6 +155,25 @@ def test_the_manifest_accounts_for_every_line(files: list[Path], tokenizer: Path
     assert "gcd: 90 of 90 records kept" in text
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_summary_names_what_beside_the_usual_keys_was_used_and_what_not(
+    workers: int, files: list[Path], tokenizer: Path, tmp_path: Path
+) -> None:
+    rows = [{"instruction": "Spell", "input": f"word {i}" * (i % 2), "response": "d", "id": str(i)} for i in range(50)]
+    path = write(tmp_path / "alpaca.jsonl", rows)
+    store = prepare([path, files[0]], tmp_path / "store", tokenizer=tokenizer, context=CONTEXT, workers=workers)
+    source = store.manifest["sources"]["alpaca"]
+    assert (source["joined_keys"], source["unused_keys"]) == ({"input": 25}, {"id": 50})
+    lines = summary(store)
+    assert lines[:3] == [
+        "alpaca: 50 of 50 records kept",
+        "  25 have 'input': it follows the instruction after a blank line",
+        "  not used: 'id' (50)",
+    ]
+    ids = Tokenizer.load(tokenizer)
+    assert sequences(store.corpus)[1][: store.corpus.prefix[1]] == ids.prompt("Spell\n\nword 1")
+
+
 @pytest.mark.parametrize("number", range(len(BAD_LINES)))
 def test_strict_makes_a_bad_line_fatal(
     number: int, files: list[Path], tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -164,7 +184,7 @@ def test_strict_makes_a_bad_line_fatal(
     assert main([*arguments, "--out", str(tmp_path / "store"), "--strict"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.splitlines()[-1].startswith(f"hrmcore prepare: {path}:91: ")
+    assert err.splitlines()[-1].startswith(f"hrmcore prepare: {path}:91:")
     assert list(tmp_path.iterdir()) == [path]
     assert main([*arguments, "--out", str(tmp_path / "store")]) == 0
     assert "bad: 90 of 91 records kept" in capsys.readouterr().out
@@ -260,6 +280,13 @@ max_position_embeddings = {context}
         for x in "ab"
     ]
     assert losses[0] == losses[1]
+
+    named = run_file(f'["{store}"]', "[]", "g")
+    named.write_text(named.read_text().replace(f'tokenizer = "{tokenizer}"', f'tokenizer = "{store}"'))
+    assert read_config(named).tokenizer == str(store / "tokenizer")
+    capsys.readouterr()
+    assert main(["train", str(named)]) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == f"next: hrmcore repl {tmp_path / 'g' / 'checkpoint'}"
 
     def refusal(path: Path) -> str:
         capsys.readouterr()

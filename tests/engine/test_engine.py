@@ -11,15 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.checkpoints import edit_config
 from support.engines import distance
+from transformers import AutoModelForCausalLM
 
 import hrmcore.engine.engine
 from hrmcore import _C
 from hrmcore.config import HRMConfig
-from hrmcore.engine.cpu_runner import CpuRunner
+from hrmcore.engine.cpu_runner import CpuRunner, convert
 from hrmcore.engine.engine import Engine, load
 from hrmcore.engine.runner import PAGE, Rows
 from hrmcore.engine.streams import StopFilter
@@ -377,10 +380,73 @@ def test_a_checkpoint_without_a_tokenizer_refuses_only_text(tmp_path: Path) -> N
             refused("text")
 
 
+def test_a_tokenizer_of_another_kind_of_model_refuses_only_text(tmp_path: Path) -> None:
+    """One with a chat template of its own and none of the framing tokens."""
+    hrm = model()
+    hrm.save_pretrained(tmp_path)
+    foreign = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "[INST]": 2, "text": 3}, "<s>"))
+    foreign.add_special_tokens(["<s>", "</s>"])
+    foreign.save(str(tmp_path / "tokenizer.json"))
+    template = {"chat_template": "{{ bos_token }}[INST] {{ messages[0]['content'] }} [/INST]", "bos_token": "<s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(template))
+    convert(tmp_path, tmp_path / "packed", "float32")
+    for folder in (tmp_path, tmp_path / "packed"):
+        engine = load(folder)
+        assert engine.tokenizer is None
+        assert len(list(engine.tokens([1, 2], max_new_tokens=4))) == 4
+        assert distance(engine.logits([1, 2, 3]), hrm(torch.tensor([[1, 2, 3]]), 3)[0].detach()) <= 1e-5
+        missing = r"tokenizer\.json: the token '<\|im_start\|>' \(boq\) is missing, so no prompt can be framed: give"
+        prompts: list[Any] = ["text", ["text"]]
+        for prompt in prompts:
+            with pytest.raises(ValueError, match=missing):
+                engine.generate(prompt)
+
+
+def test_a_broken_tokenizer_is_an_error(tmp_path: Path) -> None:
+    model().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer\.json"):
+        load(tmp_path)
+
+
 def test_a_tokenizer_that_is_larger_than_the_model_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
     model().save_pretrained(tmp_path)
     shutil.copy(checkpoint / "tokenizer.model", tmp_path)
     with pytest.raises(ValueError, match=r"tokenizer\.model.*300 tokens.*vocab_size is 61"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("named", ["config", "generation", "both"])
+def test_an_answer_ends_where_transformers_ends_it(named: str, tmp_path: Path) -> None:
+    """At the first token that config.json or generation_config.json names; transformers reads the latter, if there."""
+    hrm, ids = model(), random_ids(9)
+    hrm.save_pretrained(tmp_path)
+    free = list(load(tmp_path).tokens(ids, max_new_tokens=24))
+    first, second = sorted(set(free), key=free.index)[2:4]
+    if named != "generation":
+        edit_config(tmp_path, eos_token_id=second)
+    if named != "config":
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [first, second, 61, 1 << 40]}))
+    end = second if named == "config" else first
+    expected = free[: free.index(end)]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    prompt, mask = torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long)
+    answered = theirs.generate(
+        input_ids=prompt, attention_mask=mask, token_type_ids=mask, max_new_tokens=24, do_sample=False, pad_token_id=0
+    )
+    assert answered[0, len(ids) :].tolist() == [*expected, end]
+    convert(tmp_path, tmp_path / "packed", "float32")
+    for folder in (tmp_path, tmp_path / "packed"):
+        answer = load(folder).tokens(ids, max_new_tokens=24)
+        assert list(answer) == expected
+        assert answer.request.finish == "end"
+
+
+@pytest.mark.parametrize("value", ["4", [4, None], True, 4.0, {"id": 4}])
+def test_a_generation_config_that_names_no_token_is_an_error(value: Any, tmp_path: Path) -> None:
+    model().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id must be a token id or a list of them"):
         load(tmp_path)
 
 

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support.engines import set_weights
+from support.inside_a_step import CASES, TIME_LIMIT
 
 from hrmcore.config import HRMConfig
 from hrmcore.engine.cpu_runner import CpuRunner
 from hrmcore.engine.engine import Engine
-from hrmcore.engine.runner import Interrupted
+from hrmcore.engine.runner import Interrupted, Rows
 from hrmcore.model import HRM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+TESTS = Path(__file__).parents[1]
 # Large enough for a prefill of more than a tenth of a second, after which it is asked for the first time.
 PROMPT = [position % 61 for position in range(1600)]
 CONFIG = HRMConfig(61, 256, 512, 2, 2, 64, max_position_embeddings=len(PROMPT) + 50)
@@ -80,9 +85,15 @@ def test_a_stop_that_fails_ends_the_step_with_its_error(runner: CpuRunner) -> No
     assert runner.open_sequences == 0
 
 
-def test_short_steps_ask_nobody(runner: CpuRunner) -> None:
-    (handle,), _ = runner.open([[1, 2, 3]], [3], lambda: bool(1 // 0))
-    runner.step([handle], [4])
+def test_a_token_that_takes_long_can_be_interrupted(model: HRM) -> None:
+    runner = CpuRunner(CONFIG.replace(H_cycles=2000), "int8", None, 1, cache_bytes=0)
+    set_weights(runner.core, model)
+    with interrupted_soon(), pytest.raises(KeyboardInterrupt):
+        runner.open([[1]], [1])
+    asked: list[bool] = []
+    with pytest.raises(Interrupted):
+        runner.open([[1]], [1], lambda: asked.append(True) or len(asked) == 2)
+    assert runner.core.cache_pages_used == 0
 
 
 @contextmanager
@@ -141,3 +152,33 @@ def test_one_of_a_batch_is_closed_in_its_prefill_and_the_others_are_unharmed(run
 def wait_for_one(runner: CpuRunner) -> None:
     while runner.open_sequences == 0:
         time.sleep(0.001)
+
+
+@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
+def test_nothing_waits_for_the_step_that_it_runs_in(case: str) -> None:
+    command = [sys.executable, "-m", "support.inside_a_step", case]
+    ended = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=TIME_LIMIT + 30)
+    assert (ended.stdout, ended.returncode) == (f"{case}\n", 0), ended.stderr
+
+
+class Slow(CpuRunner):
+    """As an engine that is at work for a while at every step."""
+
+    def _advance(self, *args: Any, **kwargs: Any) -> Rows:
+        time.sleep(0.05)
+        return super()._advance(*args, **kwargs)
+
+
+def test_what_is_closed_while_its_token_comes_ends_there(model: HRM) -> None:
+    runner = Slow(CONFIG, "int8", None, 1, cache_bytes=0)
+    set_weights(runner.core, model)
+    tokens, received = Engine(runner, None, Path("nowhere")).tokens([1, 2, 3], ignore_eos=True), []
+    consumer = threading.Thread(target=lambda: received.extend(tokens))
+    consumer.start()
+    while len(received) < 2:
+        time.sleep(0.001)
+    tokens.close()
+    before = len(received)
+    consumer.join()
+    assert len(received) == before
+    assert runner.open_sequences == 0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -198,6 +200,47 @@ def test_a_changed_file_is_refused(int8: Path, position: int, value: bytes, mess
     damage(int8 / PACKED_FILE, position, value)
     with pytest.raises(ValueError, match=rf"{PACKED_FILE}: {message}"):
         load(int8)
+
+
+CONFIG = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 32, "num_layers_per_stack": 1}
+HEADER = {"config": {**CONFIG, "num_attention_heads": 2, "head_dim": 16}, "dtype": "int8", "bytes": 8, "checksum": 1}
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ([], "must hold a JSON object, got list"),
+        (1, "must hold a JSON object, got int"),
+        (None, "must hold a JSON object, got NoneType"),
+        ("[" * 100000, r"not valid JSON"),
+        ('{"dtype": "int8", "dtype": "int8"}', "not valid JSON .the key 'dtype' comes twice"),
+        ('{"bytes": NaN}', "its header has the missing key 'checksum'"),
+        (HEADER | {"extra": 1}, "its header has the unknown key 'extra'; the keys are config, dtype, bytes, checksum"),
+        *(
+            ({key: value for key, value in HEADER.items() if key != gone}, f"its header has the missing key '{gone}'")
+            for gone in HEADER
+        ),
+        *((HEADER | {"config": value}, "config in its header must be an object") for value in ([], None, "x", 1)),
+        (HEADER | {"config": {}}, "config: missing key 'vocab_size'"),
+        (HEADER | {"config": HEADER["config"] | {"hidden_size": "32"}}, "config: hidden_size must be of type int"),
+        (HEADER | {"config": HEADER["config"] | {"rms_norm_eps": float("nan")}}, "config: rms_norm_eps must be"),
+        *((HEADER | {"dtype": value}, "dtype in its header must be one of float32") for value in (["int8"], 8, "int9")),
+        *(
+            (HEADER | {key: value}, f"{key} in its header must be a whole number below 2..6")
+            for key in ("bytes", "checksum")
+            for value in (-1, 1.5, float("nan"), float("inf"), True, None, "8", [8], 1 << 64, 10**4000)
+        ),
+        (HEADER | {"bytes": 7}, "its header states 7 bytes, the model has"),
+    ],
+)
+def test_a_header_that_is_not_ours_is_one_error_that_names_the_file(
+    header: object, message: str, tmp_path: Path
+) -> None:
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    start = struct.pack("<8sII32s", b"HRMPACK\0", 1, len(text), hashlib.sha256(text).digest())
+    (tmp_path / PACKED_FILE).write_bytes(start + text + bytes(8192))
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(tmp_path / PACKED_FILE))}: {message}"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(("left", "message"), [(0, "not a packed"), (30, "not a packed"), (100, "damaged, its header")])

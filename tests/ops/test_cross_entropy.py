@@ -49,7 +49,7 @@ def test_backward_kernel_in_place(backend, dtype, vocabulary):
     logits, targets = logits_of(dtype, vocabulary=vocabulary)
     lse = logits.double().logsumexp(-1).float()
     inside = framed(logits, FRAME)
-    call(_C.cross_entropy_backward, inside, targets, lse, 0.37)
+    call(_C.cross_entropy_backward, inside, targets, lse, torch.tensor([0.37]))
     reference = logits.double().requires_grad_()
     (0.37 * F.cross_entropy(reference, targets, reduction="sum")).backward()
     # The few large elements of a row decide its norm: as in `bound`, one rounding, of few numbers.
@@ -131,7 +131,7 @@ def test_same_bits_for_every_schedule(dtype, vocabulary):
     def compute():
         values, losses, lse = logits.clone(), torch.empty(5, dtype=torch.float64), torch.empty(5)
         call(_C.cross_entropy_forward, values, targets, losses, lse)
-        call(_C.cross_entropy_backward, values, targets, lse, 1.0)
+        call(_C.cross_entropy_backward, values, targets, lse, torch.tensor([1.0]))
         return values, losses, lse
 
     assert same_bits_for_every_schedule(compute)
@@ -145,7 +145,7 @@ def test_large_logits(backend):
     call(_C.cross_entropy_forward, logits, targets, losses, lse)
     assert losses[0] == 0
     assert losses[1:].tolist() == pytest.approx([1.0986122886681098, 180.0], rel=1e-6)
-    call(_C.cross_entropy_backward, logits, targets, lse, 1.0)
+    call(_C.cross_entropy_backward, logits, targets, lse, torch.tensor([1.0]))
     assert logits[0].tolist() == [0, 0, 0]
     assert logits[2].tolist() == pytest.approx([0, 1, -1], abs=1e-6)
 
@@ -211,5 +211,7 @@ def test_bad_input(arguments, message):
 def test_bad_outputs():
     with pytest.raises(ValueError, match=re.escape("losses must be float64, got float32")):
         call(_C.cross_entropy_forward, HIDDEN, torch.zeros(4, dtype=torch.int64), torch.ones(4), torch.ones(4))
+    with pytest.raises(ValueError, match=re.escape("scale must be of size 1 (one number) in axis 0, got shape (2)")):
+        call(_C.cross_entropy_backward, HIDDEN, torch.zeros(4, dtype=torch.int64), torch.ones(4), torch.ones(2))
     with pytest.raises(ValueError, match=re.escape("lse must be of size 4 (R) in axis 0")):
-        call(_C.cross_entropy_backward, HIDDEN, torch.zeros(4, dtype=torch.int64), torch.ones(3), 1.0)
+        call(_C.cross_entropy_backward, HIDDEN, torch.zeros(4, dtype=torch.int64), torch.ones(3), torch.tensor([1.0]))

@@ -2,13 +2,15 @@
 
     python tests/soak/stress.py 1000 2
 
-runs a thousand batches on each of two engines, which have two threads each and are shared by two callers. Prints JSON:
-tokens, cancelled requests, and by how many KiB the process grew in the second half. tests/engine/test_stress.py runs
-fewer, `make tsan` under ThreadSanitizer, for which this file stays clear of torch.
+runs a thousand batches on each of two engines, which have two threads each and are shared by two callers; beside them,
+answers are dropped half-way, for the garbage collector to close. Prints JSON: tokens, cancelled requests, and by how
+many KiB the process grew in the second half. tests/engine/test_stress.py runs fewer, `make tsan` under ThreadSanitizer,
+for which this file stays clear of torch.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import resource
@@ -32,7 +34,7 @@ BATCH = 16
 
 def make_runner(dtype: str, kv_dtype: str, threads: int) -> CpuRunner:
     """A model of random weights."""
-    runner = CpuRunner(CONFIG, dtype, kv_dtype, threads, cache_bytes=0)
+    runner = CpuRunner(CONFIG, dtype, kv_dtype, threads, cache_bytes=1 << 26)
     runner.core.allocate_weights()
     chance = np.random.default_rng(0)
     for key in key_table(CONFIG):
@@ -90,6 +92,7 @@ class Stress:
             thread.join()
         if self.failures:
             raise self.failures[0]
+        gc.collect()
         held = (self.engine.open_requests, self.runner.core.cache_pages_used)
         assert held == (0, 0), "something was not released"
 
@@ -110,6 +113,8 @@ class Stress:
             received[place].append(token)
             if chance.random() < 0.05:
                 cancel(chance.choice(running))
+            if chance.random() < 0.02:
+                self._forget(chance)
             if count == leaving:  # the whole batch
                 decoding.close()
                 break
@@ -122,6 +127,19 @@ class Stress:
                 raise AssertionError(f"request {index} gave {tokens}, alone {full}")
             self.tokens += len(tokens)
             self.cancelled += not whole
+
+    def _forget(self, chance: random.Random) -> None:
+        """Drop an answer that has begun, so that the collector closes it some time later, perhaps inside a step."""
+        cycle, tokens = forgotten(), self.engine.tokens(**self.requests[chance.randrange(len(self.requests))])
+        cycle.append(tokens)
+        next(tokens, None)
+
+
+def forgotten() -> list[object]:
+    """Reference cycles: what only the garbage collector frees, in whatever thread it runs."""
+    cycle: list[object] = []
+    cycle.append(cycle)
+    return cycle
 
 
 def cancel(request: Request) -> None:

@@ -1,0 +1,229 @@
+"""Instructions of the fused decode step, counted in the compiled code (sass.py); step_model.py makes times of them.
+
+    python -m bench.gpu.step_counts hrmcore/_C_cuda.so > bench/gpu/step_counts.json
+    python -m bench.gpu.step_counts --step old OLD.cubin > bench/gpu/step_counts_old.json
+
+A warp's instructions: once round each loop by way of its whole work, and once through each phase. `--step old` reads
+the step that was measured on 2026-11-27 (csrc/decode at commit 8d63661, nvcc -O3 -arch=sm_90 -cubin): another code, so
+other loops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from bench.gpu.sass import Kernel, Loop, cuobjdump, disassembled
+
+DTYPES = {"1": "bfloat16", "2": "int8", "3": "int4"}  # enum Packing, in a mangled name
+PRODUCTS = {"bfloat16": 1, "int8": 2, "int4": 4}  # of the tensor cores, an item
+STAGE_ITEMS = 4
+KERNEL = re.compile(r"decodeILN\w*7PackingE(\d)ELi(\d+)E")
+
+Counts = dict[str, Any]
+Asked = dict[str | int, int]  # work of a way: kinds of instructions, numbers of blocks
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("binary", type=Path, help="a library, object or cubin with the decode step's kernels")
+    parser.add_argument("--step", choices=("new", "old"), default="new")
+    parser.add_argument("--target", default="sm_90")
+    options = parser.parse_args()
+    tool = cuobjdump()
+    if tool is None:
+        print("no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm", file=sys.stderr)
+        return 2
+    kernels = deepest(disassembled(tool, options.binary, [options.target])[options.target].values())
+    print(json.dumps({d: counted(k, d, options.step) for d, k in kernels.items()}, indent=1))
+    return 0
+
+
+def deepest(kernels: Iterable[Kernel]) -> dict[str, Kernel]:
+    """The decode step's kernel of each dtype with the deepest ring: the one for a card with much shared memory."""
+    found: dict[str, tuple[int, Kernel]] = {}
+    for kernel in kernels:
+        if match := KERNEL.search(kernel.name):
+            dtype, stages = DTYPES[match[1]], int(match[2])
+            if dtype not in found or found[dtype][0] < stages:
+                found[dtype] = stages, kernel
+    return {dtype: found[dtype][1] for dtype in DTYPES.values() if dtype in found}
+
+
+def counted(kernel: Kernel, dtype: str, step: str) -> Counts:
+    return (old_step if step == "old" else new_step)(kernel, dtype)
+
+
+class UnknownCodeError(Exception):
+    """The code is not shaped as the counts expect it."""
+
+
+def phase_loop(kernel: Kernel) -> Loop:
+    """The loop over the phases: the largest with a product in it."""
+    return max((loop for loop in kernel.loops if kernel.count(loop.blocks, "HMMA")), key=lambda loop: len(loop.blocks))
+
+
+def outside(kernel: Kernel, loop: Loop) -> Loop:
+    around = kernel.around(loop)
+    if around is None:
+        raise UnknownCodeError(f"no loop around that at block {loop.head} of {kernel.name}")
+    return around
+
+
+def sure(count: int | None, what: str) -> int:
+    if count is None:
+        raise UnknownCodeError(f"no way through the code with the work of {what}")
+    return count
+
+
+# The step of csrc/decode
+
+
+def new_step(kernel: Kernel, dtype: str) -> Counts:
+    phases = phase_loop(kernel)
+    products = kernel.innermost("HMMA")
+    if len(products) != 2 or not products[0].blocks < phases.blocks or products[1].blocks & phases.blocks:
+        raise UnknownCodeError("one loop of products is expected in the loop over the phases, and the head's after it")
+    copies = STAGE_ITEMS * (1 if dtype == "bfloat16" else 2)  # scales come by a copy of their own
+    stage_work: Asked = {"HMMA": STAGE_ITEMS * PRODUCTS[dtype], "LDGSTS": copies}
+    head_products = PRODUCTS["int8" if dtype == "int4" else dtype]
+    head_work: Asked = {"HMMA": STAGE_ITEMS * head_products, "LDGSTS": copies}
+    halves = next(
+        loop
+        for loop in kernel.loops
+        if loop.blocks < phases.blocks
+        and kernel.count(loop.blocks, "SHFL")
+        and kernel.count(loop.blocks, "LDGSTS")
+        and not kernel.count(loop.blocks, "HMMA")
+    )
+    pages = outside(kernel, halves)
+    splits = outside(kernel, pages)
+    tasks = outside(kernel, splits)
+    done: Asked = {products[0].head: 1, "BAR": 3}
+    skipped = sure(kernel.once_round(products[0], {}), "a stage")
+    normed: Asked = {"SHFL": 2, "LDG": 2}
+    kinds: dict[str, Asked] = {
+        "gqkv": {"STG": 2, **normed},
+        "o": {"STG": 5, "SHFL": 3},
+        "gate_up": {"MUFU.EX2": 1, "STG": 1, **normed},
+        "down": {"STG": 5, "SHFL": 3, "LDG": 3},
+    }
+    keys: Asked = {"SHFL": 8, "MUFU": 2, "LDGSTS": 4}
+    split_done: Asked = {**keys, "MUFU": 14, "BAR": 1, "STG": 1}
+    found: Counts = {
+        "code_bytes": kernel.code_bytes,
+        "turn_bytes": 16 * kernel.size(phases.blocks),
+        "turn": {
+            phase: sure(kernel.once_round(phases, {**done, **work}, tasks.blocks), phase) - skipped
+            for phase, work in kinds.items()
+        },
+    }
+    without = outside(kernel, outside(kernel, products[0])).blocks
+    attending: Asked = {**split_done, "BAR": 3, "LDG": 8}
+    found["turn"]["attention"] = sure(kernel.once_round(phases, attending, without), "attention")
+    for name, loop, work in (("", products[0], stage_work), ("head_", products[1], head_work)):
+        tile, group = outside(kernel, loop), outside(kernel, outside(kernel, loop))
+        stage = sure(kernel.once_round(loop, work), "a stage")
+        round_tile = sure(kernel.once_round(tile, {**work, "STS": 2}), "a tile")
+        round_group = sure(kernel.once_round(group, {**work, "STS": 2, "BAR": 2, "STG": 2}), "tiles together")
+        found |= {f"{name}stage": stage, f"{name}tile": round_tile - stage, f"{name}group": round_group - round_tile}
+    found["keys"] = sure(kernel.once_round(halves, keys), "keys")
+    found["values"] = sure(kernel.once_round(halves, {"SHFL": 8, "FFMA": 32, "LDGSTS": 4}), "values")
+    found["page"] = sure(kernel.once_round(pages, keys), "a page") - found["keys"]
+    found["split"] = sure(kernel.once_round(splits, split_done), "a split") - found["keys"] - found["page"]
+    found |= _bringing(kernel, phases, products[0].blocks | tasks.blocks)
+    after = without.union(*(loop.blocks for loop in kernel.loops if kernel.count(loop.blocks, "HMMA")))
+    starts = [loop for loop in kernel.innermost("LDGSTS", "LDGDEPBAR") if not loop.blocks & after]
+    found["fill"] = min(sure(kernel.once_round(loop, {"LDGSTS": copies}), "a ring's start") for loop in starts)
+    return found
+
+
+def _bringing(kernel: Kernel, phases: Loop, others: frozenset[int]) -> Counts:
+    """Loops that bring activations; a turn of each."""
+    found: Counts = {}
+    for loop in kernel.loops:
+        if not loop.blocks < phases.blocks or loop.blocks & others:
+            continue
+        has = {kind: kernel.count(loop.blocks, kind) for kind in ("LDG", "STS", "STG", "MUFU.EX2")}
+        whole: Asked = {kind: n for kind, n in has.items() if n}
+        if has["MUFU.EX2"] and has["STS"]:
+            found["join_one"] = sure(kernel.once_round(loop, {"LDG": 1, "STS": 1}), "one split")
+            found["join"] = sure(kernel.once_round(loop, whole), "all splits")
+        elif has["STG"]:
+            found["write_entered"] = sure(kernel.once_round(loop, whole), "entering a visit")
+        elif has["LDG"] == 4 and has["STS"] == 4:
+            found["rows"] = sure(kernel.once_round(loop, whole), "rows")
+        elif has["LDG"] == 4 and not has["STS"]:
+            found["squares"] = sure(kernel.once_round(loop, whole), "squares")
+        elif has["LDG"] > 4 and has["STS"]:
+            found["enter"] = sure(kernel.once_round(loop, whole), "entering a visit")
+    return found
+
+
+# The step before: commit 8d63661
+
+
+def old_step(kernel: Kernel, dtype: str) -> Counts:
+    products = kernel.innermost("HMMA")
+    tiles = [outside(kernel, loop) for loop in products]
+    pages = kernel.innermost("LDG", "SHFL", "MUFU.EX2")[0]
+    tasks = outside(kernel, pages)
+    found: Counts = {
+        "page": sure(kernel.once_round(pages, {"LDG": 8, "MUFU": 5}), "a page"),
+        "task": sure(kernel.once_round(tasks, {"LDG": 10, "BAR": 3, "STG": 1, "MUFU": 9}), "a task"),
+        "phases": {},
+    }
+    found["task"] -= found["page"]
+    for loop, tile, phase in zip(products, tiles, _old_phases(kernel, tiles), strict=True):
+        per_item = PRODUCTS["int8" if phase == "head" and dtype == "int4" else dtype]
+        unrolled = kernel.count(loop.blocks, "HMMA") // per_item
+        whole = sure(kernel.once_round(loop, {"HMMA": unrolled * per_item, "LDGSTS": unrolled}), "items")
+        one = sure(kernel.once_round(loop, {"HMMA": per_item, "LDGSTS": 1}), "an item")
+        round_tile = sure(kernel.once_round(tile, {"HMMA": per_item, "BAR": 1, "STG": 1, "LDGSTS": 1}), "a tile")
+        without = tasks.blocks.union(*(other.blocks for other in tiles if other is not tile))
+        work: Asked = {"HMMA": per_item, "LDGSTS": 16, "BAR": 2, "STG": 1, "LDG": 3}
+        through = sure(kernel.through(work, without), phase)
+        found["phases"][phase] = {"fixed": through - one, "item": whole / unrolled, "tile": round_tile - one}
+    loads = {loop.head: loop for loop in kernel.innermost("LDG", "STS")}
+    joins = next(x for x in loads.values() if kernel.count(x.blocks, "MUFU.EX2") and not kernel.count(x.blocks, "HMMA"))
+    found["join_one"] = sure(kernel.once_round(outside(kernel, joins), {"LDG": 1, "STS": 1}), "one split")
+    found["join"] = sure(kernel.once_round(joins, {"LDG": 8, "STS": 1, "MUFU": 9}), "all splits")
+    others = [x for x in loads.values() if not kernel.count(x.blocks, "HMMA") and not kernel.count(x.blocks, "BAR")]
+    entering = next(x for x in others if kernel.count(x.blocks, "STG"))
+    found["enter"] = sure(kernel.once_round(outside(kernel, entering), {"LDG": 1, "STS": 1, "SHFL": 5}), "entering")
+    normed = [
+        outside(kernel, x)
+        for x in loads.values()
+        if kernel.count(x.blocks, "LDG") == 2 and kernel.count(x.blocks, "STS") == 2
+    ]
+    found["normed_row"] = max(
+        sure(kernel.once_round(x, {"LDG": 1, "STS": 2, "SHFL": 5}), "a row")
+        for x in normed
+        if kernel.count(x.blocks, "SHFL")
+    )
+    found["row"] = max(
+        sure(kernel.once_round(x, {"LDG": 1, "STS": 1}), "a row") for x in normed if not kernel.count(x.blocks, "SHFL")
+    )
+    return found
+
+
+def _old_phases(kernel: Kernel, tiles: list[Loop]) -> list[str]:
+    """Each loop of tiles by what it writes: o and down write the same, and o comes last in the code."""
+    names = []
+    for tile in tiles:
+        stores, inside = kernel.count(tile.blocks, "STG"), kernel.around(tile) is not None
+        gated = kernel.count(tile.blocks, "MUFU.EX2") > 0
+        names.append("head" if not inside else "gate_up" if gated else "gqkv" if stores > 4 else "down")
+    if names.count("down") != 2:
+        raise UnknownCodeError(f"phases {names}")
+    names[len(names) - 1 - names[::-1].index("down")] = "o"
+    return names
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""What a block of the fused decode step has to do in each phase, by count: tiles, stages, tasks, bytes.
+
+Computed as csrc/decode/schedule.h and decode_step.cu do (and, with `old`, as they did at commit 8d63661), at any shape;
+tests/support/traffic.py counts the same step's bytes, which the emulator confirms.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from hrmcore.config import HRMConfig
+from hrmcore.engine.mma_layout import GROUP, ITEMS, TILE
+from hrmcore.engine.runner import PAGE
+
+WARPS, STAGE_ITEMS, TILES_TOGETHER, MOST_SPLITS, REQUESTS = 8, 4, 4, 8, 8
+SHARED_BYTES = 227 << 10  # of a block, on sm_90
+DEPTHS = ((11, TILES_TOGETHER), (7, TILES_TOGETHER), (3, 1))  # of the rings, and tiles between two block barriers
+PRODUCT_PHASES = ("gqkv", "o", "gate_up", "down", "head")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix in fragments."""
+
+    rows: int
+    columns: int
+    dtype: str
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.rows // TILE)
+
+    @property
+    def item_bytes(self) -> int:
+        return 512 + (0 if self.dtype == "bfloat16" else 2 * TILE * ITEMS[self.dtype] // GROUP)
+
+    @property
+    def warp_items(self) -> int:
+        """Of a tile, in the warps that have most."""
+        return -(-self.columns // (ITEMS[self.dtype] * WARPS))
+
+    @property
+    def stages(self) -> int:
+        return -(-self.warp_items // STAGE_ITEMS)
+
+    @property
+    def bytes(self) -> int:
+        return self.tiles * -(-self.columns // ITEMS[self.dtype]) * self.item_bytes
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step: a model, weights in a dtype, requests that each have `cached` tokens, a grid."""
+
+    config: HRMConfig
+    dtype: str
+    batch: int
+    cached: int
+    blocks: int = 132
+
+    def matrix(self, phase: str) -> Matrix:
+        c = self.config
+        rows, columns = {
+            "gqkv": (4 * c.attention_width, c.hidden_size),
+            "o": (c.hidden_size, c.attention_width),
+            "gate_up": (2 * c.intermediate_size, c.hidden_size),
+            "down": (c.hidden_size, c.intermediate_size),
+            "head": (c.vocab_size, c.hidden_size),
+        }[phase]
+        return Matrix(rows, columns, "int8" if phase == "head" and self.dtype == "int4" else self.dtype)
+
+    @property
+    def pages(self) -> int:
+        """That a request's new token sees."""
+        return self.cached // PAGE + 1
+
+    @property
+    def cache_bytes(self) -> int:
+        """Keys and values of earlier tokens, of one layer."""
+        return self.batch * self.cached * 4 * self.config.attention_width
+
+    @property
+    def bytes(self) -> int:
+        """What must come from memory: every weight once a visit, the visible keys and values once."""
+        layer = sum(self.matrix(phase).bytes for phase in PRODUCT_PHASES[:-1]) + self.cache_bytes
+        return self.config.cache_slots * layer + self.matrix("head").bytes
+
+    def tiles_of_block(self, phase: str) -> int:
+        """In the blocks that have most."""
+        return -(-self.matrix(phase).tiles // self.blocks)
+
+    def blocks_with_work(self, phase: str) -> int:
+        if phase == "attention":
+            apart = self.splits_apart
+            return min(self.blocks, self.heads_of_all * (min(self.pages, MOST_SPLITS) if apart else 1))
+        return min(self.blocks, self.matrix(phase).tiles)
+
+    # Attention
+
+    @property
+    def heads_of_all(self) -> int:
+        return self.batch * self.config.num_attention_heads
+
+    def pages_of_block(self, apart: bool) -> int:
+        splits = min(self.pages, MOST_SPLITS) if apart else 1
+        return -(-self.heads_of_all * splits // self.blocks) * -(-self.pages // splits)
+
+    @property
+    def splits_apart(self) -> bool:
+        return self.pages_of_block(True) + 1 < self.pages_of_block(False)
+
+    @property
+    def tasks_of_block(self) -> int:
+        splits = min(self.pages, MOST_SPLITS) if self.splits_apart else 1
+        return -(-self.heads_of_all * splits // self.blocks)
+
+    # Shared memory
+
+    def ring_stages(self) -> int:
+        """How many stages a warp's ring has, as launch_packed chooses."""
+        stage = WARPS * STAGE_ITEMS * self.matrix("gqkv").item_bytes
+        for stages, together in DEPTHS:
+            if self.shared_bytes(together) + stages * stage <= SHARED_BYTES:
+                return stages
+        raise ValueError("the step's activations do not fit in shared memory")
+
+    def tiles_together(self) -> int:
+        return dict(DEPTHS)[self.ring_stages()]
+
+    def shared_bytes(self, together: int) -> int:
+        """What lies before the rings."""
+        d, most = self.config.head_dim, 0
+        for phase in PRODUCT_PHASES:
+            matrix = self.matrix(phase)
+            most = max(most, matrix.warp_items * ITEMS[matrix.dtype])
+        exchange = 4 * (2 * WARPS * (d + 2) + 2 * MOST_SPLITS * d)
+        partials = max(together * WARPS * TILE * REQUESTS * 4, exchange)
+        pages = 16 * self.pages_of_block(self.splits_apart)
+        parts = (512 + 4 * self.batch * d + 2 * d, pages, partials, 2 * WARPS * most * self.batch)
+        return sum(-(-part // 128) * 128 for part in parts)
+
+    # The step before
+
+    def old_splits(self) -> int:
+        return min(-(-self.pages // 4), 4)
+
+    def old_tasks_of_block(self) -> int:
+        """A task's split was its fastest index of 4, so that short caches met every fourth block."""
+        tasks = Counter(
+            (4 * row + split) % self.blocks for row in range(self.heads_of_all) for split in range(self.old_splits())
+        )
+        return max(tasks.values())

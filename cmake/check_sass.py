@@ -1,0 +1,119 @@
+"""Count the decode step's code in what nvcc made of it, beside the budgets of docs/design/cuda_speed.md.
+
+usage: check_sass.py OBJECT TABLE COUNTS [--update]   OBJECT: decode_step.cu's; TABLE, COUNTS: the committed figures
+
+Fails when the figures are not the committed ones; a budget that is missed is marked and is no failure. As with
+check_ptxas.py, figures of another compiler are not compared. Skipped, with a line that says so, where there is no
+cuobjdump. COUNTS is what bench/gpu/step_model.py predicts times from.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.gpu.sass import Kernel, cuobjdump, disassembled
+from bench.gpu.step_counts import DTYPES, Counts, deepest, new_step, phase_loop
+from bench.gpu.step_model import xl
+from bench.gpu.step_shapes import PRODUCT_PHASES, STAGE_ITEMS
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
+MODELLED = "sm_90"
+CODE_BUDGET, TURN_BUDGET = 32, 24  # KB
+ITEM_BUDGETS = {"bfloat16": 12, "int8": None, "int4": 100}
+WORK_BUDGET = 0.9  # of the blocks
+
+Row = tuple[str, list[float], float | None]  # what, a figure a target, the most that it may be
+
+
+def main() -> None:
+    binary, path, counts_path = (Path(argument) for argument in sys.argv[1:4])
+    tool = cuobjdump()
+    if tool is None:
+        print("the decode step's code is not counted: no cuobjdump (pip install nvidia-cuda-{cuobjdump,nvdisasm})")
+        return
+    code = disassembled(tool, binary, TARGETS)
+    kernels = {target: deepest(code[target].values()) for target in TARGETS}
+    counts = {target: {d: new_step(k, d) for d, k in kernels[target].items()} for target in TARGETS}
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    compiler = "nvcc " + re.findall(r"V([\d.]+)", version)[0]
+    found = {path: table(kernels, counts, compiler), counts_path: json.dumps(counts[MODELLED], indent=1) + "\n"}
+    print(found[path], end="")
+    if "--update" in sys.argv:
+        for place, text in found.items():
+            place.write_text(text, encoding="utf-8")
+        return
+    committed = path.read_text(encoding="utf-8")
+    if committed.splitlines()[0] != found[path].splitlines()[0]:
+        print(f"{path} was made by another compiler; not compared")
+        return
+    differ = [str(place) for place, text in found.items() if place.read_text(encoding="utf-8") != text]
+    if differ:
+        sys.exit(f"{', '.join(differ)}: other figures; if the change is meant: make cuda-table")
+
+
+def table(kernels: dict[str, dict[str, Kernel]], counts: dict[str, dict[str, Counts]], compiler: str) -> str:
+    rows = rows_of(kernels, counts)
+    width = max(len(what) for what, _, _ in rows)
+    lines = [
+        f"the decode step's code; {compiler}",
+        " " * width + "".join(f"{target:>8}" for target in kernels) + "  budget",
+        *(line(row, width) for row in rows),
+        "",
+        "blocks with work, of 132 at the 1B shape, 1 request; the budget is 90%",
+        *blocks_with_work(),
+    ]
+    return "\n".join(text.rstrip() for text in lines) + "\n"
+
+
+def rows_of(kernels: dict[str, dict[str, Kernel]], counts: dict[str, dict[str, Counts]]) -> list[Row]:
+    def each(dtype: str, of: Callable[[Kernel, Counts], float]) -> list[float]:
+        return [of(kernels[target][dtype], counts[target][dtype]) for target in kernels]
+
+    rows: list[Row] = []
+    for dtype in DTYPES.values():
+        item = "512 bytes" if dtype == "bfloat16" else "an item"
+        rows += [
+            (
+                f"{dtype}: instructions for {item}",
+                each(dtype, lambda _, c: c["stage"] / STAGE_ITEMS),
+                ITEM_BUDGETS[dtype],
+            ),
+            (f"{dtype}: KB of code", each(dtype, lambda k, _: k.code_bytes / 1024), CODE_BUDGET),
+            (f"{dtype}: KB of the loop over phases", each(dtype, lambda _, c: c["turn_bytes"] / 1024), TURN_BUDGET),
+            (f"{dtype}: calls in it", each(dtype, lambda k, _: k.calls(phase_loop(k).blocks)), 0),
+            (f"{dtype}: divisions of integers in it", each(dtype, lambda k, _: k.divisions(phase_loop(k).blocks)), 0),
+        ]
+    return rows
+
+
+def line(row: Row, width: int) -> str:
+    what, figures, budget = row
+    whole = all(float(figure).is_integer() for figure in figures)
+    text = f"{what:<{width}}" + "".join(f"{figure:>8.0f}" if whole else f"{figure:>8.1f}" for figure in figures)
+    if budget is None:
+        return text
+    return f"{text}  {budget:>4}" + ("  missed" if max(figures) > budget else "")
+
+
+def blocks_with_work() -> list[str]:
+    lines = []
+    for phase in PRODUCT_PHASES:
+        case = xl("bfloat16", 1, 200)
+        share = case.blocks_with_work(phase) / case.blocks
+        lines.append(
+            f"{phase:<10}{case.blocks_with_work(phase):>4}{share:>6.0%}" + ("" if share >= WORK_BUDGET else "  missed")
+        )
+    attention = ", ".join(
+        f"{xl('bfloat16', batch, cached).blocks_with_work('attention')} ({batch} of {cached:,} tokens)"
+        for batch, cached in ((1, 200), (1, 1500), (8, 200), (8, 1500))
+    )
+    return [*lines, f"attention: {attention}; no budget: a split is a whole page of a head"]
+
+
+if __name__ == "__main__":
+    main()

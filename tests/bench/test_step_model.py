@@ -1,0 +1,138 @@
+"""The decode step's model: ways through a made-up kernel, its arithmetic, and that it explains what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from support.traffic import traffic
+
+from bench.gpu import sass, step_model
+from bench.gpu.step_model import Constants, Work
+from hrmcore.config import HRMConfig
+
+# Two loops, one in the other; the inner one has a short way that multiplies nothing. The branch at 0x90 is taken by
+# warps that have come apart alone, the call at 0x50 leaves the inner loop as sm_80 does, the last block is unreachable.
+MADE_UP = """
+    code for sm_80
+        Function : made_up
+        /*0000*/                   S2R R0, SR_TID.X ;                /* 0x0 */
+                                                                     /* 0x1 */
+        /*0010*/                   LDS R1, [R0] ;                    /* 0x0 */
+        /*0020*/              @!P0 BRA 0x40 ;                        /* 0x0 */
+        /*0030*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ;
+        /*0040*/                   IADD3 R1, R1, 0x1, RZ ;
+        /*0050*/               @P1 CALL.REL.NOINC 0x70 ;
+        /*0060*/                   BRA 0x20 ;
+        /*0070*/                   MUFU.EX2 R3, R3 ;
+        /*0080*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0090*/                   BRA.DIV UR4, 0xd0 ;
+        /*00a0*/               @P2 BRA 0x10 ;
+        /*00b0*/                   STG.E desc[UR4][R2.64], R4 ;
+        /*00c0*/                   EXIT ;
+        /*00d0*/                   I2F.RP R0, R1 ;
+"""
+
+
+@pytest.fixture
+def kernel() -> sass.Kernel:
+    return sass.parse(MADE_UP)["sm_80"]["made_up"]
+
+
+def test_loops_and_shortest_ways(kernel: sass.Kernel) -> None:
+    inner, outer = kernel.loops
+    assert inner.blocks < outer.blocks
+    assert kernel.around(inner) == outer
+    assert kernel.around(outer) is None
+    assert kernel.innermost("HMMA") == [inner]
+    assert kernel.code_bytes == 14 * 16
+    assert kernel.size(inner.blocks) == 5
+    assert kernel.once_round(inner, {}) == 4
+    assert kernel.once_round(inner, {"HMMA": 1}) == 5
+    assert kernel.once_round(inner, {"HMMA": 2}) == 10
+    assert kernel.once_round(inner, {"BAR": 1}) is None
+    assert kernel.through({}) == 11
+    assert kernel.through({"HMMA": 1, "MUFU.EX2": 1}) == 12
+    assert kernel.through({"HMMA": 1, "MUFU": 2}) == 20
+    assert kernel.through({"I2F": 1}) is None
+    assert kernel.through({"HMMA": 1}, without=inner.blocks) is None
+    assert kernel.divisions(range(len(kernel.blocks))) == 1
+    assert kernel.divisions(kernel.reachable) == 0
+
+
+MADE_UP_CONSTANTS = Constants(
+    clock=1000, bandwidth=2, grid_barrier=1, memory_latency=0.5, launch=3, cycles=2, wait=10, read=0.25, page=1
+)
+
+
+def test_a_phase_takes_the_longer_of_memory_and_chain() -> None:
+    c = MADE_UP_CONSTANTS
+    work = Work(instructions=500, stages=4, stage_instructions=45, stage_waits=1, reads=2, pages=1, bytes=2_000_000)
+    assert work.chain(c) == pytest.approx(1 + 0.5 + 1 + 4 * 0.1)
+    assert work.memory(c) == pytest.approx(1)
+    assert step_model.alone(work, c) == pytest.approx(3 + 2.9)
+    heavy = dataclasses.replace(work, bytes=20_000_000)
+    assert step_model.alone(heavy, c) == pytest.approx(3 + 0.5 + 10)
+
+
+def test_weights_run_ahead_over_the_ends_of_phases_as_far_as_the_ring_reaches() -> None:
+    c = MADE_UP_CONSTANTS
+    chain, product = Work(instructions=2000), Work(stages=4, stage_instructions=50, bytes=8_000_000)
+    both = [chain, product] * 10
+    deep = step_model.together(both, 100, c)
+    assert sum(t.total for t in deep) == pytest.approx(10 * (1 + 4 + 1 + 0.4), rel=0.02)  # memory alone takes 40
+    assert sum(t.waited for t in deep) == pytest.approx(0)
+    shallow = step_model.together(both, 1, c)
+    assert sum(t.total for t in shallow) > 90
+    assert sum(t.waited for t in shallow) > 25
+    bound = step_model.together([Work(stages=4, stage_instructions=50, bytes=20_000_000)] * 50, 8, c)
+    assert sum(t.total for t in bound) == pytest.approx(500, rel=0.01)
+
+
+def test_the_committed_counts_explain_what_was_measured() -> None:
+    cells = step_model.explained(step_model.load_counts("old"), Constants())
+    assert len(cells) == 35
+    assert max(abs(modelled / measured - 1) for _, _, measured, modelled in cells) <= 0.2
+    counts = step_model.load_counts("old")
+    for key, measured in step_model.MEASURED_TOKEN.items():
+        assert step_model.old_token(step_model.xl(*key), counts, Constants()) / measured == pytest.approx(
+            0.94, abs=0.07
+        )
+
+
+def test_the_constants_fit_the_table_best() -> None:
+    fitted = step_model.fit(step_model.load_counts("old"), Constants())
+    for name in step_model.FITTED:
+        assert getattr(fitted, name) == pytest.approx(getattr(Constants(), name), rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
+def test_the_next_step_is_predicted(dtype: str) -> None:
+    case = step_model.xl(dtype, 8, 1500)
+    found = step_model.predict(case, step_model.load_counts("new"), Constants())
+    assert set(found["phases"]) == set(step_model.PHASES)
+    assert found["limit_ms"] < found["ms"] < found["graph_ms"]
+    assert sum(step_model.repeated(case).values()) == len(list(step_model.order(case))) == 641
+    expected = traffic(HRMConfig.preset("XL"), [1500] * 8, 132, dtype)
+    assert case.bytes == pytest.approx(expected.floor, rel=1e-3)  # less the new tokens' own keys and values
+    assert case.splits_apart
+
+
+def test_shapes_follow_the_schedule() -> None:
+    short = step_model.xl("bfloat16", 1, 200)
+    assert [short.tiles_of_block(phase) for phase in ("gqkv", "o", "gate_up", "down", "head")] == [3, 1, 4, 1, 32]
+    assert short.ring_stages() == 11
+    assert short.blocks_with_work("attention") == 48
+    assert not step_model.xl("bfloat16", 8, 200).splits_apart
+    assert step_model.xl("bfloat16", 8, 200).ring_stages() == 7
+
+
+def test_the_counts_are_those_of_the_committed_table() -> None:
+    """make cuda-table writes both."""
+    table = (Path(__file__).parents[2] / "csrc" / "sass.txt").read_text()
+    targets = table.splitlines()[1].split()
+    for dtype, counts in step_model.load_counts("new").items():
+        figures = next(line for line in table.splitlines() if line.startswith(f"{dtype}: instructions for"))
+        shown = figures.split("bytes" if dtype == "bfloat16" else "item")[1].split()[targets.index("sm_90")]
+        assert float(shown) == pytest.approx(counts["stage"] / 4, abs=0.06)
