@@ -52,7 +52,7 @@ LATE = {("model", "checkpoint")}
 # Too slow or too rare to come along with a module of ours.
 NEVER_EAGER = {
     *("transformers", "reasoning_gym", "wandb", "tensorboard", "matplotlib", "lm_eval", "openai", "gguf"),
-    *("huggingface_hub", "pyarrow"),
+    *("huggingface_hub", "pyarrow", "jinja2"),
 }
 FREE_OF_TORCH = [
     *("config", "tokenizer", "planner", "durable", "positions", "repl", "cli"),

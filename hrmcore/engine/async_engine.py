@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from hrmcore.chat import render
+from hrmcore.engine.chat_template import Conversation
 from hrmcore.engine.engine import Engine, TextOptions
 from hrmcore.engine.sampling import is_integer, is_number, require
 from hrmcore.engine.streams import Answer, Finish, Request
@@ -59,7 +59,9 @@ class AsyncEngine:
         """How many answers wait or are on their way."""
         return len(self._open)
 
-    def stream(self, prompt: str, *, timeout: float | None = None, **options: Unpack[TextOptions]) -> AsyncAnswer:
+    def stream(
+        self, prompt: str | Conversation, *, timeout: float | None = None, **options: Unpack[TextOptions]
+    ) -> AsyncAnswer:
         """Answer a prompt piece by piece, with the options of `Engine.stream`.
 
         Whoever stops to iterate calls `close`; a task that is cancelled while it waits for a piece does so by itself.
@@ -90,13 +92,13 @@ class AsyncEngine:
         self, messages: Sequence[Mapping[str, str]], *, timeout: float | None = None, **options: Unpack[TextOptions]
     ) -> AsyncAnswer:
         """Answer the last of messages, as `Engine.stream_chat` does."""
-        return self.stream(render(messages), timeout=timeout, **options)
+        return self.stream(self.engine.conversation(messages), timeout=timeout, **options)
 
     async def chat(
         self, messages: Sequence[Mapping[str, str]], *, timeout: float | None = None, **options: Unpack[TextOptions]
     ) -> str:
         """Answer the last of messages, as `Engine.chat` does."""
-        return await self.generate(render(messages), timeout=timeout, **options)
+        return "".join([piece async for piece in self.stream_chat(messages, timeout=timeout, **options)])
 
     async def close(self, grace: float = 0.0) -> None:
         """Take no more requests, refuse those that wait, and give those that run `grace` seconds to end.

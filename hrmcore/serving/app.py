@@ -26,6 +26,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from hrmcore.engine.async_engine import AsyncAnswer, AsyncEngine, EngineClosed, QueueFull
+from hrmcore.engine.chat_template import Conversation
 from hrmcore.serving.metrics import Metrics
 from hrmcore.serving.protocol import OPTIONS, Asked, Refused, Writer, parse, usage
 
@@ -78,7 +79,10 @@ class Service:
         """All answers that a request asks for, in the order of its choices. Raises Refused; then none is begun."""
         answers: list[AsyncAnswer] = []
         try:
-            for prompt in asked.prompts:
+            prompts: list[str | Conversation] = [*asked.prompts]
+            if asked.messages is not None:
+                prompts = [self.served.engine.conversation(asked.messages)]
+            for prompt in prompts:
                 for choice in range(asked.n):
                     options = asked.choice_options(choice)
                     answers.append(self.served.stream(prompt, timeout=self.timeout, **options))

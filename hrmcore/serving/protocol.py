@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hrmcore.chat import render
+from hrmcore.chat import check
 from hrmcore.engine.engine import TextOptions
 from hrmcore.engine.sampling import is_integer
 from hrmcore.engine.streams import Finish
@@ -72,14 +72,19 @@ class Refused(Exception):  # noqa: N818 - an answer, too
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request asks for: `n` answers to each of its prompts."""
+    """What a request asks for: `n` answers to its conversation, or to each of its prompts."""
 
-    chat: bool
+    messages: list[dict[str, str]] | None
     prompts: list[str]
     n: int
     stream: bool
     include_usage: bool
     options: TextOptions = field(repr=False)
+
+    @property
+    def chat(self) -> bool:
+        """Whether it is a conversation."""
+        return self.messages is not None
 
     def choice_options(self, choice: int) -> TextOptions:
         """The options of the n-th answer to a prompt: the seed goes up by one with each, so that they differ."""
@@ -94,10 +99,10 @@ def parse(body: bytes, chat: bool, model: str) -> Asked:
     if "model" in given and given["model"] != model:
         message = f"there is no model {_shown(given['model'])}; this server has {model!r}"
         raise Refused(404, message, "model", "model_not_found")
-    prompts = [_instruction(given)] if chat else _prompts(given)
+    messages, prompts = (_messages(given), []) if chat else (None, _prompts(given))
     n = _whole(given, "n", 1)
-    if n * len(prompts) > MOST_CHOICES:
-        raise Refused(400, f"at most {MOST_CHOICES} answers to one request, got {n * len(prompts)}", "n")
+    if (choices := n * max(len(prompts), 1)) > MOST_CHOICES:
+        raise Refused(400, f"at most {MOST_CHOICES} answers to one request, got {choices}", "n")
     stream = _flag(given, "stream")
     options: dict[str, Any] = {name: given[name] for name in OPTIONS if name in given}
     if not isinstance(options.get("condition", ""), str):
@@ -110,7 +115,7 @@ def parse(body: bytes, chat: bool, model: str) -> Asked:
     if limits:
         options["max_new_tokens"] = next(iter(limits.values()))
     usage = _stream_options(given, stream)
-    return Asked(chat, prompts, n, stream, usage, options)  # type: ignore[arg-type]
+    return Asked(messages, prompts, n, stream, usage, options)  # type: ignore[arg-type]
 
 
 def _object(body: bytes) -> dict[str, Any]:
@@ -140,14 +145,15 @@ def _check_fields(given: Mapping[str, Any], chat: bool) -> None:
             raise Refused(400, f"unknown field {_shown(name)}", name[:64], "unknown_parameter")
 
 
-def _instruction(given: Mapping[str, Any]) -> str:
+def _messages(given: Mapping[str, Any]) -> list[dict[str, str]]:
     if "messages" not in given:
         raise Refused(400, "messages is missing", "messages")
     messages = given["messages"]
     try:
         if isinstance(messages, list):
             messages = [_message(message, index) for index, message in enumerate(messages)]
-        return render(messages)
+        check(messages)
+        return list(messages)
     except ValueError as error:
         raise Refused(400, str(error), "messages") from None
 
