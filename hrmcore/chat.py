@@ -12,10 +12,18 @@ def render(messages: Sequence[Mapping[str, str]]) -> str:
     """The instruction that messages ({"role", "content"}, the newest last) become.
 
     A lone user message is itself, unchanged. Otherwise every message is a paragraph: the system message as it is,
-    a turn after `User: ` or `Assistant: `; a blank line stands between paragraphs. The last message must be the user's,
-    a system message must be the first, and only an assistant's may be blank.
+    a turn after `User: ` or `Assistant: `; a blank line stands between paragraphs. Raises ValueError as `check` does.
+    """
+    check(messages)
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{HEADINGS[message['role']]}{message['content']}" for message in messages)
 
-    Raises ValueError that names the message, counted from 0, and what is wrong with it.
+
+def check(messages: Sequence[Mapping[str, str]]) -> None:
+    """Raise ValueError that names the message, counted from 0, and what is wrong with it.
+
+    The last message must be the user's, a system message must be the first, and only an assistant's may be blank.
     """
     if isinstance(messages, str) or not isinstance(messages, Sequence):
         raise ValueError(f"messages must be a list of objects with role and content, got {messages!r:.50}")
@@ -27,9 +35,6 @@ def render(messages: Sequence[Mapping[str, str]]) -> str:
     last = len(messages) - 1
     if messages[last]["role"] != "user":
         raise ValueError(f"messages[{last}]: the last message must be the user's, got role {messages[last]['role']!r}")
-    if last == 0:
-        return messages[0]["content"]
-    return "\n\n".join(f"{HEADINGS[message['role']]}{message['content']}" for message in messages)
 
 
 def _wrong(message: Mapping[str, str], index: int) -> str | None:

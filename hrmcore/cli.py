@@ -32,6 +32,7 @@ GROUPS = {
     "answer questions": {
         "generate": Command("answer one question", "hrmcore.commands.generate"),
         "repl": Command("talk to a model at the terminal", "hrmcore.commands.repl"),
+        "serve": Command("put a model behind an address", "hrmcore.commands.serve"),
         "eval": Command("ask a model questions and score its answers", "hrmcore.commands.eval"),
         "convert": Command("pack a checkpoint for the CPU engine", "hrmcore.commands.convert"),
     },

@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Protocol
 
 # What a folder with a tokenizer may hold; copied together.
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = (
+    *("tokenizer.model", "tokenizer.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+)
 
 CONDITIONS = ("direct", "cot", "synth", "noisy")
 
@@ -53,6 +56,7 @@ class _Backend(Protocol):
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def token_id(self, token: str) -> int | None: ...
+    def control_tokens(self) -> dict[str, int]: ...
     def has(self, index: int) -> bool: ...
 
 
@@ -78,6 +82,10 @@ class _SentencePiece:
     def token_id(self, token: str) -> int | None:
         index = int(self._processor.piece_to_id(token))
         return None if index == self._processor.unk_id() else index
+
+    def control_tokens(self) -> dict[str, int]:
+        found = (index for index in range(self.vocab_size) if self._processor.is_control(index))
+        return {self._processor.id_to_piece(index): index for index in found}
 
     def has(self, index: int) -> bool:
         return 0 <= index < self.vocab_size
@@ -114,6 +122,10 @@ class _TokenizerJson:
     def token_id(self, token: str) -> int | None:
         index: int | None = self._tokenizer.token_to_id(token)
         return index
+
+    def control_tokens(self) -> dict[str, int]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: index for index, token in added.items() if token.special}
 
     def has(self, index: int) -> bool:  # added tokens may leave gaps before them
         return 0 <= index < self.vocab_size and self._tokenizer.id_to_token(index) is not None
@@ -166,6 +178,12 @@ class Tokenizer:
     def special_ids(self) -> frozenset[int]:
         """The framing tokens: they never appear in decoded text."""
         return frozenset({self.boq, self.eoq, self.eoa, *self.condition_ids.values()})
+
+    def control_tokens(self) -> dict[str, int]:
+        """The id of each token that is no text, by the name that a chat template writes it with."""
+        spelled = {token: self.backend.token_id(token) for token in (*OWN_NAMES.values(), *RELEASED_NAMES.values())}
+        framing = {token: index for token, index in spelled.items() if index in self.special_ids}
+        return {**self.backend.control_tokens(), **framing}
 
     def encode(self, text: str) -> list[int]:
         """Plain text to ids; a framing token that is spelled out in the text stays ordinary text.

@@ -39,9 +39,10 @@ ROOMS = {
     "growth": f"_lazy {GROUND} model optim planner checkpoint",
     "train": f"_lazy {GROUND} machine model optim planner data distributed checkpoint growth",
     "engine": f"_lazy chat {GROUND} model checkpoint",
+    "serving": f"{GROUND} chat engine",
     "lens": f"{GROUND} model",
     "evals": f"{GROUND} data checkpoint engine",
-    "commands": f"{GROUND} model planner plots microbench data checkpoint growth train engine lens evals",
+    "commands": f"{GROUND} model planner plots microbench data checkpoint growth train engine serving lens evals",
     "repl": "commands",
     "cli": "commands",
     "__main__": "cli",
@@ -51,7 +52,7 @@ LATE = {("model", "checkpoint")}
 # Too slow or too rare to come along with a module of ours.
 NEVER_EAGER = {
     *("transformers", "reasoning_gym", "wandb", "tensorboard", "matplotlib", "lm_eval", "openai", "gguf"),
-    *("huggingface_hub", "pyarrow"),
+    *("huggingface_hub", "pyarrow", "jinja2"),
 }
 FREE_OF_TORCH = [
     *("config", "tokenizer", "planner", "durable", "positions", "repl", "cli"),
@@ -59,6 +60,7 @@ FREE_OF_TORCH = [
     *("checkpoint", "checkpoint.hrm_text", "checkpoint.safetensors_reader"),
     *("growth", "train"),
     *("engine", "engine.engine", "engine.async_engine", "engine.runner", "engine.cpu_runner"),
+    *("serving", "serving.protocol", "serving.metrics", "serving.app", "serving.server"),
     *("engine.packed_file", "engine.streams", "engine.sampling"),
     *("evals.harness", "evals.iq", "evals.reasoning_gym", "evals.runners"),
     *(f"commands.{path.stem}" for path in (PACKAGE / "commands").glob("*.py")),

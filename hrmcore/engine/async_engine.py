@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from hrmcore.chat import render
+from hrmcore.engine.chat_template import Conversation
 from hrmcore.engine.engine import Engine, TextOptions
 from hrmcore.engine.sampling import is_integer, is_number, require
 from hrmcore.engine.streams import Answer, Finish, Request
@@ -51,7 +51,7 @@ class AsyncEngine:
 
     @property
     def waiting(self) -> int:
-        """How many requests wait to begin; those count that gave up and have not been passed yet."""
+        """How many requests wait to begin."""
         return len(self._waiting)
 
     @property
@@ -59,7 +59,9 @@ class AsyncEngine:
         """How many answers wait or are on their way."""
         return len(self._open)
 
-    def stream(self, prompt: str, *, timeout: float | None = None, **options: Unpack[TextOptions]) -> AsyncAnswer:
+    def stream(
+        self, prompt: str | Conversation, *, timeout: float | None = None, **options: Unpack[TextOptions]
+    ) -> AsyncAnswer:
         """Answer a prompt piece by piece, with the options of `Engine.stream`.
 
         Whoever stops to iterate calls `close`; a task that is cancelled while it waits for a piece does so by itself.
@@ -90,18 +92,18 @@ class AsyncEngine:
         self, messages: Sequence[Mapping[str, str]], *, timeout: float | None = None, **options: Unpack[TextOptions]
     ) -> AsyncAnswer:
         """Answer the last of messages, as `Engine.stream_chat` does."""
-        return self.stream(render(messages), timeout=timeout, **options)
+        return self.stream(self.engine.conversation(messages), timeout=timeout, **options)
 
     async def chat(
         self, messages: Sequence[Mapping[str, str]], *, timeout: float | None = None, **options: Unpack[TextOptions]
     ) -> str:
         """Answer the last of messages, as `Engine.chat` does."""
-        return await self.generate(render(messages), timeout=timeout, **options)
+        return "".join([piece async for piece in self.stream_chat(messages, timeout=timeout, **options)])
 
     async def close(self, grace: float = 0.0) -> None:
         """Take no more requests, refuse those that wait, and give those that run `grace` seconds to end.
 
-        What is refused or does not end raises EngineClosed where it is awaited.
+        What is refused or does not end raises EngineClosed where it is awaited. A second call may shorten the grace.
         """
         with self._wake:
             self._closing = True
@@ -147,9 +149,12 @@ class AsyncEngine:
             self._wake.wait_for(lambda: self._waiting or self._closing)
             return bool(self._waiting)
 
-    def _forget(self, job: _Job) -> None:
+    def _forget(self, job: _Job, withdraw: bool) -> None:
         with self._wake:
             self._open.discard(job)
+            if withdraw:
+                with contextlib.suppress(ValueError, IndexError):  # it has begun, or just begins
+                    self._waiting.remove((job, job.answer.request))
 
 
 class _Job:
@@ -167,19 +172,18 @@ class _Job:
         """The engine's next token; None when the request has left."""
         if token is None:
             self._deliver(self.answer.flush())
-            self._end(None)
+            self._home._forget(self, withdraw=False)
+            self._deliver(None)
         else:
             self._deliver(self.answer.push(token))
 
     def fail(self, error: BaseException) -> None:
         """End the answer with an error, from any thread."""
-        self.answer.request.finish = self.answer.request.finish or "closed"
-        self._end(error)
+        self._leave(error)
 
     def cancel(self) -> None:
         """End the answer without a word, from any thread."""
-        self.answer.request.finish = self.answer.request.finish or "closed"
-        self._end(None)
+        self._leave(None)
 
     def abandon(self) -> None:
         """`cancel`, for a finaliser: it takes no lock."""
@@ -187,8 +191,9 @@ class _Job:
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self.loop.call_soon_threadsafe(self.cancel)
 
-    def _end(self, last: BaseException | None) -> None:
-        self._home._forget(self)
+    def _leave(self, last: BaseException | None) -> None:
+        self.answer.request.finish = self.answer.request.finish or "closed"
+        self._home._forget(self, withdraw=True)
         self._deliver(last)
 
     def _deliver(self, item: str | BaseException | None) -> None:

@@ -7,6 +7,7 @@ On the CPU, only `Engine.logits` imports torch.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import sys
 from collections import deque
@@ -21,6 +22,7 @@ from hrmcore import _C
 from hrmcore.chat import render
 from hrmcore.checkpoint.hrm_text import CONFIG_FILE, resolve
 from hrmcore.config import WINDOW_MULTIPLE, HRMConfig
+from hrmcore.engine.chat_template import ChatTemplate, Conversation
 from hrmcore.engine.cpu_runner import CpuRunner
 from hrmcore.engine.packed_file import PACKED_FILE
 from hrmcore.engine.runner import DTYPES, Interrupted
@@ -180,7 +182,7 @@ class Engine:
 
     def stream(
         self,
-        prompt: str,
+        prompt: str | Conversation,
         *,
         max_new_tokens: int = 256,
         condition: str = "direct",
@@ -200,17 +202,28 @@ class Engine:
         tokenizer = self.text_tokenizer()
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         stops = _check_stop(stop)
-        ids = tokenizer.prompt(_check_text(prompt), condition)
+        if isinstance(prompt, Conversation):
+            ids = prompt.ids(tokenizer, condition)
+        else:
+            ids = tokenizer.prompt(_check_text(prompt), condition)
         request = self._request(ids, len(ids), max_new_tokens, sampling, ignore_eos=False)
         return Answer(Tokens(request, self._follow(request)), PieceDecoder(tokenizer), StopFilter(stops))
 
     def chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[TextOptions]) -> str:
-        """Answer the last of messages ({"role", "content"}); `hrmcore.chat.render` makes them one instruction."""
+        """Answer the last of messages ({"role", "content"}), which become a prompt as `conversation` says."""
         return "".join(self.stream_chat(messages, **options))
 
     def stream_chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[TextOptions]) -> Answer:
         """`chat`, piece by piece as `stream` gives them."""
-        return self.stream(render(messages), **options)
+        return self.stream(self.conversation(messages), **options)
+
+    def conversation(self, messages: Sequence[Mapping[str, str]]) -> str | Conversation:
+        """The prompt that messages become: through the checkpoint's own chat template, else `hrmcore.chat.render`."""
+        return render(messages) if self._template is None else Conversation(self._template, messages)
+
+    @functools.cached_property
+    def _template(self) -> ChatTemplate | None:
+        return ChatTemplate.find(self.source)
 
     def tokens(
         self,
@@ -292,9 +305,9 @@ class Engine:
     def decode(self, waiting: deque[tuple[Key, Request]]) -> Generator[tuple[Key, int | None], None, None]:
         """Decode what waits, yielding (key, token) as tokens come and (key, None) once a request has left.
 
-        Requests join as others leave; another thread may append to `waiting` meanwhile. Anyone may end a request by
-        setting its `finish`, from any thread: it leaves before the next step, soon when it is in a long prefill, and
-        without a word when it has not begun. Closing the generator ends all that have.
+        Requests join as others leave; other threads may append to `waiting` and remove from it meanwhile. Anyone may
+        end a request by setting its `finish`, from any thread: it leaves before the next step, soon when it is in a
+        long prefill, and without a word when it has not begun. Closing the generator ends all that have.
         """
         active: list[tuple[Key, Request]] = []
         try:
@@ -344,15 +357,19 @@ class Engine:
         prefill = PREFILL_TOKENS
         admitted: list[tuple[Key, Request]] = []
         while waiting and len(active) + len(admitted) < MAX_BATCH:
-            request = waiting[0][1]
+            try:
+                entry = waiting.popleft()
+            except IndexError:  # another thread has withdrawn the last one
+                break
+            request = entry[1]
             if request.finish:
-                waiting.popleft()
                 continue
             budget -= request.most_tokens
             prefill -= len(request.ids)
             if (budget < 0 and (active or admitted)) or (prefill < 0 and admitted):
+                waiting.appendleft(entry)
                 break
-            admitted.append(waiting.popleft())
+            admitted.append(entry)
         return admitted
 
 

@@ -1,0 +1,122 @@
+"""A checkpoint's own chat template, in Jinja, as the transformers library reads it. Needs jinja2 (extra `serve`).
+
+The template writes control tokens into its text. Those that a message spells out stay ordinary text: each is marked
+before the template sees it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hrmcore.chat import check
+from hrmcore.tokenizer import Tokenizer
+
+TEMPLATE_FILE = "chat_template.jinja"
+CONFIG_FILE = "tokenizer_config.json"
+
+_MARK = "\ufdd0"  # Unicode sets this code point aside for such a use; no text has a meaning for it
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template: its text, the file that it came from, and the tokens that the tokenizer's configuration names."""
+
+    text: str
+    source: Path
+    tokens: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def find(cls, folder: Path) -> ChatTemplate | None:
+        """The template of a checkpoint, None when it brings none. Raises ValueError on a broken file."""
+        config: Any = {}
+        if (path := folder / CONFIG_FILE).is_file():
+            try:
+                config = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path}: not JSON ({error})") from None
+            if not isinstance(config, dict):
+                raise ValueError(f"{path}: not a JSON object")
+        tokens = {name: _content(config[name]) for name in config if name.endswith("_token")}
+        found = {name: text for name, text in tokens.items() if isinstance(text, str)}
+        if (own := folder / TEMPLATE_FILE).is_file():
+            return cls(own.read_text(encoding="utf-8"), own, found)
+        text = config.get("chat_template")
+        if isinstance(text, list):
+            named = {entry.get("name"): entry.get("template") for entry in text if isinstance(entry, dict)}
+            text = named.get("default")
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"{path}: chat_template is no text")
+        return None if text is None else cls(text, path, found)
+
+    def render(self, messages: Sequence[Mapping[str, str]], **variables: Any) -> str:
+        """The text of a conversation. Raises ValueError when the template fails or refuses it, and without jinja2."""
+        try:
+            import jinja2
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+        except ImportError:
+            raise ValueError(f"{self.source}: a chat template needs jinja2: pip install 'hrmcore[serve]'") from None
+
+        def refuse(message: str) -> NoReturn:
+            raise jinja2.TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        environment.globals.update(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
+        given = {**self.tokens, **variables, "messages": messages, "add_generation_prompt": True}
+        try:
+            return environment.from_string(self.text).render(given)
+        except Exception as error:  # a template may do anything that the sandbox allows
+            raise ValueError(f"{self.source}: {type(error).__name__}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages that go through a template. Raises ValueError as `hrmcore.chat.check` does."""
+
+    template: ChatTemplate
+    messages: Sequence[Mapping[str, str]]
+
+    def __post_init__(self) -> None:
+        check(self.messages)
+
+    def ids(self, tokenizer: Tokenizer, condition: str) -> list[int]:
+        """The bidirectional prefix: the template's text, its control tokens as such; it may use `condition`."""
+        tokenizer.conditions(condition)
+        controls = {token: index for token, index in tokenizer.control_tokens().items() if len(token) > 1}
+        marked = [{**message, "content": _mark(message["content"], controls)} for message in self.messages]
+        text = self.template.render(marked, condition=condition)
+        if not text.strip():
+            raise ValueError(f"{self.template.source}: the chat template gave no text")
+        ids: list[int] = []
+        for part in re.split(f"({_any(controls)})", text):
+            if part in controls:
+                ids.append(controls[part])
+            elif plain := part.replace(_MARK, ""):
+                ids += tokenizer.encode(plain)
+        return ids
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _any(tokens: Mapping[str, int]) -> str:
+    return "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or "(?!)"
+
+
+def _mark(text: str, controls: Mapping[str, int]) -> str:
+    """A text in which no control token is whole, nor begun at the end, where the template goes on."""
+    text = re.sub(_any(controls), lambda found: found[0][0] + _MARK + found[0][1:], text)
+    for token in controls:
+        for size in range(min(len(token) - 1, len(text)), 0, -1):
+            if text.endswith(token[:size]):
+                return text[: len(text) - size + 1] + _MARK + text[len(text) - size + 1 :]
+    return text

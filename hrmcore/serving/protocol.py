@@ -1,0 +1,271 @@
+"""OpenAI's chat completions and completions: what a request asks for, and the JSON of answers and errors.
+
+Source: the API reference at platform.openai.com. Nothing that would change an answer is ignored: a field that we do not
+serve is refused by its name, unless its value is the one that changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hrmcore.chat import check
+from hrmcore.engine.engine import TextOptions
+from hrmcore.engine.sampling import is_integer
+from hrmcore.engine.streams import Finish
+
+MOST_CHOICES = 64  # answers to one request: prompts × n
+MOST_STOPS = 16
+
+# Fields that go to Engine.stream as they are; what is left out has its default there.
+OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "condition", "stop", "seed")
+_COMMON = {"model", "stream", "stream_options", "n", "max_tokens", *OPTIONS}
+_FIELDS = {True: {"messages", "max_completion_tokens", *_COMMON}, False: {"prompt", *_COMMON}}
+# About the caller, not about the answer.
+_IGNORED = {"user", "metadata", "safety_identifier", "prompt_cache_key"}
+# Fields that we do not serve, and the values (besides null) that ask for nothing.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "functions": ([],),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "echo": (False,),
+    "best_of": (1,),
+    "suffix": ("",),
+}
+
+
+class Refused(Exception):  # noqa: N818 - an answer, too
+    """A request that gets an error instead of an answer."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The error in OpenAI's shape."""
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks for: `n` answers to its conversation, or to each of its prompts."""
+
+    messages: list[dict[str, str]] | None
+    prompts: list[str]
+    n: int
+    stream: bool
+    include_usage: bool
+    options: TextOptions = field(repr=False)
+
+    @property
+    def chat(self) -> bool:
+        """Whether it is a conversation."""
+        return self.messages is not None
+
+    def choice_options(self, choice: int) -> TextOptions:
+        """The options of the n-th answer to a prompt: the seed goes up by one with each, so that they differ."""
+        seed = self.options.get("seed")
+        return self.options if seed is None or choice == 0 else {**self.options, "seed": (seed + choice) % (1 << 64)}
+
+
+def parse(body: bytes, chat: bool, model: str) -> Asked:
+    """The body of a request to /v1/chat/completions, or else to /v1/completions. Raises Refused."""
+    given = {name: value for name, value in _object(body).items() if value is not None}
+    _check_fields(given, chat)
+    if "model" in given and given["model"] != model:
+        message = f"there is no model {_shown(given['model'])}; this server has {model!r}"
+        raise Refused(404, message, "model", "model_not_found")
+    messages, prompts = (_messages(given), []) if chat else (None, _prompts(given))
+    n = _whole(given, "n", 1)
+    if (choices := n * max(len(prompts), 1)) > MOST_CHOICES:
+        raise Refused(400, f"at most {MOST_CHOICES} answers to one request, got {choices}", "n")
+    stream = _flag(given, "stream")
+    options: dict[str, Any] = {name: given[name] for name in OPTIONS if name in given}
+    if not isinstance(options.get("condition", ""), str):
+        raise Refused(400, f"condition must be text, got {_shown(options['condition'])}", "condition")
+    if isinstance(options.get("stop"), list) and len(options["stop"]) > MOST_STOPS:
+        raise Refused(400, f"stop must hold at most {MOST_STOPS} texts, got {len(options['stop'])}", "stop")
+    limits = {name: _whole(given, name, 0) for name in ("max_tokens", "max_completion_tokens") if name in given}
+    if len(set(limits.values())) > 1:
+        raise Refused(400, "max_tokens and max_completion_tokens differ; give one of them", "max_tokens")
+    if limits:
+        options["max_new_tokens"] = next(iter(limits.values()))
+    usage = _stream_options(given, stream)
+    return Asked(messages, prompts, n, stream, usage, options)  # type: ignore[arg-type]
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        given = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise Refused(400, f"the body is not JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise Refused(400, "the body must be a JSON object")
+    return given
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def _check_fields(given: Mapping[str, Any], chat: bool) -> None:
+    for name, value in given.items():
+        if name in _FIELDS[chat] or name in _IGNORED:
+            continue
+        if name in _NEUTRAL:
+            if not any(
+                value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in _NEUTRAL[name]
+            ):
+                raise Refused(400, f"{name} is not supported by this server", name, "unsupported_parameter")
+        else:
+            raise Refused(400, f"unknown field {_shown(name)}", name[:64], "unknown_parameter")
+
+
+def _messages(given: Mapping[str, Any]) -> list[dict[str, str]]:
+    if "messages" not in given:
+        raise Refused(400, "messages is missing", "messages")
+    messages = given["messages"]
+    try:
+        if isinstance(messages, list):
+            messages = [_message(message, index) for index, message in enumerate(messages)]
+        check(messages)
+        return list(messages)
+    except ValueError as error:
+        raise Refused(400, str(error), "messages") from None
+
+
+def _message(message: Any, index: int) -> Any:
+    """A message in the form that `render` takes: text parts joined, `developer` as `system`, nothing null."""
+    if not isinstance(message, dict):
+        return message
+    plain = {name: value for name, value in message.items() if value is not None}
+    if plain.get("role") == "developer":
+        plain["role"] = "system"
+    if plain.get("role") == "assistant":
+        plain.setdefault("content", "")
+    if isinstance(parts := plain.get("content"), list):
+        for part in parts:
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                kind = part.get("type") if isinstance(part, dict) else part
+                raise ValueError(f"messages[{index}]: a part of content must be text, got {_shown(kind)}")
+        plain["content"] = "".join(part["text"] for part in parts)
+    return plain
+
+
+def _prompts(given: Mapping[str, Any]) -> list[str]:
+    prompt = given.get("prompt")
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
+        raise Refused(400, "prompt must be text or a list of texts; token ids are not supported", "prompt")
+    return prompts
+
+
+def _whole(given: Mapping[str, Any], name: str, default: int) -> int:
+    value = given.get(name, default)
+    if not is_integer(value) or (name in given and value < 1):
+        raise Refused(400, f"{name} must be a whole number of at least 1, got {_shown(value)}", name)
+    return int(value)
+
+
+def _flag(given: Mapping[str, Any], name: str) -> bool:
+    value = given.get(name, False)
+    if not isinstance(value, bool):
+        raise Refused(400, f"{name} must be true or false, got {_shown(value)}", name)
+    return value
+
+
+def _stream_options(given: Mapping[str, Any], stream: bool) -> bool:
+    options = given.get("stream_options", {})
+    if not isinstance(options, dict) or not set(options) <= {"include_usage"}:
+        raise Refused(400, "stream_options must be an object with include_usage and nothing else", "stream_options")
+    if options and not stream:
+        raise Refused(400, "stream_options goes with stream", "stream_options")
+    return _flag({name: value for name, value in options.items() if value is not None}, "include_usage")
+
+
+def _shown(value: object) -> str:
+    """A value of the caller in a message: short, and in ASCII."""
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    """OpenAI's `usage`."""
+    total = prompt_tokens + completion_tokens
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+
+
+def finish_reason(finish: Finish | None) -> str:
+    """OpenAI's word for why an answer is over: `length` when it was cut."""
+    return "length" if finish in ("length", "context") else "stop"
+
+
+class Writer:
+    """The JSON of one answered request; `model` is the name that the server knows its model by."""
+
+    def __init__(self, asked: Asked, model: str) -> None:
+        self._asked = asked
+        self._head = {
+            "id": f"{'chatcmpl' if asked.chat else 'cmpl'}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def whole(self, answers: Sequence[tuple[str, Finish | None]], used: dict[str, int]) -> dict[str, Any]:
+        """All choices at once."""
+        choices = []
+        for index, (text, finish) in enumerate(answers):
+            said = {"message": {"role": "assistant", "content": text}} if self._asked.chat else {"text": text}
+            choices.append({"index": index, **said, "logprobs": None, "finish_reason": finish_reason(finish)})
+        name = "chat.completion" if self._asked.chat else "text_completion"
+        return {**self._head, "object": name, "choices": choices, "usage": used}
+
+    def begin(self, index: int) -> dict[str, Any] | None:
+        """The chunk before a choice's first piece."""
+        return self._chunk(index, {"role": "assistant", "content": ""}, None) if self._asked.chat else None
+
+    def piece(self, index: int, text: str) -> dict[str, Any]:
+        """A chunk with text."""
+        return self._chunk(index, {"content": text}, None)
+
+    def end(self, index: int, finish: Finish | None) -> dict[str, Any]:
+        """A choice's last chunk."""
+        return self._chunk(index, {}, finish_reason(finish))
+
+    def used(self, used: dict[str, int]) -> dict[str, Any]:
+        """The last chunk of all, where the usage was asked for."""
+        return {**self._head, "object": self._object, "choices": [], "usage": used}
+
+    @property
+    def _object(self) -> str:
+        return "chat.completion.chunk" if self._asked.chat else "text_completion"
+
+    def _chunk(self, index: int, delta: dict[str, str], reason: str | None) -> dict[str, Any]:
+        said: dict[str, Any] = {"delta": delta} if self._asked.chat else {"text": delta.get("content", "")}
+        choice = {"index": index, **said, "logprobs": None, "finish_reason": reason}
+        extra = {"usage": None} if self._asked.include_usage else {}
+        return {**self._head, "object": self._object, "choices": [choice], **extra}

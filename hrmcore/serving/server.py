@@ -1,0 +1,77 @@
+"""The HTTP server itself: a socket, uvicorn, and an end in order."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from hrmcore.serving.app import Service, make_app
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket on which a server may listen. Raises OSError, on one line, when the address cannot be had."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
+
+
+class Server(uvicorn.Server):
+    """uvicorn over a Service. The first signal ends it in order, a second at once.
+
+    In order: new requests get 503, those that wait do too, those that run have `grace` seconds.
+    """
+
+    def __init__(self, service: Service, grace: float, ready: Callable[[], None] = lambda: None) -> None:
+        config = uvicorn.Config(
+            make_app(service),
+            loop="asyncio",
+            http="h11",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=2,
+        )
+        super().__init__(config)
+        self._service = service
+        self._grace = grace
+        self._ready = ready
+        self._ending: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen, then say so."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        self._ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """SIGINT and SIGTERM."""
+        if not self.started:
+            self.should_exit = True
+        elif self._service.closing:
+            self._grace = 0.0
+            self._loop.call_soon_threadsafe(self._start_to_end)
+        else:
+            self.end()
+
+    def end(self) -> None:
+        """End in order; from any thread."""
+        self._service.closing = True
+        self._loop.call_soon_threadsafe(self._start_to_end)
+
+    def _start_to_end(self) -> None:
+        self._ending = asyncio.ensure_future(self._end())
+
+    async def _end(self) -> None:
+        await self._service.served.close(self._grace)
+        for _ in range(100):  # what is answered is yet to be sent
+            if not self._service.handling:
+                break
+            await asyncio.sleep(0.02)
+        self.should_exit = True
