@@ -21,10 +21,10 @@ def check_wheel(path: Path) -> None:
         names = set(wheel.namelist())
     inside = {name for name in names if ".dist-info/" not in name}
     compiled = {name for name in inside if name.endswith(".so")}
-    sources = {file.relative_to(ROOT).as_posix() for file in ROOT.glob("hrmcore/**/*.py*") if file.suffix != ".pyc"}
-    assets = {file.relative_to(ROOT).as_posix() for file in ROOT.glob("hrmcore/assets/**/*") if file.is_file()}
-    assert {f"hrmcore/assets/tiny/{name}" for name in ASSETS} <= assets
-    assert inside - compiled == sources | assets, (inside - compiled) ^ (sources | assets)
+    files = {file for file in ROOT.glob("hrmcore/**/*") if file.is_file() and file.suffix not in (".pyc", ".so")}
+    sources = {file.relative_to(ROOT).as_posix() for file in files}
+    assert {f"hrmcore/assets/tiny/{name}" for name in ASSETS} <= sources
+    assert inside - compiled == sources, (inside - compiled) ^ sources
     modules = {re.sub(r"\..*", "", name) for name in compiled}
     assert "hrmcore/_C" in modules, compiled
     assert modules <= {"hrmcore/_C", "hrmcore/_C_cuda"}, compiled
