@@ -6,6 +6,7 @@
 # make cuda  compiles the CUDA kernels for every target and checks what ptxas says of them, and the decode step's code
 #            (needs nvcc, no GPU)
 # make sanitize  runs the tests of the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
+# make fuzz      breaks the file of every reader at random for FUZZ_SECONDS (600); faults are kept in build/fuzz/
 # make tsan      runs the engine under ThreadSanitizer (GCC): batches of requests that are cancelled at random
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ BUILD_TOOLS := "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.24" ninja
 NATIVE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh cmake/*)
 CXX_FILES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: run test check lint format stub docs cuda cuda-table sanitize tsan clean
+.PHONY: run test check lint format stub docs cuda cuda-table sanitize fuzz tsan clean
 
 run: $(VENV)/installed
 	$(BIN)/hrmcore repl
@@ -66,6 +67,11 @@ cuda-table: $(CUDA_LOG)
 
 sanitize: $(VENV)/installed-dev
 	VENV="$(VENV)" CXX="$(CXX)" tests/soak/instrumented.sh asan
+
+FUZZ_SECONDS ?= 600
+
+fuzz: $(VENV)/installed-dev
+	PYTHONPATH=tests FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m fuzz.run
 
 TSAN_BATCHES ?= 200
 

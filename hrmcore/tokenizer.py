@@ -95,6 +95,7 @@ class _TokenizerJson:
     def __init__(self, path: Path) -> None:
         import tokenizers
 
+        self._path = path
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except (KeyboardInterrupt, SystemExit):
@@ -114,7 +115,10 @@ class _TokenizerJson:
         return decoder is not None and "é" in decoder.decode(["<0xC3>", "<0xA9>"])
 
     def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        except Exception as error:  # a bare one: the file promises tokens that its vocabulary lacks
+            raise ValueError(f"{self._path}: cannot encode a text ({error})") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hrmcore.config import HRMConfig
+from hrmcore.config import RANGES, HRMConfig
 from hrmcore.model import HRM, truncated_normal_
 from hrmcore.optim import AdamAtan2, AdamW, Sophia
 
@@ -146,6 +146,7 @@ class Growth:
         width = sizes.get("hidden_size", config.hidden_size)
         if type(width) is not int or width < 1:
             raise ValueError(f"grow: hidden_size must be a whole number of at least 1, got {width!r}")
+        RANGES["hidden_size"].check("grow: hidden_size", width)
         changes = {key: size for key, size in sizes.items() if key not in ("num_layers_per_stack", *_STACKS)}
         both = sizes.get("num_layers_per_stack")
         l_layers, h_layers = (

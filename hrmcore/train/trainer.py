@@ -6,9 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -30,6 +28,8 @@ from hrmcore.growth.stages import GrowthSchedule
 from hrmcore.model import HRM
 from hrmcore.tokenizer import Tokenizer
 from hrmcore.train import curvature, resume, validation
+from hrmcore.train.heartbeat import Heartbeat
+from hrmcore.train.interruption import Interruption, StepAbandoned
 from hrmcore.train.metrics import Metrics
 from hrmcore.train.resume import Progress
 from hrmcore.train.run_file import TrainConfig, ema_decay, horizon, learning_rate
@@ -53,6 +53,7 @@ class Trainer:
             self.out.mkdir(parents=True, exist_ok=True)
             if self.world.is_main:
                 self._held.enter_context(lock(self.out))
+            self._heart = self._held.enter_context(Heartbeat(self._say))
             self._prepare()
         except BaseException:
             self._held.close()
@@ -61,10 +62,14 @@ class Trainer:
     def _prepare(self) -> None:
         config = self.config
         self._sharded = config.parallel == "sharded" and self.world.ranks > 1
+        self._interruption = Interruption()
+        self._step_seconds = math.inf  # of the last step; what is not known may be long
+        self._heart.at("reading the data")
         self._load_data()
         self.growing = GrowthSchedule(config.grow, config.model, config.seed)
         self._growth_flops = self._cost_of_growing() if config.grow else {}
         self._say(memory_needed(config, self.growing.largest, self.corpus, self.world))
+        self._heart.at("making the model")
         self.model = resume.first_model(config).to(self.world.device)
         if self._sharded:
             fsdp.shard(self.model, self.world, config.precision)
@@ -84,6 +89,7 @@ class Trainer:
         if self.world.is_main:
             self._metrics = Metrics(self.out, self.step, config.log, dataclasses.asdict(config))
             self._held.callback(self._metrics.close)
+        self._heart.rest()
 
     def _load_data(self) -> None:
         config, context = self.config, self.config.model.max_position_embeddings
@@ -105,27 +111,37 @@ class Trainer:
     def run(self) -> None:
         """Train until `steps`, then write checkpoint/ in the hrm_text format.
 
-        Ctrl-C or SIGTERM ends the run after the current step, with a state. A second one ends it at once, without.
+        Ctrl-C or SIGTERM ends the run after the current step, with a state; a step of more than a second is abandoned
+        at once, and the state is the one before it. A second one ends it at once, without.
         """
         try:
-            with _interruption() as asked:
-                self._train(asked)
+            with self._interruption.heard():
+                self._train()
+                self._heart.at("writing a state")
                 self.save()
                 self._writer.finish()
                 if self.step < self.config.steps:
                     raise KeyboardInterrupt
+                self._heart.at("writing the checkpoint")
                 self.export()
         finally:
             self.close()
 
-    def _train(self, asked: threading.Event) -> None:
+    def _train(self) -> None:
         config = self.config
-        is_main = self.world.is_main
+        is_main, asked = self.world.is_main, self._interruption.asked
         with tqdm(total=config.steps, initial=self.step, unit="step", disable=None if is_main else True) as bar:
             while self.step < config.steps and not self.world.sum(asked.is_set()):
-                metrics = self._train_step()
+                self._heart.at(f"step {self.step + 1} of {config.steps}")
+                try:
+                    metrics = self._train_step()
+                except StepAbandoned:
+                    if self.step == 0:
+                        self._saved = 0  # nothing was done that a state could keep
+                    break
                 due = self.step % config.eval_every == 0 or self.step == config.steps
                 if due and (is_main or self._sharded):
+                    self._heart.at(f"validation after step {self.step}")
                     metrics |= self.evaluate()
                 if self._metrics is not None:
                     self._metrics.record(metrics)
@@ -170,10 +186,17 @@ class Trainer:
     def _train_step(self) -> dict[str, float]:
         """Growth where it is due, gradients, then the update, or none if a figure is faulty; returns the metrics."""
         grown = self._grow() if self.growing.due(self.tokens) else {}
-        started = time.perf_counter()
+        started, position = time.perf_counter(), self._stream.position
         batches = [next(self._stream) for _ in range(self.config.accumulate)]
         rate, k = self._follow_schedules()
-        loss, norm = self._backward(batches, k)
+        try:
+            # The ranks must agree on what they compute together: one alone may not leave.
+            with self._interruption.abandonable(self._step_seconds if self.world.ranks == 1 else 0.0):
+                loss, norm = self._backward(batches, k)
+        except StepAbandoned:
+            self.optimizer.zero_grad(set_to_none=True)
+            self._stream = BatchStream(self.corpus, self.config.batch_tokens, self.config.seed, position)
+            raise
         if fault := self._fault(loss, norm):
             self._skip_or_stop(batches, fault)
         else:
@@ -194,7 +217,7 @@ class Trainer:
             "tokens_seen": self.tokens,
             **self._skipped_and_clipped(),
         }
-        seconds = time.perf_counter() - started
+        self._step_seconds = seconds = time.perf_counter() - started
         return metrics | self._throughput.of(self.model.config, k, batches, seconds) | grown
 
     def _follow_schedules(self) -> tuple[float, int]:
@@ -422,29 +445,6 @@ def make_optimizer(config: TrainConfig, model: HRM) -> optim.Sophia | optim.Adam
         return optim.AdamW(parameters, **options)
     options["rho"] = config.rho
     return optim.Sophia(parameters, variant=config.optimizer[-1].upper(), **options)
-
-
-@contextlib.contextmanager
-def _interruption() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set, once: after that they do what they usually do."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(*_: object) -> None:
-        asked.set()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    for number in previous:
-        signal.signal(number, ask)
-    try:
-        yield asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _shown(metrics: Mapping[str, float]) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,8 @@ from hrmcore.growth.stages import GrowStage
 from hrmcore.model import HRM
 from hrmcore.optim import Sophia
 from hrmcore.tokenizer import train_tokenizer
-from hrmcore.train import curvature
+from hrmcore.train import curvature, interruption
+from hrmcore.train.heartbeat import Heartbeat
 from hrmcore.train.run_file import (
     GROUPS,
     OPTIMIZERS,
@@ -180,7 +183,10 @@ def test_a_stopped_run_resumes_bit_for_bit(run_file: Path, tmp_path: Path, optim
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_finishes_its_step_and_keeps_a_state(run_file: Path, number: int) -> None:
+def test_an_interrupted_run_finishes_its_step_and_keeps_a_state(
+    run_file: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interruption, "LONG_STEP", math.inf)
     config = read_config(run_file)
     trainer = Trainer(config)
     handler = signal.getsignal(number)
@@ -197,6 +203,68 @@ def test_an_interrupted_run_finishes_its_step_and_keeps_a_state(run_file: Path, 
     assert find_states(Path(config.out))[0][0] == metrics(Path(config.out))[-1]["step"] == 6
     assert not (Path(config.out) / "checkpoint").exists()
     assert signal.getsignal(number) == handler
+
+
+def interrupted_inside_step(trainer: Trainer, step: int) -> None:
+    """Send SIGINT in the middle of a step's forward pass."""
+    states = trainer.model.states
+
+    def interrupted(*args: Any, **options: Any) -> Iterator[Any]:
+        for count, state in enumerate(states(*args, **options)):
+            if trainer.step == step and count == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield state
+
+    trainer.model.states = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+
+
+def test_a_long_step_is_abandoned_at_once_and_done_again(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(interruption, "LONG_STEP", 0.0)
+    whole = read_config(run_file)
+    Trainer(whole).run()
+    stopped = read_config(rewrite(run_file, f"{tmp_path}/out", f"{tmp_path}/stopped"))
+    interrupted_inside_step(Trainer(stopped), 5)
+    assert "\nending now, before this step\n" in capfd.readouterr().err
+    assert find_states(tmp_path / "stopped")[0][0] == metrics(tmp_path / "stopped")[-1]["step"] == 5
+    Trainer(stopped).run()
+    for name, tensor in final_state(tmp_path / "out", 12).items():
+        assert torch.equal(tensor, final_state(tmp_path / "stopped", 12)[name]), name
+
+
+def test_a_first_step_that_is_abandoned_leaves_no_state(run_file: Path) -> None:
+    trainer = Trainer(read_config(run_file))
+    interrupted_inside_step(trainer, 0)
+    assert find_states(trainer.out) == []
+
+
+def test_what_takes_long_is_said_more_and_more_rarely() -> None:
+    said: list[str] = []
+    with Heartbeat(said.append, first=0.05) as heart:
+        heart.at("sleeping")
+        deadline = time.monotonic() + 60
+        while len(said) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        heart.rest()
+        time.sleep(0.2)
+        count = len(said)
+        time.sleep(0.3)
+    assert len(said) == count >= 3
+    assert said[0] == "sleeping: 0 s so far"
+
+
+def test_a_run_that_takes_long_says_what_it_is_at(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = Trainer(read_config(run_file))
+    doing: list[str] = []
+    monkeypatch.setattr(trainer._heart, "at", doing.append)
+    trainer.run()
+    assert doing[:2] == ["step 1 of 12", "step 2 of 12"]
+    assert {"validation after step 6", "writing a state", "writing the checkpoint"} <= set(doing)
 
 
 def test_accumulated_batches_have_the_gradient_of_one_batch(run_file: Path, tmp_path: Path) -> None:
