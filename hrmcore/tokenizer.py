@@ -316,8 +316,10 @@ def train_tokenizer(
     """Train a sentencepiece BPE (byte fallback, digits split) and write `tokenizer.model` into a folder.
 
     `phrases` are texts that always become a single token each: the unchanging wording of a task.
-    Raises ValueError when the texts cannot fill the vocabulary.
+    Raises ValueError when there is no text, or the vocabulary does not hold every character or cannot be filled.
     """
+    if vocab_size < 1:
+        raise ValueError(f"tokenizer: the vocabulary must have at least 1 token, got {vocab_size}")
     import sentencepiece
 
     folder = Path(folder)
@@ -346,6 +348,18 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(f"tokenizer: {str(error).splitlines()[-1].split('] ')[-1]}") from None
+        raise ValueError(f"tokenizer: {_training_fault(str(error), vocab_size)}") from None
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     return Tokenizer.load(folder)
+
+
+def _training_fault(error: str, vocab_size: int) -> str:
+    """What sentencepiece's error means here: it names options of its own command."""
+    if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
+        what = "the bytes, the framing tokens and the characters of the texts alone take"
+        return f"a vocabulary of {vocab_size} is too small: {what} {needed[1]}"
+    if most := re.search(r"Vocabulary size too high \(\d+\).* <= (\d+)", error):
+        return f"a vocabulary of {vocab_size} is too large: the texts give at most {most[1]} tokens"
+    if "sentences_.empty()" in error or "all_chars_count" in error:
+        return "there is no text to train it on"
+    return " ".join(error.split())
