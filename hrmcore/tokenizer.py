@@ -340,8 +340,10 @@ def train_tokenizer(
     """Train a sentencepiece BPE (byte fallback, digits split) and write `tokenizer.model` into a folder.
 
     `phrases` are texts that always become a single token each: the unchanging wording of a task.
-    Raises ValueError when the texts cannot fill the vocabulary.
+    Raises ValueError when there is no text, or the vocabulary does not hold every character or cannot be filled.
     """
+    if vocab_size < 1:
+        raise ValueError(f"tokenizer: the vocabulary must have at least 1 token, got {vocab_size}")
     import sentencepiece
 
     folder = Path(folder)
@@ -396,11 +398,15 @@ class VocabularyError(ValueError):
 
 
 def _refusal(size: int, error: str) -> VocabularyError:
-    """What sentencepiece says of a vocabulary that does not fit, in our words."""
+    """What sentencepiece's error means here: it names options of its own command."""
     if high := re.search(r"set it to a value <= (\d+)", error):
         most = int(high[1])
-        return VocabularyError(f"tokenizer: {size} tokens are more than these texts fill; take at most {most}", most)
+        message = f"tokenizer: a vocabulary of {size} is too large: the texts give at most {most} tokens"
+        return VocabularyError(message, most)
     if low := re.search(r"required_chars\. \d+ vs (\d+)", error):
         least = int(low[1])
-        return VocabularyError(f"tokenizer: {size} tokens do not hold these texts' bytes; take at least {least}", least)
-    return VocabularyError(f"tokenizer: {error.splitlines()[-1].split('] ')[-1] or 'the texts are empty'}", None)
+        what = "the bytes, the framing tokens and the characters of the texts alone take"
+        return VocabularyError(f"tokenizer: a vocabulary of {size} is too small: {what} {least}", least)
+    if "sentences_.empty()" in error or "all_chars_count" in error:
+        return VocabularyError("tokenizer: there is no text to train it on", None)
+    return VocabularyError(f"tokenizer: {' '.join(error.split())}", None)

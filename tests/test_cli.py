@@ -19,6 +19,7 @@ import torch
 from support.command_line import hrmcore
 
 from hrmcore import cli
+from hrmcore.commands.options import printable
 from hrmcore.engine.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -185,7 +186,7 @@ def test_a_failure_is_not_taken_for_a_mistake(quick: list[str], monkeypatch: pyt
 # --- as a process of its own -------------------------------------------------------------------------------------
 
 
-def start(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+def start(*arguments: str | bytes, **options: Any) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "hrmcore", *arguments, "--threads", "1"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
@@ -196,6 +197,24 @@ def test_a_process_answers_whatever_the_encoding(quick: list[str], engine: Engin
     expected = engine.generate("é", max_new_tokens=12)
     assert not expected.isascii()
     assert (out.decode("ascii"), err) == (expected.encode("ascii", "replace").decode() + "\n", b"")
+
+
+@pytest.mark.parametrize("way", ["argument", "standard input", "repl"])
+def test_a_prompt_is_utf8_in_the_c_locale(way: str, quick: list[str], engine: Engine) -> None:
+    """Without Python's own repairs of that locale, which hide it on most machines."""
+    prompt = "é 日 😀"
+    plain = {name: value for name, value in os.environ.items() if name != "PYTHONIOENCODING"}
+    environment = {**plain, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    expected = engine.generate(prompt, max_new_tokens=12)
+    if way == "repl":
+        expected = printable(expected)
+        process = start("repl", *quick[1:], stdin=subprocess.PIPE, env=environment)
+    else:
+        given = prompt.encode() if way == "argument" else b"-"
+        process = start("generate", given, *quick, stdin=subprocess.PIPE, env=environment)
+    out, err = process.communicate(prompt.encode() + b"\n", timeout=120)
+    assert err == b""
+    assert expected.encode("ascii", "replace") in out
 
 
 def test_a_failure_is_exit_1(tmp_path: Path, checkpoint: Path) -> None:

@@ -134,12 +134,12 @@ def test_training_again_gives_the_same_bytes(tmp_path: Path) -> None:
     assert str(tmp_path).encode() not in (tmp_path / "a/tokenizer.model").read_bytes()
 
 
-@pytest.mark.parametrize(("size", "advice"), [(5000, "at most"), (20, "at least")])
+@pytest.mark.parametrize(("size", "advice"), [(5000, "too large: .* at most"), (20, "too small: .* take")])
 @pytest.mark.parametrize("texts", [["abc"], ["héllo wörld, hello world"] * 9, ["日本語"]])
 def test_a_vocabulary_that_does_not_fit_names_the_size_that_does(
     size: int, advice: str, texts: list[str], tmp_path: Path
 ) -> None:
-    with pytest.raises(VocabularyError, match=f"^tokenizer: {size} tokens .*; take {advice} ") as refused:
+    with pytest.raises(VocabularyError, match=f"^tokenizer: a vocabulary of {size} is {advice} ") as refused:
         train_tokenizer(texts, tmp_path, size)
     assert refused.value.fits is not None
     assert train_tokenizer(texts, tmp_path, refused.value.fits).vocab_size == refused.value.fits
@@ -152,6 +152,32 @@ def test_texts_that_cannot_be_read_stop_the_training_of_a_tokenizer(tmp_path: Pa
 
     with pytest.raises(ValueError, match=r"a\.csv:7: broken"):
         train_tokenizer(broken(), tmp_path, 270)
+
+
+TRAINING_FAULTS = [
+    (["abc"], 5000, r"tokenizer: a vocabulary of 5000 is too large: the texts give at most \d+ tokens$"),
+    (["abc"], 10, r"a vocabulary of 10 is too small: the bytes, the framing tokens and the characters .* take \d+$"),
+    (["abc"], 0, "tokenizer: the vocabulary must have at least 1 token, got 0"),
+    (["abc"], -4, "tokenizer: the vocabulary must have at least 1 token, got -4"),
+    ([], 300, "tokenizer: there is no text to train it on"),
+    (["\0"], 300, "tokenizer: there is no text to train it on"),
+]
+
+
+@pytest.mark.parametrize(("texts", "size", "message"), TRAINING_FAULTS)
+def test_what_no_tokenizer_can_be_trained_on(texts: list[str], size: int, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        train_tokenizer(texts, tmp_path, size)
+    assert "--" not in str(error.value)
+
+
+def test_the_smallest_vocabulary_is_the_one_that_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="too small") as error:
+        train_tokenizer(TEXTS, tmp_path, 10)
+    least = int(str(error.value).split()[-1])
+    assert train_tokenizer(TEXTS, tmp_path, least).vocab_size == least
+    with pytest.raises(ValueError, match=f"take {least}"):
+        train_tokenizer(TEXTS, tmp_path, least - 1)
 
 
 def test_released_ids_are_those_of_the_library(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ class Key:
     split: tuple[str, ...]
 
 
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LAYER_NAMES = {
     # Module name within a layer: the released name, the split names (what transformers keeps in memory).
     "gqkv_proj": ("attn.gqkv_proj", tuple(f"self_attn.{part}_proj" for part in ("gate", "q", "k", "v"))),
@@ -80,7 +81,7 @@ def key_table(config: HRMConfig) -> Iterator[Key]:
         "gate_up_proj": (2 * ffn, width),
         "down_proj": (width, ffn),
     }
-    yield Key("embed_tokens.weight", (vocabulary, width), "model.embed_tokens.weight", ("model.embed_tokens.weight",))
+    yield Key("embed_tokens.weight", (vocabulary, width), _EMBEDDING, (_EMBEDDING,))
     yield Key("z_L_init", (width,), "model.z_L_init", ("model.z_L_init",))
     for stack, depth in zip(("L_module", "H_module"), config.depths, strict=True):
         for layer in range(depth):
@@ -92,7 +93,7 @@ def key_table(config: HRMConfig) -> Iterator[Key]:
                     f"model.{prefix}{released}.weight",
                     tuple(f"model.{prefix}{part}.weight" for part in split),
                 )
-    yield Key("lm_head.weight", (vocabulary, width), "lm_head.weight", ("lm_head.weight",))
+    yield Key("lm_head.weight", (vocabulary, width), _HEAD, (_HEAD,))
 
 
 def resolve(source: str | Path) -> Path:
@@ -173,7 +174,7 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
-    "tie_word_embeddings": (False, None),
+    "tie_word_embeddings": (False, True, None),  # says only which of the two matrices may be missing
     "quantization_config": (None,),
     "position_encoding": ("rope", "xpos", None),
 }
@@ -258,6 +259,11 @@ def released_config(config: HRMConfig, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def _of_the_model(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Without what some tools store although it follows from the configuration: RoPE's inverse frequencies."""
+    return {name: tensor for name, tensor in stored.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
 class Arrays(Mapping[str, NDArray[Any]]):
     """The tensors of a checkpoint by their names in the module, read when asked for, as numpy arrays.
 
@@ -269,7 +275,11 @@ class Arrays(Mapping[str, NDArray[Any]]):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.config = read_config(folder)
-        stored = stored_tensors(self.folder)
+        stored = _of_the_model(stored_tensors(self.folder))
+        if read_json(self.folder / CONFIG_FILE).get("tie_word_embeddings"):
+            for name, other in ((_HEAD, _EMBEDDING), (_EMBEDDING, _HEAD)):
+                if other in stored:
+                    stored.setdefault(name, stored[other])  # where both are stored, each is what it is
         self._parts: dict[str, list[Stored]] = {}
         used: set[str] = set()
         for key in key_table(self.config):

@@ -7,7 +7,7 @@ import json
 import sys
 import time
 
-from hrmcore.commands.options import add_generation_arguments, printable, text_options
+from hrmcore.commands.options import add_generation_arguments, printable, text_options, typed_text
 
 EXAMPLE = """\
 examples:
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     """Answer one prompt on standard output."""
     from hrmcore.engine.engine import load
 
-    prompt = sys.stdin.read().rstrip("\n") if args.prompt == "-" else args.prompt
+    prompt = typed_text(sys.stdin.read().rstrip("\n") if args.prompt == "-" else args.prompt)
     answer = load(args.model, dtype=args.dtype, threads=args.threads).stream(prompt, **text_options(args))
     started = time.perf_counter()
     pieces = []

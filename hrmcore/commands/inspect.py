@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hrmcore import plots
-from hrmcore.commands.options import printable
+from hrmcore.commands.options import printable, typed_text
 
 if TYPE_CHECKING:
     from hrmcore.lens import Lens
@@ -30,7 +30,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hrmcore inspect`."""
     parser.epilog = EXAMPLE
-    parser.add_argument("prompt", help="the question")
+    parser.add_argument("prompt", type=typed_text, help="the question")
     parser.add_argument("--model", help="checkpoint folder or cached hub id (default: the embedded model)")
     parser.add_argument(
         "--condition",

@@ -41,7 +41,9 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="above 1, tokens that have occurred become less probable (1)",
     )
-    sampling.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before TEXT; may be repeated")
+    sampling.add_argument(
+        "--stop", action="append", type=typed_text, metavar="TEXT", help="end the answer before TEXT; may be repeated"
+    )
     sampling.add_argument("--seed", type=int, metavar="N", help="the same seed draws the same answer")
     loading = parser.add_argument_group("loading")
     loading.add_argument(
@@ -63,6 +65,17 @@ def text_options(args: argparse.Namespace) -> TextOptions:
         "stop": args.stop,
         "seed": args.seed,
     }
+
+
+def typed_text(text: str) -> str:
+    """A text from the command line or standard input: UTF-8 whatever the locale.
+
+    In a locale that cannot say them, Python makes lone surrogates of the bytes. What is no UTF-8 stays as it is.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        return text
 
 
 def printable(text: str) -> str:

@@ -22,7 +22,7 @@ from prompt_toolkit.input import Input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import Output
 
-from hrmcore.commands.options import add_generation_arguments, text_options
+from hrmcore.commands.options import add_generation_arguments, text_options, typed_text
 from hrmcore.commands.session import COMMANDS, Session
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         converse(session)
         return 0
     questions = 0
-    for text in join_lines(sys.stdin or ()):
+    for text in join_lines(map(typed_text, sys.stdin or ())):
         questions += 1
         session.say("> " + text.replace("\n", "\n… "))
         if not session.handle(text):

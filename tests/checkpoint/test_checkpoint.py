@@ -159,6 +159,43 @@ def test_what_transformers_saves_loads_here(model: HRM, tmp_path: Path, released
     assert relative(logits(loaded), their_logits(theirs)) <= 1e-5
 
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda tensors: None,
+        lambda tensors: tensors.pop(HEAD),
+        lambda tensors: tensors.pop(EMBEDDING),
+        lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}),
+        lambda tensors: tensors.update({"model.rotary_emb.inv_freq": torch.ones(16)}),
+        lambda tensors: tensors.update({"model.L_module.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}),
+    ],
+    ids=["both stored", "no head", "no embedding", "equal", "inv_freq", "inv_freq of a layer"],
+)
+@pytest.mark.parametrize("split", [False, True])
+def test_what_transformers_loads_as_tied_loads_here(folder: Path, edit: Any, split: bool) -> None:
+    edit_config(folder, tie_word_embeddings=True)
+    edit_tensors(folder, edit)
+    if split:
+        shard(folder)
+    theirs, report = HrmTextForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    ours = load_model(folder)
+    assert relative(logits(ours), their_logits(theirs)) <= 1e-5
+    assert torch.equal(ours.lm_head.weight, theirs.lm_head.weight)
+    assert torch.equal(ours.embed_tokens.weight, theirs.get_input_embeddings().weight)
+    save_model(ours, folder.with_name("again"))
+    assert same_state(load_model(folder.with_name("again")), ours)
+
+
+def test_only_tied_matrices_may_be_missing(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.pop(HEAD))
+    with pytest.raises(ValueError, match=r"tensor 'lm_head\.weight' is missing"):
+        load_model(folder)
+
+
 # The configuration
 
 
@@ -209,7 +246,8 @@ def test_where_rope_theta_comes_from(folder: Path, changes: dict[str, Any], thet
     [
         *[("model_type", wrong) for wrong in ("llama", None, 3)],
         *[("hidden_act", wrong) for wrong in ("gelu", None)],
-        *[(key, wrong) for key in ("attention_bias", "mlp_bias", "tie_word_embeddings") for wrong in (True, 1, "yes")],
+        *[(key, wrong) for key in ("attention_bias", "mlp_bias") for wrong in (True, 1, "yes")],
+        *[("tie_word_embeddings", wrong) for wrong in (1, "yes")],
         *[("rope_scaling", wrong) for wrong in ({"type": "linear", "factor": 2.0}, {"rope_type": "yarn"}, "linear", 2)],
         *[("rope_parameters", wrong) for wrong in ({"rope_type": "dynamic", "rope_theta": 1e4}, [1], True)],
         ("quantization_config", {"bits": 4}),

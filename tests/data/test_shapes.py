@@ -232,7 +232,11 @@ WRONG_FILES: list[tuple[str, bytes, str]] = [
     ("a.json", b"[] x", "a.json: text follows the array's end"),
     ("a.json", b'[\n"\xff"]', "a.json:2: not UTF-8; save the file as UTF-8"),
     ("a.jsonl.gz", b"plain text", "a.jsonl.gz: the compressed file is damaged or cut short"),
-    ("a.jsonl.gz", gzip.compress(b'{"a": 1}' * 99, mtime=0)[:-9], "a.jsonl.gz: the compressed file is damaged or cut short"),
+    (
+        "a.jsonl.gz",
+        gzip.compress(b'{"a": 1}' * 99, mtime=0)[:-9],
+        "a.jsonl.gz: the compressed file is damaged or cut short",
+    ),
     ("a.jsonl.xz", b"plain text", "a.jsonl.xz: the compressed file is damaged or cut short"),
     ("a.jsonl.bz2", b"plain text", "a.jsonl.bz2: the compressed file is damaged or cut short"),
     ("a.jsonl.zst", b"plain text", "a.jsonl.zst: the compressed file is damaged or cut short"),
