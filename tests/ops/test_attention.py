@@ -6,12 +6,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.emulator import same_bits_for_every_schedule
+from support.emulator import emulated_cuda, same_bits_for_every_schedule
 from support.oracle import DTYPES, bound, call, framed, listed, only_inside_written, poisoned, relative_error, same_bits
 from torch.nn.functional import scaled_dot_product_attention
 
 from hrmcore import _C
-from hrmcore.ops.attention import PackedMask, _attention, _attention_backward, attention, attention_ref, cases
+from hrmcore.ops.attention import (
+    PackedMask,
+    _attention,
+    _attention_backward,
+    _seen,
+    attention,
+    attention_ref,
+    backward_workspace,
+    cases,
+    forward_workspace,
+)
 from hrmcore.ops.backend import reference_ops
 
 pytestmark = pytest.mark.native
@@ -111,7 +121,8 @@ def test_forward_kernel(backend, dtype, index):
     if refused_on_cuda(backend, case):
         return
     out, lse = poisoned(*case["q"].shape, dtype=dtype), poisoned(*case["q"].shape[:2], dtype=torch.float32)
-    call(_C.attention_forward, *(framed(case[name]) for name in OPERANDS), *packing(case), out, lse, None, 0)
+    operands, workspace = [framed(case[name]) for name in OPERANDS], forward_workspace(operands_of(case), case["mask"])
+    call(_C.attention_forward, *operands, *packing(case), out, lse, None, 0, *workspace)
     assert only_inside_written(out)
     assert only_inside_written(lse)
     expected = reference(dtype, index, backend == "cuda-emulated")[0]
@@ -130,10 +141,84 @@ def test_backward_kernel(backend, dtype, index):
     grad_q, grad_gate = poisoned(*q.shape, dtype=dtype), poisoned(*q.shape, dtype=dtype)
     grad_k, grad_v = poisoned(*k.shape, dtype=torch.float32), poisoned(*k.shape, dtype=torch.float32)
     grads = grad_q, grad_k, grad_v, grad_gate
-    call(_C.attention_backward, q, k, v, gate, *packing(case), out, lse, grad_out, *grads, None, 0)
+    workspace = backward_workspace((q, k, v, gate), case["mask"])
+    call(_C.attention_backward, q, k, v, gate, *packing(case), out, lse, grad_out, *grads, None, 0, *workspace)
     for grad, expected in zip(grads, reference(dtype, index, backend == "cuda-emulated")[1], strict=True):
         assert only_inside_written(grad)
         assert gradient_error(grad, expected, grad_out) <= roundings(backend, dtype) * gradient_bound(grad, dtype)
+
+
+def check_rounded_on_cuda(case, few_keys=False):
+    """The op in bfloat16 on CUDA, gradients too, on rows that are made of whole 16-byte pieces."""
+    leaves = {name: case[name].double().requires_grad_() for name in OPERANDS}
+    grad_out = grad_out_of(case["q"])
+    expected = attention_ref(**(case | leaves))
+    expected_grads = torch.autograd.grad(expected, list(leaves.values()), grad_out.double())
+    with emulated_cuda():
+        out, lse = forward(case)
+        grads = backward(case, out, lse, grad_out)
+    assert relative_error(out, expected.detach()) <= 1.5 * bound(out, FLOAT32_BOUND)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert grad.dtype == torch.bfloat16
+        allowed = gradient_bound(grad[:1] if few_keys else grad, torch.bfloat16)
+        assert gradient_error(grad, expected_grad, grad_out) <= 1.5 * allowed
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("index", [0, 2, 4, 5, 6, 7, 8, 10])
+def test_wide_rows_on_cuda(index):
+    check_rounded_on_cuda(shortened(True, listed(cases, torch.bfloat16)[index]))
+
+
+@pytest.mark.emulated
+def test_more_sequences_than_threads_fill_the_table():
+    lengths = [i % 3 for i in range(600)]
+    case = random_case(lengths, [0] * 600, heads=1)
+    check_rounded_on_cuda(case | {name: case[name].bfloat16() for name in OPERANDS}, few_keys=True)
+
+
+@pytest.mark.emulated
+def test_scores_that_rise_and_fall_on_cuda():
+    """The softmax's base follows the highest score in steps: up by much, by little, and not at all."""
+    case = random_case([250, 250], [0, 250], heads=1, head_dim=64)
+    case["q"] = case["q"] * 0.1 + 1
+    ramp = torch.linspace(0, 3, 250)
+    case["k"] = case["k"] * 0.1 + torch.cat([ramp, ramp.flip(0)])[:, None, None]
+    case |= {name: case[name].bfloat16() for name in OPERANDS}
+    with emulated_cuda():
+        out, lse = forward(case)
+    exact = case | {name: case[name].double() for name in OPERANDS}
+    assert relative_error(out, attention_ref(**exact)) <= 1.5 * bound(out, FLOAT32_BOUND)
+    scores = torch.einsum("ihd,jhd->hij", exact["q"][250:], exact["k"][250:]) / 8
+    assert relative_error(lse[250:], scores.logsumexp(-1).T) <= FLOAT32_BOUND
+
+
+@pytest.mark.emulated
+def test_table_has_every_tile_once_and_the_heaviest_first():
+    lengths, prefix, cached = [200, 0, 65, 64, 500], [10, 0, 65, 0, 128], [0, 5, 300, 0, 0]
+    case = random_case(lengths, prefix, cached, heads=1)
+    case |= {name: case[name].bfloat16() for name in OPERANDS}
+    with emulated_cuda():
+        queries = torch.full((len(case["q"]) // 64 + len(lengths), 8), 9, dtype=torch.int32)
+        both = torch.full((len(queries) + len(case["k"]) // 64 + len(lengths), 8), 9, dtype=torch.int32)
+        out, lse = torch.empty_like(case["q"]), torch.empty(case["q"].shape[:2])
+        call(_C.attention_forward, *operands_of(case), *packing(case), out, lse, None, 0, queries)
+        grads = [torch.empty_like(case[name]) for name in ("q", "k", "v", "gate")]
+        _, *workspace = backward_workspace(tuple(operands_of(case)), case["mask"])
+        inputs = *operands_of(case), *packing(case), out, lse, out, *grads, None, 0, both, *workspace
+        call(_C.attention_backward, *inputs)
+    assert sorted(queries.tolist()) == sorted(both[: len(queries)].tolist())
+    for table, over_keys in ((queries, False), (both[len(queries) :], True)):
+        used = [line for line in table.tolist() if line[0] >= 0]
+        rows = [length + more * over_keys for length, more in zip(lengths, cached, strict=True)]
+        assert sorted(line[:2] for line in used) == [[s, r] for s, n in enumerate(rows) for r in range(0, n, 64)]
+        assert [line[0] for line in table.tolist()[len(used) :]] == [-1] * (len(table) - len(used))
+        visits = []
+        for s, first, query_count, key_count, *_ in used:
+            seen = _seen(query_count, key_count, prefix[s])
+            others = (seen[:, first : first + 64].any(1) if over_keys else seen[first : first + 64].any(0)).nonzero()
+            visits.append((int(others.max() - others.min()) // 64 + 1) if len(others) else 0)
+        assert visits == sorted(visits, reverse=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -361,4 +446,4 @@ def test_bad_backward_operand(position, wrong, message):
     operands = [Q, Q, Q, Q, INTS, INTS, ints(0, 0), Q, torch.ones(5, 2), Q, *torch.empty(4, 5, 2, 8)]
     operands[position] = wrong
     with pytest.raises(ValueError, match=re.escape(message)):
-        call(_C.attention_backward, *operands, None, 0)
+        call(_C.attention_backward, *operands, None, 0, None, None, None)
