@@ -115,18 +115,24 @@ def launch_forward(operands: Operands, mask: PackedMask) -> tuple[Tensor, Tensor
 
 
 def launch_backward(
-    operands: Operands, mask: PackedMask, results: tuple[Tensor, Tensor], grad_out: Tensor, grads: Operands
+    operands: Operands,
+    mask: PackedMask,
+    results: tuple[Tensor, Tensor],
+    grad_out: Tensor,
+    grads: Operands,
+    overwrite: bool = False,
 ) -> None:
     """Run the backward kernel, given what `launch_forward` returned; writes the gradients of the operands to `grads`.
 
-    The CPU sums the gradients of keys and values in float32, in place.
+    With `overwrite` grad_out is lost. The CPU sums the gradients of keys and values in float32, in place.
     """
     grad_q, grad_k, grad_v, grad_gate = grads
-    workspace = backward_workspace(operands, mask)
+    grad_out = grad_out.contiguous()
+    workspace = backward_workspace(operands, mask, grad_out if overwrite else None)
     sums = grad_k, grad_v
     if grad_k.dtype != torch.float32 and workspace[0] is None:
         sums = grad_k.new_empty(grad_k.shape, dtype=torch.float32), grad_v.new_empty(grad_v.shape, dtype=torch.float32)
-    inputs = *operands, *_offsets(mask), *results, grad_out.contiguous()
+    inputs = *operands, *_offsets(mask), *results, grad_out
     exported = map(to_dlpack, (*inputs, grad_q, *sums, grad_gate))
     _C.attention_backward(*exported, *_form(mask), *workspace, stream_of(grad_q))
     if sums[0] is not grad_k:
@@ -140,13 +146,14 @@ def forward_workspace(operands: Operands, mask: PackedMask) -> tuple[Any]:
     return (to_dlpack(_table(mask, len(q))) if _needs_workspace(q) else None,)
 
 
-def backward_workspace(operands: Operands, mask: PackedMask) -> tuple[Any, Any, Any]:
+def backward_workspace(operands: Operands, mask: PackedMask, ungated: Tensor | None = None) -> tuple[Any, Any, Any]:
     """The same of the backward kernels: a table of tiles, dO (T, H, d), and two numbers a row and head."""
     q, k = operands[:2]
     if not _needs_workspace(q):
         return None, None, None
+    ungated = q.new_empty(q.shape) if ungated is None else ungated
     row_terms = q.new_empty((2, q.shape[1], q.shape[0]), dtype=torch.float32)
-    return tuple(map(to_dlpack, (_table(mask, len(q), len(k)), q.new_empty(q.shape), row_terms)))
+    return to_dlpack(_table(mask, len(q), len(k))), to_dlpack(ungated), to_dlpack(row_terms)
 
 
 def _needs_workspace(q: Tensor) -> bool:

@@ -21,6 +21,7 @@ from hrmcore.ops.attention import (
     backward_workspace,
     cases,
     forward_workspace,
+    launch_backward,
 )
 from hrmcore.ops.backend import reference_ops
 
@@ -447,3 +448,16 @@ def test_bad_backward_operand(position, wrong, message):
     operands[position] = wrong
     with pytest.raises(ValueError, match=re.escape(message)):
         call(_C.attention_backward, *operands, None, 0, None, None, None)
+
+
+@pytest.mark.emulated
+def test_backward_may_overwrite_the_gradient_on_cuda():
+    case = listed(cases, torch.bfloat16)[8]
+    operands, grad_out = tuple(operands_of(case)), grad_out_of(case["q"])
+    with emulated_cuda():
+        results = forward(case)
+        kept, overwritten = ([torch.empty_like(x) for x in operands] for _ in range(2))
+        launch_backward(operands, case["mask"], results, grad_out, tuple(kept))
+        assert torch.equal(grad_out, grad_out_of(case["q"]))
+        launch_backward(operands, case["mask"], results, grad_out, tuple(overwritten), overwrite=True)
+    assert all(torch.equal(a, b) for a, b in zip(kept, overwritten, strict=True))
