@@ -26,7 +26,8 @@ void bind_attention(py::module_& m) {
          input("v", &Forward::v), input("gate", &Forward::gate), input("offsets", &Forward::offsets),
          input("key_offsets", &Forward::key_offsets), input("prefix", &Forward::prefix),
          output("out", &Forward::out), output("lse", &Forward::lse),
-         optional("log_decay", &Forward::log_decay), input("window", &Forward::window));
+         optional("log_decay", &Forward::log_decay), input("window", &Forward::window),
+         optional_output("tiles", &Forward::tiles));
   using Backward = AttentionBackward;
   def_op(m, "attention_backward", attention_backward, input("q", &Backward::q), input("k", &Backward::k),
          input("v", &Backward::v), input("gate", &Backward::gate), input("offsets", &Backward::offsets),
@@ -34,7 +35,9 @@ void bind_attention(py::module_& m) {
          input("out", &Backward::out), input("lse", &Backward::lse), input("grad_out", &Backward::grad_out),
          output("grad_q", &Backward::grad_q), output("grad_k", &Backward::grad_k),
          output("grad_v", &Backward::grad_v), output("grad_gate", &Backward::grad_gate),
-         optional("log_decay", &Backward::log_decay), input("window", &Backward::window));
+         optional("log_decay", &Backward::log_decay), input("window", &Backward::window),
+         optional_output("tiles", &Backward::tiles), optional_output("ungated", &Backward::ungated),
+         optional_output("row_terms", &Backward::row_terms));
 }
 
 void bind_cross_entropy(py::module_& m) {
@@ -134,6 +137,7 @@ void bind_runtime(py::module_& m) {
     return names;
   });
   m.def("emulate_cuda", &emulate_cuda, py::arg("path"));
+  m.def("emulating_cuda", &emulating_cuda);
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads, py::arg("threads"));
   if (const char* forced = std::getenv("HRMCORE_ISA"); forced != nullptr && *forced != '\0') {

@@ -182,6 +182,41 @@ __device__ __forceinline__ SharedArray<T> shared_array(std::size_t offset) {
 #endif
 }
 
+// One access to shared memory; the place must be aligned to all n elements.
+template <int n, class T>
+__device__ __forceinline__ Packed<T, n> load_shared(SharedArray<T> from HRMCORE_SITE) {
+#if defined(__CUDACC__)
+  return *reinterpret_cast<const Packed<T, n>*>(from.data);
+#else
+  emulator::shared_access(from.data, sizeof(Packed<T, n>), false, site);
+  Packed<T, n> packed;
+  __builtin_memcpy(&packed, from.data, sizeof(packed));
+  return packed;
+#endif
+}
+
+template <int n, class T>
+__device__ __forceinline__ void store_shared(SharedArray<T> to, const Packed<T, n>& packed HRMCORE_SITE) {
+#if defined(__CUDACC__)
+  *reinterpret_cast<Packed<T, n>*>(to.data) = packed;
+#else
+  emulator::shared_access(to.data, sizeof(packed), true, site);
+  __builtin_memcpy(to.data, &packed, sizeof(packed));
+#endif
+}
+
+// The shared memory of one multiprocessor of the device in use; the emulator's is that of sm_80.
+inline int shared_bytes_of_multiprocessor() {
+#if defined(__CUDACC__)
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  return bytes;
+#else
+  return 164 << 10;
+#endif
+}
+
 // The sum over a warp, in every lane, always added in the same order.
 template <class T>
 __device__ __forceinline__ T warp_sum(T x) {

@@ -61,6 +61,16 @@ __device__ __forceinline__ float quick_exp(float x) {
   return std::exp(x);
 #endif
 }
+// 2^x; of minus infinity, zero.
+__device__ __forceinline__ float quick_exp2(float x) {
+#if defined(__CUDACC__)
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return std::exp2(x);
+#endif
+}
 __device__ __forceinline__ float quick_log(float x) {
 #if defined(__CUDACC__)
   float result;
@@ -231,6 +241,19 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
                : "memory");
 #else
   emulator::copy_async(shared, global, 16, static_cast<std::size_t>(filled), site);
+#endif
+}
+
+// The same for one 4-byte element, or for none of it and zeros instead.
+template <class T>
+__device__ __forceinline__ void copy_async_element(T* shared, const T* global, bool filled HRMCORE_SITE) {
+  static_assert(sizeof(T) == 4);
+#if defined(__CUDACC__)
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(global), "r"(filled ? 4 : 0)
+               : "memory");
+#else
+  emulator::copy_async(shared, global, sizeof(T), filled ? sizeof(T) : 0, site);
 #endif
 }
 

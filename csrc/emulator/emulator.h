@@ -192,8 +192,9 @@ inline std::uint32_t __float_as_uint(float value) {
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 
-inline unsigned long long atomicAdd(unsigned long long* target, unsigned long long more) {
-  const unsigned long long before = *target;  // threads change only where they wait, so this is one step
+template <class T>
+T atomicAdd(T* target, std::common_type_t<T> more) {
+  const T before = *target;  // threads change only where they wait, so this is one step
   *target = before + more;
   return before;
 }

@@ -98,9 +98,33 @@ void check_inputs(const char* op, const Args& args) {
     reject(op, "window", "a multiple of 64, or 0 for none", std::to_string(args.window));
 }
 
+void check_table(const char* op, const TensorView& tiles, std::int64_t lines) {
+  if (!tiles.given()) return;
+  Check(op, "tiles", tiles).cpu_or_cuda().rank(2).dtype({DType::i32}).contiguous().size(1, line_ints, "8");
+  if (tiles.shape[0] < lines) {
+    reject(op, "tiles", "of at least " + std::to_string(lines) + " lines", std::to_string(tiles.shape[0]));
+  }
+}
+
+// A gradient of keys or values. Where the table is given the sums are in registers, and come rounded.
+void check_summed(const char* op, const char* argument, const TensorView& grad,
+                  const AttentionBackward& args) {
+  const Check check(op, argument, grad);
+  check.cpu_or_cuda().same_shape(args.k, "k").last_contiguous();
+  if (!args.tiles.given() || grad.dtype != args.q.dtype) check.dtype({DType::f32});
+}
+
+template <class Args>
+std::int64_t lines_over_queries(const Args& args) {
+  return lines_of_table(args.q.shape[0], args.prefix.shape[0]);
+}
+
 }  // namespace
 
-void check(const AttentionForward& args) { check_inputs("attention_forward", args); }
+void check(const AttentionForward& args) {
+  check_inputs("attention_forward", args);
+  check_table("attention_forward", args.tiles, lines_over_queries(args));
+}
 
 void check(const AttentionBackward& args) {
   const char* op = "attention_backward";
@@ -108,16 +132,15 @@ void check(const AttentionBackward& args) {
   check_query_rows(op, "grad_out", args.grad_out, args.q);
   check_query_rows(op, "grad_q", args.grad_q, args.q);
   check_query_rows(op, "grad_gate", args.grad_gate, args.q);
-  Check(op, "grad_k", args.grad_k)
-      .cpu_or_cuda()
-      .dtype({DType::f32})
-      .same_shape(args.k, "k")
-      .last_contiguous();
-  Check(op, "grad_v", args.grad_v)
-      .cpu_or_cuda()
-      .dtype({DType::f32})
-      .same_shape(args.k, "k")
-      .last_contiguous();
+  check_summed(op, "grad_k", args.grad_k, args);
+  check_summed(op, "grad_v", args.grad_v, args);
+  check_table(op, args.tiles,
+              lines_over_queries(args) + lines_of_table(args.k.shape[0], args.prefix.shape[0]));
+  if (args.ungated.given()) check_query_rows(op, "ungated", args.ungated, args.q);
+  if (!args.row_terms.given()) return;
+  Check(op, "row_terms", args.row_terms).cpu_or_cuda().rank(3).dtype({DType::f32}).contiguous();
+  Check(op, "row_terms", args.row_terms).size(0, 2, "2").size(1, args.q.shape[1], "H");
+  Check(op, "row_terms", args.row_terms).size(2, args.q.shape[0], "T");
 }
 #endif
 

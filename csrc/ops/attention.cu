@@ -1,11 +1,11 @@
 #include "ops/attention.h"
 
-#include "ops/attention_tiles.cuh"
+#include "ops/attention_mma.cuh"
 
 // A block holds a tile of queries of one head and visits the keys in tiles, the next one loading while this
-// one is multiplied; online softmax in registers; the gate is applied on the way out. Weights are rounded to
-// the inputs' dtype for the second GEMM, as the tensor cores take them; under xPos so are decayed queries
-// and keys. Keys and values are read once for each tile of queries.
+// one is multiplied; online softmax in registers; the gate is applied on the way out. Keys and values are read
+// once for each tile of queries. In bfloat16 weights are rounded for the second product, as the tensor cores
+// take them, and under xPos decayed queries and keys.
 
 namespace hrmcore::cuda {
 namespace {
@@ -137,7 +137,167 @@ template <class T>
 constexpr int shared_bytes(int columns) {
   return 5 * tile_bytes<T>(block_rows<T>, columns) + tile_bytes<T>(block_rows<T>, block_rows<T>);
 }
-static_assert(shared_bytes<float>(128) <= most_shared_bytes && shared_bytes<bf16>(128) <= most_shared_bytes);
+static_assert(shared_bytes<float>(128) <= most_shared_bytes);
+
+// ---- bfloat16
+
+// The online softmax of a thread's two rows: sums of weights, and of weights times values, both of the weights
+// 2^(score - base), scores in units of log 2.
+template <int columns>
+struct Attended {
+  float sums[columns / 8][4] = {};
+  float base[2] = {lowest_base, lowest_base}, total[2] = {};
+
+  // Finite, so that a row that has seen nothing yet needs no case of its own: its weights are 2^-infinity.
+  static constexpr float lowest_base = -3e38f;
+  // Weights may be so many powers of two above 1 before the base follows the highest score: the sums are in
+  // float32, and bfloat16 is as exact there. So few tiles but the first rescale what was summed.
+  static constexpr float slack = 8;
+
+  // Turns raw scores into weights; `scale` comes with 1 / log 2 in it.
+  __device__ __forceinline__ void weigh(float (&s)[tile / 8][4], float scale) {
+    float highest[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      highest[r] = s[0][2 * r];
+#pragma unroll
+      for (int j = 0; j < tile / 8; ++j) highest[r] = fmaxf(highest[r], fmaxf(s[j][2 * r], s[j][2 * r + 1]));
+      highest[r] = max_of_row(highest[r]) * scale;
+    }
+    const bool rises = highest[0] > base[0] + slack || highest[1] > base[1] + slack;
+    if (__ballot_sync(0xffffffffu, rises) != 0) rebase(highest);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int j = 0; j < tile / 8; ++j) {
+#pragma unroll
+        for (int i = 2 * r; i < 2 * r + 2; ++i) {
+          s[j][i] = quick_exp2(s[j][i] * scale - base[r]);
+          total[r] += s[j][i];
+        }
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void rebase(const float (&highest)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float higher = fmaxf(base[r], highest[r]), rescale = quick_exp2(base[r] - higher);
+      base[r] = higher;
+      total[r] *= rescale;
+#pragma unroll
+      for (int j = 0; j < columns / 8; ++j) {
+        sums[j][2 * r] *= rescale;
+        sums[j][2 * r + 1] *= rescale;
+      }
+    }
+  }
+};
+
+template <int columns, bool wide, bool xpos>
+__global__ void __launch_bounds__(mma_threads, resident_blocks) forward_mma(AttentionForward args) {
+  constexpr int tile_size = tile * row_length<bf16>(columns);
+  const Sequence sequence =
+      sequence_of_line(args.tiles.as<std::int32_t>() + blockIdx.x * line_ints, static_cast<int>(args.window));
+  if (sequence.index < 0) return;
+  // two stages of keys and values; the queries pass through the second on their way to registers
+  const SharedArray<bf16> keys = shared_array<bf16>(0), values = keys + 2 * tile_size,
+                          queries = keys + tile_size;
+  const int own = 16 * warp_id(), rows = min(sequence.queries - sequence.first_row, tile);
+  const int position = sequence.position(sequence.first_row);
+  const std::int64_t first_row = sequence.first_query + sequence.first_row;
+  const float scale = log2_e * quick_reciprocal_root(static_cast<float>(args.q.shape[2]));
+
+  Attended<columns> attended;
+  const int sides = count_of_sides(xpos, sequence.prefix > position + 1);
+#pragma unroll 1
+  for (int visit = 0; visit < (xpos ? sides : 1); ++visit) {
+    const Side side = side_of_visit(xpos, visit);
+    const Span span = sequence.keys_of_block(rows, side, tile);
+    const Edge edge = edge_of_block(position, tile, side == Side::after ? 1 : -1);
+    RowLoader<columns, wide>(args.q, first_row).load(queries, rows);
+    commit_copies();
+    RowLoader<columns, wide> key_rows(args.k, sequence.first_key + span.begin);
+    RowLoader<columns, wide> value_rows(args.v, sequence.first_key + span.begin);
+    key_rows.load(keys, sequence.keys - span.begin);
+    value_rows.load(values, sequence.keys - span.begin);
+    commit_copies();
+    wait_for_copies<1>();
+    __syncthreads();
+    if (xpos) {
+      decay_tile<bf16, columns>(queries, args.log_decay, position, edge, true);
+      __syncthreads();
+    }
+    std::uint32_t q[columns / 16][4];
+    load_fragments<columns>(q, queries + own * row_length<bf16>(columns));
+
+    Span seen[2];
+    for (int r = 0; r < 2; ++r) {
+      const int query = sequence.first_row + min(own + lane_id() / 4 + 8 * r, rows - 1);
+      seen[r] = {sequence.low(query, side), sequence.high(query, side)};
+    }
+    const Span seen_by_all{sequence.low(sequence.first_row + rows - 1, side),
+                           sequence.high(sequence.first_row, side)};
+#pragma unroll 1
+    for (int key = span.begin, stage = 0; key < span.end; key += tile, stage ^= tile_size) {
+      wait_for_copies<0>();
+      __syncthreads();  // the tile is there, and nobody reads the other stage any more
+      if (const int next = key + tile; next < span.end) {
+        key_rows.load(keys + (stage ^ tile_size), sequence.keys - next);
+        value_rows.load(values + (stage ^ tile_size), sequence.keys - next);
+        commit_copies();
+      }
+      if (xpos) {
+        decay_tile<bf16, columns>(keys + stage, args.log_decay, key, edge, false);
+        __syncthreads();
+      }
+      float s[tile / 8][4] = {};
+      multiply_transposed<columns>(s, q, keys + stage);
+      if (key < seen_by_all.begin || key + tile > seen_by_all.end) hide_unseen(s, seen, key);
+      attended.weigh(s, scale);
+      std::uint32_t weights[tile / 16][4];
+      pack_fragments(weights, s);
+      multiply_rows<columns>(attended.sums, weights, values + stage);
+    }
+    wait_for_copies<0>();
+    __syncthreads();
+  }
+
+  float inverse[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float total = sum_of_row(attended.total[r]);
+    const int row = own + lane_id() / 4 + 8 * r;
+    inverse[r] = quick_reciprocal(total);
+    if (lane_id() % 4 == 0 && row < rows) {
+      const float lse = attended.base[r] * log_2 + quick_log(total);
+      store<1>(args.lse.as<float>() + (first_row + row) * args.lse.strides[0] + blockIdx.y, {{lse}});
+    }
+  }
+  constexpr int piece = wide ? widest<bf16> : 1;
+  for_each_piece<columns, wide>(attended.sums, inverse, rows - own, static_cast<int>(args.q.shape[2]),
+                                [&](int row, int column, Floats<piece> numbers) {
+                                  const std::int64_t at = first_row + own + row;
+                                  const Floats<piece> gate =
+                                      load<piece>(head_row<bf16>(args.gate, at) + column);
+#pragma unroll
+                                  for (int i = 0; i < piece; ++i) numbers[i] *= quick_sigmoid(gate[i]);
+                                  store<piece>(head_row<bf16>(args.out, at) + column, numbers);
+                                });
+}
+
+constexpr int mma_shared_bytes(int columns) { return 4 * tile_bytes<bf16>(tile, columns); }
+static_assert(mma_shared_bytes(128) <= most_shared_bytes && sums_bytes<128> <= mma_shared_bytes(128));
+
+const char* launch_mma(const AttentionForward& args, bool wide, void* stream) {
+  if (!args.tiles.given()) return "bfloat16 on CUDA needs `tiles`";
+  if (const char* error = launch_fill_table(args, false, stream)) return error;
+  return with_columns(args.q, wide, args.log_decay.given(), [&](auto columns, auto wideness, auto xpos) {
+    const LaunchShape shape{grid_of_table(args.q, args.prefix), mma_threads, mma_shared_bytes(columns())};
+    return launch(forward_mma<columns(), wideness(), xpos()>, shape, args, stream);
+  });
+}
 
 }  // namespace
 }  // namespace hrmcore::cuda
@@ -146,9 +306,10 @@ HRMCORE_DEVICE_KERNEL(attention_forward, hrmcore::AttentionForward) {
   using namespace hrmcore::cuda;
   if (const char* reason = unsupported_reason(args)) return reason;
   const bool wide = rows_are_wide({&args.q, &args.k, &args.v, &args.gate, &args.out});
-  return with_tiles(args.q, wide, [&](auto element, auto columns, auto wideness) {
-    using T = decltype(element);
-    const LaunchShape shape{grid_for<T>(args.q, args.prefix), block_threads<T>, shared_bytes<T>(columns())};
-    return launch(forward<T, columns(), wideness()>, shape, args, stream);
+  if (args.q.dtype == hrmcore::DType::bf16) return launch_mma(args, wide, stream);
+  return with_tiles(args.q, wide, [&](auto columns, auto wideness) {
+    const LaunchShape shape{grid_for<float>(args.q, args.prefix), block_threads<float>,
+                            shared_bytes<float>(columns())};
+    return launch(forward<float, columns(), wideness()>, shape, args, stream);
   });
 }

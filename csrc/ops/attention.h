@@ -41,17 +41,29 @@ struct AttentionForward {
   TensorView lse;          // (T, H) float32, written
   TensorView log_decay;    // (d / 2) float32 in [-0.5, 0], or none
   std::int64_t window;     // a multiple of 64; 0 is none
+  TensorView tiles;        // (N, 8) int32, overwritten; bfloat16 on CUDA only. N: see lines_of_table
 };
 
 struct AttentionBackward {
   TensorView q, k, v, gate, offsets, key_offsets, prefix, out, lse;  // as in the forward
   TensorView grad_out;                                               // (T, H, d)
   TensorView grad_q;                                                 // (T, H, d), written
-  TensorView grad_k, grad_v;  // (Tk, H, d), written; always float32, since they are summed in place
-  TensorView grad_gate;       // (T, H, d), written
-  TensorView log_decay;       // as in the forward
+  TensorView grad_k,
+      grad_v;            // (Tk, H, d), written; float32, since the CPU sums in place; on CUDA also q's dtype
+  TensorView grad_gate;  // (T, H, d), written
+  TensorView log_decay;  // as in the forward
   std::int64_t window;
+  // What bfloat16 on CUDA writes for itself; None elsewhere.
+  TensorView tiles;      // (N, 8) int32: a table over queries, then one over keys
+  TensorView ungated;    // (T, H, d): grad_out * sigmoid(gate); may be grad_out itself
+  TensorView row_terms;  // (2, H, T) float32: lse / log 2, then delta
 };
+
+// Tiles of 64 rows, and the lines that a table of them needs for any lengths of S sequences.
+constexpr std::int64_t tile_rows = 64, line_ints = 8;
+constexpr std::int64_t lines_of_table(std::int64_t rows, std::int64_t sequences) {
+  return rows / tile_rows + sequences;
+}
 
 void check(const AttentionForward& args);
 void check(const AttentionBackward& args);

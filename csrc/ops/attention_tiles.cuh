@@ -1,5 +1,5 @@
-// What the attention kernels share: sequences and what their rows see, tiles in shared memory, xPos, and the
-// product of a warp's 16 rows with a tile.
+// What the attention kernels share: sequences and what their rows see, tiles in shared memory, xPos, and, for
+// those of float32, the product of a warp's 16 rows with a tile (bfloat16: attention_mma.cuh).
 //
 // xPos decays channel c of a score by exp(log_decay_c * distance). A block's own rows are decayed by their
 // distance to the edge of the block that faces the rows it visits, and those by the rest, so no factor grows
@@ -72,17 +72,20 @@ struct Sequence {
   __device__ Span keys_of_block(int rows, Side side, int tile) const {
     return {low(first_row, side) / tile * tile, high(first_row + rows - 1, side)};
   }
-  // The queries that see any key of a block of keys on that side of them.
-  __device__ Span queries_of_block(int rows, Side side) const {
-    const int earliest = position(0), last_key = first_row + rows - 1;
+  // The queries that see any of the keys from `key` up to `last_key` on that side of them.
+  __device__ Span queries_of_keys(int key, int last_key, Side side) const {
+    const int earliest = position(0);
     Span span{0, queries};
-    if (first_row >= prefix || side == Side::before) span.begin = max(first_row - earliest, 0);
+    if (key >= prefix || side == Side::before) span.begin = max(key - earliest, 0);
     if (side == Side::after) span.end = min(span.end, last_key - earliest);
     if (window > 0) {
-      span.begin = max(span.begin, (first_row / window - 1) * window - earliest);
+      span.begin = max(span.begin, (key / window - 1) * window - earliest);
       span.end = min(span.end, (last_key / window + 2) * window - earliest);
     }
     return span;
+  }
+  __device__ Span queries_of_block(int rows, Side side) const {
+    return queries_of_keys(first_row, first_row + rows - 1, side);
   }
 };
 
@@ -225,27 +228,6 @@ __device__ __forceinline__ void decay_fragments(float (&c)[columns / 8][4], cons
 // c (16 x n) += A B: A is 16 rows of `depth`, B a tile stored by its columns (n rows of depth) or, with
 // `rows_are_depth`, by its rows (depth rows of n).
 template <int n, int depth, bool rows_are_depth, int a_length, int b_length>
-__device__ __forceinline__ void multiply(float (&c)[n / 8][4], SharedArray<bf16> a, SharedArray<bf16> b) {
-  const int lane = lane_id();
-#pragma unroll 2  // more would fetch fragments ahead into registers that the sums need
-  for (int k = 0; k < depth; k += 16) {
-    std::uint32_t left[4];
-    ldmatrix<false>(left, (a + (lane % 16 * a_length + k + lane / 16 * 8)).data);
-#pragma unroll
-    for (int j = 0; j < n; j += 16) {
-      std::uint32_t right[4];
-      if constexpr (rows_are_depth) {
-        ldmatrix<true>(right, (b + ((k + lane % 16) * b_length + j + lane / 16 * 8)).data);
-      } else {
-        ldmatrix<false>(right, (b + ((j + lane / 16 * 8 + lane % 8) * b_length + k + lane / 8 % 2 * 8)).data);
-      }
-      mma_bf16(c[j / 8], left, {right[0], right[1]});
-      mma_bf16(c[j / 8 + 1], left, {right[2], right[3]});
-    }
-  }
-}
-
-template <int n, int depth, bool rows_are_depth, int a_length, int b_length>
 __device__ __forceinline__ void multiply(float (&c)[n / 8][4], SharedArray<float> a, SharedArray<float> b) {
   const int g = lane_id() / 4, h = lane_id() % 4;
 #pragma unroll 4
@@ -314,19 +296,16 @@ const char* unsupported_reason(const Args& args) {
   return nullptr;
 }
 
-// f(an element, the constant number of columns that holds head_dim, whether accesses are 16 bytes wide).
+// f(the constant number of columns that holds head_dim, whether accesses are 16 bytes wide).
 template <class F>
 const char* with_tiles(const TensorView& q, bool wide, const F& f) {
-  const auto with_width = [&](auto element, auto wideness) {
+  const auto with_width = [&](auto wideness) {
     const std::int64_t d = q.shape[2];
-    if (d <= 32) return f(element, std::integral_constant<int, 32>(), wideness);
-    if (d <= 64) return f(element, std::integral_constant<int, 64>(), wideness);
-    return f(element, std::integral_constant<int, 128>(), wideness);
+    if (d <= 32) return f(std::integral_constant<int, 32>(), wideness);
+    if (d <= 64) return f(std::integral_constant<int, 64>(), wideness);
+    return f(std::integral_constant<int, 128>(), wideness);
   };
-  if (q.dtype == DType::bf16) {
-    return wide ? with_width(bf16{}, std::true_type()) : with_width(bf16{}, std::false_type());
-  }
-  return wide ? with_width(float{}, std::true_type()) : with_width(float{}, std::false_type());
+  return wide ? with_width(std::true_type()) : with_width(std::false_type());
 }
 
 // Enough blocks for every tile of every sequence, over queries or keys; some find nothing to do.

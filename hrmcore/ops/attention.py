@@ -110,28 +110,59 @@ def launch_forward(operands: Operands, mask: PackedMask) -> tuple[Tensor, Tensor
     q = operands[0]
     results = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
     exported = map(to_dlpack, (*operands, *_offsets(mask), *results))
-    _C.attention_forward(*exported, *_form(mask), stream_of(q))
+    _C.attention_forward(*exported, *_form(mask), *forward_workspace(operands, mask), stream_of(q))
     return results
 
 
 def launch_backward(
-    operands: Operands, mask: PackedMask, results: tuple[Tensor, Tensor], grad_out: Tensor, grads: Operands
+    operands: Operands,
+    mask: PackedMask,
+    results: tuple[Tensor, Tensor],
+    grad_out: Tensor,
+    grads: Operands,
+    overwrite: bool = False,
 ) -> None:
     """Run the backward kernel, given what `launch_forward` returned; writes the gradients of the operands to `grads`.
 
-    The kernel sums the gradients of keys and values in float32, in place.
+    With `overwrite` grad_out is lost. The CPU sums the gradients of keys and values in float32, in place.
     """
-    q = operands[0]
     grad_q, grad_k, grad_v, grad_gate = grads
+    grad_out = grad_out.contiguous()
+    workspace = backward_workspace(operands, mask, grad_out if overwrite else None)
     sums = grad_k, grad_v
-    if grad_k.dtype != torch.float32:
+    if grad_k.dtype != torch.float32 and workspace[0] is None:
         sums = grad_k.new_empty(grad_k.shape, dtype=torch.float32), grad_v.new_empty(grad_v.shape, dtype=torch.float32)
-    inputs = *operands, *_offsets(mask), *results, grad_out.contiguous()
+    inputs = *operands, *_offsets(mask), *results, grad_out
     exported = map(to_dlpack, (*inputs, grad_q, *sums, grad_gate))
-    _C.attention_backward(*exported, *_form(mask), stream_of(q))
-    if grad_k.dtype != torch.float32:
+    _C.attention_backward(*exported, *_form(mask), *workspace, stream_of(grad_q))
+    if sums[0] is not grad_k:
         grad_k.copy_(sums[0])
         grad_v.copy_(sums[1])
+
+
+def forward_workspace(operands: Operands, mask: PackedMask) -> tuple[Any]:
+    """What the forward kernel of CUDA writes for itself in bfloat16; None for others."""
+    q = operands[0]
+    return (to_dlpack(_table(mask, len(q))) if _needs_workspace(q) else None,)
+
+
+def backward_workspace(operands: Operands, mask: PackedMask, ungated: Tensor | None = None) -> tuple[Any, Any, Any]:
+    """The same of the backward kernels: a table of tiles, dO (T, H, d), and two numbers a row and head."""
+    q, k = operands[:2]
+    if not _needs_workspace(q):
+        return None, None, None
+    ungated = q.new_empty(q.shape) if ungated is None else ungated
+    row_terms = q.new_empty((2, q.shape[1], q.shape[0]), dtype=torch.float32)
+    return to_dlpack(_table(mask, len(q), len(k))), to_dlpack(ungated), to_dlpack(row_terms)
+
+
+def _needs_workspace(q: Tensor) -> bool:
+    return q.dtype == torch.bfloat16 and (q.is_cuda or _C.emulating_cuda())
+
+
+def _table(mask: PackedMask, *rows: int) -> Tensor:
+    """(N, 8) int32: a line for each tile of 64 rows that S sequences of any lengths can have."""
+    return mask.offsets.new_empty((sum(count // 64 + len(mask.prefix) for count in rows), 8))
 
 
 def _offsets(mask: PackedMask) -> tuple[Tensor, Tensor, Tensor]:

@@ -145,7 +145,7 @@ def _attention_sublayer_backward(
     grad_gqkv = torch.empty_like(gqkv)
     grad_gate, grad_q, grad_k, grad_v = _split(grad_gqkv)
     mask, grads = PackedMask(offsets, prefix, None, log_decay, window), (grad_q, grad_k, grad_v, grad_gate)
-    launch_backward((q, k, v, gate), mask, (attended, lse), grad_attended.view(q.shape), grads)
+    launch_backward((q, k, v, gate), mask, (attended, lse), grad_attended.view(q.shape), grads, overwrite=True)
     del grad_attended
     _C.rope(*map(to_dlpack, (grad_q, grad_k, table, positions, grad_q, grad_k)), True, stream_of(q))
     return *_gemm_backward(grad_gqkv.flatten(1), _norm(stream, eps), gqkv_weight), grad_o_weight

@@ -5,17 +5,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.oracle import call, relative_error
+from support.emulator import emulated_cuda
+from support.oracle import bound, call, listed, relative_error
 from torch.nn.functional import scaled_dot_product_attention
 
 from hrmcore import _C
-from hrmcore.ops.attention import PackedMask, _attention, _attention_backward, attention, attention_ref, cases
+from hrmcore.ops.attention import (
+    PackedMask,
+    _attention,
+    _attention_backward,
+    _seen,
+    attention,
+    attention_ref,
+    backward_workspace,
+    cases,
+    launch_backward,
+)
 
 pytestmark = pytest.mark.native
 
 FLOAT32_BOUND = 1e-6
 OPERANDS = ("q", "k", "v", "gate")
-INDICES = range(len(list(cases())))
 
 
 def ints(*values):
@@ -24,6 +34,31 @@ def ints(*values):
 
 def grad_out_of(q):
     return torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(q.dtype)
+
+
+def gradient_bound(grad, dtype):
+    """bfloat16: the output that the backward starts from is rounded already, and so is the gradient.
+
+    With a handful of keys the gradients of q and k are what is left when nearly equal terms cancel.
+    """
+    if dtype == torch.float32:
+        return FLOAT32_BOUND
+    return 2.0**-7 if len(grad) < 10 else 2.0**-8
+
+
+def gradient_error(grad, expected, grad_out):
+    """A token that sees nothing but itself gives q and k no gradient: what rounding leaves is measured by grad_out."""
+    if expected.any():
+        return relative_error(grad, expected)
+    return (grad.double().norm() / grad_out.double().norm()).item()
+
+
+def shortened(emulated, case):
+    """The one long sequence of the real shape, cut for the emulator to three tiles of one head: it takes seconds."""
+    if not emulated or len(case["mask"].prefix) > 1 or len(case["q"]) <= 130:
+        return case
+    rows = {name: case[name][:130, :1] for name in OPERANDS}
+    return case | rows | {"mask": replace(case["mask"], offsets=ints(0, 130))}
 
 
 def refused_on_cuda(backend, case):
@@ -37,6 +72,11 @@ def refused_on_cuda(backend, case):
 
 def operands_of(case):
     return [case[name] for name in OPERANDS]
+
+
+def packing(case):
+    mask = case["mask"]
+    return mask.offsets, mask.offsets if mask.key_offsets is None else mask.key_offsets, mask.prefix
 
 
 def forward(case):
@@ -55,6 +95,79 @@ def random_case(lengths, prefix, cached=None, heads=2, head_dim=8, seed=0):
     rows = {"q": offsets, "k": key_offsets, "v": key_offsets, "gate": offsets}
     operands = {name: torch.randn(int(o[-1]), heads, head_dim, generator=generator) for name, o in rows.items()}
     return operands | {"mask": PackedMask(offsets.int(), ints(*prefix), key_offsets.int())}
+
+
+def check_rounded_on_cuda(case, few_keys=False):
+    """The op in bfloat16 on CUDA, gradients too, on rows that are made of whole 16-byte pieces."""
+    leaves = {name: case[name].double().requires_grad_() for name in OPERANDS}
+    grad_out = grad_out_of(case["q"])
+    expected = attention_ref(**(case | leaves))
+    expected_grads = torch.autograd.grad(expected, list(leaves.values()), grad_out.double())
+    with emulated_cuda():
+        out, lse = forward(case)
+        grads = backward(case, out, lse, grad_out)
+    assert relative_error(out, expected.detach()) <= 1.5 * bound(out, FLOAT32_BOUND)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert grad.dtype == torch.bfloat16
+        allowed = gradient_bound(grad[:1] if few_keys else grad, torch.bfloat16)
+        assert gradient_error(grad, expected_grad, grad_out) <= 1.5 * allowed
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("index", [0, 2, 4, 5, 6, 7, 8, 10])
+def test_wide_rows_on_cuda(index):
+    check_rounded_on_cuda(shortened(True, listed(cases, torch.bfloat16)[index]))
+
+
+@pytest.mark.emulated
+def test_more_sequences_than_threads_fill_the_table():
+    lengths = [i % 3 for i in range(600)]
+    case = random_case(lengths, [0] * 600, heads=1)
+    check_rounded_on_cuda(case | {name: case[name].bfloat16() for name in OPERANDS}, few_keys=True)
+
+
+@pytest.mark.emulated
+def test_scores_that_rise_and_fall_on_cuda():
+    """The softmax's base follows the highest score in steps: up by much, by little, and not at all."""
+    case = random_case([250, 250], [0, 250], heads=1, head_dim=64)
+    case["q"] = case["q"] * 0.1 + 1
+    ramp = torch.linspace(0, 3, 250)
+    case["k"] = case["k"] * 0.1 + torch.cat([ramp, ramp.flip(0)])[:, None, None]
+    case |= {name: case[name].bfloat16() for name in OPERANDS}
+    with emulated_cuda():
+        out, lse = forward(case)
+    exact = case | {name: case[name].double() for name in OPERANDS}
+    assert relative_error(out, attention_ref(**exact)) <= 1.5 * bound(out, FLOAT32_BOUND)
+    scores = torch.einsum("ihd,jhd->hij", exact["q"][250:], exact["k"][250:]) / 8
+    assert relative_error(lse[250:], scores.logsumexp(-1).T) <= FLOAT32_BOUND
+
+
+@pytest.mark.emulated
+def test_table_has_every_tile_once_and_the_heaviest_first():
+    lengths, prefix, cached = [200, 0, 65, 64, 500], [10, 0, 65, 0, 128], [0, 5, 300, 0, 0]
+    case = random_case(lengths, prefix, cached, heads=1)
+    case |= {name: case[name].bfloat16() for name in OPERANDS}
+    with emulated_cuda():
+        queries = torch.full((len(case["q"]) // 64 + len(lengths), 8), 9, dtype=torch.int32)
+        both = torch.full((len(queries) + len(case["k"]) // 64 + len(lengths), 8), 9, dtype=torch.int32)
+        out, lse = torch.empty_like(case["q"]), torch.empty(case["q"].shape[:2])
+        call(_C.attention_forward, *operands_of(case), *packing(case), out, lse, None, 0, queries)
+        grads = [torch.empty_like(case[name]) for name in ("q", "k", "v", "gate")]
+        _, *workspace = backward_workspace(tuple(operands_of(case)), case["mask"])
+        inputs = *operands_of(case), *packing(case), out, lse, out, *grads, None, 0, both, *workspace
+        call(_C.attention_backward, *inputs)
+    assert sorted(queries.tolist()) == sorted(both[: len(queries)].tolist())
+    for table, over_keys in ((queries, False), (both[len(queries) :], True)):
+        used = [line for line in table.tolist() if line[0] >= 0]
+        rows = [length + more * over_keys for length, more in zip(lengths, cached, strict=True)]
+        assert sorted(line[:2] for line in used) == [[s, r] for s, n in enumerate(rows) for r in range(0, n, 64)]
+        assert [line[0] for line in table.tolist()[len(used) :]] == [-1] * (len(table) - len(used))
+        visits = []
+        for s, first, query_count, key_count, *_ in used:
+            seen = _seen(query_count, key_count, prefix[s])
+            others = (seen[:, first : first + 64].any(1) if over_keys else seen[first : first + 64].any(0)).nonzero()
+            visits.append((int(others.max() - others.min()) // 64 + 1) if len(others) else 0)
+        assert visits == sorted(visits, reverse=True)
 
 
 @pytest.mark.parametrize("head_dim", range(8, 257, 8))
@@ -224,4 +337,17 @@ def test_bad_backward_operand(position, wrong, message):
     operands = [Q, Q, Q, Q, INTS, INTS, ints(0, 0), Q, torch.ones(5, 2), Q, *torch.empty(4, 5, 2, 8)]
     operands[position] = wrong
     with pytest.raises(ValueError, match=re.escape(message)):
-        call(_C.attention_backward, *operands, None, 0)
+        call(_C.attention_backward, *operands, None, 0, None, None, None)
+
+
+@pytest.mark.emulated
+def test_backward_may_overwrite_the_gradient_on_cuda():
+    case = listed(cases, torch.bfloat16)[8]
+    operands, grad_out = tuple(operands_of(case)), grad_out_of(case["q"])
+    with emulated_cuda():
+        results = forward(case)
+        kept, overwritten = ([torch.empty_like(x) for x in operands] for _ in range(2))
+        launch_backward(operands, case["mask"], results, grad_out, tuple(kept))
+        assert torch.equal(grad_out, grad_out_of(case["q"]))
+        launch_backward(operands, case["mask"], results, grad_out, tuple(overwritten), overwrite=True)
+    assert all(torch.equal(a, b) for a, b in zip(kept, overwritten, strict=True))

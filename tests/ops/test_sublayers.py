@@ -64,9 +64,10 @@ def test_outputs_and_gradients(position_encoding, used):
         assert (a is None or not a.any()) if b is None else relative_error(a.detach(), b.detach()) <= 2e-6
 
 
-def test_float32_weights_under_bfloat16_streams():
+@pytest.mark.parametrize("position_encoding", ["rope", "xpos"])
+def test_float32_weights_under_bfloat16_streams(processor, position_encoding):
     """Autocast's case: the products are in bfloat16, the weights' gradients come back in float32."""
-    block, x, residual, context = block_and_streams(torch.bfloat16)
+    block, x, residual, context = block_and_streams(torch.bfloat16, position_encoding)
     ours = outputs_and_gradients(block, x, residual, context, "both")
     with reference_ops():
         theirs = outputs_and_gradients(block.double(), x.double(), residual.double(), in_float64(context), "both")

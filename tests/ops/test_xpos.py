@@ -13,7 +13,16 @@ from support.emulator import emulated_cuda, same_bits_for_every_schedule
 from support.oracle import DTYPES, bound, call, framed, listed, only_inside_written, poisoned, relative_error, same_bits
 
 from hrmcore import _C
-from hrmcore.ops.attention import PackedMask, _attention, _attention_backward, attention, attention_ref, cases
+from hrmcore.ops.attention import (
+    PackedMask,
+    _attention,
+    _attention_backward,
+    attention,
+    attention_ref,
+    backward_workspace,
+    cases,
+    forward_workspace,
+)
 from hrmcore.ops.backend import reference_ops
 from hrmcore.ops.rope import rope, rope_table, xpos_log_decay
 
@@ -72,7 +81,8 @@ def check_kernels(dtype, form, index, roundings=1.0):
     tail = (case["mask"].log_decay, case["mask"].window)
     out, lse = poisoned(*case["q"].shape, dtype=dtype), poisoned(*case["q"].shape[:2], dtype=torch.float32)
     q, k, v, gate = (framed(case[name]) for name in OPERANDS)
-    call(_C.attention_forward, q, k, v, gate, *packing(case), out, lse, *tail)
+    workspace = forward_workspace((q, k, v, gate), case["mask"])
+    call(_C.attention_forward, q, k, v, gate, *packing(case), out, lse, *tail, *workspace)
     assert only_inside_written(out)
     assert only_inside_written(lse)
     expected_out, expected_grads = reference(dtype, index, form)
@@ -82,7 +92,8 @@ def check_kernels(dtype, form, index, roundings=1.0):
     grad_k, grad_v = poisoned(*k.shape, dtype=torch.float32), poisoned(*k.shape, dtype=torch.float32)
     grads = grad_q, grad_k, grad_v, grad_gate
     grad_out = framed(grad_out_of(q))
-    call(_C.attention_backward, q, k, v, gate, *packing(case), out, lse, grad_out, *grads, *tail)
+    workspace = backward_workspace((q, k, v, gate), case["mask"])
+    call(_C.attention_backward, q, k, v, gate, *packing(case), out, lse, grad_out, *grads, *tail, *workspace)
     for grad, expected in zip(grads, expected_grads, strict=True):
         assert only_inside_written(grad)
         assert close(grad, expected, dtype, roundings)
@@ -108,6 +119,21 @@ def test_kernels_on_cuda(dtype, form, index):
     """
     with emulated_cuda():
         check_kernels(dtype, form, index, 1 if dtype == torch.float32 else 1.5 if form[0] is None else 2)
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize(("form", "index"), [(FORMS[0], 6), (FORMS[1], 7), (FORMS[2], 8), (FORMS[3], 9), (FORMS[0], 4)])
+def test_wide_rows_on_cuda(form, index):
+    """bfloat16, rows made of whole 16-byte pieces: the gradients come rounded."""
+    case = with_form(listed(cases, torch.bfloat16)[index], form)
+    expected_out, expected_grads = reference(torch.bfloat16, index, form)
+    grad_out = grad_out_of(case["q"])
+    with emulated_cuda():
+        out, lse = _attention(*operands_of(case), *case["mask"].flat)
+        grads = _attention_backward(*operands_of(case), out, lse, grad_out, *case["mask"].flat)
+    assert relative_error(out, expected_out) <= 2 * bound(out, FLOAT32_BOUND)
+    for grad, expected in zip(grads, expected_grads, strict=True):
+        assert close(grad, expected, torch.bfloat16, 2)
 
 
 def random_case(lengths, prefix, cached=None, heads=2, head_dim=8, seed=0):
