@@ -13,7 +13,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -249,7 +249,7 @@ async def _complete(service: Service, request: Request, chat: bool) -> Response:
     if asked.stream:
         return _Events(_events(service, asked, answers, writer, started), answers)
     try:
-        texts = await _unless_gone(request, asyncio.gather(*(_join(service, a, started) for a in answers)))
+        texts = await _unless_gone(request, _all(answers, service, started))
     finally:
         close_all(answers)
     used = service.count(asked, answers, time.monotonic() - started)
@@ -308,23 +308,28 @@ async def _join(service: Service, answer: AsyncAnswer, started: float) -> str:
     return "".join(pieces)
 
 
-async def _unless_gone(request: Request, work: asyncio.Future[list[str]]) -> list[str]:
+async def _all(answers: Sequence[AsyncAnswer], service: Service, started: float) -> list[str]:
+    return await asyncio.gather(*(_join(service, answer, started) for answer in answers))
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, list[str]]) -> list[str]:
     """Await work, unless the client leaves first; then raise ClientDisconnect."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    watch = asyncio.ensure_future(gone())
+    tasks: list[asyncio.Task[Any]] = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
     try:
-        waited: set[asyncio.Future[Any]] = {work, watch}
-        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
-            return work.result()
-        raise ClientDisconnect
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise ClientDisconnect
+        texts: list[str] = tasks[0].result()
+        return texts
     finally:
-        watch.cancel()
-        work.cancel()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class _Events(StreamingResponse):
@@ -358,6 +363,7 @@ async def _events(
                 fresh.discard(index)
                 service.metrics.first_token.add(time.monotonic() - started)
             yield _event(writer.piece(index, piece))
+            await asyncio.sleep(0)  # the loop may learn that the client has gone, however many pieces are there
     except Exception as error:
         yield _event(refusal(error).body)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import http.client
 import json
 import os
@@ -220,7 +221,7 @@ def test_metrics_count(engine: Engine) -> None:
 
 
 @pytest.mark.slow
-def test_sixteen_callers_of_whom_a_third_hang_up(engine: Engine) -> None:
+def test_sixteen_callers_of_whom_a_third_hang_up(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     questions = [f"what is {number} plus {number}?" for number in range(10)]
     alone = engine.generate(questions, max_new_tokens=16)
     until = time.monotonic() + 10
@@ -253,6 +254,8 @@ def test_sixteen_callers_of_whom_a_third_hang_up(engine: Engine) -> None:
         assert min(done) > 10
         served.settle()
         assert engine.open_requests == 0
+    gc.collect()
+    assert not caplog.records  # such as an exception that was never retrieved
 
 
 def hang_up(served: Served, fields: dict[str, Any], seconds: float) -> None:
