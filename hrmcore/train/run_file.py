@@ -143,6 +143,11 @@ class TrainConfig:
     check_records: int = _key(
         "validation and logging", "validation records of which greedy answers are checked as well; 0: none", 64
     )
+    sample_answers: int = _key(
+        "validation and logging",
+        "validation records whose greedy answers are shown and kept in samples.jsonl at each validation; 0: none",
+        2,
+    )
     log: tuple[str, ...] = _key(
         "validation and logging", f"where figures go besides metrics.jsonl: {' and '.join(SINKS)} (offline)", ()
     )
@@ -152,7 +157,7 @@ class TrainConfig:
         self._follow_optimizer()
         for name in ("steps", "batch_tokens", "accumulate", "eval_every", "save_every", "keep"):
             self._hold(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup_steps", "keep_every", "check_records"):
+        for name in ("warmup_steps", "keep_every", "check_records", "sample_answers"):
             self._hold(name, getattr(self, name) >= 0, "at least 0")
         if self.curvature_every is not None:
             self._hold("curvature_every", self.curvature_every >= 1, "at least 1")
