@@ -88,9 +88,7 @@ def propose(
     say("measuring this machine's speed on these records")
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if load > 1.5 * cores:
-        say(
-            f"it is busy (load {load:.0f} on {cores} cores): what is proposed will be small; better wait until it is free"
-        )
+        say(f"it is busy (load {load:.0f} on {cores} cores): the proposal will be small; better wait until it is free")
     batch = _multiple(max(2048, longest))
     speeds = {kind: measured(middle, corpus, batch, kind, device, seconds) for kind in ("float32", "bfloat16")}
     precision = max(speeds, key=lambda kind: speeds[kind].tokens_per_second * (1.1 if kind == "float32" else 1.0))
