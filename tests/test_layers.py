@@ -56,7 +56,19 @@ NEVER_EAGER = {
 }
 FREE_OF_TORCH = [
     *("config", "tokenizer", "planner", "durable", "positions", "repl", "cli"),
-    *("chat", "data", "data.records", "data.files", "data.shapes", "data.packing", "data.store", "data.prepare"),
+    *(
+        "chat",
+        "data",
+        "data.records",
+        "data.files",
+        "data.shapes",
+        "data.split",
+        "data.show",
+        "data.puzzles",
+        "data.packing",
+        "data.store",
+        "data.prepare",
+    ),
     *("checkpoint", "checkpoint.hrm_text", "checkpoint.safetensors_reader"),
     *("growth", "train"),
     *("engine", "engine.engine", "engine.async_engine", "engine.runner", "engine.cpu_runner"),

@@ -22,22 +22,22 @@ class Metrics:
     def __init__(
         self, folder: Path, step: int, sinks: Sequence[str] = (), settings: Mapping[str, Any] | None = None
     ) -> None:
-        self._file = folder / "metrics.jsonl"
-        self._forget_after(step)
+        self._file, self._samples = folder / "metrics.jsonl", folder / "samples.jsonl"
+        for file in (self._file, self._samples):
+            _forget_after(file, step)
         self._sinks = [
             _tensorboard(folder, step) if sink == "tensorboard" else _wandb(folder, settings or {}) for sink in sinks
         ]
 
     def record(self, metrics: Mapping[str, float]) -> None:
         """Add the figures of one step, its number among them as `step`."""
-        try:
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(metrics) + "\n")
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise OSError(f"{self._file}: cannot be written ({reason}); the states are intact") from None
+        _append(self._file, [metrics])
         for log, _ in self._sinks:
             log({name: value for name, value in metrics.items() if name != "step"}, int(metrics["step"]))
+
+    def record_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Add answers of one validation to samples.jsonl, the number of the step among them as `step`."""
+        _append(self._samples, samples)
 
     def close(self) -> None:
         """Flush what the sinks still hold."""
@@ -45,15 +45,25 @@ class Metrics:
             close()
         self._sinks = []
 
-    def _forget_after(self, step: int) -> None:
-        if not self._file.exists():
-            return
-        lines = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        if kept != lines:
-            temporary = self._file.with_suffix(".tmp")
-            temporary.write_text("".join(kept), encoding="utf-8")
-            temporary.replace(self._file)
+
+def _append(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    try:
+        with file.open("a", encoding="utf-8") as opened:
+            opened.writelines(json.dumps(row) + "\n" for row in rows)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(f"{file}: cannot be written ({reason}); the states are intact") from None
+
+
+def _forget_after(file: Path, step: int) -> None:
+    if not file.exists():
+        return
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if kept != lines:
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(file)
 
 
 _Sink = tuple[Callable[[Mapping[str, float], int], None], Callable[[], Any]]  # log the figures of a step; close

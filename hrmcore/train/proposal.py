@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,6 +86,9 @@ def propose(
     models = [shape(width, layers, vocab_size, context) for width, layers in SIZES]
     middle = models[len(models) // 3]
     say("measuring this machine's speed on these records")
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > 1.5 * cores:
+        say(f"it is busy (load {load:.0f} on {cores} cores): the proposal will be small; better wait until it is free")
     batch = _multiple(max(2048, longest))
     speeds = {kind: measured(middle, corpus, batch, kind, device, seconds) for kind in ("float32", "bfloat16")}
     precision = max(speeds, key=lambda kind: speeds[kind].tokens_per_second * (1.1 if kind == "float32" else 1.0))
@@ -193,8 +197,8 @@ def run_file(proposal: Proposal, records: int, train: Path, heldout: Path | None
         *([f"heldout_files = [{_text(heldout)}]  # never trained on"] if heldout else []),
         f"out = {_text(out)}",
         "",
-        f"# Measured here: {speed.tokens_per_second:,.0f} tokens/s, so {p.steps} steps take about {_span(p.hours)} on",
-        f"# a machine without other work. They see {tokens:,.0f} tokens, each record {p.epochs:.1f} times.",
+        f"# Measured here: {speed.tokens_per_second:,.0f} tokens/s, so {p.steps} steps take about {_span(p.hours)}.",
+        f"# They see {tokens:,.0f} tokens, each record {p.epochs:.1f} times.",
         f"steps = {p.steps}",
         f"batch_tokens = {p.batch_tokens}",
         'optimizer = "adamw"',
@@ -206,7 +210,7 @@ def run_file(proposal: Proposal, records: int, train: Path, heldout: Path | None
         f"eval_every = {every}",
         f"save_every = {every}",
         "",
-        f"# {planner.parameters(model):,} parameters: {tokens / planner.parameters(model):.0f} tokens for each.",
+        f"# {planner.parameters(model):,} parameters: {tokens / planner.parameters(model):.2g} tokens for each.",
         "[model]",
         *(f"{key} = {values[key]}" for key in shape_keys),
         f"max_position_embeddings = {model.max_position_embeddings}  # tokens of the longest question with its answer",

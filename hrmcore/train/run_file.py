@@ -80,6 +80,7 @@ RANGES: dict[str, Range] = {
     "keep_every": Range(0, _STEPS, _COUNTED),
     "eval_every": Range(1, _STEPS, _COUNTED),
     "check_records": Range(0, (1 << 31) - 1, "no file has as many"),
+    "sample_answers": Range(0, (1 << 31) - 1, "no file has as many"),
 }
 
 
@@ -177,6 +178,11 @@ class TrainConfig:
     eval_every: int = _key("validation and logging", "steps between validations on heldout_files", 500)
     check_records: int = _key(
         "validation and logging", "validation records of which greedy answers are checked as well; 0: none", 64
+    )
+    sample_answers: int = _key(
+        "validation and logging",
+        "validation records whose greedy answers are shown and kept in samples.jsonl at each validation; 0: none",
+        2,
     )
     log: tuple[str, ...] = _key(
         "validation and logging", f"where figures go besides metrics.jsonl: {' and '.join(SINKS)} (offline)", ()

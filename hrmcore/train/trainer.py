@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -34,6 +35,8 @@ from hrmcore.train.metrics import Metrics
 from hrmcore.train.resume import Progress
 from hrmcore.train.run_file import TrainConfig, ema_decay, horizon, learning_rate
 from hrmcore.train.throughput import Throughput, growth_flops, memory_needed, supervised_of, tokens_of
+
+_SAMPLE_TOKENS = 48  # the most of an answer that is shown while a run goes on
 
 
 class Trainer:
@@ -143,6 +146,7 @@ class Trainer:
                 if due and (is_main or self._sharded):
                     self._heart.at(f"validation after step {self.step}")
                     metrics |= self.evaluate()
+                    self._show_answers()
                 if self._metrics is not None:
                     self._metrics.record(metrics)
                 bar.update()
@@ -180,6 +184,27 @@ class Trainer:
                 right = validation.exact_matches(self.model, self.validation, checked, batch_tokens)
                 found["heldout_exact"] = right
         return found
+
+    def _show_answers(self) -> None:
+        """A few held-out answers of the averaged weights, on the terminal and in samples.jsonl."""
+        count = self.config.sample_answers
+        if self.validation is None or not count:
+            return
+        corpus, eoa = self.validation, self.tokenizer.eoa
+        chosen = np.unique(np.linspace(0, len(corpus) - 1, count).astype(np.int64)).tolist()
+        with self._precision(), self._averaged():
+            answers = validation.greedy_answers(self.model, corpus, chosen, _SAMPLE_TOKENS, eoa)
+        samples = []
+        for record, answer in zip(chosen, answers, strict=True):
+            sequence = corpus.tokens[corpus.offsets[record] : corpus.offsets[record + 1]].tolist()
+            prefix = int(corpus.prefix[record])
+            parts = {"instruction": sequence[:prefix], "expected": sequence[prefix:], "answer": answer}
+            samples.append({"step": self.step} | {k: self.tokenizer.decode_answer(part) for k, part in parts.items()})
+        for sample in samples:
+            said, expected, asked = (_short(str(sample[key])) for key in ("answer", "expected", "instruction"))
+            self._say(f"step {self.step}: {asked} -> {said}" + ("" if said == expected else f" (expected {expected})"))
+        if self._metrics is not None:
+            self._metrics.record_samples(samples)
 
     # One step
 
@@ -445,6 +470,12 @@ def make_optimizer(config: TrainConfig, model: HRM) -> optim.Sophia | optim.Adam
         return optim.AdamW(parameters, **options)
     options["rho"] = config.rho
     return optim.Sophia(parameters, variant=config.optimizer[-1].upper(), **options)
+
+
+def _short(text: str) -> str:
+    """A text on one line, its middle left out where it is long."""
+    line = " ".join(text.split())
+    return line if len(line) <= 60 else f"{line[:28]} … {line[-28:]}"
 
 
 def _shown(metrics: Mapping[str, float]) -> str:

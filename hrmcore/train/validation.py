@@ -1,6 +1,8 @@
-"""How good a model is on validation records while it trains: loss, and the share of answers that are right."""
+"""How good a model is on validation records while it trains: loss, right answers, and a few answers to look at."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -36,3 +38,32 @@ def exact_matches(model: HRM, corpus: Corpus, count: int, batch_tokens: int) -> 
         sequences = torch.bucketize(wrong, batch.offsets[1:].long(), right=True)
         right += len(batch.records) - len(sequences.unique())
     return right / len(chosen)
+
+
+@torch.no_grad()
+def greedy_answers(model: HRM, corpus: Corpus, records: Sequence[int], most: int, eoa: int) -> list[list[int]]:
+    """Greedy answers to the instructions of some records, without eoa, each of at most `most` tokens.
+
+    Every token is a pass over whole sequences: right for a few records, and for no more.
+    """
+    prompts = [corpus.tokens[corpus.offsets[r] : corpus.offsets[r] + corpus.prefix[r]].tolist() for r in records]
+    answers: list[list[int]] = [[] for _ in records]
+    room = [min(most, model.config.max_position_embeddings - len(prompt)) for prompt in prompts]
+    unfinished = [number for number in range(len(records)) if room[number] > 0]
+    while unfinished:
+        sequences = [[*prompts[number], *answers[number], 0] for number in unfinished]  # the last is only a target
+        asked = Corpus(
+            np.concatenate(sequences),
+            np.cumsum([0, *map(len, sequences)]),
+            np.asarray([len(prompts[number]) for number in unfinished], dtype=np.int32),
+        )
+        found = model.greedy_tokens(pack(asked, range(len(unfinished)), BatchStream.MULTIPLE)).tolist()
+        end, going_on = -1, []
+        for number in unfinished:
+            end += len(answers[number]) + 1
+            if found[end] != eoa:
+                answers[number].append(found[end])
+                if len(answers[number]) < room[number]:
+                    going_on.append(number)
+        unfinished = going_on
+    return answers

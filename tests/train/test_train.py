@@ -698,7 +698,25 @@ def test_checked_answers_are_those_that_greedy_decoding_gets_right(run_file: Pat
     right = [answer == record["response"] for answer, record in zip(answers, records, strict=True)]
     assert 0 < sum(right) < len(right)
     assert found == sum(right) / len(right)
+    trainer.config = dataclasses.replace(trainer.config, sample_answers=len(records))
+    trainer._show_answers()
     trainer.close()
+    samples = [json.loads(line) for line in (trainer.out / "samples.jsonl").read_text().splitlines()]
+    assert [sample["answer"] for sample in samples] == answers
+    assert [sample["expected"] for sample in samples] == [record["response"] for record in records]
+    assert [sample["instruction"] for sample in samples] == [record["instruction"] for record in records]
+
+
+def test_answers_are_shown_and_kept_at_each_validation(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = read_config(rewrite(run_file, "seed = 7", "seed = 7\nsample_answers = 3"))
+    Trainer(config).run()
+    file = Path(config.out) / "samples.jsonl"
+    samples = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [6] * 3 + [12] * 3
+    assert len([line for line in capsys.readouterr().err.splitlines() if line.startswith("step 6: ")]) == 3
+    file.write_text(file.read_text() + '{"step": 14}\n')  # of a run that was killed after its last state
+    Trainer(dataclasses.replace(config, steps=13, sample_answers=0)).run()
+    assert len(file.read_text().splitlines()) == 6
 
 
 def test_the_curves_are_drawn(run_file: Path, figures: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
