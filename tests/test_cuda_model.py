@@ -99,6 +99,7 @@ def test_every_operand_of_a_kernel_is_where_the_inputs_are(monkeypatch):
         monkeypatch.setattr(page, "to_dlpack", lambda x: x)
         monkeypatch.setattr(page, "stream_of", lambda x: "stream")
     monkeypatch.setattr(cross_entropy, "_check_operands", lambda *operands: None)  # it reads the rows
+    monkeypatch.setattr(attention, "runs_on_cuda", lambda x: True)
     model = toy(**XPOS).bfloat16().to("meta")
     packed, block = batch().to(torch.device("meta")), model.L_module.layers[0]
     x = torch.empty(len(packed.ids), 24, dtype=torch.bfloat16, device="meta")

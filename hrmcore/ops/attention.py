@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
 from hrmcore import _C
-from hrmcore.ops.backend import DEVICES, reference_active, stream_of
+from hrmcore.ops.backend import DEVICES, reference_active, runs_on_cuda, stream_of
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def backward_workspace(operands: Operands, mask: PackedMask, ungated: Tensor | N
 
 
 def _needs_workspace(q: Tensor) -> bool:
-    return q.dtype == torch.bfloat16 and (q.is_cuda or _C.emulating_cuda())
+    return q.dtype == torch.bfloat16 and runs_on_cuda(q)
 
 
 def _table(mask: PackedMask, *rows: int) -> Tensor:

@@ -37,6 +37,11 @@ def stream_of(x: Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
 
+def runs_on_cuda(x: Tensor) -> bool:
+    """Whether an op on `x` takes its CUDA kernel: there, or in the tests' emulator."""
+    return x.is_cuda or _C.emulating_cuda()
+
+
 def require_cuda() -> None:
     """Raise RuntimeError, saying what is missing, unless torch has a CUDA device and hrmcore its CUDA kernels."""
     if torch.version.cuda is None:
