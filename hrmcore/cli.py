@@ -76,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hrmcore {args.command}: {explain(error).removeprefix(f'{args.command}: ')}", file=sys.stderr)
         return 2
     except ArithmeticError as error:  # a training run or an answer is no number any more, whatever was given
+        if isinstance(error, (OverflowError, ZeroDivisionError)):
+            raise  # those are mistakes of ours
         print(f"hrmcore {args.command}: {explain(error)}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:

@@ -177,9 +177,17 @@ def test_broken_model_files_are_a_mistake(tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_failure_is_not_taken_for_a_mistake(quick: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hrmcore.engine.engine.sample", lambda *_: (_ for _ in ()).throw(ArithmeticError("NaN")))
-    with pytest.raises(ArithmeticError):  # Python prints it and exits 1
+def test_a_failure_is_not_taken_for_a_mistake(
+    quick: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(error: Exception) -> None:
+        monkeypatch.setattr("hrmcore.engine.engine.sample", lambda *_: (_ for _ in ()).throw(error))
+
+    fail(ArithmeticError("NaN"))
+    assert hrmcore("generate", "x", *quick) == 1
+    assert capsys.readouterr().err == "hrmcore generate: NaN\n"
+    fail(ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):  # Python prints it and exits 1
         hrmcore("generate", "x", *quick)
 
 
@@ -227,7 +235,7 @@ def test_a_failure_is_exit_1(tmp_path: Path, checkpoint: Path) -> None:
     process = start("generate", "x", "--model", str(checkpoint), stdin=subprocess.DEVNULL, env=environment)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert b"ArithmeticError: not finite" in err
+    assert err == b"hrmcore generate: not finite\n"
 
 
 def exhaust_torch(_: object) -> int:

@@ -223,6 +223,8 @@ def _elements(path: Path, text: str) -> Iterator[Row]:
             _, end = decoder.raw_decode(text, place)
         except ValueError:
             raise ValueError(f"{path}:{line}: not JSON: the array's element that begins here is not whole") from None
+        except RecursionError:
+            raise ValueError(f"{path}:{line}: not JSON: brackets within brackets, too deep") from None
         yield Row(line, text[place:end].encode("utf-8", "surrogatepass"))
         place = skip(end)
         if text[place : place + 1] == ",":

@@ -95,7 +95,7 @@ def read_shaped(path: str | Path, layout: Layout | None = None) -> Iterator[tupl
 def _loaded(line: bytes) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -151,8 +151,8 @@ def backward_workspace(operands: Operands, mask: PackedMask, ungated: Tensor | N
     q, k = operands[:2]
     if not _needs_workspace(q):
         return None, None, None
-    ungated = q.new_empty(q.shape) if ungated is None else ungated
-    row_terms = q.new_empty((2, q.shape[1], q.shape[0]), dtype=torch.float32)
+    ungated = torch.empty(q.shape, dtype=q.dtype, device=q.device) if ungated is None else ungated
+    row_terms = torch.empty((2, q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
     return to_dlpack(_table(mask, len(q), len(k))), to_dlpack(ungated), to_dlpack(row_terms)
 
 
@@ -162,7 +162,8 @@ def _needs_workspace(q: Tensor) -> bool:
 
 def _table(mask: PackedMask, *rows: int) -> Tensor:
     """(N, 8) int32: a line for each tile of 64 rows that S sequences of any lengths can have."""
-    return mask.offsets.new_empty((sum(count // 64 + len(mask.prefix) for count in rows), 8))
+    lines = sum(count // 64 + len(mask.prefix) for count in rows)
+    return torch.empty((lines, 8), dtype=torch.int32, device=mask.offsets.device)
 
 
 def _offsets(mask: PackedMask) -> tuple[Tensor, Tensor, Tensor]:

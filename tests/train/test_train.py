@@ -623,7 +623,9 @@ def test_the_command_trains_and_names_mistakes(run_file: Path, capsys: pytest.Ca
     assert main(["train", str(run_file)]) == 0
     out = Path(read_config(run_file).out)
     assert len(metrics(out)) == 12
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"{out}/checkpoint: the model")
+    *_, model, following = capsys.readouterr().err.splitlines()
+    assert model.startswith(f"{out}/checkpoint: the model")
+    assert following == f"next: hrmcore repl {out}/checkpoint"
     assert main(["train", str(run_file)]) == 0
     assert f"going on after step 12 of 12, where {state_path(out, 12)} stands" in capsys.readouterr().err
     assert main(["train", str(rewrite(run_file, "steps = 12", "steps = 0"))]) == 2
