@@ -43,6 +43,7 @@ def records(path: Path, count: int = 300) -> Path:
 COLUMNS = ("--columns", "instruction=question,response=answer")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_peak")
 def test_three_commands_lead_from_records_to_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

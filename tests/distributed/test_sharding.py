@@ -123,6 +123,7 @@ print(sophia.state[p]["hessian"].to_local().tolist())
 """
 
 
+@pytest.mark.slow
 def test_no_rank_takes_a_curvature_sample_that_another_refuses() -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     command = [*torchrun, "--tee", "1", sys.executable, "-c", ONE_RANK_OVERFLOWS]

@@ -348,6 +348,7 @@ def test_loading_for_cuda_without_a_device_says_so(checkpoint: Path, monkeypatch
         load(checkpoint, device="cuda:1")
 
 
+@pytest.mark.slow
 def test_the_embedded_model_answers_as_on_the_cpu() -> None:
     """Greedy: 10 tokens; `python -m bench.gpu.decode_step --tokens 64` runs the 64 (result: docs/results/cuda.md)."""
     found = importlib.import_module("bench.gpu.decode_step").compare(tokens=10, blocks=2)

@@ -49,6 +49,7 @@ def figures(
     return [line[name] for line in lines for name in names if name in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamatan2", "sophia-g"])
 def test_the_emulated_kernels_train_as_the_cpu(optimizer: str, tmp_path: Path, tokenizer: Path) -> None:
     """Losses, gradients' norms, held-out losses and answers, the state and the averaged weights after three steps."""
