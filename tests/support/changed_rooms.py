@@ -168,8 +168,8 @@ def main(base: str = "main") -> int:
     print("While time lasts:", *dependent, sep="\n  ", flush=True)
     if own or dependent:
         spare = [f"--spare={name}" for name in dependent]
-        pytest_command = ["-m", "pytest", "-p", "support.changed_rooms", "-n", "auto", "--dist", "loadscope"]
-        limits = ["--no-loadscope-reorder", "-m", "not slow", f"--until={start + SECONDS}", *spare]
+        pytest_command = ["-m", "pytest", "-p", "support.changed_rooms", "-n", "auto", "--dist", "load"]
+        limits = ["-m", "not slow", f"--until={start + SECONDS}", *spare]
         environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
         if subprocess.run(
             [sys.executable, *pytest_command, *limits, *own, *dependent], cwd=ROOT, env=environment, check=False
