@@ -7,6 +7,7 @@ prints the case's name when it ends; after 60 s it prints every thread's stack a
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import os
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -186,9 +187,9 @@ def everything_else_works() -> None:
         thread.join()
 
 
-def a_step_that_waits_can_be_interrupted() -> None:
-    """A step that waits for another thread's hears signals and `stop`."""
-    runner = filled(CONFIG)
+@contextlib.contextmanager
+def held(runner: CpuRunner) -> Iterator[None]:
+    """Another thread stays in a step of the runner, until the context ends and the step is given up."""
     inside, go_on = threading.Event(), threading.Event()
 
     def hold() -> bool:
@@ -203,13 +204,20 @@ def a_step_that_waits_can_be_interrupted() -> None:
     thread = threading.Thread(target=blocked)
     thread.start()
     inside.wait()
-    with pytest.raises(Interrupted):
-        runner.open([[1, 2, 3]], [0], lambda: True)
-    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        runner.logits([1, 2, 3], 0)
+    yield
     go_on.set()
     thread.join()
+
+
+def a_step_that_waits_can_be_interrupted() -> None:
+    """A step that waits for another thread's hears signals and `stop`."""
+    runner = filled(CONFIG)
+    with held(runner):
+        with pytest.raises(Interrupted):
+            runner.open([[1, 2, 3]], [0], lambda: True)
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            runner.logits([1, 2, 3], 0)
     assert (runner.open_sequences, runner.core.cache_pages_used) == (0, 0)
     runner.logits([1, 2, 3], 0)
 
@@ -217,25 +225,10 @@ def a_step_that_waits_can_be_interrupted() -> None:
 def a_forked_child_goes_on() -> None:
     """A child that was forked while another thread was in a step has no such thread to wait for."""
     runner = filled(CONFIG)
-    inside, go_on = threading.Event(), threading.Event()
-
-    def hold() -> bool:
-        inside.set()
-        go_on.wait()
-        return True
-
-    def blocked() -> None:
-        with pytest.raises(Interrupted):
-            runner.open([PROMPT], [0], hold)
-
-    thread = threading.Thread(target=blocked)
-    thread.start()
-    inside.wait()
-    if (child := os.fork()) == 0:
-        runner.logits([1, 2, 3], 0)
-        os._exit(7)
-    go_on.set()
-    thread.join()
+    with held(runner):
+        if (child := os.fork()) == 0:
+            runner.logits([1, 2, 3], 0)
+            os._exit(7)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 

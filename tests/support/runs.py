@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from hrmcore.checkpoint.training_state import load_state, state_path
 from hrmcore.tokenizer import train_tokenizer
 
 MODEL = {
@@ -19,6 +22,7 @@ MODEL = {
 }
 
 Record = dict[str, str]
+WORDS = ["alpha", "beta", "gamma", "delta", "omega", "sigma", "kappa", "theta"]
 
 
 def repetitions(words: Sequence[str]) -> list[Record]:
@@ -48,6 +52,24 @@ def write_run(
     path = folder / "run.toml"
     path.write_text(f"{_toml(keys)}[model]\n{_toml(MODEL | dict(model or {}))}{stages}", encoding="utf-8")
     return path
+
+
+def rewrite(path: Path, old: str, new: str) -> Path:
+    """The file, with other text where `old` stood."""
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    return path
+
+
+def metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl in a run's folder."""
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def final_state(out: Path, step: int) -> dict[str, torch.Tensor]:
+    """The tensors of the state after a step."""
+    return load_state(state_path(out, step))[0]
 
 
 def _toml(table: Mapping[str, Any]) -> str:
