@@ -228,6 +228,7 @@ WRONG_FILES: list[tuple[str, bytes, str]] = [
     ("a.csv", b'instruction,response\n"a\nb",c\nd,\xff\n', "a.csv:4: not UTF-8; save the file as UTF-8"),
     ("a.csv", b'instruction,response\na,"b\n', "a.csv:2: not CSV (unexpected end of data)"),
     ("a.json", b'[\n{"a": 1},\n{"a": \n]', "a.json:3: not JSON: the array's element that begins here is not whole"),
+    ("a.json", b'[\n{"a": 1},\n' + b"[" * 200_000, "a.json:3: not JSON: brackets within brackets, too deep"),
     ("a.json", b'[\n{"a": 1}\n{"a": 1}]', "a.json:3: not JSON: a comma or the array's end is missing"),
     ("a.json", b"[] x", "a.json: text follows the array's end"),
     ("a.json", b'[\n"\xff"]', "a.json:2: not UTF-8; save the file as UTF-8"),
