@@ -34,11 +34,12 @@ bool may_use_tiles() {
 #endif
 }
 
+bool has_avx512_bf16() { return has_feature(1, 0, 5); }
+
 bool has_amx() {
   const bool amx_bf16 = has_feature(0, 3, 22), amx_tile = has_feature(0, 3, 24);
-  const bool amx_int8 = has_feature(0, 3, 25);
-  const bool avx512_vbmi = has_feature(0, 2, 1), avx512_bf16 = has_feature(1, 0, 5);
-  return amx_bf16 && amx_tile && amx_int8 && avx512_vbmi && avx512_bf16 && may_use_tiles();
+  const bool amx_int8 = has_feature(0, 3, 25), avx512_vbmi = has_feature(0, 2, 1);
+  return amx_bf16 && amx_tile && amx_int8 && avx512_vbmi && may_use_tiles();
 }
 #endif
 
@@ -58,8 +59,10 @@ bool runs_here(Isa isa) {
       return v4;
     case Isa::vnni:
       return v4 && __builtin_cpu_supports("avx512vnni");
+    case Isa::bf16:
+      return runs_here(Isa::vnni) && has_avx512_bf16();
     case Isa::amx:
-      return runs_here(Isa::vnni) && has_amx();
+      return runs_here(Isa::bf16) && has_amx();
   }
   return false;
 #else
@@ -84,6 +87,8 @@ const char* name(Isa isa) {
       return "avx512";
     case Isa::vnni:
       return "vnni";
+    case Isa::bf16:
+      return "bf16";
     case Isa::amx:
       return "amx";
   }
@@ -92,7 +97,7 @@ const char* name(Isa isa) {
 
 std::vector<Isa> supported_isas() {
   std::vector<Isa> found;
-  for (Isa isa : {Isa::generic, Isa::avx2, Isa::avx512, Isa::vnni, Isa::amx}) {
+  for (Isa isa : {Isa::generic, Isa::avx2, Isa::avx512, Isa::vnni, Isa::bf16, Isa::amx}) {
     if (runs_here(isa)) found.push_back(isa);
   }
   return found;

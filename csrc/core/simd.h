@@ -11,8 +11,17 @@
 #include "core/tensor.h"
 #include "core/threads.h"
 
-#if defined(HRMCORE_ISA_avx2) || defined(HRMCORE_ISA_avx512) || defined(HRMCORE_ISA_vnni) || \
-    defined(HRMCORE_ISA_amx)
+#if defined(HRMCORE_ISA_bf16) || defined(HRMCORE_ISA_amx)
+#define HRMCORE_AVX512_BF16 1
+#endif
+#if defined(HRMCORE_ISA_vnni) || defined(HRMCORE_AVX512_BF16)
+#define HRMCORE_AVX512_VNNI 1
+#endif
+#if defined(HRMCORE_ISA_avx512) || defined(HRMCORE_AVX512_VNNI)
+#define HRMCORE_AVX512 1
+#endif
+
+#if defined(HRMCORE_ISA_avx2) || defined(HRMCORE_AVX512)
 #include <immintrin.h>
 #endif
 
@@ -20,7 +29,7 @@
 
 namespace hrmcore::HRMCORE_ISA {
 
-#if defined(HRMCORE_ISA_avx512) || defined(HRMCORE_ISA_vnni) || defined(HRMCORE_ISA_amx)
+#if defined(HRMCORE_AVX512)
 constexpr int lanes = 16;
 #elif defined(HRMCORE_ISA_avx2)
 constexpr int lanes = 8;
@@ -54,7 +63,7 @@ HRMCORE_INLINE void store(float* p, vfloat v) { __builtin_memcpy(p, &v, sizeof(v
 HRMCORE_INLINE vuint widen(vhalf halves) {
 #if defined(HRMCORE_ISA_avx2)
   return (vuint)_mm256_cvtepu16_epi32((__m128i)halves);
-#elif defined(HRMCORE_ISA_avx512) || defined(HRMCORE_ISA_vnni) || defined(HRMCORE_ISA_amx)
+#elif defined(HRMCORE_AVX512)
   return (vuint)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)halves);
 #else
   return __builtin_convertvector(halves, vuint);
@@ -64,7 +73,7 @@ HRMCORE_INLINE vuint widen(vhalf halves) {
 HRMCORE_INLINE vint widen(vbyte bytes) {
 #if defined(HRMCORE_ISA_avx2)
   return (vint)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((long long)bytes));
-#elif defined(HRMCORE_ISA_avx512) || defined(HRMCORE_ISA_vnni) || defined(HRMCORE_ISA_amx)
+#elif defined(HRMCORE_AVX512)
   return (vint)_mm512_maskz_cvtepi8_epi32(0xffff, (__m128i)bytes);
 #else
   return __builtin_convertvector(bytes, vint);

@@ -6,8 +6,8 @@
 #include <type_traits>
 
 #include "engine/row_ops.h"
-#include "gemm/amx_gemm.h"
 #include "gemm/gemm.h"
+#include "gemm/tile_gemm.h"
 #include "kv/prefix_attention.h"
 
 namespace hrmcore {
@@ -37,13 +37,7 @@ std::int64_t prefix_tokens(const Chunk& chunk) {
 
 Recurrence::Recurrence(const ModelShape& shape, const Weights& weights, const CacheShape& cache,
                        const float* rope, const PagedXpos* xpos, std::int64_t window)
-    : shape_(shape),
-      weights_(weights),
-      cache_(cache),
-      rope_(rope),
-      xpos_(xpos),
-      window_(window),
-      attends_in_tiles_(cache.packing != Packing::f32) {
+    : shape_(shape), weights_(weights), cache_(cache), rope_(rope), xpos_(xpos), window_(window) {
   stride_ = round_up(shape.width, panel_rows);
   gqkv_stride_ = round_up(4 * shape.attention_width(), panel_rows);
   attended_stride_ = round_up(shape.attention_width(), panel_rows);
@@ -54,7 +48,7 @@ Recurrence::Recurrence(const ModelShape& shape, const Weights& weights, const Ca
   x_row_bytes_ = groups_of(widest) * activation_bytes(weights.packing());
   const std::int64_t outputs = outputs_floats * std::int64_t{sizeof(float)};
   scratch_bytes_ = round_up(
-      std::max({outputs + gemm_scratch_bytes, outputs + amx_scratch_bytes, prefix_scratch_bytes(cache)}),
+      std::max({outputs + gemm_scratch_bytes, outputs + tile_scratch_bytes, prefix_scratch_bytes(cache)}),
       256);
 }
 
@@ -78,7 +72,11 @@ void Recurrence::place_tasks() {
 }
 
 void Recurrence::place_rows(const std::vector<Chunk>& chunks, bool every_row) {
-  const bool tiles = current_isa() == Isa::amx && weights_.packing() != Packing::f32;
+  const bool amx = current_isa() == Isa::amx;
+  const bool tiles = amx                          ? weights_.packing() != Packing::f32
+                     : current_isa() == Isa::bf16 ? weights_.packing() == Packing::bf16
+                                                  : false;
+  attends_in_tiles_ = amx && tiles && cache_.packing != Packing::f32;
   chunks_.clear();
   places_.clear();
   ids_.clear();
@@ -452,9 +450,9 @@ void Recurrence::multiply(Worker& worker, const PackedMatrix& weights, const Ope
     if constexpr (!std::is_same_v<FinishTiles, std::nullptr_t>) {
       for (std::int64_t row = 0; row < x.tile_rows; row += gemm_tokens) {
         const std::int64_t count = x.tile_rows - row < gemm_tokens ? x.tile_rows - row : gemm_tokens;
-        const AmxGemm gemm{weights, begin,   end, x.tiles, row / band_rows, bands_of(row + count),
-                           room,    expanded};
-        x.tiles.packing == Packing::int8 ? amx_gemm_int8(gemm) : amx_gemm_bf16(gemm);
+        const TileGemm gemm{weights, begin,   end, x.tiles, row / band_rows, bands_of(row + count),
+                            room,    expanded};
+        x.tiles.packing == Packing::int8 ? tile_gemm_int8(gemm) : tile_gemm_bf16(gemm);
         finish_tiles(UnloadTiles{room, end - begin, count, nullptr, 0, false}, begin, row);
       }
     }

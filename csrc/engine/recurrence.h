@@ -10,9 +10,9 @@
 //
 // Reads every layer's weights once a visit. Source: arXiv 2605.20613.
 //
-// On a processor with AMX the tokens of a prefix meet bfloat16, int8 and int4 weights there (amx_tiles.h)
-// and, without xPos, each other (prefix_attention.h); all others take packed_gemm and attend: which of the
-// two depends on a token's position alone, and so do its bits.
+// On a processor with AMX the tokens of a prefix meet bfloat16, int8 and int4 weights there (row_tiles.h)
+// and each other (prefix_attention.h); on one with AVX-512 BF16 they meet bfloat16 weights there. All others
+// take packed_gemm and attend: which of the two depends on a token's position alone, and so do its bits.
 #pragma once
 
 #include <atomic>
@@ -24,7 +24,7 @@
 #include "engine/thread_pool.h"
 #include "engine/turns.h"
 #include "engine/weights.h"
-#include "gemm/amx_tiles.h"
+#include "gemm/row_tiles.h"
 #include "kv/paged_attention.h"
 
 namespace hrmcore {
@@ -100,7 +100,7 @@ class Recurrence {
   const float* rope_;
   const PagedXpos* xpos_;
   const std::int64_t window_;
-  const bool attends_in_tiles_;  // the tokens of a prefix, where they have tiles
+  bool attends_in_tiles_ = false;  // the tokens of a prefix
   std::int64_t stride_, gqkv_stride_, attended_stride_, hidden_stride_, x_row_bytes_, scratch_bytes_;
 
   // Or parts of them: the rows of prefixes come last when AMX takes them.

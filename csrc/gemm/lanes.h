@@ -12,7 +12,7 @@
 namespace hrmcore::HRMCORE_ISA {
 
 HRMCORE_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) {
-#if defined(HRMCORE_ISA_avx512) || defined(HRMCORE_ISA_vnni) || defined(HRMCORE_ISA_amx)
+#if defined(HRMCORE_AVX512)
   return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(HRMCORE_ISA_avx2)
   return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
@@ -48,7 +48,7 @@ HRMCORE_INLINE vfloat high_half(vint cell) { return (vfloat)(cell & splat_bits(-
 
 // acc + the sum over the four bytes of each lane of unsigned w times signed a, exact.
 HRMCORE_INLINE vint dot4(vint acc, vint w, vint a) {
-#if defined(HRMCORE_ISA_vnni) || defined(HRMCORE_ISA_amx)
+#if defined(HRMCORE_AVX512_VNNI)
   return (vint)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)a);
 #elif defined(HRMCORE_ISA_avx512)
   const __m512i even_a = _mm512_srai_epi16(_mm512_slli_epi16((__m512i)a, 8), 8);
@@ -75,6 +75,13 @@ HRMCORE_INLINE vint dot4(vint acc, vint w, vint a) {
   return acc;
 #endif
 }
+
+#if defined(HRMCORE_AVX512_BF16)
+HRMCORE_INLINE void put_pair(vfloat low, vfloat high, std::byte* to) {
+  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  __builtin_memcpy(to, &both, sizeof(both));
+}
+#endif
 
 // One row of a norm: x, or with `add` x + add, which then goes to `sum` and is what the norm reads.
 struct NormalisedRow {
