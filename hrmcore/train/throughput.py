@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,26 +16,38 @@ from hrmcore.train.run_file import TrainConfig
 
 
 class Throughput:
-    """The speed of a run's steps, and the share of all ranks' peak FLOP/s that they reach (MFU)."""
+    """The speed of a run's steps, and the share of all ranks' peak FLOP/s that they reach (MFU).
+
+    The peak is the best of several measurements: one may fall into a moment in which other programs want the
+    processor. It is taken again at the steps 1, 2, 4, 8, … and whenever a step seems faster than it.
+    """
 
     def __init__(self, world: World, precision: str) -> None:
         self._world = world
         self._precision = precision
+        self._steps = 0
+        self._peak = 0.0
 
     def of(self, model: HRMConfig, horizon: int, batches: Sequence[PackedBatch], seconds: float) -> dict[str, float]:
         """The figures of one step over the batches of all ranks, as the metrics name them."""
         pairs = sum(visible_pairs(batch, model.prefix_lm) for batch in batches)
         flops = planner.training_flops(model, horizon, tokens_of(batches), supervised_of(batches), pairs)
+        rate = flops.total / seconds / self._world.ranks
         return {
             "tokens_per_second": tokens_of(batches) / seconds,
             "flops": flops.total,
-            "mfu": flops.total / seconds / (self._world.ranks * self._peak),
+            "mfu": rate / self._peak_beside(rate),
             "memory": machine.peak_memory(self._world.device),
         }
 
-    @functools.cached_property
-    def _peak(self) -> float:
-        return machine.peak_flops(self._precision, device=str(self._world.device))
+    def _peak_beside(self, rate: float) -> float:
+        """The peak of a rank, after a step of `rate` FLOP/s; a step that was faster than any measurement is one."""
+        self._steps += 1
+        power_of_two = self._steps & (self._steps - 1) == 0
+        if power_of_two or rate > self._peak:
+            measured = machine.peak_flops(self._precision, device=str(self._world.device))
+            self._peak = max(self._peak, measured, rate)
+        return self._peak
 
 
 def tokens_of(batches: Sequence[PackedBatch]) -> int:
