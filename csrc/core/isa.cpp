@@ -55,6 +55,8 @@ bool runs_here(Isa isa) {
     case Isa::avx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
              __builtin_cpu_supports("bmi2");
+    case Isa::avxvnni:
+      return runs_here(Isa::avx2) && has_feature(1, 0, 4);
     case Isa::avx512:
       return v4;
     case Isa::vnni:
@@ -83,6 +85,8 @@ const char* name(Isa isa) {
       return "generic";
     case Isa::avx2:
       return "avx2";
+    case Isa::avxvnni:
+      return "avxvnni";
     case Isa::avx512:
       return "avx512";
     case Isa::vnni:
@@ -97,7 +101,7 @@ const char* name(Isa isa) {
 
 std::vector<Isa> supported_isas() {
   std::vector<Isa> found;
-  for (Isa isa : {Isa::generic, Isa::avx2, Isa::avx512, Isa::vnni, Isa::bf16, Isa::amx}) {
+  for (Isa isa : {Isa::generic, Isa::avx2, Isa::avxvnni, Isa::avx512, Isa::vnni, Isa::bf16, Isa::amx}) {
     if (runs_here(isa)) found.push_back(isa);
   }
   return found;

@@ -7,7 +7,7 @@
 
 namespace hrmcore {
 
-enum class Isa : std::uint8_t { generic, avx2, avx512, vnni, bf16, amx };
+enum class Isa : std::uint8_t { generic, avx2, avxvnni, avx512, vnni, bf16, amx };
 
 const char* name(Isa isa);
 std::vector<Isa> supported_isas();           // what this processor and this build can run, weakest first
@@ -18,24 +18,27 @@ void set_isa(const std::string& requested);  // throws std::invalid_argument on 
 // hrmcore. `bf16` is vnni and AVX-512 BF16, `amx` that and AMX: they have objects of their own only for the
 // kernels that use these.
 #if defined(HRMCORE_X86)
-#define HRMCORE_DECLARE_KERNEL(kernel, Args)                                     \
-  namespace generic {                                                            \
-  void kernel(const Args& args) noexcept;                                        \
-  }                                                                              \
-  namespace avx2 {                                                               \
-  void kernel(const Args& args) noexcept;                                        \
-  }                                                                              \
-  namespace avx512 {                                                             \
-  void kernel(const Args& args) noexcept;                                        \
-  }                                                                              \
-  namespace vnni {                                                               \
-  void kernel(const Args& args) noexcept;                                        \
-  }                                                                              \
-  [[maybe_unused]] static void kernel(const Args& args) noexcept {               \
-    using Function = void (*)(const Args&) noexcept;                             \
-    constexpr Function table[] = {generic::kernel, avx2::kernel, avx512::kernel, \
-                                  vnni::kernel,    vnni::kernel, vnni::kernel};  \
-    table[static_cast<int>(current_isa())](args);                                \
+#define HRMCORE_DECLARE_KERNEL(kernel, Args)                                                      \
+  namespace generic {                                                                             \
+  void kernel(const Args& args) noexcept;                                                         \
+  }                                                                                               \
+  namespace avx2 {                                                                                \
+  void kernel(const Args& args) noexcept;                                                         \
+  }                                                                                               \
+  namespace avxvnni {                                                                             \
+  void kernel(const Args& args) noexcept;                                                         \
+  }                                                                                               \
+  namespace avx512 {                                                                              \
+  void kernel(const Args& args) noexcept;                                                         \
+  }                                                                                               \
+  namespace vnni {                                                                                \
+  void kernel(const Args& args) noexcept;                                                         \
+  }                                                                                               \
+  [[maybe_unused]] static void kernel(const Args& args) noexcept {                                \
+    using Function = void (*)(const Args&) noexcept;                                              \
+    constexpr Function table[] = {generic::kernel, avx2::kernel, avxvnni::kernel, avx512::kernel, \
+                                  vnni::kernel,    vnni::kernel, vnni::kernel};                   \
+    table[static_cast<int>(current_isa())](args);                                                 \
   }
 // The same for a kernel that runs only where current_isa() is bf16 or amx.
 #define HRMCORE_DECLARE_TILE_KERNEL(kernel, Args)                       \

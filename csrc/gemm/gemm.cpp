@@ -1,5 +1,6 @@
 #include "gemm/gemm.h"
 
+#include "gemm/dots.h"
 #include "gemm/gemm_chunk.h"
 #include "gemm/lanes.h"
 
@@ -9,13 +10,15 @@ namespace {
 // A tile is `vectors` vectors of a panel's 64 rows by up to so many tokens: as many sums as the registers
 // hold, of integers at least.
 #if defined(HRMCORE_ISA_vnni)
-constexpr int vectors = 4, float_tokens = 6, int_tokens = 4;
+constexpr int vectors = 4, float_tokens = 6, byte_tokens = 4, nibble_tokens = 4;
 #elif defined(HRMCORE_ISA_avx512)
-constexpr int vectors = 4, float_tokens = 6, int_tokens = 3;
+constexpr int vectors = 4, float_tokens = 6, byte_tokens = 2, nibble_tokens = 4;
+#elif defined(HRMCORE_ISA_avxvnni)
+constexpr int vectors = 2, float_tokens = 6, byte_tokens = 4, nibble_tokens = 4;
 #elif defined(HRMCORE_ISA_avx2)
-constexpr int vectors = 2, float_tokens = 6, int_tokens = 2;
+constexpr int vectors = 2, float_tokens = 6, byte_tokens = 2, nibble_tokens = 4;
 #else
-constexpr int vectors = 2, float_tokens = 4, int_tokens = 2;
+constexpr int vectors = 2, float_tokens = 4, byte_tokens = 2, nibble_tokens = 4;
 #endif
 constexpr int tile_rows = vectors * lanes;
 // From here on, unpacking a chunk once beats doing it in every tile.
@@ -93,8 +96,10 @@ void float_tile(const GemmChunk& c, const std::byte* w, const std::byte* x, floa
 
 template <Cells cells, int tokens>
 void int_tile(const GemmChunk& c, const std::byte* w, const std::byte* x, float* out, Ahead ahead) {
-  constexpr int parts = cells == Cells::nibbles ? 2 : 1;  // of a cell, four columns each
+  constexpr int slabs = slabs_of(cells),
+                parts = cells == Cells::nibbles ? 2 : 1;  // of a cell, four columns each
   constexpr std::int32_t offset = cells == Cells::bytes ? 128 : 8;
+  static_assert(slabs * parts == most_cells);
   vfloat sums[tokens][vectors];
 #pragma GCC unroll 8
   for (int t = 0; t < tokens; ++t) {
@@ -108,16 +113,19 @@ void int_tile(const GemmChunk& c, const std::byte* w, const std::byte* x, float*
   const std::byte* whole = c.weights;
   for (std::int64_t group = 0; group < c.groups; ++group) {
     const QuantGroup* row[tokens];
-    vint dots[tokens][vectors];
+    const auto start = [&](int t)
+                           __attribute__((always_inline)) { return splat_bits(-offset * row[t]->sum); };
+    Dots<cells != Cells::bytes> dots[tokens][vectors];
 #pragma GCC unroll 8
     for (int t = 0; t < tokens; ++t) {
       row[t] = reinterpret_cast<const QuantGroup*>(x + t * c.x_row_bytes) + group;
-      const vint start = splat_bits(-offset * row[t]->sum);
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) dots[t][v] = start;
+      for (int v = 0; v < vectors; ++v) dots[t][v].begin(start(t));
     }
-    for (int slab = 0; slab < slabs_of(cells); ++slab, whole += slab_bytes) {
-      fetch(whole, slab_bytes, ahead);
+// A group's sums stay in registers from one cell to the next.
+#pragma GCC unroll 8
+    for (int slab = 0; slab < slabs; ++slab) {
+      fetch(whole + slab * slab_bytes, slab_bytes, ahead);
 #pragma GCC unroll 2
       for (int part = 0; part < parts; ++part) {
         vint weight[vectors];
@@ -130,18 +138,18 @@ void int_tile(const GemmChunk& c, const std::byte* w, const std::byte* x, float*
         for (int t = 0; t < tokens; ++t) {
           const vint value = splat_bits(load_cell(row[t]->q + 4 * (slab * parts + part)));
 #pragma GCC unroll 8
-          for (int v = 0; v < vectors; ++v) dots[t][v] = dot4(dots[t][v], weight[v], value);
+          for (int v = 0; v < vectors; ++v) dots[t][v].add(weight[v], value);
         }
       }
     }
-    fetch(whole, scale_bytes, ahead);
-    whole += scale_bytes;
+    fetch(whole + slabs * slab_bytes, scale_bytes, ahead);
+    whole += bytes_of(cells);
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
       const vfloat scale = load(reinterpret_cast<const bf16*>(scales) + v * lanes);
 #pragma GCC unroll 8
       for (int t = 0; t < tokens; ++t) {
-        sums[t][v] = fma(to_float(dots[t][v]), scale * row[t]->scale, sums[t][v]);
+        sums[t][v] = fma(to_float(dots[t][v].sum(start(t))), scale * row[t]->scale, sums[t][v]);
       }
     }
     w += bytes_of(cells);
@@ -168,7 +176,7 @@ HRMCORE_INLINE void tile(std::int64_t tokens, const GemmChunk& c, const std::byt
 
 template <Cells cells>
 void multiply_cells(const GemmChunk& c) {
-  constexpr int most = is_float(cells) ? float_tokens : int_tokens;
+  constexpr int most = is_float(cells) ? float_tokens : cells == Cells::bytes ? byte_tokens : nibble_tokens;
   const std::int64_t tiles = (c.tokens + most - 1) / most * (panel_rows / tile_rows);
   Ahead ahead{c.streams ? c.groups * bytes_of(cells) : 0, 0, tiles, true};
   for (std::int64_t token = 0; token < c.tokens; token += most) {
