@@ -60,6 +60,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status. Raises SystemExit as argparse does."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _let_threads_sleep()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a narrow encoding must not end an answer
     args = _parser(arguments).parse_args(arguments)
@@ -85,6 +86,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"hrmcore {args.command}: {_memory(error)}; {COMMANDS[args.command].memory}", file=sys.stderr)
         return 1
+
+
+def _let_threads_sleep() -> None:
+    """Have torch's threads sleep while they wait for each other, unless the user has said how they are to wait.
+
+    They would spin for milliseconds, and keep a thread that another program has driven from its processor from getting
+    theirs: half of the speed that is due beside one busy process (bench/speed/busy.py). The OpenMP runtime reads the
+    variable when torch is imported, which no module has done yet.
+    """
+    if "GOMP_SPINCOUNT" not in os.environ:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def _out_of_memory(error: Exception) -> bool:

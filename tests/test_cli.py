@@ -121,6 +121,26 @@ def test_the_examples_are_commands(
             assert hrmcore(*words) == 0, capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "policy"),
+    [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active"), ({"GOMP_SPINCOUNT": "20"}, None)],
+)
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(given: dict[str, str], policy: str | None) -> None:
+    """Set before torch is imported, for the OpenMP runtime looks only then."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    }
+    code = (
+        "import contextlib, os, sys; from hrmcore import cli; loaded = 'torch' in sys.modules\n"
+        "with contextlib.suppress(SystemExit): cli.main(['--version'])\n"
+        "print(loaded, os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment | given, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.splitlines()[-1] == f"False {policy}"
+
+
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     import hrmcore as package
 
