@@ -60,7 +60,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status. Raises SystemExit as argparse does."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    _let_threads_sleep()
+    if arguments[:1] == ["train"]:
+        _let_threads_sleep()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a narrow encoding must not end an answer
     args = _parser(arguments).parse_args(arguments)

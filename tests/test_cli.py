@@ -132,7 +132,7 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise(given: dict[str, s
     }
     code = (
         "import contextlib, os, sys; from hrmcore import cli; loaded = 'torch' in sys.modules\n"
-        "with contextlib.suppress(SystemExit): cli.main(['--version'])\n"
+        "with contextlib.suppress(SystemExit): cli.main(['train', '--help'])\n"
         "print(loaded, os.environ.get('OMP_WAIT_POLICY'))"
     )
     run = subprocess.run(
