@@ -70,7 +70,7 @@ FREE_OF_TORCH = [
         "data.store",
         "data.prepare",
     ),
-    *("checkpoint", "checkpoint.hrm_text", "checkpoint.safetensors_reader"),
+    *("checkpoint", "checkpoint.hrm_text", "checkpoint.safetensors_reader", "checkpoint.gguf_file"),
     *("growth", "train"),
     *("engine", "engine.engine", "engine.async_engine", "engine.runner", "engine.cpu_runner"),
     *("serving", "serving.protocol", "serving.metrics", "serving.app", "serving.server"),

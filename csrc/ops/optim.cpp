@@ -237,21 +237,18 @@ void sophia_curvature(const SophiaCurvature& args) noexcept {
 
 void adamw_step(const AdamStep& args) noexcept {
   const float eps = static_cast<float>(args.eps);
-  adam_step(args, [eps](vfloat m, float m_scale, vfloat root) __attribute__((always_inline)) {
-    return m * m_scale / (root + eps);
-  });
+  adam_step(args, [eps](vfloat m, float m_scale, vfloat root)
+                      __attribute__((always_inline)) { return m * m_scale / (root + eps); });
 }
 
 void adam_atan2_step(const AdamStep& args) noexcept {
-  adam_step(args, [](vfloat m, float m_scale, vfloat root) __attribute__((always_inline)) {
-    return m_scale * atan2_right(m, root);
-  });
+  adam_step(args, [](vfloat m, float m_scale, vfloat root)
+                      __attribute__((always_inline)) { return m_scale * atan2_right(m, root); });
 }
 
 void adam_atan2_paper_step(const AdamStep& args) noexcept {
-  adam_step(args, [](vfloat m, float m_scale, vfloat root) __attribute__((always_inline)) {
-    return atan2_right(m * m_scale, root);
-  });
+  adam_step(args, [](vfloat m, float m_scale, vfloat root)
+                      __attribute__((always_inline)) { return atan2_right(m * m_scale, root); });
 }
 
 }  // namespace HRMCORE_ISA

@@ -174,7 +174,7 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
         shutil.copyfile(file, target / file.name)
 
 
-def _train_tokenizer(paths: Sequence[Path], layout: Layout, folder: Path, size: int) -> None:
+def _train_tokenizer(paths: Sequence[Path], layout: Layout | None, folder: Path, size: int) -> None:
     """One of `size` tokens; FITTING: of a size by the amount of text, or the nearest that the text can fill."""
     fitting = size == FITTING
     if fitting:
