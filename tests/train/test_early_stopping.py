@@ -101,6 +101,23 @@ def test_a_patience_that_cannot_be(run_file: Path, keys: str, said: str, capsys:
     assert capsys.readouterr().err == f"hrmcore train: {run_file}: {said}\n"
 
 
+def test_a_run_that_has_not_ended_says_how_to_use_it(
+    run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = Trainer(read_config(run_file))
+    trainer._train_step()
+    trainer.save()
+    trainer.close()
+    out = tmp_path / "out"
+    for command in (["generate", "?", "--model", str(out)], ["convert", str(out), str(tmp_path / "packed")]):
+        capsys.readouterr()
+        assert hrmcore(*command) == 2
+        said = f"{out}: a run folder without a checkpoint; `hrmcore export {out}` writes one"
+        assert capsys.readouterr().err == f"hrmcore {command[0]}: {said}\n"
+    assert hrmcore("export", str(out)) == 0
+    assert hrmcore("generate", "repeat alpha beta", "--model", str(out / "checkpoint-1"), "--max-new-tokens", "2") == 0
+
+
 def test_any_kept_state_is_exported_by_its_step(
     run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
