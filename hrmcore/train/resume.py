@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import shutil
 from collections.abc import Mapping
@@ -153,8 +154,10 @@ def keep_tokenizer(source: str | Path, out: Path) -> None:
     folder = out / TOKENIZER
     folder.mkdir(exist_ok=True)
     for file in tokenizer_files(Path(source)):
-        with replacing(folder / file.name) as [temporary]:
-            shutil.copyfile(file, temporary)
+        kept = folder / file.name
+        if not kept.is_file() or not filecmp.cmp(file, kept, shallow=False):
+            with replacing(kept) as [temporary]:
+                shutil.copyfile(file, temporary)
 
 
 def tokenizer_of_run(out: Path) -> Path:

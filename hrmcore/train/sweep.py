@@ -108,9 +108,10 @@ class Sweep:
                     self._write()
 
     def trained(self) -> list[tuple[Cell, dict[str, Any]]]:
-        """The cells with their results, the best first; those that failed are last."""
+        """The cells with their results, the best first; those that failed, or whose score is no number, are last."""
         rows = [(cell, self._results[cell.name]) for cell in self.cells]
-        return sorted(rows, key=lambda row: row[1].get("score", math.inf))
+        scores = {cell.name: float(result.get("score", math.inf)) for cell, result in rows}
+        return sorted(rows, key=lambda row: math.inf if math.isnan(scores[row[0].name]) else scores[row[0].name])
 
     def checkpoint(self, cell: Cell) -> Path:
         """The model that a cell's run exported."""
