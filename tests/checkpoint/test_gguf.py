@@ -17,6 +17,7 @@ from support.checkpoints import edit_config
 from support.command_line import hrmcore
 from support.runs import MODEL, WORDS, repetitions
 
+from hrmcore.chat import render
 from hrmcore.checkpoint import gguf_file
 from hrmcore.checkpoint.hrm_text import save_model
 from hrmcore.config import HRMConfig
@@ -286,3 +287,22 @@ def test_llama_cpp_answers_the_embedded_models_questions(tmp_path: Path) -> None
         ours = model(torch.tensor([[*prompt, *answer]]), prefix_length=len(prompt))[0, len(prompt) - 1 :].argmax(-1)
         assert ours.tolist()[: len(answer)] == answer
     llama.close()
+
+
+def test_llama_cpps_chat_frames_a_question_as_we_do(tmp_path: Path) -> None:
+    """Through the chat template in the file; an answer ends at eoa."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    gguf_file.convert_to_gguf(EMBEDDED_MODEL, tmp_path / "m.gguf", "int8")
+    model = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=256, n_threads=1, verbose=False)
+    tokenizer = Tokenizer.load(EMBEDDED_MODEL)
+    talk = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is 3 + 4?"},
+        {"role": "assistant", "content": "7"},
+        {"role": "user", "content": "And 5 + 4?"},
+    ]
+    for messages in (talk[1:2], talk):
+        found = model.create_chat_completion(messages, temperature=0.0, max_tokens=40)
+        assert found["usage"]["prompt_tokens"] == len(tokenizer.prompt(render(messages)))
+        assert found["choices"][0]["finish_reason"] == "stop"
+    model.close()
