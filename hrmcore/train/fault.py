@@ -17,6 +17,17 @@ from hrmcore.model import HRM, Block
 from hrmcore.optim import local
 
 
+def wrong(loss: float, norm: float, spike_factor: float, typical_loss: float | None) -> str | None:
+    """What is wrong with a step's loss and gradient norm; None when nothing is. A `spike_factor` of 0 knows no spike."""
+    if not math.isfinite(loss):
+        return "the loss is not finite"
+    if not math.isfinite(norm):
+        return "the gradient is not finite"
+    if spike_factor and typical_loss is not None and loss > spike_factor * typical_loss:
+        return f"the loss {loss:.4g} is more than {spike_factor:g} times the usual {typical_loss:.4g}"
+    return None
+
+
 def causes(
     records: Sequence[int], guilty: Sequence[int], describe: Callable[[int], str], rate: float, largest: float
 ) -> str:

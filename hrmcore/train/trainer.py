@@ -19,7 +19,15 @@ from tqdm import tqdm
 
 from hrmcore import optim
 from hrmcore.checkpoint.hrm_text import save_model
-from hrmcore.checkpoint.training_state import StateWriter, find_newest, lock, read_metadata, state_of, verify
+from hrmcore.checkpoint.training_state import (
+    StateWriter,
+    find_newest,
+    find_states,
+    lock,
+    read_metadata,
+    state_of,
+    verify,
+)
 from hrmcore.data.packing import BatchStream, Bookmark, PackedBatch, epoch_batches, pack, share
 from hrmcore.data.records import Corpus
 from hrmcore.data.store import load_corpus
@@ -186,6 +194,9 @@ class Trainer:
         With `patience` they are those of the best validation.
         """
         folder, best = self.out / "checkpoint", self._stopping.best
+        if best is not None and best not in dict(find_states(self.out)):
+            self._say(f"{self.out}: the state after step {best}, the best, is gone; the last is exported")
+            best = None
         if best is None or best == self.step:
             with self._averaged():
                 model = fsdp.gathered(self.model, self.world, torch.bfloat16) if self._sharded else self.model
@@ -252,7 +263,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             self._stream = self._stream_at(position, bookmark)
             raise
-        if wrong := self._fault(loss, norm):
+        if wrong := fault.wrong(loss, norm, self.config.spike_factor, self.typical_loss):
             self._skip_or_stop(batches, wrong)
         else:
             self._update(batches, k)
@@ -371,17 +382,6 @@ class Trainer:
         self._sum_gradients()
         sophia.update_hessian()
 
-    def _fault(self, loss: float, norm: float) -> str | None:
-        """What is wrong with a step's figures; None when nothing is."""
-        if not math.isfinite(loss):
-            return "the loss is not finite"
-        if not math.isfinite(norm):
-            return "the gradient is not finite"
-        limit, typical = self.config.spike_factor, self.typical_loss
-        if limit and typical is not None and loss > limit * typical:
-            return f"the loss {loss:.4g} is more than {limit:g} times the usual {typical:.4g}"
-        return None
-
     def _skip_or_stop(self, batches: Sequence[PackedBatch], what: str) -> None:
         """Count a faulty step or curvature sample, or raise FloatingPointError that says where it may come from."""
         if self.config.on_nonfinite == "skip":
@@ -392,15 +392,18 @@ class Trainer:
         rate, largest = self.config.learning_rate, fault.largest_weight(self.model, self.world)
         causes = fault.causes(records, guilty, self.corpus.describe, rate, largest)
         raise FloatingPointError(
-            f"step {self.step}: {what}; {causes}; {self._first_op(guilty[:1] or records)}the states before are intact"
+            f"step {self.step}: {what}; {causes}; {self._first_op(batches, guilty)}the states before are intact"
         )
 
-    def _first_op(self, records: Sequence[int]) -> str:
-        """Which op first gives what is not finite on these records; not for shards, which no rank has whole."""
+    def _first_op(self, batches: Sequence[PackedBatch], guilty: Sequence[int]) -> str:
+        """Which op first gives what is not finite, on a guilty record or the batch; not for shards, which are parts."""
         if self._sharded:
             return ""
+        shares = [pack(self.corpus, guilty[:1])] if guilty else self._shares(batches[:1])
+        if not shares:
+            return ""
         with self._precision():
-            op = fault.first_op(self.model, pack(self.corpus, records), horizon(self.config, self.step))
+            op = fault.first_op(self.model, shares[0], horizon(self.config, self.step))
         return f"{op}; " if op else ""
 
     def _loss_of(self, record: int) -> float:

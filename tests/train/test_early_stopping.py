@@ -247,3 +247,16 @@ def test_a_state_without_a_bookmark_counts_from_the_start(run_file: Path, tmp_pa
     Trainer(read_config(run_file, [f"out={tmp_path}/old", "batch_tokens=64"])).run()
     for name, tensor in final_state(tmp_path / "out", 12).items():
         assert torch.equal(tensor, final_state(tmp_path / "old", 12)[name]), name
+
+
+def test_a_best_state_that_someone_removed_is_said_and_the_last_is_exported(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewrite(run_file, "eval_every = 6", "eval_every = 4\npatience = 5\ncheck_records = 0")
+    heldout_losses(monkeypatch, [1.0, 2.0, 3.0])
+    out = tmp_path / "out"
+    assert hrmcore("train", str(run_file)) == 0
+    state_path(out, 4).unlink()
+    assert hrmcore("train", str(run_file)) == 0
+    assert f"{out}: the state after step 4, the best, is gone; the last is exported" in capsys.readouterr().err
+    check_exported(out / "checkpoint", out, 12)
