@@ -18,7 +18,7 @@ from hrmcore.optim import local
 
 
 def wrong(loss: float, norm: float, spike_factor: float, typical_loss: float | None) -> str | None:
-    """What is wrong with a step's loss and gradient norm; None when nothing is. A `spike_factor` of 0 knows no spike."""
+    """What is wrong with a step's loss and gradient norm; None when nothing is. A `spike_factor` of 0: no spikes."""
     if not math.isfinite(loss):
         return "the loss is not finite"
     if not math.isfinite(norm):
