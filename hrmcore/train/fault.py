@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hrmcore.averages import local
 from hrmcore.data.packing import PackedBatch
 from hrmcore.distributed.world import World
 from hrmcore.model import HRM, Block
-from hrmcore.optim import local
 
 
 def wrong(loss: float, norm: float, spike_factor: float, typical_loss: float | None) -> str | None:
