@@ -81,6 +81,22 @@ class Sampler:
         prompt: Sequence[int],
     ) -> None: ...
 
+def adam_atan2_paper_step(
+    numbers: Sequence[int],
+    params: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    exp_avgs: Sequence[Tensor | None],
+    exp_avg_sqs: Sequence[Tensor | None],
+    emas: Sequence[Tensor | None],
+    steps: Sequence[int],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    ema_decay: float,
+    stream: int = 0,
+) -> None: ...
 def adam_atan2_step(
     numbers: Sequence[int],
     params: Sequence[Tensor | None],

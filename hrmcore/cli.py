@@ -34,13 +34,15 @@ GROUPS = {
         "repl": Command("talk to a model at the terminal", "hrmcore.commands.repl"),
         "serve": Command("put a model behind an address", "hrmcore.commands.serve"),
         "eval": Command("ask a model questions and score its answers", "hrmcore.commands.eval"),
-        "convert": Command("pack a checkpoint for the CPU engine", "hrmcore.commands.convert"),
+        "convert": Command("pack a checkpoint for the CPU engine, or write it as GGUF", "hrmcore.commands.convert"),
     },
     "train a model": {
         "init": Command("propose a run file for records and a time budget", "hrmcore.commands.init"),
         "prepare": Command("tokenise records into a store to train from", "hrmcore.commands.prepare"),
         "plan": Command("estimate what a training run costs", "hrmcore.commands.plan", _TRAINING),
         "train": Command("train a model as a run file says", "hrmcore.commands.train", _TRAINING),
+        "sweep": Command("train a run file with several values of its keys", "hrmcore.commands.sweep", _TRAINING),
+        "export": Command("write a training state as a checkpoint", "hrmcore.commands.export"),
         "grow": Command("make a larger model that computes the same", "hrmcore.commands.grow"),
     },
     "look at results": {

@@ -363,6 +363,7 @@ def train_tokenizer(
             add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
             character_coverage=1.0,
+            required_chars="\u2581",  # a space, even where the texts have none: as bytes it would decode as U+2581
             control_symbols=list(OWN_NAMES.values()),
             user_defined_symbols=["\n", *(phrase.replace(" ", "\u2581") for phrase in phrases)],
             pad_id=0,

@@ -17,7 +17,7 @@ from hrmcore.cli import COMMANDS
 PACKAGE = Path(hrmcore.__file__).parent
 
 # A room's line names all that it may import from; a package may also import from itself, but not in a circle.
-GROUND = "_C config tokenizer durable positions ops"
+GROUND = "_C config tokenizer durable positions ops averages"
 ROOMS = {
     "_C": "",
     "_lazy": "",
@@ -26,6 +26,7 @@ ROOMS = {
     "tokenizer": "",
     "durable": "",
     "plots": "",
+    "averages": "",
     "positions": "",
     "ops": "_C positions",
     "machine": "_C",
@@ -69,7 +70,7 @@ FREE_OF_TORCH = [
         "data.store",
         "data.prepare",
     ),
-    *("checkpoint", "checkpoint.hrm_text", "checkpoint.safetensors_reader"),
+    *("checkpoint", "checkpoint.hrm_text", "checkpoint.safetensors_reader", "checkpoint.gguf_file"),
     *("growth", "train"),
     *("engine", "engine.engine", "engine.async_engine", "engine.runner", "engine.cpu_runner"),
     *("serving", "serving.protocol", "serving.metrics", "serving.app", "serving.server"),

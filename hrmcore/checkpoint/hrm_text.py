@@ -107,6 +107,10 @@ def resolve(source: str | Path) -> Path:
         exported = folder / "checkpoint"
         if (exported / CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).exists():
             raise FileNotFoundError(f"{source}: a run folder; its model is {exported}")
+        if not (folder / CONFIG_FILE).exists() and any((folder / "states").glob("step-*")):
+            raise FileNotFoundError(
+                f"{source}: a run folder without a checkpoint; `hrmcore export {source}` writes one"
+            )
         return folder
     if folder.exists():
         raise ValueError(f"{source}: a checkpoint is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, this is a file")

@@ -25,9 +25,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
+from hrmcore.averages import local
 from hrmcore.distributed.world import lost_rank
 from hrmcore.durable import flush, put_in_place, sha256_of
-from hrmcore.optim import local
 
 FORMAT = "hrmcore-sharded-training-state"
 VERSION = "1"

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hrmcore.data.prepare import prepare
+from hrmcore.data.prepare import FITTING, prepare
 from hrmcore.data.records import KeyCounts, Rejected
 from hrmcore.data.show import shown
 from hrmcore.data.store import TOKENIZER, Store
@@ -28,7 +28,7 @@ a file is JSON lines, a JSON array (.json), .csv, .tsv or .parquet, each perhaps
 
 to try it:
   for i in $(seq 1000); do echo '{"instruction": "What is '$i' + 1?", "response": "'$((i + 1))'"}'; done > sums.jsonl
-  hrmcore prepare sums.jsonl --new-tokenizer 290 --out store/
+  hrmcore prepare sums.jsonl --new-tokenizer auto --out store/
 """
 
 
@@ -46,7 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--tokenizer", type=Path, metavar="FOLDER", help="a folder with tokenizer.model or tokenizer.json, or a store"
     )
-    which.add_argument("--new-tokenizer", type=int, metavar="SIZE", help="train one of SIZE tokens on the records")
+    which.add_argument(
+        "--new-tokenizer",
+        type=vocabulary_size,
+        metavar="SIZE",
+        help="train one of SIZE tokens on the records; auto: of a size that fits them",
+    )
     parser.add_argument(
         "--columns",
         metavar="NAME=KEY,...",
@@ -100,6 +105,15 @@ def next_step(store: Store) -> list[str]:
         f'next: a run file with train_files = ["{store.folder}"], for `hrmcore train run.toml`;',
         "      `hrmcore train --help` has an example",
     ]
+
+
+def vocabulary_size(text: str) -> int:
+    """A number of tokens, or auto. Raises ArgumentTypeError on anything else."""
+    if text == "auto":
+        return FITTING
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, or auto, got {text!r}")
+    return int(text)
 
 
 def parse_columns(text: str) -> dict[str, str]:

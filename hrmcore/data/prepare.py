@@ -25,11 +25,14 @@ from hrmcore.data.records import Fault, KeyCounts, Record, Rejected, encode, par
 from hrmcore.data.shapes import Layout, named_layout, read_shaped
 from hrmcore.data.store import TOKENIZER, Store, TokenWriter, open_store, tokenizer_of, write_index, write_manifest
 from hrmcore.durable import new_folder, sha256_of
-from hrmcore.tokenizer import Tokenizer, tokenizer_files, train_tokenizer
+from hrmcore.tokenizer import Tokenizer, VocabularyError, tokenizer_files, train_tokenizer
 
 _BATCH_LINES = 512  # what a worker gets at once: so many lines,
 _BATCH_BYTES = 1 << 20  # or so many bytes if that is less
 _TOKENIZER_BYTES = 1 << 28  # a new tokenizer sees at most so much, spread evenly over the files
+FITTING = 0  # a size of vocabulary: whichever fits the texts
+# Characters of text up to which a vocabulary of this size is proposed.
+_VOCABULARIES = ((300_000, 384), (3_000_000, 512), (30_000_000, 1024), (100_000_000, 4096), (1_000_000_000, 16384))
 
 
 @dataclass
@@ -75,6 +78,8 @@ def prepare(
 ) -> Store:
     """Tokenise record files into a store at `out`, with the tokenizer of a folder or a new one of that size.
 
+    `new_tokenizer` FITTING takes a size that fits how much text there is.
+
     A file is JSON lines, a JSON array, CSV or Parquet, perhaps compressed; a name may be a glob pattern. `columns` says
     which key or column holds the instruction, the response and so on, where it cannot be told from their names. A
     source is a file's name without its endings. `caps` limits the records of some sources: they are chosen by `seed`,
@@ -91,7 +96,7 @@ def prepare(
         if new_tokenizer is None:
             _copy_tokenizer(tokenizer_of(tokenizer or "."), folder / TOKENIZER)
         else:
-            train_tokenizer(_texts(paths, layout), folder / TOKENIZER, new_tokenizer)
+            _train_tokenizer(paths, layout, folder / TOKENIZER, new_tokenizer)
         ids = Tokenizer.load(folder / TOKENIZER)
         names = list(dict.fromkeys(map(source_name, paths)))
         sources, conditions = {name: _Source() for name in names}, list[str]()
@@ -167,6 +172,24 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
     target.mkdir()
     for file in tokenizer_files(source):
         shutil.copyfile(file, target / file.name)
+
+
+def _train_tokenizer(paths: Sequence[Path], layout: Layout | None, folder: Path, size: int) -> None:
+    """One of `size` tokens; FITTING: of a size by the amount of text, or the nearest that the text can fill."""
+    fitting = size == FITTING
+    if fitting:
+        size = vocabulary_for(sum(map(len, _texts(paths, layout))))
+    try:
+        train_tokenizer(_texts(paths, layout), folder, size)
+    except VocabularyError as refused:
+        if not fitting or refused.fits is None:
+            raise
+        train_tokenizer(_texts(paths, layout), folder, refused.fits)
+
+
+def vocabulary_for(characters: int) -> int:
+    """The size of a vocabulary that is proposed for so much text."""
+    return next((tokens for most, tokens in _VOCABULARIES if characters <= most), 32768)
 
 
 def _texts(paths: Sequence[Path], layout: Layout | None = None) -> Iterator[str]:

@@ -30,6 +30,7 @@ else:
 # does not list has no meaning for it.
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamatan2": {"learning_rate": 1e-3, "betas": (0.9, 0.95)},
+    "adamatan2-paper": {"learning_rate": 1e-3, "betas": (0.9, 0.95)},
     "adamw": {"learning_rate": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8},
     "sophia-g": {"learning_rate": 2e-4, "betas": (0.965, 0.99), "eps": 1e-12, "rho": 0.04, "curvature_every": 10},
     "sophia-h": {"learning_rate": 2e-4, "betas": (0.965, 0.99), "eps": 1e-12, "rho": 0.04, "curvature_every": 10},
@@ -79,6 +80,7 @@ RANGES: dict[str, Range] = {
     "keep": Range(1, _STEPS, _COUNTED),
     "keep_every": Range(0, _STEPS, _COUNTED),
     "eval_every": Range(1, _STEPS, _COUNTED),
+    "patience": Range(0, _STEPS, _COUNTED),
     "check_records": Range(0, (1 << 31) - 1, "no file has as many"),
     "sample_answers": Range(0, (1 << 31) - 1, "no file has as many"),
 }
@@ -132,7 +134,12 @@ class TrainConfig:
     )
     horizon_last: int = _key("schedule", "gradient horizon K once it has risen", 5)
     horizon_fraction: float = _key("schedule", "fraction of the steps over which K rises", 0.2)
-    optimizer: str = _key("optimizer", f"one of {', '.join(OPTIMIZERS)}", "adamatan2")
+    optimizer: str = _key(
+        "optimizer",
+        f"one of {', '.join(OPTIMIZERS)}; adamatan2 steps as HRM-Text's own trainer does, adamatan2-paper as its paper "
+        "writes it",
+        "adamatan2",
+    )
     learning_rate: float = _key("optimizer", "peak learning rate", None)
     betas: tuple[float, float] = _key(
         "optimizer",
@@ -149,6 +156,11 @@ class TrainConfig:
     grad_clip: float = _key("optimizer", "norm above which the gradients are scaled down to it", 1.0)
     ema: float = _key(
         "optimizer", "decay of the averaged weights that are validated and exported; 0: no average", 0.9999
+    )
+    ema_dtype: str = _key(
+        "optimizer",
+        "the averaged weights are kept in 'float32' or, at half the memory and rounded at random, in 'bfloat16'",
+        "float32",
     )
     on_nonfinite: str = _key(
         "optimizer",
@@ -176,6 +188,12 @@ class TrainConfig:
         "growth", "stages at which the model grows, each a [[grow]] table: see below", ()
     )
     eval_every: int = _key("validation and logging", "steps between validations on heldout_files", 500)
+    patience: int = _key(
+        "validation and logging",
+        "validations without a better heldout_loss after which the run ends; the state of the best one is kept and "
+        "exported; 0: the run takes all its steps, and the last is exported",
+        0,
+    )
     check_records: int = _key(
         "validation and logging", "validation records of which greedy answers are checked as well; 0: none", 64
     )
@@ -207,11 +225,14 @@ class TrainConfig:
             )
         self._choose("schedule", ("constant", "cosine"))
         self._choose("precision", ("float32", "bfloat16"))
+        self._choose("ema_dtype", ("float32", "bfloat16"))
         self._choose("device", ("cpu", "cuda"))
         self._choose("parallel", ("data", "sharded"))
         if self.parallel == "sharded" and (self.grow or self.optimizer == "sophia-h"):
             who = "[[grow]]" if self.grow else "sophia-h"
             raise ValueError(f"train config: {who} works on whole parameters; set parallel = 'data'")
+        if self.parallel == "sharded" and self.ema_dtype != "float32":
+            raise ValueError("train config: sharded averages are kept in float32; set ema_dtype = 'float32'")
         self._choose("on_nonfinite", ("stop", "skip"))
         self._hold("log", set(self.log) <= set(SINKS) and len(set(self.log)) == len(self.log), f"some of {SINKS}")
         if self.horizon_first > self.horizon_last:
@@ -219,6 +240,8 @@ class TrainConfig:
                 "train config: horizons must satisfy horizon_first <= horizon_last, "
                 f"got {self.horizon_first} and {self.horizon_last}"
             )
+        if self.patience and not self.heldout_files:
+            raise ValueError("train config: patience waits for a better validation; name heldout_files")
         if not self.train_files:
             raise ValueError("train config: train_files is empty")
         growths_of(self.grow, self.model, self.seed)  # each of them must be possible

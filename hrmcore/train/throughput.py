@@ -75,7 +75,7 @@ def memory_needed(config: TrainConfig, largest: HRMConfig, corpus: Corpus, world
     tokens = -(-config.batch_tokens // world.ranks)
     holders = world.ranks if config.parallel == "sharded" else 1
     need = planner.memory(largest, config.horizon_last, tokens, supervised, holders, config.precision)
-    average = need.weights if config.ema else 0.0
+    average = need.weights * (0.5 if config.ema_dtype == "bfloat16" else 1.0) if config.ema else 0.0
     state = need.weights + need.optimizer + average
     more = "more" if world.device.type == "cpu" else "of main memory"
     return (
