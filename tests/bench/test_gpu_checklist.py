@@ -96,8 +96,11 @@ def test_a_wrong_fragment_layout(
     checklist: ModuleType, checks: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One register of A with its halves exchanged. (In A and B at once the product would be the same.)"""
+    assert failures(checklist, capsys, "one_hot_mma", "halves") == {}
     right, first = checks._pairs, iter([True])
-    monkeypatch.setattr(checks, "_pairs", lambda *halves: right(*(halves[::-1] if next(first, False) else halves)))
+    monkeypatch.setattr(
+        checks, "_pairs", lambda *halves: right(*(halves[1::-1] if next(first, False) else halves[:2]), halves[2])
+    )
     assert "registers over all products are wrong" in failures(checklist, capsys, "one_hot_mma")["one_hot_mma"]
 
 
