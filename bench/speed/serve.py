@@ -9,9 +9,10 @@ greedy. Each number of callers is measured in turns: every server for so many se
 stand meanwhile, in processes of their own, with the same number of threads; who asks shares the processors with them.
 
 The work is the same only where no answer ends early: give a checkpoint that never answers with a control token, and a
-GGUF of it that holds its tokenizer. A piece of text counts as one token until its answer is complete, which then says
-how many tokens its pieces were. llama.cpp attends causally over the prompt, and llama-cpp-python's server answers one
-request after the other. Needs the extras `serve`, `demo` and `bench`, and llama-cpp-python[server].
+GGUF of it that holds its tokenizer; servers that count other tokens in a prompt are refused. A piece of text counts as
+one token until its answer is complete, which then says how many tokens its pieces were. llama.cpp attends causally over
+the prompt, and llama-cpp-python's server answers one request after the other. Needs the extras `serve`, `demo` and
+`bench`, and llama-cpp-python[server].
 
 With --out, OUT.json keeps what earlier calls found for other numbers of callers; OUT.png and OUT.md are made from all.
 """
@@ -107,6 +108,7 @@ def main() -> None:
         servers = list(servers_of(args))
         for server in servers:
             stack.enter_context(server.running())
+        check_prompts(servers, questions[:8])
         for callers in map(int, args.callers.split(",")):
             report["cells"][str(callers)] = measure(servers, questions, callers, args)
             print(json.dumps({callers: report["cells"][str(callers)]}), flush=True)
@@ -154,6 +156,24 @@ def mix(tokenizer: Tokenizer) -> list[str]:
     return [questions[turn % len(questions)] for turn in range(60) for questions in chance.sample(filled, len(filled))]
 
 
+def check_prompts(servers: Sequence[Server], questions: Sequence[str]) -> None:
+    """Raise SystemExit where the servers read a question as different numbers of tokens: their work would differ."""
+    for question in questions:
+        counts = {server.name: prompt_tokens(server, question) for server in servers}
+        if len(set(counts.values())) > 1:
+            raise SystemExit(f"the servers have other tokenizers: {counts} tokens in {question[:80]!r}")
+
+
+def prompt_tokens(server: Server, question: str) -> int:
+    """How many tokens a server counts in a question."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=600)
+    fields = {"prompt": server.framed.format(question), "temperature": 0, "max_tokens": 1}
+    with contextlib.closing(connection):
+        connection.request("POST", "/v1/completions", json.dumps(fields), {"Content-Type": "application/json"})
+        count: int = json.loads(connection.getresponse().read())["usage"]["prompt_tokens"]
+        return count
+
+
 def measure(servers: Sequence[Server], questions: Sequence[str], callers: int, args: argparse.Namespace) -> Any:
     """What each server did for so many callers: there and back, the turns of each together."""
     turns: dict[str, list[dict[str, Any]]] = {server.name: [] for server in servers}
@@ -183,14 +203,27 @@ def call(server: Server, questions: Sequence[str], callers: int, seconds: float)
         thread.start()
     for thread in threads:
         thread.join()
+    settle(server)
     return counted(answers, start, end)
+
+
+def settle(server: Server) -> None:
+    """Wait until the server is through with what was left, so that the next turn is another's alone."""
+    fields = {"prompt": server.framed.format("?"), "temperature": 0, "max_tokens": 1, "stream": True}
+    ask(server, fields, Answer(0.0, 1), time.perf_counter() + 600)
 
 
 def ask(server: Server, fields: dict[str, Any], answer: Answer, end: float) -> None:
     """Read one answer until it is complete, or the time is up."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=600)
-    connection.request("POST", "/v1/completions", json.dumps(fields), {"Content-Type": "application/json"})
-    response = connection.getresponse()
+    patience = max(0.1, end - time.perf_counter())  # one that is not begun by then is left
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=patience)
+    with contextlib.suppress(TimeoutError), contextlib.closing(connection):
+        connection.request("POST", "/v1/completions", json.dumps(fields), {"Content-Type": "application/json"})
+        read(server, connection.getresponse(), answer, end)
+
+
+def read(server: Server, response: http.client.HTTPResponse, answer: Answer, end: float) -> None:
+    """Note when the pieces of an answer come."""
     if response.status != 200:
         raise RuntimeError(f"{server.name}: {response.status} {response.read()[:500]!r}")
     for line in response:
@@ -207,7 +240,6 @@ def ask(server: Server, fields: dict[str, Any], answer: Answer, end: float) -> N
                         f"{server.name}: an answer ended early: {choice}; the work would not be the same"
                     )
                 answer.complete = True
-    connection.close()
 
 
 def counted(answers: Sequence[Answer], start: float, end: float) -> dict[str, Any]:
