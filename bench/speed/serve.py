@@ -309,7 +309,11 @@ def ms(seconds: float | None) -> str:
 def picture(report: dict[str, Any]) -> dict[str, Any]:
     """The report as `hrmcore.plots.bars` draws it."""
     cells = sorted(report["cells"].items(), key=lambda cell: int(cell[0]))
-    named = [(f"{callers} callers, {name}", name, found) for callers, cell in cells for name, found in cell.items()]
+    named = [
+        (f"{callers} caller{'' if callers == '1' else 's'}, {name}", name, found)
+        for callers, cell in cells
+        for name, found in cell.items()
+    ]
 
     def rows(value: Any) -> list[dict[str, Any]]:
         return [{"name": text, "median": value(found), "ours": name == "hrmcore"} for text, name, found in named]
