@@ -135,7 +135,7 @@ void bind_engine(py::module_& m) {
           "step",
           [](Engine& e, const std::vector<std::int64_t>& requests,
              const std::vector<std::vector<std::int64_t>>& ids, const Output& logits, bool every_row,
-             const py::object& stop) {
+             const py::object& stop, bool every_layer) {
             DlpackArgs b("step");
             const TensorView out = b.view(logits, "logits");
             CancelCheck cancel(stop);
@@ -146,7 +146,7 @@ void bind_engine(py::module_& m) {
             }
             cancel.rethrow();
             if (!turn->taken()) return false;
-            e.begin(requests, ids, every_row, out);
+            e.begin(requests, ids, every_row, out, every_layer);
             bool done = false;
             {
               py::gil_scoped_release unlocked;
@@ -157,7 +157,7 @@ void bind_engine(py::module_& m) {
             return done;  // or else nothing has happened, because `stop` said so
           },
           py::arg("requests"), py::arg("ids"), py::arg("logits"), py::arg("every_row"),
-          py::arg("stop") = py::none())
+          py::arg("stop") = py::none(), py::arg("every_layer") = false)
       .def_property_readonly("vocab_size", [](const Engine& e) { return e.shape().vocabulary; })
       .def_property_readonly("weight_bytes", [](const Engine& e) { return e.weights().bytes(); })
       .def_property_readonly("workspace_bytes", &Engine::workspace_bytes)

@@ -155,7 +155,7 @@ void Engine::end_turn() noexcept {
 
 void Engine::check_step(const std::vector<std::int64_t>& requests,
                         const std::vector<std::vector<std::int64_t>>& ids, bool every_row,
-                        const TensorView& logits) const {
+                        const TensorView& logits, bool every_layer) const {
   const char* op = "step";
   if (requests.empty()) reject(op, "requests", "at least one request", "none");
   if (requests.size() != ids.size()) {
@@ -187,6 +187,9 @@ void Engine::check_step(const std::vector<std::int64_t>& requests,
     }
     rows += every_row ? added : 1;
   }
+  if (every_layer && (requests.size() != 1 || every_row))
+    reject(op, "every_layer", "of one request, without every_row", "more");
+  if (every_layer) rows = shape_.slots();
   Check(op, "logits", logits)
       .cpu()
       .dtype({DType::f32})
@@ -227,12 +230,12 @@ void Engine::reserve(const std::vector<std::int64_t>& requests,
 
 void Engine::begin(const std::vector<std::int64_t>& requests,
                    const std::vector<std::vector<std::int64_t>>& ids, bool every_row,
-                   const TensorView& logits) {
+                   const TensorView& logits, bool every_layer) {
   weights_.check_complete();
   weights_.check_unchanged();
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    check_step(requests, ids, every_row, logits);
+    check_step(requests, ids, every_row, logits, every_layer);
     reserve(requests, ids);
     stepping_.reserve(requests.size());
     chunks_.clear();
@@ -245,7 +248,7 @@ void Engine::begin(const std::vector<std::int64_t>& requests,
                          request.prefix, request.pages.data()});
     }
   }
-  recurrence_.prepare(chunks_, every_row, pool_.size());
+  recurrence_.prepare(chunks_, every_row, every_layer, pool_.size());
   logits_ = logits.as<float>();
 }
 

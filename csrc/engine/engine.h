@@ -72,9 +72,10 @@ class Engine {
   // std::runtime_error when the weights are incomplete, FileError when their file changed; then nothing has
   // happened. run returns false, and nothing has happened, when `interrupt` wanted it to stop. commit throws
   // FileError when the weights' file changed meanwhile. logits: (rows, V) float32, the last row of
-  // each request, or with every_row all rows in order.
+  // each request, or with every_row all rows in order; or with every_layer (slots, V), the last row of the only
+  // request as the head reads it after each layer of each visit, the last of which is the step's own.
   void begin(const std::vector<std::int64_t>& requests, const std::vector<std::vector<std::int64_t>>& ids,
-             bool every_row, const TensorView& logits);
+             bool every_row, const TensorView& logits, bool every_layer = false);
   bool run(const Interrupt& interrupt = {}) noexcept;
   void commit();
 
@@ -89,8 +90,8 @@ class Engine {
   };
 
   void check_step(const std::vector<std::int64_t>& requests,
-                  const std::vector<std::vector<std::int64_t>>& ids, bool every_row,
-                  const TensorView& logits) const;
+                  const std::vector<std::vector<std::int64_t>>& ids, bool every_row, const TensorView& logits,
+                  bool every_layer) const;
   void end_turn() noexcept;
   void release(Request& request) noexcept;
   void release_behind(Request& request);

@@ -52,7 +52,8 @@ Recurrence::Recurrence(const ModelShape& shape, const Weights& weights, const Ca
       256);
 }
 
-void Recurrence::prepare(const std::vector<Chunk>& chunks, bool every_row, int threads) {
+void Recurrence::prepare(const std::vector<Chunk>& chunks, bool every_row, bool every_layer, int threads) {
+  every_layer_ = every_layer;
   place_rows(chunks, every_row);
   place_tasks();
   make_room(threads);
@@ -123,12 +124,19 @@ void Recurrence::place_part(const Chunk& chunk, std::int64_t begin, std::int64_t
   }
 }
 
+std::int64_t Recurrence::head_rows() const {
+  return every_layer_ ? shape_.slots() : static_cast<std::int64_t>(rows_.size());
+}
+
 void Recurrence::make_room(int threads) {
-  const auto rows = static_cast<std::int64_t>(rows_.size());
-  const std::int64_t tile_rows = tokens_ - plain_rows_;
-  if (tokens_ <= room_tokens_ && tile_rows <= room_tile_rows_ && rows <= room_rows_ &&
+  if (tokens_ <= room_tokens_ && tokens_ - plain_rows_ <= room_tile_rows_ && head_rows() <= room_rows_ &&
       threads <= room_threads_)
     return;
+
+  // Nothing shrinks: prefills (many tokens, few rows) and steps (the other way round) take turns in a server.
+  const std::int64_t tokens = std::max(tokens_, room_tokens_), rows = std::max(head_rows(), room_rows_);
+  const std::int64_t tile_rows = std::max(tokens_ - plain_rows_, room_tile_rows_);
+  threads = std::max(threads, room_threads_);
 
   // Everything is zeroed: the kernels rely on zeros beyond a row's width.
   std::int64_t offset = 0;
@@ -138,18 +146,18 @@ void Recurrence::make_room(int threads) {
     return at;
   };
   const std::int64_t float_bytes = sizeof(float);
-  const std::int64_t u = place(tokens_ * stride_ * float_bytes), z_l = place(tokens_ * stride_ * float_bytes);
-  const std::int64_t z_h = place(tokens_ * stride_ * float_bytes),
+  const std::int64_t u = place(tokens * stride_ * float_bytes), z_l = place(tokens * stride_ * float_bytes);
+  const std::int64_t z_h = place(tokens * stride_ * float_bytes),
                      picked = place(rows * stride_ * float_bytes);
-  const std::int64_t gqkv = place(tokens_ * gqkv_stride_ * float_bytes);
-  const std::int64_t attended = place(tokens_ * attended_stride_ * float_bytes);
-  const std::int64_t hidden = place(tokens_ * hidden_stride_ * float_bytes);
-  const std::int64_t x = place((tokens_ > rows ? tokens_ : rows) * x_row_bytes_);
+  const std::int64_t gqkv = place(tokens * gqkv_stride_ * float_bytes);
+  const std::int64_t attended = place(tokens * attended_stride_ * float_bytes);
+  const std::int64_t hidden = place(tokens * hidden_stride_ * float_bytes);
+  const std::int64_t x = place((tokens > rows ? tokens : rows) * x_row_bytes_);
   const std::int64_t narrow = stride_ > attended_stride_ ? stride_ : attended_stride_;
   const std::int64_t tiles = place(tile_rows_of(nullptr, tile_rows, narrow).bytes());
   const std::int64_t hidden_tiles = place(tile_rows_of(nullptr, tile_rows, shape_.ffn).bytes());
   const std::int64_t scratch = place(threads * scratch_bytes_);
-  room_tokens_ = 0;
+  room_tokens_ = room_tile_rows_ = room_rows_ = 0;
   memory_ = Memory();  // the old room goes before the new one comes
   memory_ = Memory(offset);
   const auto floats = [this](std::int64_t at) { return reinterpret_cast<float*>(memory_.data() + at); };
@@ -164,7 +172,7 @@ void Recurrence::make_room(int threads) {
   tiles_ = memory_.data() + tiles;
   hidden_tiles_ = memory_.data() + hidden_tiles;
   scratch_ = floats(scratch);
-  room_tokens_ = tokens_;
+  room_tokens_ = tokens;
   room_tile_rows_ = tile_rows;
   room_rows_ = rows;
   room_threads_ = threads;
@@ -230,9 +238,19 @@ bool Recurrence::visit(Worker& worker, Stack stack, std::int64_t slot, const Pac
     const Operand hidden = hidden_operand(worker);
     worker.hint(prefetch_hint(layer + 1 < layers.size() ? layers[layer + 1].gqkv : next));
     add_gemm(worker, w.down, hidden);
+    if (every_layer_) pick_layer(worker, slot + static_cast<std::int64_t>(layer));
   }
   normalise_state(worker, state);
   return true;
+}
+
+// One thread alone: u_ is next written, and picked_ next read, after phases that end when it has joined in.
+void Recurrence::pick_layer(const Worker& worker, std::int64_t slot) {
+  if (worker.rank() != 0) return;
+  auto* picked = reinterpret_cast<std::byte*>(picked_ + slot * stride_);
+  normalise_rows(NormaliseRows{u_ + rows_.back() * stride_, nullptr, nullptr, picked, Packing::f32,
+                               shape_.width, stride_, stride_ * std::int64_t{sizeof(float)}, 0, 1,
+                               shape_.eps});
 }
 
 void Recurrence::ask(const Worker& worker) {
@@ -401,8 +419,8 @@ void Recurrence::swiglu_gemm(Worker& worker, const PackedMatrix& weights, const 
 }
 
 void Recurrence::head(Worker& worker) {
-  const auto rows = static_cast<std::int64_t>(rows_.size());
-  worker.parallel_for(rows, [this](std::int64_t row) {
+  const std::int64_t rows = head_rows();
+  worker.parallel_for(every_layer_ ? 0 : rows, [this](std::int64_t row) {
     const float* from = z_h_ + rows_[static_cast<std::size_t>(row)] * stride_;
     std::memcpy(picked_ + row * stride_, from, static_cast<std::size_t>(stride_) * sizeof(float));
   });

@@ -44,8 +44,9 @@ class Recurrence {
              const PagedXpos* xpos, std::int64_t window);
 
   // Makes room for a step; the only part that can throw (std::bad_alloc).
-  void prepare(const std::vector<Chunk>& chunks, bool every_row, int threads);
-  // Runs it. logits: the last row of each chunk, or every row, [rows][V]. Asks
+  void prepare(const std::vector<Chunk>& chunks, bool every_row, bool every_layer, int threads);
+  // Runs it. logits: the last row of each chunk, or every row, [rows][V]; with every_layer the last row of the
+  // only chunk after each layer of each visit, [slots][V], what the head reads from rms(u) there. Asks
   // `interrupt` twice a layer and visit, in a step of few tokens every eighth layer, though not more often than
   // every tenth of a second; false when it stopped.
   bool run(ThreadPool& pool, float* logits, const Interrupt& interrupt) noexcept;
@@ -71,6 +72,8 @@ class Recurrence {
   void work(Worker& worker);
   void embed(Worker& worker);
   bool visit(Worker& worker, Stack stack, std::int64_t slot, const PackedMatrix& next);
+  void pick_layer(const Worker& worker, std::int64_t slot);
+  std::int64_t head_rows() const;
   void ask(const Worker& worker);
   void attention(Worker& worker, std::int64_t slot);
   void attend_task(Worker& worker, const Task& task, std::int64_t slot);
@@ -108,6 +111,7 @@ class Recurrence {
   std::vector<Task> tasks_;
   std::vector<TokenPlace> places_;
   std::vector<std::int64_t> ids_, rows_, firsts_, row_of_token_;
+  bool every_layer_ = false;
   float* logits_ = nullptr;
 
   Interrupt interrupt_;

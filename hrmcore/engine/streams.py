@@ -77,6 +77,7 @@ class Answer(Iterator[str]):
 
     def __init__(self, tokens: Tokens, decoder: PieceDecoder, stops: StopFilter) -> None:
         self.request = tokens.request
+        self.ids: list[int] = []  # the tokens generated so far
         self._tokens = tokens
         self._decoder = decoder
         self._stops = stops
@@ -107,6 +108,7 @@ class Answer(Iterator[str]):
 
     def push(self, token: int) -> str:
         """The text that may be shown after this token; sets `finish` when a stop string is complete."""
+        self.ids.append(token)
         return self._pass(self._decoder.push(token))
 
     def flush(self) -> str:
