@@ -19,10 +19,12 @@ examples:
   hrmcore prepare 'data/*.jsonl.gz' --new-tokenizer 32768 --cap chat=100000 --out store/
   hrmcore prepare trivia.csv --columns instruction=question,response=answer --new-tokenizer 512 --out store/ --show 3
 
-a file is JSON lines, a JSON array (.json), .csv, .tsv or .parquet, each perhaps .gz, .bz2, .xz or .zst. A record has
+a file is JSON lines, a JSON array (.json), .csv, .tsv, .txt or .parquet, each perhaps .gz, .bz2, .xz or .zst. A
+record has
   {"instruction": "What is 17 + 25?", "response": "42", "condition": "direct"}      the condition may be left out
   {"instruction": ..., "input": ..., "output": ...}     or "prompt" and "completion"
   {"messages": [{"role": "user", "content": ...}, ...]}     or "conversations" with "from" and "value"
+  {"text": ...}     plain text, or a .txt file of it: the loss is on all of it; long ones are cut into pieces
   text under "context" or "input" follows the instruction after a blank line (both: context first); other keys are
   not used; the summary counts and names them. A conversation becomes a record for each assistant turn
 
@@ -50,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--columns",
         metavar="NAME=KEY,...",
-        help="which key or column holds instruction, response, context, input, condition or messages",
+        help="which key or column holds instruction, response, context, input, condition, messages or text",
     )
     parser.add_argument("--context", type=int, default=4096, metavar="N", help="longest record in tokens (4096)")
     parser.add_argument(
@@ -135,6 +137,8 @@ def summary(store: Store) -> list[str]:
         lines.append(f"{name}: {source['kept']} of {source['read']} records kept")
         if conversations := source.get("conversations"):  # stores of before lack it
             lines.append(f"  {conversations} conversations: a record for each answer in them")
+        if texts := source.get("texts"):
+            lines.append(f"  {texts} texts, each in pieces that the context of {store.manifest['context']} takes")
         rejected = Rejected(counts=source["left_out"], examples=source["left_out_examples"])
         keys = KeyCounts()
         keys.joined.update(source.get("joined_keys", {}))  # stores of before lack both

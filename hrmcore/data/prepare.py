@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hrmcore.data.files import Row, expand, is_json_lines, source_name
-from hrmcore.data.records import Fault, KeyCounts, Record, Rejected, encode, parse_records, read_records
+from hrmcore.data.records import Fault, KeyCounts, Record, Rejected, encode_pieces, parse_records, read_records
 from hrmcore.data.shapes import Layout, named_layout, read_shaped
 from hrmcore.data.store import TOKENIZER, Store, TokenWriter, open_store, tokenizer_of, write_index, write_manifest
 from hrmcore.durable import new_folder, sha256_of
@@ -36,12 +36,14 @@ _TOKENIZER_BYTES = 1 << 28  # a new tokenizer sees at most so much, spread evenl
 class _Source:
     """All records of one name. `rejected` tells what was left out, with the place of the first few.
 
-    `keys` counts what was taken from the usable ones, before a cap. `read` counts a conversation's answers.
+    `keys` counts what was taken from the usable ones, before a cap. `read` counts a conversation's answers, and the
+    pieces of a text.
     """
 
     files: list[dict[str, Any]] = field(default_factory=list)
     read: int = 0
     conversations: int = 0
+    texts: int = 0
     rejected: Rejected = field(default_factory=Rejected)
     keys: KeyCounts = field(default_factory=KeyCounts)
 
@@ -131,6 +133,7 @@ def _counts(
                 "files": source.files,
                 "read": source.read,
                 "conversations": source.conversations,
+                "texts": source.texts,
                 "kept": int((chosen.source == i).sum()),
                 "cap": caps.get(name),
                 "beyond_cap": int((beyond.source == i).sum()),
@@ -230,6 +233,7 @@ class _Encoded:
     rejected: list[tuple[int, Fault]]  # with the line's number
     keys: KeyCounts
     conversations: int
+    texts: int
 
 
 def _tokenise(
@@ -257,6 +261,7 @@ def _tokenise(
             name = source_name(batch.path)
             sources[name].read += len(encoded.lengths) + len(encoded.rejected)
             sources[name].conversations += encoded.conversations
+            sources[name].texts += encoded.texts
             for number, fault in encoded.rejected:
                 if strict:
                     raise ValueError(f"{fault.place(f'{batch.path}:{number}')}: {fault.reason}")
@@ -320,7 +325,7 @@ class _Encoder:
         conditions: list[str] = []
         rejected: list[tuple[int, Fault]] = []
         keys = KeyCounts()
-        conversations = 0
+        conversations = texts = 0
         for number, line in batch.rows:
             records = parse_records(line, f"{batch.path}:{number}", batch.layout)
             is_conversation = batch.layout is not None and batch.layout.messages is not None
@@ -330,17 +335,19 @@ class _Encoder:
                     rejected.append((number, record))
                     continue
                 try:
-                    ids, length = encode(record, self._tokenizer, self._context)
+                    pieces = encode_pieces(record, self._tokenizer, self._context)
                 except ValueError as error:
                     rejected.append((number, Fault(str(error))))
                     continue
                 keys.add(record)
-                tokens += ids
-                lengths.append(len(ids))
-                prefix.append(length)
-                conditions.append(record.condition)
+                texts += record.is_text
+                for ids, length in pieces:
+                    tokens += ids
+                    lengths.append(len(ids))
+                    prefix.append(length)
+                    conditions.append(record.condition)
         arrays = [np.asarray(values, dtype=np.int32) for values in (tokens, lengths, prefix)]
-        return _Encoded(arrays[0], arrays[1], arrays[2], conditions, rejected, keys, conversations)
+        return _Encoded(arrays[0], arrays[1], arrays[2], conditions, rejected, keys, conversations, texts)
 
 
 _OrderedMap = Callable[[Iterator[_Lines]], Iterator[tuple[_Lines, _Encoded]]]

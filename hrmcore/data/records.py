@@ -9,6 +9,7 @@ response and eoa. Imports no torch.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ _UNUSED_NAMES = 64  # a file of which every record has keys of its own must not 
 
 @dataclass(frozen=True)
 class Record:
-    """One instruction-response pair and where it stands (file:line).
+    """One instruction-response pair and where it stands (file:line). A plain text is the answer to no instruction.
 
     `joined` are the keys whose text the instruction ends with, `unused` those that nothing is taken from.
     """
@@ -37,6 +38,11 @@ class Record:
     source: str
     joined: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is a plain text."""
+        return not self.instruction
 
 
 @dataclass(frozen=True)
@@ -152,7 +158,7 @@ def _records_of(values: dict[str, Any], source: str, layout: Layout | None) -> l
 
 def _record(values: dict[str, Any], source: str, layout: Layout, unused: tuple[str, ...]) -> Record:
     """The record of plain values. Raises ValueError, naming the key as the file does."""
-    for name in ("instruction", "response"):
+    for name in ("text",) if layout.text else ("instruction", "response"):
         if not isinstance(values.get(name), str):
             raise ValueError(f"{getattr(layout, name)!r} is missing or not a string")
         if not values[name].strip():
@@ -160,6 +166,8 @@ def _record(values: dict[str, Any], source: str, layout: Layout, unused: tuple[s
     condition = values.get("condition", "direct") or "direct"
     if not isinstance(condition, str):
         raise ValueError(f"{layout.condition!r} is not a string")
+    if layout.text:
+        return Record("", values["text"], condition, source, (), unused)
     joined = []
     for name in JOINED:
         if not isinstance(text := values.get(name) or "", str):
@@ -249,6 +257,23 @@ def encode(record: Record, tokenizer: Tokenizer, context: int) -> tuple[list[int
     return ids, len(prompt)
 
 
+def encode_pieces(record: Record, tokenizer: Tokenizer, context: int) -> list[tuple[list[int], int]]:
+    """The sequences of a record, each with the length of its prefix: one, or of a text as many as the context takes.
+
+    A text follows an empty instruction. The pieces of a long one are about equally long, and each of its tokens is
+    predicted once; eoa ends the last. Raises ValueError as `encode` does, but for the length of a text.
+    """
+    if not record.is_text:
+        return [encode(record, tokenizer, context)]
+    prompt = [tokenizer.boq, *tokenizer.conditions(record.condition), tokenizer.eoq]
+    ids, room = [*tokenizer.encode(record.response), tokenizer.eoa], context + 1 - len(prompt)
+    if room < 2:
+        raise ValueError(f"the context of {context} tokens has no room for a text; raise it")
+    count = -(-len(ids) // room)
+    bounds = [len(ids) * number // count for number in range(count + 1)]
+    return [([*prompt, *ids[start:stop]], len(prompt)) for start, stop in itertools.pairwise(bounds)]
+
+
 def tokenize(
     records: Iterator[Record], tokenizer: Tokenizer, context: int, rejected: Rejected, strict: bool = False
 ) -> Corpus:
@@ -259,15 +284,16 @@ def tokenize(
     places: list[tuple[int, int]] = []
     for record in records:
         try:
-            ids, prefix = encode(record, tokenizer, context)
+            encoded = encode_pieces(record, tokenizer, context)
         except ValueError as error:
             if strict:
                 raise ValueError(f"{record.source}: {error}") from None
             rejected.add(record.source, str(error))
-        else:
+            continue
+        file, _, line = record.source.rpartition(":")
+        for ids, prefix in encoded:
             pieces.append(np.asarray(ids, dtype=np.int32))
             prefixes.append(prefix)
-            file, _, line = record.source.rpartition(":")
             places.append((files.setdefault(file, len(files)), int(line)))
     if not pieces:
         raise ValueError("no usable record: " + ("; ".join(rejected.report()) or "the files are empty"))

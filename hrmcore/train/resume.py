@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from torch import Tensor
 from hrmcore.checkpoint.hrm_text import load_model, resolve
 from hrmcore.checkpoint.training_state import is_state, load_state, restore, shapes_of
 from hrmcore.data.records import Corpus
+from hrmcore.lora import adapted_model
 from hrmcore.model import HRM
+from hrmcore.train.adapter import frozen_fingerprint
 from hrmcore.train.run_file import TrainConfig
 
 
@@ -52,6 +55,7 @@ def metadata_of(
         "typical_loss": json.dumps(progress.typical_loss),
         "optimizer": config.optimizer,
         **growth,
+        **({"lora": json.dumps(dataclasses.asdict(config.lora))} if config.lora else {}),
         "data_fingerprint": json.dumps(fingerprint),
         "data_position": json.dumps(progress.position),
         "rng": json.dumps({"seed": config.seed}),  # every draw is a function of seed, epoch and step
@@ -59,7 +63,7 @@ def metadata_of(
 
 
 def fingerprint_of(config: TrainConfig, corpus: Corpus, checksum: str) -> dict[str, Any]:
-    """What the order and the contents of the batches depend on."""
+    """What the order and the contents of the batches depend on; with [lora] also the frozen weights."""
     return {
         "records": len(corpus),
         "tokens": int(corpus.offsets[-1]),
@@ -68,6 +72,7 @@ def fingerprint_of(config: TrainConfig, corpus: Corpus, checksum: str) -> dict[s
         "batch_tokens": config.batch_tokens,
         "accumulate": config.accumulate,
         "objective": config.objective,
+        **frozen_fingerprint(config),
     }
 
 
@@ -85,8 +90,8 @@ def check_same_run(path: Path, metadata: Mapping[str, str], optimizer: str, fing
     if metadata["optimizer"] != optimizer:
         raise ValueError(f"{path}: was trained with {metadata['optimizer']}, not with {optimizer}")
     known = {"objective": "response"} | json.loads(metadata["data_fingerprint"])  # older states name none
-    for name, ours in fingerprint.items():
-        theirs = known.get(name)
+    for name in dict.fromkeys([*fingerprint, *known]):
+        ours, theirs = fingerprint.get(name), known.get(name)
         if theirs != ours:
             what = "the training data" if name in ("records", "tokens", "sha256") else name
             raise ValueError(
@@ -110,6 +115,8 @@ def first_model(config: TrainConfig) -> HRM:
     source = config.init_from
     if source is None:
         return HRM(config.model)
+    if config.lora:
+        return adapted_model(source, config.lora)
     if not is_state(source):
         return load_model(resolve(source))
     tensors, _ = load_state(source)

@@ -29,6 +29,7 @@ from hrmcore.growth.stages import GrowthSchedule
 from hrmcore.model import HRM
 from hrmcore.tokenizer import Tokenizer
 from hrmcore.train import curvature, resume, validation
+from hrmcore.train.adapter import export_adapter
 from hrmcore.train.heartbeat import Heartbeat
 from hrmcore.train.interruption import Interruption, StepAbandoned
 from hrmcore.train.metrics import Metrics
@@ -77,7 +78,7 @@ class Trainer:
         if self._sharded:
             fsdp.shard(self.model, self.world, config.precision)
         self.optimizer = make_optimizer(config, self.model)
-        self._throughput = Throughput(self.world, config.precision)
+        self._throughput = Throughput(self.world, config.precision, config.lora)
         self._begin_at(Progress(step=0, tokens=0, skipped=0, typical_loss=None, position=(0, 0)))
         self._saved = -1  # the step of the newest state
         sharded = config.parallel == "sharded"  # of one process, too: the state is a folder with one shard
@@ -163,13 +164,20 @@ class Trainer:
             self._held.close()
 
     def export(self) -> None:
-        """Write the averaged weights (bfloat16) and the tokenizer as an hrm_text checkpoint; rank 0 does."""
+        """Write the averaged weights (bfloat16) and the tokenizer as an hrm_text checkpoint; rank 0 does.
+
+        With [lora], write adapter/ for peft as well; the merged checkpoint has the types of the one it began with.
+        """
         folder, tokenizer, half = self.out / "checkpoint", self.config.tokenizer, torch.bfloat16
         with self._averaged():
             model = fsdp.gathered(self.model, self.world, half) if self._sharded else self.model
-            if self.world.is_main and model is not None:
+            if self.world.is_main and self.config.lora:
+                export_adapter(self.config, self.model, self.out / "adapter", folder)
+            elif self.world.is_main and model is not None:
                 # The run file asked for xPos, if this is xPos; the checkpoint says so, and hrmcore loads it.
                 save_model(model, folder, dtype=half, tokenizer_folder=tokenizer, allow_xpos=True)
+        if self.config.lora:
+            self._say(f"{self.out / 'adapter'}: the adapter, for peft; it is merged into the model")
         self._say(f"{folder}: the model, for hrmcore generate, eval, inspect and grow")
         self._say(f"next: hrmcore repl {folder}")
 
