@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from hrmcore.tokenizer import Tokenizer
 EXAMPLE = """\
 examples:
   hrmcore prepare math.jsonl chat.jsonl --tokenizer tokenizer/ --out store/
-  hrmcore prepare 'data/*.jsonl.gz' --new-tokenizer 32768 --cap chat=100000 --out store/
+  hrmcore prepare 'data/*.jsonl.gz' --new-tokenizer 32768 --cap chat=100000 --weight math=2.5 --out store/
   hrmcore prepare trivia.csv --columns instruction=question,response=answer --new-tokenizer 512 --out store/ --show 3
 
 a file is JSON lines, a JSON array (.json), .csv, .tsv, .txt or .parquet, each perhaps .gz, .bz2, .xz or .zst. A
@@ -62,6 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=N",
         help="keep at most N records of a source; may be repeated",
     )
+    parser.add_argument(
+        "--weight",
+        action="append",
+        default=[],
+        metavar="NAME=W",
+        help="an epoch sees the records of a source W times, as 2.5 or 0.5, after its cap; may be repeated",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="decides which records a cap keeps (0)")
     parser.add_argument(
         "--strict", action="store_true", help="stop at a record that cannot be used, instead of leaving it out"
@@ -86,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
         context=args.context,
         columns=parse_columns(args.columns or ""),
         caps=parse_caps(args.cap),
+        weights=parse_weights(args.weight),
         seed=args.seed,
         strict=args.strict,
         workers=args.workers,
@@ -130,6 +139,23 @@ def parse_caps(texts: Sequence[str]) -> dict[str, int]:
     return caps
 
 
+def parse_weights(texts: Sequence[str]) -> dict[str, float]:
+    """NAME=W texts as a mapping. Raises ValueError on another form or a name that comes twice."""
+    weights: dict[str, float] = {}
+    for text in texts:
+        name, _, number = text.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not name or not math.isfinite(weight):
+            raise ValueError(f"--weight must be NAME=W with W a number, as chat=2.5, got {text!r}")
+        if name in weights:
+            raise ValueError(f"--weight names {name!r} twice")
+        weights[name] = weight
+    return weights
+
+
 def summary(store: Store) -> list[str]:
     """What went into a store and what was left out, as a person reads it."""
     lines = []
@@ -144,6 +170,8 @@ def summary(store: Store) -> list[str]:
         keys.joined.update(source.get("joined_keys", {}))  # stores of before lack both
         keys.unused.update(source.get("unused_keys", {}))
         lines += [f"  {line}" for line in [*rejected.report(), *keys.report()]]
+        if weight := source.get("weight"):
+            lines.append(f"  weight {weight:g}: an epoch sees each {weight:g} times")
         if source["beyond_cap"]:
             lines.append(f"  {source['beyond_cap']} left out: beyond the cap of {source['cap']}")
     values = store.manifest
