@@ -49,7 +49,7 @@ ROOMS = {
     "__main__": "cli",
 }
 # Upward imports that run only when a function is called: a module's conveniences that need the layer above.
-LATE = {("model", "checkpoint")}
+LATE = {("model", "checkpoint"), ("data", "engine")}
 # Too slow or too rare to come along with a module of ours.
 NEVER_EAGER = {
     *("transformers", "reasoning_gym", "wandb", "tensorboard", "matplotlib", "lm_eval", "openai", "gguf"),

@@ -22,7 +22,16 @@ import numpy as np
 from tqdm import tqdm
 
 from hrmcore.data.files import Row, expand, is_json_lines, source_name
-from hrmcore.data.records import Fault, KeyCounts, Record, Rejected, encode_pieces, parse_records, read_records
+from hrmcore.data.records import (
+    Fault,
+    KeyCounts,
+    Record,
+    Rejected,
+    encode_pieces,
+    parse_records,
+    read_records,
+    template_of,
+)
 from hrmcore.data.shapes import Layout, named_layout, read_shaped
 from hrmcore.data.store import TOKENIZER, Store, TokenWriter, open_store, tokenizer_of, write_index, write_manifest
 from hrmcore.durable import new_folder, sha256_of
@@ -367,6 +376,7 @@ class _Encoder:
 
     def __init__(self, tokenizer: Path, context: int) -> None:
         self._tokenizer = Tokenizer.load(tokenizer)
+        self._template = template_of(self._tokenizer)
         self._context = context
 
     def __call__(self, batch: _Lines) -> _Encoded:
@@ -386,7 +396,7 @@ class _Encoder:
                     rejected.append((number, record))
                     continue
                 try:
-                    pieces = encode_pieces(record, self._tokenizer, self._context)
+                    pieces = encode_pieces(record, self._tokenizer, self._context, self._template)
                 except ValueError as error:
                     rejected.append((number, Fault(str(error))))
                     continue

@@ -3,7 +3,8 @@
 A shape is told by its keys: instruction and response; instruction, input and output (Alpaca); prompt and completion;
 `messages` ({"role", "content"}) or `conversations` ({"from", "value"}); `text`. A file has one shape, that of its first
 record. A conversation becomes one record for each assistant turn: the turns before it are its instruction, as
-`hrmcore.chat.render` writes them. A text is the answer to an empty instruction.
+`hrmcore.chat.render` writes them, or the chat template beside the tokenizer. A text is the answer to an empty
+instruction.
 """
 
 from __future__ import annotations
@@ -177,6 +178,7 @@ def _answers(messages: Sequence[dict[str, str]]) -> Iterator[dict[str, Any] | st
     if not answers:
         raise ValueError("no message of the assistant")
     for place in answers:
-        yield {"instruction": render(messages[begin:place]), "response": messages[place]["content"]}
+        turns = tuple(messages[begin:place])
+        yield {"instruction": render(turns), "response": messages[place]["content"], "messages": turns}
     if messages[-1]["role"] == "user":
         yield f"message {len(messages)} (user): no assistant answers it; the turns before it are used"

@@ -27,7 +27,7 @@ def prepared(tokenizer: Path, tmp_path: Path) -> Prepare:
     def run(*arguments: str | Path) -> Store:
         out = tmp_path / f"store{len(list(tmp_path.glob('store*')))}"
         given = ["--tokenizer", tokenizer, "--out", out, "--workers", "1"]
-        assert hrmcore("prepare", *map(str, [*arguments, *given])) == 0
+        assert hrmcore("prepare", *map(str, [*given, *arguments])) == 0
         return open_store(out)
 
     return run

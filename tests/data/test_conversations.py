@@ -160,6 +160,33 @@ def test_what_is_trained_is_what_is_served(model: HRM, tokenizer: Path, prepared
         assert float((served - exact).norm() / exact.norm()) < 1e-5
 
 
+def test_a_chat_template_beside_the_tokenizer_is_trained_as_it_is_served(
+    model: HRM, tokenizer: Path, prepared: Prepare, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    for file in tokenizer.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    template = "{% for m in messages %}{{ m.role }}<direct>{{ m.content }}<eoq>{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    records = lines(tmp_path / "chat.jsonl", [{"messages": CHAT}])
+    store = prepared(records, "--tokenizer", folder)
+    engine = load(folder)
+    control = {name: engine.text_tokenizer().backend.token_id(f"<{name}>") for name in ("direct", "eoq", "eoa")}
+    for turn, last in enumerate((2, 4, 6)):
+        wanted = []
+        for message in CHAT[:last]:
+            for text, name in ((message["role"], "direct"), (message["content"], "eoq")):
+                wanted += [*engine.text_tokenizer().encode(text), control[name]]
+        prompt = engine.conversation(CHAT[:last])
+        assert not isinstance(prompt, str)
+        assert prompt.ids(engine.text_tokenizer(), "direct") == wanted
+        start, stop = store.corpus.offsets[turn : turn + 2]
+        answer = [*engine.text_tokenizer().encode(CHAT[last]["content"]), control["eoa"]]
+        assert store.corpus.tokens[start:stop].tolist() == wanted + answer
+        assert store.corpus.prefix[turn] == len(wanted)
+
+
 def test_turns_packed_once_would_not_be_what_is_served(model: HRM, tokenizer: Path) -> None:
     """Why each answer is a record of its own. A token has one state in a pass, and an earlier turn needs two.
 
