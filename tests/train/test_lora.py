@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from support.command_line import hrmcore
 from support.runs import MODEL, WORDS, final_state, metrics, repetitions, rewrite
+from support.two_ranks import Ranks
 from torch import Tensor
 
 from hrmcore.checkpoint.adapter import merge_adapter
@@ -309,6 +310,16 @@ def test_a_stopped_run_resumes_bit_for_bit(
         assert torch.equal(tensor, found[name]), name
     files = [tmp_path / name / "checkpoint" / "model.safetensors" for name in ("out", "stopped")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_curve_of_one(run_file: Path, tmp_path: Path, ranks: Ranks) -> None:
+    assert hrmcore("train", str(run_file)) == 0
+    rewrite(run_file, f"{tmp_path}/out", f"{tmp_path}/two")
+    answers = ranks.train(run_file)
+    assert [status for status, _ in answers] == [0, 0], answers
+    one, two = ([row["loss"] for row in metrics(tmp_path / name)] for name in ("out", "two"))
+    assert two == pytest.approx(one, rel=1e-5)
 
 
 # What is wrong
