@@ -157,12 +157,16 @@ class Block(nn.Module):
 
     def _fused(self, normed: Tensor, stream: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """The same without a cache, in two ops that keep less for backward; of `rows` alone from the MLP on."""
-        config, gqkv, o = self.config, self.gqkv_proj.weight, self.o_proj.weight
-        heads, eps = config.num_attention_heads, config.rms_norm_eps
-        rotation = context.table, context.positions
-        attended = attention_sublayer(normed, stream, gqkv, o, heads, eps, rotation, context.mask)
-        attended, stream = _chosen(attended, stream, context.rows)
-        return mlp_sublayer(attended, stream, self.gate_up_proj.weight, self.down_proj.weight, eps)
+        return self._mlp(*_chosen(self._attention(normed, stream, context), stream, context.rows))
+
+    def _attention(self, normed: Tensor, stream: Tensor, context: ForwardContext) -> Tensor:
+        gqkv, o, rotation = self.gqkv_proj.weight, self.o_proj.weight, (context.table, context.positions)
+        heads, eps = self.config.num_attention_heads, self.config.rms_norm_eps
+        return attention_sublayer(normed, stream, gqkv, o, heads, eps, rotation, context.mask)
+
+    def _mlp(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        gate_up, down = self.gate_up_proj.weight, self.down_proj.weight
+        return mlp_sublayer(x, residual, gate_up, down, self.config.rms_norm_eps)
 
 
 def _chosen(x: Tensor, residual: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:

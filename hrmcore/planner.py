@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import mul
 
-from hrmcore.config import HRMConfig
+from hrmcore.config import HRMConfig, LoraConfig
 
 
 @dataclass(frozen=True)
@@ -146,20 +146,34 @@ def backward_visits(config: HRMConfig, horizon: int | None) -> tuple[int, int]:
     return min(l_visits, horizon - h_grad), h_grad
 
 
+def adapter_parameters(config: HRMConfig, lora: LoraConfig) -> int:
+    """Parameters that `[lora]` trains."""
+    return _layers(config) * lora.weights(config)
+
+
 def training_flops(
-    config: HRMConfig, horizon: int | None, tokens: float, supervised: float = 0.0, pairs: float = 0.0
+    config: HRMConfig,
+    horizon: int | None,
+    tokens: float,
+    supervised: float = 0.0,
+    pairs: float = 0.0,
+    lora: LoraConfig | None = None,
 ) -> Flops:
     """FLOPs of one forward and backward pass over `tokens` tokens, of which `supervised` carry loss.
 
     `pairs` are the visible (query, key) pairs, summed over the sequences. A weight costs 2 forward and 4 backward; a
     pair 4·A forward (scores, sum) and 8·A backward, at every layer of every visit. The input gradient of the first
-    block that carries gradient is counted although K <= H_cycles does not need it: 8·A·D a token.
+    block that carries gradient is counted although K <= H_cycles does not need it: 8·A·D a token. With `lora` a frozen
+    weight costs 2 backward: it has no gradient of its own; the adapters' cost 4.
     """
     forward = config.cache_slots  # layers that a token passes, and those of them that carry gradient
     backward = sum(map(mul, backward_visits(config, horizon), config.depths))
+    trained = layer_weights(config) if lora is None else lora.weights(config)
+    frozen = 0 if lora is None else layer_weights(config)
+    of_layers = (2 * forward + 4 * backward) * trained + (2 * forward + 2 * backward) * frozen
     return Flops(
-        stacks=tokens * (2 * forward + 4 * backward) * layer_weights(config),
-        head=supervised * 6 * config.vocab_size * config.hidden_size,
+        stacks=tokens * of_layers,
+        head=supervised * (6 if lora is None else 4) * config.vocab_size * config.hidden_size,
         attention=pairs * (4 * forward + 8 * backward) * config.attention_width,
     )
 
@@ -204,10 +218,7 @@ def memory(
     width = PRECISIONS[precision]
     count, head = parameters(config), config.vocab_size * config.hidden_size
     h_stack, both = config.depths[1] * layer_weights(config), _layers(config) * layer_weights(config)
-    l_visit, h_visit = (
-        batch_tokens * (width * activation_elements(config, layers) + 4 * layers * config.num_attention_heads)
-        for layers in config.depths
-    )
+    l_visit, h_visit = _visits(config, batch_tokens, width)
     # The last block's MLP and the last norm see supervised tokens alone. Backward does them first, then that block's
     # attention: its gradients of the gqkv projection and of the attention's output are added to what is still kept.
     last_mlp = 2 * width * batch_tokens * (config.hidden_size + config.intermediate_size)
@@ -239,6 +250,50 @@ def memory(
     )
 
 
+def _visits(config: HRMConfig, batch_tokens: int, width: int) -> tuple[float, float]:
+    """Bytes that a visit of L, and one of H, keeps for backward."""
+    l_visit, h_visit = (
+        batch_tokens * (width * activation_elements(config, layers) + 4 * layers * config.num_attention_heads)
+        for layers in config.depths
+    )
+    return l_visit, h_visit
+
+
+def adapted_memory(
+    config: HRMConfig, horizon: int | None, batch_tokens: int, supervised: float, precision: str, lora: LoraConfig
+) -> Memory:
+    """What a training step with `[lora]` holds, in bytes; every rank holds all of it.
+
+    The frozen weights are held as `lora.base`, embedding and head beside int8 in bfloat16. Adapters, their gradients
+    and moments are float32, and few. Activations are those of `memory`. One frozen weight at a time is cast to the
+    precision of the arithmetic, where it is held in another; gradients of an int8 product are scaled in float32.
+    """
+    width, held = PRECISIONS[precision], 4 if lora.base == "float32" else 2
+    head, trained = config.vocab_size * config.hidden_size, adapter_parameters(config, lora)
+    stacks = _layers(config) * layer_weights(config) * (1 if lora.base == "int8" else held)
+    attention, ffn = config.attention_width, config.intermediate_size
+    widest = max(4 * attention, 2 * ffn)
+    last_mlp = 2 * width * batch_tokens * (config.hidden_size + ffn)
+    kept = sum(map(mul, backward_visits(config, horizon), _visits(config, batch_tokens, width)))
+    activations = kept - (1 - supervised) * last_mlp
+    logits = width * min(batch_tokens * supervised * config.vocab_size, LOGITS_AT_ONCE)
+    in_int8 = lora.base == "int8"
+    cast = width * widest * config.hidden_size if in_int8 or held != width else 0
+    head_cast = width * head if held != width else 0
+    of_attention = attention * (5 * width + (8 if precision == "bfloat16" else 0))
+    work = batch_tokens * (max(of_attention, 3 * ffn * width) + (widest * (4 + width) if in_int8 else 0))
+    weights = stacks + 2 * held * head + 4 * trained
+    return Memory(
+        weights=weights,
+        cast=max(cast, head_cast),
+        optimizer=8 * trained,
+        gradients=4 * trained,
+        activations=activations,
+        logits=logits,
+        peak=weights + 12 * trained + activations + max(logits + head_cast, work + cast),
+    )
+
+
 @dataclass(frozen=True)
 class Stage:
     """A part of a growing run: from `start` tokens on, the model is `config`, called `name`."""
@@ -261,6 +316,7 @@ class Budget:
     precision: str = "bfloat16"
     record: Record | None = None
     horizon: Horizon = Horizon()
+    lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.tokens <= MAX_TOKENS:
@@ -283,6 +339,7 @@ class StagePlan:
     """The cost of one stage."""
 
     name: str
+    config: HRMConfig
     start: float
     tokens: float
     parameters: int
@@ -350,13 +407,20 @@ def _check_growth(before: Stage, after: Stage) -> None:
 def _plan_stage(stage: Stage, end: float, budget: Budget) -> StagePlan:
     deepest, _ = budget.horizon.shares(stage.start / budget.tokens, end / budget.tokens)[-1]
     supervised = 1.0 if budget.record is None else budget.record.supervised
+    lora = budget.lora
+    of_step = stage.config, deepest, budget.batch_tokens, supervised
+    if lora is None:
+        needed = memory(*of_step, budget.count, budget.precision)
+    else:
+        needed = adapted_memory(*of_step, budget.precision, lora)
     return StagePlan(
         name=stage.name,
+        config=stage.config,
         start=stage.start,
         tokens=end - stage.start,
         parameters=parameters(stage.config),
         flops=_flops(stage.config, stage.start, end, budget),
-        memory=memory(stage.config, deepest, budget.batch_tokens, supervised, budget.count, budget.precision),
+        memory=needed,
     )
 
 
@@ -366,7 +430,7 @@ def _flops(config: HRMConfig, start: float, end: float, budget: Budget) -> Flops
     parts = []
     for k, share in budget.horizon.shares(start / budget.tokens, end / budget.tokens):
         tokens = share * budget.tokens
-        parts.append(training_flops(config, k, tokens, supervised * tokens, pairs * tokens))
+        parts.append(training_flops(config, k, tokens, supervised * tokens, pairs * tokens, budget.lora))
     return _sum(parts)
 
 

@@ -37,8 +37,9 @@ ROOMS = {
     "model": f"{GROUND} data",
     "distributed": f"{GROUND} model optim data",
     "checkpoint": f"_lazy {GROUND} model optim distributed",
+    "lora": f"{GROUND} model checkpoint",
     "growth": f"_lazy {GROUND} model optim planner checkpoint",
-    "train": f"_lazy {GROUND} machine model optim planner data distributed checkpoint growth",
+    "train": f"_lazy {GROUND} machine model optim planner data distributed checkpoint lora growth",
     "engine": f"_lazy chat {GROUND} model checkpoint lens",
     "serving": f"{GROUND} chat engine lens_names",
     "lens_names": "config tokenizer",
@@ -51,7 +52,7 @@ ROOMS = {
     "__main__": "cli",
 }
 # Upward imports that run only when a function is called: a module's conveniences that need the layer above.
-LATE = {("model", "checkpoint")}
+LATE = {("model", "checkpoint"), ("data", "engine")}
 # Too slow or too rare to come along with a module of ours.
 NEVER_EAGER = {
     *("transformers", "reasoning_gym", "wandb", "tensorboard", "matplotlib", "lm_eval", "openai", "gguf"),

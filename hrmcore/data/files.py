@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 PARQUET = ".parquet"
+TEXT = ".txt"
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _ROWS = 1024  # rows of a Parquet file that are held at once
@@ -53,11 +54,13 @@ def source_name(path: Path) -> str:
 
 def is_json_lines(path: Path) -> bool:
     """Whether the file holds the lines as they are read, uncompressed."""
-    return path.suffix not in (PARQUET, ".json", *_DELIMITERS, *COMPRESSED)
+    return path.suffix not in (PARQUET, TEXT, ".json", *_DELIMITERS, *COMPRESSED)
 
 
 def read_rows(path: str | Path, columns: Callable[[Sequence[str]], Sequence[str]] | None = None) -> Iterator[Row]:
-    """The rows of a file, by its ending: .json, .csv, .tsv, .parquet, else JSON lines; each perhaps compressed.
+    """The rows of a file, by its ending: .json, .csv, .tsv, .txt, .parquet, else JSON lines; each perhaps compressed.
+
+    A .txt file is one row, {"text": all of it}.
 
     `columns` is called with the column names of a table; of a Parquet file those are read that it returns, all without
     it. It may raise ValueError.
@@ -76,6 +79,8 @@ def read_rows(path: str | Path, columns: Callable[[Sequence[str]], Sequence[str]
                 yield from _csv(path, file, _DELIMITERS[suffix], columns)
             elif suffix == ".json":
                 yield from _json(path, file)
+            elif suffix == TEXT:
+                yield Row(1, json.dumps({"text": "".join(_text_lines(path, file))}).encode())
             else:
                 yield from map(Row._make, enumerate(file, start=1))
         except _damage(path) as error:

@@ -33,9 +33,9 @@ class Split:
 def split_records(files: Sequence[str], columns: Mapping[str, str], folder: Path, context: int) -> Split:
     """Write the stores `train` and `heldout` of all records into a new folder; without files, of the puzzles.
 
-    Which records are held out follows from the instruction, a conversation's first one: equal questions are never in
-    both parts. `heldout.jsonl` keeps them as records. With less than 20 of them `heldout` may be missing. Raises
-    ValueError as `prepare` does.
+    Which records are held out follows from the instruction, a conversation's first one, or the text:
+    equal questions are never in both parts. `heldout.jsonl` keeps them as records. With less than 20 of them `heldout`
+    may be missing. Raises ValueError as `prepare` does.
     """
     rejected, keys = Rejected(), KeyCounts()
     records = _records(files, columns)
@@ -82,9 +82,12 @@ def _write(records: Iterable[Record], train: Path, heldout: Path, share: float) 
     with train.open("w", encoding="utf-8") as kept, heldout.open("w", encoding="utf-8") as apart:
         for record in records:
             if record.source != source:  # a conversation's answers stay together
-                digest = hashlib.sha256(record.instruction.encode("utf-8", "surrogatepass")).digest()
+                asked = record.instruction or record.response
+                digest = hashlib.sha256(asked.encode("utf-8", "surrogatepass")).digest()
                 source, chosen = record.source, int.from_bytes(digest[:8], "big") < share * (1 << 64)
             values = {"instruction": record.instruction, "response": record.response, "condition": record.condition}
+            if record.is_text:
+                values = {"text": record.response, "condition": record.condition}
             if not chosen:  # the puzzles' tokenizer goes by task
                 values["task"] = record.source.partition(":")[0]
             (apart if chosen else kept).write(json.dumps(values) + "\n")

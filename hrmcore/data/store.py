@@ -159,6 +159,15 @@ class TokenWriter:
         del tokens
         self._file.truncate(self._header + end * self._type.itemsize)
 
+    def repeat(self, offsets: np.ndarray, chosen: np.ndarray) -> None:
+        """Add the `chosen` sequences, N booleans, once more. `offsets` (N+1) int64 are those of the first N."""
+        self._file.flush()
+        tokens = np.memmap(self._path, self._type, "r", offset=self._header, shape=(int(offsets[-1]),))
+        self._file.seek(0, os.SEEK_END)
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8)))
+        for first, last in zip(edges[::2], edges[1::2], strict=True):
+            self._file.write(tokens[int(offsets[first]) : int(offsets[last])].tobytes())
+
     def close(self) -> None:
         """Write the header. The file is complete after this, and not before."""
         count = (self._file.seek(0, os.SEEK_END) - self._header) // self._type.itemsize

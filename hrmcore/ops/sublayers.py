@@ -53,19 +53,21 @@ def mlp_sublayer(
     return _mlp_sublayer(x, residual, gate_up_weight, down_weight, eps)[:2]
 
 
-def _add_norm(x: Tensor, residual: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_norm(x: Tensor, residual: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """rms(u) and u = x + residual."""
     normed, total = x.new_empty(x.shape), x.new_empty(x.shape)
     _C.rms_norm_forward(*map(to_dlpack, (x, residual, normed, total)), eps, stream_of(x))
     return normed, total
 
 
-def _norm(u: Tensor, eps: float) -> Tensor:
+def norm(u: Tensor, eps: float) -> Tensor:
+    """rms(u)."""
     normed = torch.empty_like(u)
     _C.rms_norm_forward(to_dlpack(u), None, to_dlpack(normed), None, eps, stream_of(u))
     return normed
 
 
-def _norm_backward_(grad_normed: Tensor, u: Tensor, grad_u: Tensor | None, eps: float) -> Tensor:
+def norm_backward_(grad_normed: Tensor, u: Tensor, grad_u: Tensor | None, eps: float) -> Tensor:
     """The gradient of u and of both its summands; overwrites grad_normed."""
     passed_on = None if grad_u is None else to_dlpack(grad_u.contiguous())
     operands = to_dlpack(u), to_dlpack(grad_normed), passed_on, to_dlpack(grad_normed)
@@ -100,6 +102,30 @@ def _split(gqkv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return gate, q, k, v
 
 
+def rotate_and_attend(gqkv: Tensor, rotation: tuple[Tensor, Tensor], mask: PackedMask) -> tuple[Tensor, Tensor]:
+    """Rotates q and k of gqkv (T, 4, H, d) in place; returns the gated attention (T, H, d) and its log-sum-exp."""
+    gate, q, k, v = _split(gqkv)
+    _C.rope(*map(to_dlpack, (q, k, *rotation, q, k)), False, stream_of(q))
+    return launch_forward((q, k, v, gate), mask)
+
+
+def rotate_and_attend_backward(
+    gqkv: Tensor,
+    results: tuple[Tensor, Tensor],
+    rotation: tuple[Tensor, Tensor],
+    mask: PackedMask,
+    grad_attended: Tensor,
+) -> Tensor:
+    """The gradient of gqkv as it was before `rotate_and_attend`, whose `results` and whose gqkv afterwards it takes."""
+    gate, q, k, v = _split(gqkv)
+    grad_gqkv = torch.empty_like(gqkv)
+    grad_gate, grad_q, grad_k, grad_v = _split(grad_gqkv)
+    grads = grad_q, grad_k, grad_v, grad_gate
+    launch_backward((q, k, v, gate), mask, results, grad_attended.view(q.shape), grads, overwrite=True)
+    _C.rope(*map(to_dlpack, (grad_q, grad_k, *rotation, grad_q, grad_k)), True, stream_of(q))
+    return grad_gqkv
+
+
 @torch.library.custom_op("hrmcore::attention_sublayer", mutates_args=(), device_types=DEVICES)
 def _attention_sublayer(
     normed: Tensor,
@@ -116,10 +142,8 @@ def _attention_sublayer(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gqkv = _gemm(normed, gqkv_weight).view(len(normed), 4, heads, -1)
-    gate, q, k, v = _split(gqkv)
-    _C.rope(*map(to_dlpack, (q, k, table, positions, q, k)), False, stream_of(q))
     mask = PackedMask(offsets, prefix, None, log_decay, window)
-    attended, lse = launch_forward((q, k, v, gate), mask)
+    attended, lse = rotate_and_attend(gqkv, (table, positions), mask)
     return _gemm(attended.flatten(1), o_weight), gqkv, attended, lse
 
 
@@ -141,14 +165,10 @@ def _attention_sublayer_backward(
     grad_y: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_attended, grad_o_weight = _gemm_backward(grad_y, attended.flatten(1), o_weight)
-    gate, q, k, v = _split(gqkv)
-    grad_gqkv = torch.empty_like(gqkv)
-    grad_gate, grad_q, grad_k, grad_v = _split(grad_gqkv)
-    mask, grads = PackedMask(offsets, prefix, None, log_decay, window), (grad_q, grad_k, grad_v, grad_gate)
-    launch_backward((q, k, v, gate), mask, (attended, lse), grad_attended.view(q.shape), grads, overwrite=True)
+    mask = PackedMask(offsets, prefix, None, log_decay, window)
+    grad_gqkv = rotate_and_attend_backward(gqkv, (attended, lse), (table, positions), mask, grad_attended)
     del grad_attended
-    _C.rope(*map(to_dlpack, (grad_q, grad_k, table, positions, grad_q, grad_k)), True, stream_of(q))
-    return *_gemm_backward(grad_gqkv.flatten(1), _norm(stream, eps), gqkv_weight), grad_o_weight
+    return *_gemm_backward(grad_gqkv.flatten(1), norm(stream, eps), gqkv_weight), grad_o_weight
 
 
 @_attention_sublayer.register_fake
@@ -190,15 +210,23 @@ _attention_sublayer.register_autograd(_attention_backward, setup_context=_save_a
 def _mlp_sublayer(
     x: Tensor, residual: Tensor, gate_up_weight: Tensor, down_weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    normed, u = _add_norm(x, residual, eps)
+    normed, u = add_norm(x, residual, eps)
     ab = _gemm(normed, gate_up_weight)
-    return _gemm(_swiglu(ab), down_weight), u, ab
+    return _gemm(swiglu_product(ab), down_weight), u, ab
 
 
-def _swiglu(ab: Tensor) -> Tensor:
+def swiglu_product(ab: Tensor) -> Tensor:
+    """SwiGLU (T, F) of ab (T, 2 F)."""
     product = ab.new_empty(ab.shape[0], ab.shape[1] // 2)
     _C.swiglu_forward(to_dlpack(ab), to_dlpack(product), stream_of(ab))
     return product
+
+
+def swiglu_backward_(grad_product: Tensor, ab: Tensor) -> Tensor:
+    """The gradient of ab; SwiGLU's output, computed again, overwrites `grad_product`."""
+    grad_ab = torch.empty_like(ab)
+    _C.swiglu_backward(*map(to_dlpack, (ab, grad_product, grad_ab, grad_product)), stream_of(ab))
+    return grad_ab
 
 
 @torch.library.custom_op("hrmcore::mlp_sublayer_backward", mutates_args=(), device_types=DEVICES)
@@ -211,13 +239,12 @@ def _mlp_sublayer_backward(
     grad_y: Tensor,
     grad_u: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_ab, product = torch.empty_like(ab), _gemm_rows_backward(grad_y, down_weight)
-    # SwiGLU's output, computed again, overwrites its gradient.
-    _C.swiglu_backward(*map(to_dlpack, (ab, product, grad_ab, product)), stream_of(ab))
+    product = _gemm_rows_backward(grad_y, down_weight)
+    grad_ab = swiglu_backward_(product, ab)
     grad_down_weight = _gemm_weight_backward(grad_y, product, down_weight)
     del product
-    grad_normed, grad_gate_up_weight = _gemm_backward(grad_ab, _norm(u, eps), gate_up_weight)
-    return _norm_backward_(grad_normed, u, grad_u, eps), grad_gate_up_weight, grad_down_weight
+    grad_normed, grad_gate_up_weight = _gemm_backward(grad_ab, norm(u, eps), gate_up_weight)
+    return norm_backward_(grad_normed, u, grad_u, eps), grad_gate_up_weight, grad_down_weight
 
 
 @_mlp_sublayer.register_fake

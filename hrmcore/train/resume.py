@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import filecmp
 import json
 import shutil
@@ -20,8 +21,10 @@ from hrmcore.data.packing import EPOCH_START, Bookmark
 from hrmcore.data.records import Corpus
 from hrmcore.data.store import TOKENIZER
 from hrmcore.durable import replacing
+from hrmcore.lora import adapted_model
 from hrmcore.model import HRM
 from hrmcore.tokenizer import tokenizer_files
+from hrmcore.train.adapter import frozen_fingerprint
 from hrmcore.train.run_file import TrainConfig
 
 FORM = "optimizer_form"  # of AdamAtan2; a state without it is of the time when there was only the paper's
@@ -64,6 +67,7 @@ def metadata_of(
         "typical_loss": json.dumps(progress.typical_loss),
         "optimizer": config.optimizer,
         **({FORM: "hrm-text"} if config.optimizer == "adamatan2" else {}),
+        **({"lora": json.dumps(dataclasses.asdict(config.lora))} if config.lora else {}),
         **more,
         "data_fingerprint": json.dumps(fingerprint),
         "data_position": json.dumps(progress.position),
@@ -73,7 +77,7 @@ def metadata_of(
 
 
 def fingerprint_of(config: TrainConfig, corpus: Corpus, checksum: str) -> dict[str, Any]:
-    """What the order and the contents of the batches depend on."""
+    """What the order and the contents of the batches depend on; with [lora] also the frozen weights."""
     return {
         "records": len(corpus),
         "tokens": int(corpus.offsets[-1]),
@@ -82,6 +86,7 @@ def fingerprint_of(config: TrainConfig, corpus: Corpus, checksum: str) -> dict[s
         "batch_tokens": config.batch_tokens,
         "accumulate": config.accumulate,
         "objective": config.objective,
+        **frozen_fingerprint(config),
     }
 
 
@@ -112,8 +117,8 @@ def check_same_run(path: Path, metadata: Mapping[str, str], optimizer: str, fing
     if (trained := optimizer_of(metadata)) != optimizer:
         raise ValueError(f"{path}: was trained with {trained}, not with {optimizer}")
     known = {"objective": "response"} | json.loads(metadata["data_fingerprint"])  # older states name none
-    for name, ours in fingerprint.items():
-        theirs = known.get(name)
+    for name in dict.fromkeys([*fingerprint, *known]):
+        ours, theirs = fingerprint.get(name), known.get(name)
         if theirs != ours:
             what = "the training data" if name in ("records", "tokens", "sha256") else name
             raise ValueError(
@@ -137,16 +142,32 @@ def first_model(config: TrainConfig) -> HRM:
     source = config.init_from
     if source is None:
         return HRM(config.model)
+    if config.lora:
+        return adapted_model(source, config.lora)
     return model_of_state(source) if is_state(source) else load_model(resolve(source))
 
 
 def model_of_state(path: str | Path) -> HRM:
-    """The model of a training state, with the averaged weights where the run keeps them."""
+    """The model of a training state, with the averaged weights where the run keeps them.
+
+    Raises ValueError when the state is of a run with [lora], which holds adapters alone.
+    """
     tensors, metadata = load_state(path)
+    if "lora" in metadata:
+        raise ValueError(f"{path}: holds the adapters of a run with [lora]; the run itself merges them when it ends")
     model = HRM(HRMConfig.from_dict(json.loads(metadata["model_config"])))
+    _load_averaged(model, tensors)
+    return model
+
+
+def return_to(model: HRM, path: Path) -> None:
+    """Give a run's model the weights of one of its states, the averaged ones where the run keeps them."""
+    _load_averaged(model, load_state(path)[0])
+
+
+def _load_averaged(model: HRM, tensors: Mapping[str, Tensor]) -> None:
     weights = {name: tensors[f"model.{name}"] for name in model.state_dict()}
     model.load_state_dict({name: tensors.get(f"optimizer.ema.{name}", tensor) for name, tensor in weights.items()})
-    return model
 
 
 def keep_tokenizer(source: str | Path, out: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from hrmcore.checkpoint.hrm_text import read_config as read_checkpoint_config
 from hrmcore.checkpoint.hrm_text import resolve
 from hrmcore.checkpoint.training_state import is_state, read_metadata
-from hrmcore.config import HRMConfig, Range
+from hrmcore.config import HRMConfig, LoraConfig, Range
 from hrmcore.data.store import MANIFEST, TOKENIZER, tokenizer_of
 from hrmcore.growth.stages import GrowStage, growths_of, read_stages
 from hrmcore.tokenizer import Tokenizer, tokenizer_files
@@ -122,6 +122,9 @@ class TrainConfig:
     seed: int = _key("data", "seed of the initial weights, of the data's order and of the curvature samples", 0)
     init_from: str | None = _key(
         "model", "begin with these weights: an hrm_text checkpoint or a training state, which brings the [model]", None
+    )
+    lora: LoraConfig | None = _key(  # noqa: RUF009
+        "model", "a [lora] table: train adapters over the frozen weights of init_from, see below", None
     )
     warmup_steps: int = _key("schedule", "steps over which the learning rate rises linearly from 0", 100)
     schedule: str = _key(
@@ -245,6 +248,21 @@ class TrainConfig:
         if not self.train_files:
             raise ValueError("train config: train_files is empty")
         growths_of(self.grow, self.model, self.seed)  # each of them must be possible
+        if self.lora is not None:
+            self._check_lora()
+
+    def _check_lora(self) -> None:
+        if self.init_from is None:
+            raise ValueError("train config: [lora] needs init_from: the checkpoint whose weights are frozen")
+        if is_state(self.init_from):
+            raise ValueError(f"train config: [lora] needs a checkpoint as init_from; {self.init_from} is a state")
+        if self.grow or self.parallel == "sharded":
+            who = "[[grow]] tables" if self.grow else "parallel = 'sharded'"
+            raise ValueError(f"train config: [lora] leaves the weights as they are; remove {who}")
+        if (Path(self.out) / "checkpoint").resolve() == Path(self.init_from).resolve():
+            raise ValueError(
+                f"train config: the merged model would replace init_from, {self.init_from}; name another out"
+            )
 
     def _follow_optimizer(self) -> None:
         defaults = OPTIMIZERS[self.optimizer]
@@ -308,6 +326,9 @@ def read_config(path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
         raise ValueError(f"{path}: {error}") from None
 
 
+_TABLES = ("model", "lora", "grow")  # keys of TrainConfig that a run file writes as tables
+
+
 def _change(values: dict[str, Any], change: str) -> None:
     """Put a KEY=VALUE text into the values of a run file."""
     key, equals, text = change.partition("=")
@@ -319,9 +340,10 @@ def _change(values: dict[str, Any], change: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text.strip()
     table, name = values, key
-    if key.startswith("model."):
-        table, name = values.setdefault("model", {}), key.removeprefix("model.")
-    if not isinstance(table, dict) or name in ("model", "grow"):
+    for prefix in ("model", "lora"):
+        if key.startswith(f"{prefix}."):
+            table, name = values.setdefault(prefix, {}), key.removeprefix(f"{prefix}.")
+    if not isinstance(table, dict) or name in _TABLES:
         raise ValueError(f"--set {key}: name one key, as learning_rate or model.head_dim")
     table[name] = value
 
@@ -331,11 +353,13 @@ def _config_from(values: Mapping[str, Any]) -> TrainConfig:
     if unknown := sorted(set(values) - set(fields)):
         raise ValueError(f"unknown key {unknown[0]!r}; the keys are {', '.join(sorted(fields))}")
     checked = {
-        name: _typed(name, str(fields[name].type), value)
-        for name, value in values.items()
-        if name not in ("model", "grow")
+        name: _typed(name, str(fields[name].type), value) for name, value in values.items() if name not in _TABLES
     }
     checked["grow"] = read_stages(values.get("grow", []))
+    if (lora := values.get("lora")) is not None:
+        if not isinstance(lora, dict):
+            raise ValueError("lora must be a table")
+        checked["lora"] = LoraConfig.from_dict(lora)
     if found := _found_tokenizer(checked):
         checked.setdefault("tokenizer", found)
     required = {name for name, f in fields.items() if f.default is dataclasses.MISSING} - {"model"}
@@ -375,8 +399,11 @@ def _model_config(table: Any, init_from: str | None, tokenizer: Tokenizer) -> HR
     if table is not None:
         raise ValueError(f"{init_from} brings the model's shape; remove [model]")
     if is_state(init_from):
+        metadata = read_metadata(init_from)
+        if "lora" in metadata:
+            raise ValueError(f"{init_from}: holds adapters alone; name the checkpoint/ that its run wrote")
         try:
-            config = HRMConfig.from_dict(json.loads(read_metadata(init_from)["model_config"]))
+            config = HRMConfig.from_dict(json.loads(metadata["model_config"]))
         except (KeyError, TypeError) as error:
             raise ValueError(f"{init_from}: its metadata has no model_config ({error})") from None
     else:
@@ -406,7 +433,7 @@ def _typed(name: str, annotation: str, value: Any) -> Any:
 def explain() -> str:
     """Every key of a run file by heading, with its type, default and meaning."""
     fields = [f for f in dataclasses.fields(TrainConfig) if f.name != "model"]
-    lines = ["A run file is TOML: these keys, then the table [model], then any number of [[grow]] tables."]
+    lines = ["A run file is TOML: these keys, then the tables [model], [lora], and any number of [[grow]]."]
     lines.append("Each line has a key, its type, its default ('-': none) and its meaning.")
     for group in GROUPS:
         lines += ["", group]
@@ -417,6 +444,8 @@ def explain() -> str:
     lines += _described([f for f in dataclasses.fields(HRMConfig) if f.name not in filled_in])
     lines += ["", "[[grow]]  the model grows at at_tokens; sizes that are left out stay as they are"]
     lines += _described(dataclasses.fields(GrowStage))
+    lines += ["", "[lora]  the weights of init_from stay, and small matrices beside them are trained"]
+    lines += _described(dataclasses.fields(LoraConfig))
     return "\n".join(lines)
 
 
@@ -442,6 +471,8 @@ def _type(f: dataclasses.Field[Any]) -> str:
     annotation = str(f.type).removesuffix(" | None")
     if annotation.startswith("tuple[GrowStage"):
         return "tables"
+    if annotation == "LoraConfig":
+        return "table"
     if annotation.startswith("tuple[float"):
         return "[number, number]"
     if annotation.startswith("tuple[str"):

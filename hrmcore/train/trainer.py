@@ -37,6 +37,7 @@ from hrmcore.growth.stages import GrowthSchedule
 from hrmcore.model import HRM
 from hrmcore.tokenizer import Tokenizer
 from hrmcore.train import curvature, fault, resume, validation
+from hrmcore.train.adapter import export_adapter
 from hrmcore.train.early_stopping import EarlyStopping
 from hrmcore.train.heartbeat import Heartbeat
 from hrmcore.train.interruption import Interruption, StepAbandoned
@@ -88,7 +89,7 @@ class Trainer:
         if self._sharded:
             fsdp.shard(self.model, self.world, config.precision)
         self.optimizer = make_optimizer(config, self.model)
-        self._throughput = Throughput(self.world, config.precision)
+        self._throughput = Throughput(self.world, config.precision, config.lora)
         self._begin_at(Progress(step=0, tokens=0, skipped=0, typical_loss=None, position=(0, 0)))
         self._saved = -1  # the step of the newest state
         self._stopping = EarlyStopping(config.patience)
@@ -191,7 +192,8 @@ class Trainer:
     def export(self) -> None:
         """Write the averaged weights (bfloat16) and the tokenizer as an hrm_text checkpoint; rank 0 does.
 
-        With `patience` they are those of the best validation.
+        With `patience` they are those of the best validation. With [lora], write adapter/ for peft as well; the merged
+        checkpoint has the types of the one it began with.
         """
         folder, best = self.out / "checkpoint", self._stopping.best
         if best is not None and best not in dict(find_states(self.out)):
@@ -202,13 +204,25 @@ class Trainer:
                 model = fsdp.gathered(self.model, self.world, torch.bfloat16) if self._sharded else self.model
                 self._write_checkpoint(folder, model)
         elif self.world.is_main:
-            self._write_checkpoint(folder, resume.model_of_state(state_of(self.out, best)[1]))
+            self._write_checkpoint(folder, self._model_after(best))
             self._say(f"{folder}: of step {best}, the best validation")
+        if self.config.lora:
+            self._say(f"{self.out / 'adapter'}: the adapter, for peft; it is merged into the model")
         self._say(f"{folder}: the model, for hrmcore generate, eval, inspect and grow")
         self._say(f"next: hrmcore repl {folder}")
 
+    def _model_after(self, step: int) -> HRM:
+        """The model of one of this run's states; with [lora] the one in hand, which is done with training."""
+        state = state_of(self.out, step)[1]
+        if not self.config.lora:
+            return resume.model_of_state(state)
+        resume.return_to(self.model, state)
+        return self.model
+
     def _write_checkpoint(self, folder: Path, model: HRM | None) -> None:
-        if self.world.is_main and model is not None:
+        if self.world.is_main and self.config.lora:
+            export_adapter(self.config, self.model, self.out / "adapter", folder)
+        elif self.world.is_main and model is not None:
             # The run file asked for xPos, if this is xPos; the checkpoint says so, and hrmcore loads it.
             tokenizer = self.config.tokenizer
             save_model(model, folder, dtype=torch.bfloat16, tokenizer_folder=tokenizer, allow_xpos=True)
