@@ -101,8 +101,10 @@ class _TokenizerJson:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the library raises a bare Exception, and Rust's panics are no Exception
-            raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
+            raise ValueError(f"{path}: not a tokenizer.json ({' '.join(str(error).split())})") from None
         self._tokenizer.encode_special_tokens = True  # a special token spelled out in a text is ordinary text
+        self._tokenizer.no_truncation()  # what a file says of these is for batches of training
+        self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size: int = 1 + max(vocabulary.values(), default=-1)
         self.byte_fallback: Mapping[int, int] = {}
