@@ -10,6 +10,7 @@ import csv
 import glob
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -20,6 +21,7 @@ PARQUET = ".parquet"
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _ROWS = 1024  # rows of a Parquet file that are held at once
+_SPACE = re.compile(r"[ \t\r\n]*")
 _CHUNK = 1 << 16  # bytes of a JSON array that are read at once
 
 
@@ -284,10 +286,9 @@ class _Array:
     def _next(self) -> str:
         """Pass white space; the character that follows, or none at the end of the file."""
         while True:
-            while self._place < len(self._text):
-                if (character := self._text[self._place]) not in " \t\r\n":
-                    return character
-                self._place += 1
+            self._place = _SPACE.match(self._text, self._place).end()  # type: ignore[union-attr]
+            if self._place < len(self._text):
+                return self._text[self._place]
             if not self._read():
                 return ""
 

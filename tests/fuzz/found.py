@@ -40,7 +40,7 @@ MEMORY: dict[str, list[bytes]] = {
         b"".join(_SHORT_LINES % number for number in range(1_500_000)),  # each line a reason of its own
     ],
     "plain.json": [
-        b"[\n" + b"1,\n" * 8_000_000 + b'"\xf0\x9f\x98\x80"]',  # short lines, and a character that widens all others
+        b"[" + b" \n" * 8_000_000 + b'"\xf0\x9f\x98\x80"]',  # short lines, and a character that widens all others
         b'["' + b"a" * 24_000_000,
     ],
     "plain.csv": [b'instruction,response\n"' + b"a\n" * 12_000_000],  # a quote that nothing closes

@@ -52,7 +52,7 @@ TensorView view(float* data, std::initializer_list<std::int64_t> shape) {
 
 // Mostly small, so that there is a model to compute with; now and then anything.
 std::int64_t extent(FuzzedDataProvider& bytes, std::int64_t most) {
-  if (bytes.ConsumeIntegralInRange<int>(0, 40) == 0) return bytes.ConsumeIntegral<std::int64_t>();
+  if (bytes.ConsumeIntegralInRange<int>(0, 40) == 40) return bytes.ConsumeIntegral<std::int64_t>();
   return bytes.ConsumeIntegralInRange<std::int64_t>(1, most);
 }
 
@@ -80,14 +80,15 @@ std::unique_ptr<Engine> engine_of(FuzzedDataProvider& bytes) {
   const Packing weights = bytes.PickValueInArray(packings), cache = bytes.PickValueInArray(packings);
   const bool sane = shape.head_dim > 0 && shape.head_dim <= 256;
   std::vector<float> rope(static_cast<std::size_t>(sane ? shape.positions * shape.head_dim : 1));
-  for (float& angle : rope) angle = bytes.ConsumeFloatingPoint<float>();
+  const float angles[] = {0, 1, -1, bytes.ConsumeFloatingPoint<float>(), bytes.ConsumeFloatingPoint<float>()};
+  for (std::size_t i = 0; i < rope.size(); ++i) rope[i] = angles[i * 7 % 5];
   std::vector<float> decay(static_cast<std::size_t>(sane ? shape.head_dim / 2 : 1));
   for (float& rate : decay) rate = -0.1f * bytes.ConsumeProbability<float>();
   const bool xpos = sane && shape.head_dim > 1 && bytes.ConsumeBool();
   return std::make_unique<Engine>(
       shape, weights, cache, bytes.ConsumeIntegralInRange<int>(0, 3), extent(bytes, 1000),
       view(rope.data(), {sane ? shape.positions : 1, sane ? shape.head_dim : 1}),
-      xpos ? view(decay.data(), {shape.head_dim / 2}) : TensorView{}, extent(bytes, 3) * 64 - 64);
+      xpos ? view(decay.data(), {shape.head_dim / 2}) : TensorView{}, bytes.ConsumeBool() ? 64 : bytes.ConsumeIntegralInRange<std::int64_t>(-1, 2) * 64);
 }
 
 // Weights from a file of whatever bytes there are, repeated; damaged, or with the checksum that belongs to them.

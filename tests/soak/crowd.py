@@ -5,7 +5,8 @@
 Answers are closed by whoever reads them, by other threads, by the garbage collector wherever it runs, and by a signal's
 handler, which runs inside the main thread's steps. Every token must be the one that its request gets alone. Prints
 JSON: how often each kind of thing was done, and `wrong`; the exit status is 1 when an answer was wrong or something is
-still held. Whoever waits two minutes longer than SECONDS gets every thread's stack and ends. tests/engine/test_stress.py
+still held. It goes on, up to a minute, until everything has happened once; two minutes later
+every thread's stack is printed and it ends. tests/engine/test_stress.py
 runs some seconds of it, `make tsan` five minutes under ThreadSanitizer, for which this file stays clear of torch.
 """
 
@@ -38,6 +39,11 @@ from hrmcore.tokenizer import Tokenizer
 THREADS = 8
 CALLERS = 6  # tasks on the event loop
 LONG = 400  # tokens: a prefill that a signal comes into
+KINDS = {
+    *("whole", "text", "half", "closed by another", "close of another's", "with signals"),
+    *("close by a handler", "closed by the collector", "awaited", "cancelled", "late", "abandoned"),
+}
+MOST_LONGER = 60  # seconds that a busy machine gets for the first of each kind
 
 
 class Crowd:
@@ -65,6 +71,12 @@ class Crowd:
         self.count: collections.Counter[str] = collections.Counter()
         self.wrong: list[str] = []
         self.under_way: list[Tokens] = []  # appended and popped by anyone: one operation each
+        self._until = 0.0
+
+    def over(self) -> bool:
+        """Whether the time is up, and everything has happened at least once."""
+        late = time.monotonic() - self._until
+        return late > 0 and (late > MOST_LONGER or set(self.count) >= KINDS or bool(self.wrong))
 
     def check(self, kind: str, good: bool, found: object = None) -> None:
         self.count[kind] += 1
@@ -117,11 +129,11 @@ class Crowd:
         next(tokens, None)
         cycle += [cycle, tokens, Finalised(self.count)]
 
-    def call(self, seed: int, until: float) -> None:
+    def call(self, seed: int) -> None:
         """What one thread does until the time is up."""
         chance = random.Random(seed)
         kinds: list[Callable[[random.Random], None]] = [self.whole, self.text, self.half, self.disturbed, self.forget]
-        while time.monotonic() < until:
+        while not self.over():
             try:
                 chance.choice(kinds)(chance)
                 if chance.random() < 0.3:
@@ -130,22 +142,22 @@ class Crowd:
                 self.wrong.append(repr(error))
                 return
 
-    def loop(self, until: float) -> None:
+    def loop(self) -> None:
         """The event loop's thread."""
         try:
-            asyncio.run(self._serve(until))
+            asyncio.run(self._serve())
         except BaseException as error:
             self.wrong.append(f"loop: {error!r}")
 
-    async def _serve(self, until: float) -> None:
+    async def _serve(self) -> None:
         async with AsyncEngine(self.engine, max_queue=64) as served:
-            await asyncio.gather(*(self._ask(served, random.Random(seed), until) for seed in range(CALLERS)))
+            await asyncio.gather(*(self._ask(served, random.Random(seed)) for seed in range(CALLERS)))
             while served.open_answers:
                 gc.collect()
                 await asyncio.sleep(0.01)
 
-    async def _ask(self, served: AsyncEngine, chance: random.Random, until: float) -> None:
-        while time.monotonic() < until:
+    async def _ask(self, served: AsyncEngine, chance: random.Random) -> None:
+        while not self.over():
             index = chance.randrange(len(self.texts))
             kind = chance.choice(["awaited", "cancelled", "late", "abandoned"])
             task = asyncio.ensure_future(self._read(served, index, kind, chance))
@@ -173,16 +185,16 @@ class Crowd:
 
     def run(self, seconds: float) -> dict[str, Any]:
         """All of them at once; the main thread makes long prefills, into which signals come."""
-        until = time.monotonic() + seconds
+        self._until = time.monotonic() + seconds
         signal.signal(signal.SIGALRM, lambda *_: self.close_one("close by a handler"))
         signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
         gc.set_threshold(200, 2, 2)
-        threads = [threading.Thread(target=self.call, args=(seed, until)) for seed in range(THREADS)]
-        threads.append(threading.Thread(target=self.loop, args=(until,)))
+        threads = [threading.Thread(target=self.call, args=(seed,)) for seed in range(THREADS)]
+        threads.append(threading.Thread(target=self.loop))
         for thread in threads:
             thread.start()
         chance = random.Random(99)
-        while time.monotonic() < until:
+        while not self.over():
             index = chance.randrange(4)
             found = list(self.engine.tokens(**self.requests[index]))
             self.check("with signals", found == self.alone[index], (index, found))
@@ -194,6 +206,7 @@ class Crowd:
         held = (self.engine.open_requests, self.runner.core.cache_pages_used)
         if held != (0, 0):
             self.wrong.append(f"{held[0]} requests and {held[1]} pages are still held")
+        self.wrong += [f"never happened: {kind}" for kind in sorted(KINDS - set(self.count))]
         return {"counts": dict(self.count), "wrong": self.wrong[:10]}
 
 
@@ -209,7 +222,7 @@ class Finalised:
 
 def main(seconds: float) -> int:
     """Run, and print the report."""
-    faulthandler.dump_traceback_later(seconds + 120, exit=True)
+    faulthandler.dump_traceback_later(seconds + MOST_LONGER + 120, exit=True)
     report = Crowd().run(seconds)
     print(json.dumps(report))
     return 1 if report["wrong"] else 0
