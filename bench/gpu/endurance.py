@@ -178,7 +178,7 @@ def out_of_memory(here: Here) -> dict[str, Any]:
     next(tokens)
     with no_memory(here):
         figures["decoding"] = expect_memory_error("decoding", lambda: list(tokens), MemoryError)
-    del tokens
+    tokens.close()
     still_right("decoding")
     figures["training"] = _train_without_memory(here)
     return figures
@@ -269,7 +269,7 @@ def ranks(here: Here) -> dict[str, Any]:
 
 
 def run_ranks(run_file: Path, count: int, backend: str, device: str) -> None:
-    """Train a run file in so many processes, which all use the first GPU; raises WrongError with what a failed one says."""
+    """Train a run file in so many processes, which all use the first GPU. Raises WrongError with what one says."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -35,7 +35,8 @@ const ModelShape& checked(const ModelShape& shape) {
   const double width = static_cast<double>(shape.width), heads = static_cast<double>(shape.heads);
   const double attention = heads * static_cast<double>(shape.head_dim);
   const double layer = 5 * width * attention + 3 * width * static_cast<double>(shape.ffn);
-  const double weights = 2 * width * static_cast<double>(shape.vocabulary) + static_cast<double>(layers) * layer;
+  const double weights =
+      2 * width * static_cast<double>(shape.vocabulary) + static_cast<double>(layers) * layer;
   const double token = 8 * attention * static_cast<double>(shape.slots());
   if (std::max(4 * weights, token * page_tokens) > addresses) {
     reject("Engine", "the shape", "of a model that a process can address", "one of more than 2^47 bytes");

@@ -21,6 +21,7 @@ PARQUET = ".parquet"
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _ROWS = 1024  # rows of a Parquet file that are held at once
+_NUMBER = 64  # characters in which it shows whether a number goes on
 _SPACE = re.compile(r"[ \t\r\n]*")
 _CHUNK = 1 << 16  # bytes of a JSON array that are read at once
 
@@ -229,8 +230,8 @@ def _json(path: Path, file: IO[bytes]) -> Iterator[Row]:
 def _is_array(path: Path) -> bool:
     with _open(path) as file:
         start = file.read(_CHUNK).removeprefix(codecs.BOM_UTF8)
-        while start and not start.strip():
-            start = file.read(_CHUNK)
+        while not start.strip() and (more := file.read(_CHUNK)):
+            start = more
         return bool(start.lstrip().startswith(b"["))
 
 
@@ -267,8 +268,8 @@ class _Array:
             held = len(self._text) - self._place
             try:
                 _, end = self._parse(self._text, self._place)
-                if end < len(self._text) or self._ended:  # else a number may go on
-                    break
+                if self._ended or len(self._text) > end + _NUMBER or self._text[end : end + 1] in (*" \t\r\n,]",):
+                    break  # else a number may go on
             except RecursionError:
                 raise self._fault("brackets within brackets, too deep") from None
             except ValueError:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-
 SOAK = Path(__file__).parents[1] / "soak"
 
 

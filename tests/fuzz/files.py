@@ -57,7 +57,12 @@ CHAT = {
     **{"stop": ["7", "é"], "repetition_penalty": 1.1, "condition": "direct", "stream": False, "user": "somebody"},
     **{"logit_bias": {}, "tools": [], "response_format": {"type": "text"}, "frequency_penalty": 0},
 }
-COMPLETION = {"prompt": ["copy", "what is 3?"], "max_tokens": 2, "stream": True, "stream_options": {"include_usage": True}}
+COMPLETION = {
+    "prompt": ["copy", "what is 3?"],
+    "max_tokens": 2,
+    "stream": True,
+    "stream_options": {"include_usage": True},
+}
 
 Rows = list[dict[str, Any]]
 
@@ -175,7 +180,9 @@ def _make_tokenizer_json(folder: Path) -> None:
     )
     spoken.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    spoken.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=300, special_tokens=words, initial_alphabet=alphabet))
+    spoken.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(vocab_size=300, special_tokens=words, initial_alphabet=alphabet)
+    )
     spoken.enable_padding(length=8)
     spoken.enable_truncation(4)
     spoken.save(str(folder / "tokenizer.json"))

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import gzip
+import json
 import struct
 
 from fuzz.files import RUN
 
 HUGE = RUN.replace("hidden_size = 64", f"hidden_size = {10**400}").encode()
+
+
+def _twice_byte_level() -> bytes:
+    """What the tokenizers library does not come to an end with, taking all memory."""
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    split = {"type": "Split", "pattern": {"String": "x"}, "behavior": "Isolated", "invert": False}
+    vocabulary = {"<boq>": 0, "<eoq>": 1, "<eoa>": 2, "<direct>": 3}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": [], "byte_fallback": False}
+    return json.dumps(
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level, level]}, "model": model}
+    ).encode()
+
 
 FOUND: dict[str, list[bytes]] = {
     "config": [b"[" * 100_000, b'{"H_cycles": 2305843009213693952}', b"{}"],
@@ -16,7 +29,13 @@ FOUND: dict[str, list[bytes]] = {
         for text in (b"[]", b"1", b"null", b"[" * 5000, b'{"config": {}, "dtype": [], "bytes": -1, "checksum": NaN}')
     ],
     "plain.jsonl": [b'{"instruction": ' + b"[" * 100_000 + b"\n"],
-    "tokenizer_json": [b'{"model": {"type": "WordLevel", "vocab": {"<boq>": 0, "<eoq>": 1, "<eoa>": 2}}}'],
+    "plain.parquet": [b"PAR1" + bytes(60) + b"PAR1"],
+    "tokens": [b"\x93NUMPY\x01\x00v\x00{'descr': (" + b" " * 104 + b"\n"],
+    "tokenizer_json": [
+        b'{"model": {"type": "WordLevel", "vocab": {"<boq>": 0, "<eoq>": 1, "<eoa>": 2}}}',
+        _twice_byte_level(),
+        b'{"version": "\n1"}',
+    ],
     "run_file": [b"seed = " + b"[" * 5000, b"learning_rate = " + b"9" * 400, b"betas = [nan, nan]", HUGE],
     "state": [(100_000).to_bytes(8, "little") + b"[" * 100_000, b"", b"\0" * 8],
     "shards_manifest": [b"[" * 100_000, b'{"format": "hrmcore-sharded-training-state", "version": "1"}'],
@@ -24,6 +43,7 @@ FOUND: dict[str, list[bytes]] = {
     "template": [b"\xff"],
     "template_config": [b"[" * 100_000, b'{"chat_template": [{"name": []}]}', b"\xff"],
 }
+
 
 def _headed(text: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text
@@ -37,7 +57,7 @@ MEMORY: dict[str, list[bytes]] = {
     "state": [_headed(b'{"a": [' + b"[]," * 8_000_000 + b"1]}")],
     "plain.jsonl": [
         b'{"instruction": "a", "b": [' + b"[]," * 8_000_000 + b"1]}\n",
-        b"".join(_SHORT_LINES % number for number in range(1_500_000)),  # each line a reason of its own
+        b"".join(_SHORT_LINES % number for number in range(800_000)),  # each line a reason of its own
     ],
     "plain.json": [
         b"[" + b" \n" * 8_000_000 + b'"\xf0\x9f\x98\x80"]',  # short lines, and a character that widens all others

@@ -147,7 +147,11 @@ def _other_field(number: int, wire: int, value: int | bytes, chance: random.Rand
     if isinstance(value, int):
         return (number, wire, chance.choice([0, 1, value + 1, (1 << 31) - 1, 1 << 31, (1 << 64) - 1]))
     if wire == 2:
-        return (number, wire, chance.choice([b"", b"\xff", value * 2, mutated(value, chance), value[: len(value) // 2]]))
+        return (
+            number,
+            wire,
+            chance.choice([b"", b"\xff", value * 2, mutated(value, chance), value[: len(value) // 2]]),
+        )
     return (number, wire, bytes(chance.choice([0, 255, 127]) for _ in value))
 
 

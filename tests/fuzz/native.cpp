@@ -88,14 +88,16 @@ std::unique_ptr<Engine> engine_of(FuzzedDataProvider& bytes) {
   return std::make_unique<Engine>(
       shape, weights, cache, bytes.ConsumeIntegralInRange<int>(0, 3), extent(bytes, 1000),
       view(rope.data(), {sane ? shape.positions : 1, sane ? shape.head_dim : 1}),
-      xpos ? view(decay.data(), {shape.head_dim / 2}) : TensorView{}, bytes.ConsumeBool() ? 64 : bytes.ConsumeIntegralInRange<std::int64_t>(-1, 2) * 64);
+      xpos ? view(decay.data(), {shape.head_dim / 2}) : TensorView{},
+      bytes.ConsumeBool() ? 64 : bytes.ConsumeIntegralInRange<std::int64_t>(-1, 2) * 64);
 }
 
 // Weights from a file of whatever bytes there are, repeated; damaged, or with the checksum that belongs to them.
 void map_weights(Engine& engine, FuzzedDataProvider& bytes) {
   const std::int64_t size = engine.weights().bytes();
   const bool damaged = bytes.ConsumeIntegralInRange<int>(0, 20) == 0;
-  const std::int64_t offset = bytes.ConsumeBool() ? 4096 : bytes.ConsumeIntegralInRange<std::int64_t>(-1, 5000);
+  const std::int64_t offset =
+      bytes.ConsumeBool() ? 4096 : bytes.ConsumeIntegralInRange<std::int64_t>(-1, 5000);
   std::string pattern = bytes.ConsumeRandomLengthString(300);
   if (pattern.empty()) pattern.push_back('\0');
   std::string content;

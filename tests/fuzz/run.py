@@ -13,6 +13,7 @@ import faulthandler
 import gc
 import os
 import random
+import resource
 import shutil
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from fuzz.readers import READERS, SECONDS, try_reader
 
 KEPT = Path("build/fuzz")
 MOST_FAULTS = 10
+MOST_ADDRESSES = 4 << 30  # bytes that a reader may ask for before it is ended: the machine is not to suffer
 
 
 class Trials:
@@ -49,7 +51,8 @@ class Trials:
         self.trial.write_bytes(data)
         self.tried += 1
         # By the clock, but not soon: the machine may be busy, or this process stopped for a while.
-        faulthandler.dump_traceback_later(24 * SECONDS, exit=True)
+        if timed:
+            faulthandler.dump_traceback_later(24 * SECONDS, exit=True)
         with Peak() as peak:
             started = time.process_time()
             fault = try_reader(self._name, self._folder, data)
@@ -78,6 +81,8 @@ class Trials:
 def fuzz(name: str, files: Path, seconds: float, number: int) -> int:
     """Give one reader the corpus, then what is broken at random, for so long; the exit status."""
     chance = random.Random(number)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MOST_ADDRESSES, resource.RLIM_INFINITY))
     with tempfile.TemporaryDirectory() as place:
         folder = shutil.copytree(files, Path(place) / "files")
         trials = Trials(name, folder, number)

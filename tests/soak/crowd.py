@@ -63,7 +63,9 @@ class Crowd:
         for seed in range(24):
             ids = [chance.randrange(config.vocab_size) for _ in range(LONG if seed < 4 else chance.randint(1, 70))]
             prefix = chance.choice([0, len(ids), len(ids) // 2])
-            sampling = chance.choice([{}, {"repetition_penalty": 1.3}, {"temperature": 1.0, "top_p": 0.9, "seed": seed}])
+            sampling = chance.choice(
+                [{}, {"repetition_penalty": 1.3}, {"temperature": 1.0, "top_p": 0.9, "seed": seed}]
+            )
             self.requests.append({"ids": ids, "prefix_length": prefix, "max_new_tokens": 1 + seed % 12, **sampling})
         self.texts = [f"Spell this word backward: {'lantern ' * (1 + n)}" for n in range(8)]
         self.alone = [list(self.engine.tokens(**request)) for request in self.requests]
