@@ -1,6 +1,6 @@
 """atheris on one reader, which it leads into what it has not reached. Needs the extra `fuzz`; from tests/:
 
-    python -m fuzz.guided READER [libFuzzer's options, such as -max_total_time=60]
+python -m fuzz.guided READER [libFuzzer's options, such as -max_total_time=60]
 """
 
 from __future__ import annotations

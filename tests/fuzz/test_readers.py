@@ -73,10 +73,10 @@ def test_large_files_take_no_more_memory_than_allowed(tmp_path: Path) -> None:
 def test_the_peak_is_that_of_everything_in_the_process() -> None:
     with Peak() as peak:
         bytearray(b"x") * (64 << 20)
-    assert 64 <= peak.taken >> 20 < 96
+    assert 60 <= peak.taken >> 20 < 96  # Linux counts resident pages in batches, of each thread its own
     with Peak() as again:  # what was freed does not hide it
         bytearray(b"x") * (64 << 20)
-    assert 64 <= again.taken >> 20 < 96
+    assert 60 <= again.taken >> 20 < 96
 
 
 def test_mutations_change_a_file_and_stay_in_its_format(folder: Path) -> None:
