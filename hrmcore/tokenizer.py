@@ -101,8 +101,13 @@ class _TokenizerJson:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the library raises a bare Exception, and Rust's panics are no Exception
-            raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
+            raise ValueError(f"{path}: not a tokenizer.json ({' '.join(str(error).split())})") from None
+        for kind in ("ByteLevel", "Metaspace"):
+            if repr(self._tokenizer.pre_tokenizer).count(f"{kind}(") > 1:  # some texts would take for ever
+                raise ValueError(f"{path}: its pre_tokenizer has {kind} twice; the tokenizers library cannot do that")
         self._tokenizer.encode_special_tokens = True  # a special token spelled out in a text is ordinary text
+        self._tokenizer.no_truncation()  # what a file says of these is for batches of training
+        self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size: int = 1 + max(vocabulary.values(), default=-1)
         self.byte_fallback: Mapping[int, int] = {}

@@ -17,12 +17,13 @@ from hrmcore.cli import COMMANDS
 PACKAGE = Path(hrmcore.__file__).parent
 
 # A room's line names all that it may import from; a package may also import from itself, but not in a circle.
-GROUND = "_C config tokenizer durable positions ops averages"
+GROUND = "_C config limits tokenizer durable positions ops averages"
 ROOMS = {
     "_C": "",
     "_lazy": "",
     "chat": "",
     "config": "",
+    "limits": "",
     "tokenizer": "",
     "durable": "",
     "plots": "",
@@ -59,7 +60,7 @@ NEVER_EAGER = {
     *("huggingface_hub", "pyarrow", "jinja2"),
 }
 FREE_OF_TORCH = [
-    *("config", "tokenizer", "planner", "durable", "positions", "lens_names", "repl", "cli"),
+    *("config", "limits", "tokenizer", "planner", "durable", "positions", "lens_names", "repl", "cli"),
     *(
         "chat",
         "data",

@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -391,20 +392,23 @@ def goldens_replayed(here: Here) -> dict[str, Any]:
 
 def sanitizer(tool: str) -> Callable[[Here], dict[str, Any]]:
     def check(here: Here) -> dict[str, Any]:
-        """The small cases under a tool of compute-sanitizer."""
+        """The small cases, and the decode step in its forms, under a tool of compute-sanitizer."""
         here.require_gpu("compute-sanitizer instruments a GPU's code; the emulator's own detectors run in the tests")
         program = shutil.which("compute-sanitizer")
         if program is None:
             raise NotRunError("compute-sanitizer, of the CUDA toolkit, is not on the PATH")
         lines = (
-            "from bench.gpu import checks as g; here = g.Here(False, g.Path());"
-            "g.one_hot_mma(here); print(g.every_small_result(here))"
+            "from bench.gpu import checks as g, models as m; here = g.Here(False, g.Path());"
+            "g.one_hot_mma(here); print(g.every_small_result(here) + m.every_small_step(here))"
         )
+        # Without torch's cache every tensor is an allocation of its own, whose ends and first contents are watched.
+        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         ran = subprocess.run(
             [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", lines],
             cwd=Path(__file__).parents[2],
             capture_output=True,
             text=True,
+            env=environment,
         )
         if ran.returncode:
             raise WrongError(f"{tool}, exit status {ran.returncode}: {(ran.stdout + ran.stderr)[-2000:]}")
@@ -570,6 +574,7 @@ CHECKS: dict[str, Callable[[Here], dict[str, Any]]] = {
     "memcheck": sanitizer("memcheck"),
     "racecheck": sanitizer("racecheck"),
     "synccheck": sanitizer("synccheck"),
+    "initcheck": sanitizer("initcheck"),
     "against_torch": against_torch,
     "identical_repeats": identical_repeats,
     "attention_against_sdpa": attention_against_sdpa,

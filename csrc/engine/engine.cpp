@@ -8,6 +8,9 @@
 namespace hrmcore {
 namespace {
 
+constexpr std::int64_t most_layers = 1 << 17;
+constexpr double addresses = 1ull << 47;  // bytes
+
 const ModelShape& checked(const ModelShape& shape) {
   const std::pair<const char*, std::int64_t> counts[] = {
       {"vocab_size", shape.vocabulary}, {"hidden_size", shape.width},
@@ -22,6 +25,21 @@ const ModelShape& checked(const ModelShape& shape) {
   if (shape.head_dim > most_head_channels || shape.head_dim % 2 != 0) {
     reject("Engine", "head_dim", "even and at most " + std::to_string(most_head_channels),
            std::to_string(shape.head_dim));
+  }
+  const std::int64_t layers = shape.l_layers + shape.h_layers;
+  if (layers > most_layers || shape.h_cycles > most_layers || shape.l_cycles > most_layers) {
+    reject("Engine", "layers and cycles", "at most " + std::to_string(most_layers),
+           std::to_string(std::max({layers, shape.h_cycles, shape.l_cycles})));
+  }
+  // In floating point, where nothing overflows: what follows computes with integers.
+  const double width = static_cast<double>(shape.width), heads = static_cast<double>(shape.heads);
+  const double attention = heads * static_cast<double>(shape.head_dim);
+  const double layer = 5 * width * attention + 3 * width * static_cast<double>(shape.ffn);
+  const double weights =
+      2 * width * static_cast<double>(shape.vocabulary) + static_cast<double>(layers) * layer;
+  const double token = 8 * attention * static_cast<double>(shape.slots());
+  if (std::max(4 * weights, token * page_tokens) > addresses) {
+    reject("Engine", "the shape", "of a model that a process can address", "one of more than 2^47 bytes");
   }
   return shape;
 }

@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hrmcore.checkpoint.safetensors_writer import write_tensors
 from hrmcore.checkpoint.sharded_state import (
+    is_text,
     read_shards,
     read_shards_metadata,
     remove_shards,
@@ -39,6 +40,7 @@ from hrmcore.checkpoint.sharded_state import (
     verify_shards,
 )
 from hrmcore.durable import replacing, sha256_of
+from hrmcore.limits import MOST_PARSED
 
 FORMAT = "hrmcore-training-state"
 VERSION = "1"
@@ -296,13 +298,13 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any], dict[str, str]]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        text = file.read(length) if 8 + length <= size else b""
+        text = file.read(length) if 8 + length <= size and length <= MOST_PARSED else b""
     try:
         entries: dict[str, Any] = json.loads(text)
         metadata: dict[str, str] = entries.pop("__metadata__")
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise ValueError(f"{path}: not a training state, or cut short") from None
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+    if not is_text(metadata) or metadata.get("format") != FORMAT:
         raise ValueError(f"{path}: not a training state, its metadata does not say so")
     if metadata.get("version") != VERSION:
         raise ValueError(f"{path}: version {metadata.get('version')!r}, this hrmcore reads {VERSION}")

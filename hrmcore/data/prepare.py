@@ -35,6 +35,7 @@ from hrmcore.data.records import (
 from hrmcore.data.shapes import Layout, named_layout, read_shaped
 from hrmcore.data.store import TOKENIZER, Store, TokenWriter, open_store, tokenizer_of, write_index, write_manifest
 from hrmcore.durable import new_folder, sha256_of
+from hrmcore.limits import MOST_PARSED
 from hrmcore.tokenizer import Tokenizer, VocabularyError, tokenizer_files, train_tokenizer
 
 _MOST_WEIGHT = 100  # of a source: every record is in the store so often
@@ -372,15 +373,16 @@ def _tokenise(
 def _batches(paths: Sequence[Path], sources: Mapping[str, _Source], layout: Layout | None) -> Iterator[_Lines]:
     """The files' rows in batches; a file's size and checksum join its source when its last row is read."""
     for path in paths:
-        digest, size = hashlib.sha256(), 0
+        digest, size, whole = hashlib.sha256(), 0, is_json_lines(path)
         everything = read_shaped(path, layout)
         while rows := list(_take(everything)):
             yield _Lines(path, [row for row, _ in rows], rows[-1][1])
             for row, _ in rows:
                 digest.update(row.line)
                 size += len(row.line)
+                whole = whole and len(row.line) <= MOST_PARSED
         sha256 = digest.hexdigest()
-        if not is_json_lines(path):  # its rows are made of it, they are not what it holds
+        if not whole:  # its rows are made of it, or cut, they are not what it holds
             size, sha256 = path.stat().st_size, sha256_of(path)
         sources[source_name(path)].files.append({"name": path.name, "bytes": size, "sha256": sha256})
 

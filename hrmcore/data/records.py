@@ -20,12 +20,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hrmcore.data.shapes import JOINED, PLAIN, Layout, layout_of, plain_records, read_shaped
+from hrmcore.limits import MOST_PARSED
 from hrmcore.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from hrmcore.engine.chat_template import ChatTemplate
 
-_UNUSED_NAMES = 64  # a file of which every record has keys of its own must not fill the memory
+# A file of which every record has keys of its own, or a fault of its own, must not fill the memory.
+_UNUSED_NAMES = 64
+_REASONS = 256
+_REASON_CHARACTERS = 400
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,10 @@ class Rejected:
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, source: str, reason: str) -> None:
+        if len(reason) > _REASON_CHARACTERS:
+            reason = f"{reason[:_REASON_CHARACTERS]}…"
+        if reason not in self.counts and len(self.counts) >= _REASONS:
+            reason = "other reasons"
         self.counts[reason] = self.counts.get(reason, 0) + 1
         if self.counts[reason] <= self.shown_per_reason:
             self.examples.setdefault(reason, []).append(source)
@@ -130,6 +138,8 @@ def parse_record(line: bytes, source: str) -> Record | Fault:
 
 def _parse_json(line: bytes) -> dict[str, Any] | Fault:
     """The object that a JSON line says, or the Fault in it."""
+    if len(line) > MOST_PARSED:
+        return Fault(f"longer than the {MOST_PARSED} bytes that a record may have")
     if not line.strip():
         return Fault("a blank line")
     try:

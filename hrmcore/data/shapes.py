@@ -17,6 +17,7 @@ from typing import Any
 
 from hrmcore.chat import render
 from hrmcore.data.files import Row, read_rows
+from hrmcore.limits import MOST_PARSED
 
 JOINED = ("context", "input")  # keys whose text belongs to the instruction, in this order
 TARGETS = ("instruction", "response", *JOINED, "condition", "messages", "text")  # what --columns may name
@@ -98,7 +99,7 @@ def read_shaped(path: str | Path, layout: Layout | None = None) -> Iterator[tupl
 
 def _loaded(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line) if len(line) <= MOST_PARSED else None
     except (ValueError, RecursionError):
         return None
 

@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from hrmcore.data.files import expand
 from hrmcore.data.records import Corpus, KeyCounts, Record, Rejected, read_records, tokenize
 from hrmcore.durable import sha256_of
+from hrmcore.limits import read_bounded
 from hrmcore.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -201,7 +203,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: not a store (no {MANIFEST}); `hrmcore prepare` writes one")
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(read_bounded(path))
         known = manifest["format"]
         entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -216,8 +218,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def _map(path: Path) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
-        raise ValueError(f"{path}: not an array that a store holds ({error})") from None
+    except (ValueError, EOFError, SyntaxError, TokenError) as error:  # of a header, which is Python
+        raise ValueError(f"{path}: not an array that a store holds ({' '.join(str(error).split())})") from None
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ValueError(f"{path}: not an array that a store holds ({array.dtype}, {array.ndim} dimensions)")
     return np.asarray(array)  # a plain view: slices of a memmap object are slow

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hrmcore.chat import check, check_tools, render
+from hrmcore.limits import read_bounded
 from hrmcore.tokenizer import Tokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -46,15 +47,15 @@ class ChatTemplate:
         config: Any = {}
         if (path := folder / CONFIG_FILE).is_file():
             try:
-                config = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
+                config = json.loads(_text(path))
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise ValueError(f"{path}: not JSON ({error})") from None
             if not isinstance(config, dict):
                 raise ValueError(f"{path}: not a JSON object")
         tokens = {name: _content(config[name]) for name in config if name.endswith("_token")}
         found = {name: text for name, text in tokens.items() if isinstance(text, str)}
         if (own := folder / TEMPLATE_FILE).is_file():
-            return cls(own.read_text(encoding="utf-8"), own, found)
+            return cls(_text(own), own, found)
         text, tool_text = config.get("chat_template"), None
         if isinstance(text, list):
             named = {entry.get("name"): entry.get("template") for entry in text if isinstance(entry, dict)}
@@ -140,6 +141,13 @@ def conversation(
 def prompt_ids(tokenizer: Tokenizer, prompt: str | Conversation, condition: str) -> list[int]:
     """The bidirectional prefix that a prompt becomes. Raises ValueError as `Tokenizer.prompt` and a template do."""
     return prompt.ids(tokenizer, condition) if isinstance(prompt, Conversation) else tokenizer.prompt(prompt, condition)
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_bounded(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
 
 
 def _content(token: Any) -> Any:

@@ -92,12 +92,16 @@ class _CacheView:
 
 
 def one_at_a_time(method: Method) -> Method:
-    """A runner's method that waits until no other thread is in one."""
+    """A runner's method that waits until no other thread is in one, and raises MemoryError when torch has no memory."""
 
     @functools.wraps(method)
     def locked(self: TorchRunner, *arguments: Any) -> Any:
         with self._lock:
-            return method(self, *arguments)
+            try:
+                return method(self, *arguments)
+            except torch.OutOfMemoryError:
+                pass  # the error holds on to the call's tensors: it goes before another one is raised
+        raise MemoryError(f"{self._device} has no memory for this step; close requests, or take shorter ones")
 
     return cast(Method, locked)
 

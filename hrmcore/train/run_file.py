@@ -18,6 +18,7 @@ from hrmcore.checkpoint.training_state import is_state, read_metadata
 from hrmcore.config import HRMConfig, LoraConfig, Range
 from hrmcore.data.store import MANIFEST, TOKENIZER, tokenizer_of
 from hrmcore.growth.stages import GrowStage, growths_of, read_stages
+from hrmcore.limits import read_bounded
 from hrmcore.tokenizer import Tokenizer, tokenizer_files
 from hrmcore.train.metrics import SINKS
 
@@ -51,6 +52,7 @@ GROUPS = (
 )
 
 
+_MOST_BYTES = 1 << 17  # of a run file: Python's reader of TOML takes a thousand bytes for a key
 _STEPS = 1 << 40
 _COUNTED = "no run comes so far"
 _FLOAT = "steps are taken in float32"
@@ -315,7 +317,7 @@ def read_config(path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
     """
     path = Path(path)
     try:
-        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = tomllib.loads(read_bounded(path, _MOST_BYTES).decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not TOML ({error})") from None
     for change in changes:

@@ -187,6 +187,24 @@ def everything_else_works() -> None:
         thread.join()
 
 
+def emulated_kernels_work() -> None:
+    """The tests' emulator of CUDA makes one launch at a time, of this thread and of others."""
+    runner, x, y = filled(CONFIG), np.ones((8, 64), np.float32), np.empty((8, 64), np.float32)
+    _C.emulate_cuda(str(Path(_C.__file__).with_name("_C_emulated.so")))
+    enough = threading.Event()
+
+    def launch() -> None:
+        while not enough.is_set():
+            _C.rms_norm_forward(x, None, np.empty_like(y), None, 1e-6)
+
+    thread = threading.Thread(target=launch)
+    thread.start()
+    prefill(runner, lambda: _C.rms_norm_forward(x, None, y, None, 1e-6))
+    enough.set()
+    thread.join()
+    assert np.allclose(y, 1)
+
+
 @contextlib.contextmanager
 def held(runner: CpuRunner) -> Iterator[None]:
     """Another thread stays in a step of the runner, until the context ends and the step is given up."""
@@ -240,6 +258,7 @@ CASES = (
     another_thread_opens_and_closes,
     steps_inside_are_refused,
     everything_else_works,
+    emulated_kernels_work,
     a_step_that_waits_can_be_interrupted,
     a_forked_child_goes_on,
 )
