@@ -27,6 +27,7 @@ from starlette.types import Receive, Scope, Send
 
 from hrmcore.engine.async_engine import AsyncAnswer, AsyncEngine, EngineClosed, QueueFull
 from hrmcore.engine.chat_template import Conversation
+from hrmcore.engine.streams import TokenLogprob
 from hrmcore.serving.metrics import Metrics
 from hrmcore.serving.protocol import OPTIONS, Asked, Refused, Writer, parse, usage
 
@@ -85,7 +86,7 @@ class Service:
             for prompt in prompts:
                 for choice in range(asked.n):
                     options = asked.choice_options(choice)
-                    answers.append(self.served.stream(prompt, timeout=self.timeout, **options))
+                    answers.append(self.served.stream(prompt, timeout=self.timeout, logprobs=asked.logprobs, **options))
         except (ValueError, QueueFull, EngineClosed) as error:
             close_all(answers)
             raise refusal(error, ValueError) from None
@@ -253,7 +254,7 @@ async def _complete(service: Service, request: Request, chat: bool) -> Response:
     finally:
         close_all(answers)
     used = service.count(asked, answers, time.monotonic() - started)
-    return respond(writer.whole([(text, a.finish) for text, a in zip(texts, answers, strict=True)], used))
+    return respond(writer.whole([(text, a.finish, a.logprobs) for text, a in zip(texts, answers, strict=True)], used))
 
 
 async def read_body(request: Request) -> bytes:
@@ -355,14 +356,14 @@ async def _events(
         for index in range(len(answers)):
             if chunk := writer.begin(index):
                 yield _event(chunk)
-        async for index, piece in _merged(answers):
+        async for index, piece, scored in _merged(answers):
             if piece is None:
-                yield _event(writer.end(index, answers[index].finish))
+                yield _event(writer.end(index, answers[index].finish, scored))
                 continue
             if index in fresh:
                 fresh.discard(index)
                 service.metrics.first_token.add(time.monotonic() - started)
-            yield _event(writer.piece(index, piece))
+            yield _event(writer.piece(index, piece, scored))
             await asyncio.sleep(0)  # the loop may learn that the client has gone, however many pieces are there
     except Exception as error:
         yield _event(refusal(error).body)
@@ -373,27 +374,32 @@ async def _events(
     yield b"data: [DONE]\n\n"
 
 
-async def _merged(answers: Sequence[AsyncAnswer]) -> AsyncIterator[tuple[int, str | None]]:
-    """(index, piece) as pieces come, and (index, None) at the end of each answer."""
-    pieces: asyncio.Queue[tuple[int, str | Exception | None]] = asyncio.Queue()
+async def _merged(
+    answers: Sequence[AsyncAnswer],
+) -> AsyncIterator[tuple[int, str | None, list[TokenLogprob]]]:
+    """(index, piece, log probabilities of its tokens) as pieces come; a piece is None at the end of each answer."""
+    pieces: asyncio.Queue[tuple[int, str | Exception | None, list[TokenLogprob]]] = asyncio.Queue()
 
     async def pump(index: int) -> None:
+        answer, sent = answers[index], 0
         try:
-            async for piece in answers[index]:
-                pieces.put_nowait((index, piece))
-            pieces.put_nowait((index, None))
+            async for piece in answer:
+                scored = answer.logprobs_from(sent)
+                sent += len(scored)
+                pieces.put_nowait((index, piece, scored))
+            pieces.put_nowait((index, None, answer.logprobs_from(sent)))
         except Exception as error:
-            pieces.put_nowait((index, error))
+            pieces.put_nowait((index, error, []))
 
     tasks = [asyncio.ensure_future(pump(index)) for index in range(len(answers))]
     try:
         running = len(answers)
         while running:
-            index, piece = await pieces.get()
+            index, piece, scored = await pieces.get()
             if isinstance(piece, Exception):
                 raise piece
             running -= piece is None
-            yield index, piece
+            yield index, piece, scored
     finally:
         for task in tasks:
             task.cancel()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,22 +17,22 @@ from typing import Any
 from hrmcore.chat import check
 from hrmcore.engine.engine import TextOptions
 from hrmcore.engine.sampling import is_integer
-from hrmcore.engine.streams import Finish
+from hrmcore.engine.streams import Finish, TokenLogprob
+from hrmcore.serving.logprobs import asked_for, in_chat, in_completion
 
 MOST_CHOICES = 64  # answers to one request: prompts × n
 MOST_STOPS = 16
 
 # Fields that go to Engine.stream as they are; what is left out has its default there.
 OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "condition", "stop", "seed")
-_COMMON = {"model", "stream", "stream_options", "n", "max_tokens", *OPTIONS}
-_FIELDS = {True: {"messages", "max_completion_tokens", *_COMMON}, False: {"prompt", *_COMMON}}
+_COMMON = {"model", "stream", "stream_options", "n", "max_tokens", "logprobs", *OPTIONS}
+_FIELDS = {True: {"messages", "max_completion_tokens", "top_logprobs", *_COMMON}, False: {"prompt", *_COMMON}}
 # About the caller, not about the answer.
 _IGNORED = {"user", "metadata", "safety_identifier", "prompt_cache_key"}
 # Fields that we do not serve, and the values (besides null) that ask for nothing.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
-    "logprobs": (False,),
     "top_logprobs": (0,),
     "logit_bias": ({},),
     "tools": ([],),
@@ -80,6 +81,7 @@ class Asked:
     stream: bool
     include_usage: bool
     options: TextOptions = field(repr=False)
+    logprobs: int | None = None  # how many of the most probable tokens beside each; None: not even its own
 
     @property
     def chat(self) -> bool:
@@ -115,7 +117,11 @@ def parse(body: bytes, chat: bool, model: str) -> Asked:
     if limits:
         options["max_new_tokens"] = next(iter(limits.values()))
     usage = _stream_options(given, stream)
-    return Asked(messages, prompts, n, stream, usage, options)  # type: ignore[arg-type]
+    try:
+        logprobs = asked_for(given, chat)
+    except ValueError as error:
+        raise Refused(400, str(error), str(error).partition(" ")[0]) from None
+    return Asked(messages, prompts, n, stream, usage, options, logprobs)  # type: ignore[arg-type]
 
 
 def _object(body: bytes) -> dict[str, Any]:
@@ -229,18 +235,22 @@ class Writer:
 
     def __init__(self, asked: Asked, model: str) -> None:
         self._asked = asked
+        self._offsets: Counter[int] = Counter()  # characters of each choice's tokens so far
         self._head = {
             "id": f"{'chatcmpl' if asked.chat else 'cmpl'}-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": model,
         }
 
-    def whole(self, answers: Sequence[tuple[str, Finish | None]], used: dict[str, int]) -> dict[str, Any]:
+    def whole(
+        self, answers: Sequence[tuple[str, Finish | None, Sequence[TokenLogprob]]], used: dict[str, int]
+    ) -> dict[str, Any]:
         """All choices at once."""
         choices = []
-        for index, (text, finish) in enumerate(answers):
+        for index, (text, finish, scored) in enumerate(answers):
             said = {"message": {"role": "assistant", "content": text}} if self._asked.chat else {"text": text}
-            choices.append({"index": index, **said, "logprobs": None, "finish_reason": finish_reason(finish)})
+            logprobs = self._logprobs(index, scored)
+            choices.append({"index": index, **said, "logprobs": logprobs, "finish_reason": finish_reason(finish)})
         name = "chat.completion" if self._asked.chat else "text_completion"
         return {**self._head, "object": name, "choices": choices, "usage": used}
 
@@ -248,13 +258,13 @@ class Writer:
         """The chunk before a choice's first piece."""
         return self._chunk(index, {"role": "assistant", "content": ""}, None) if self._asked.chat else None
 
-    def piece(self, index: int, text: str) -> dict[str, Any]:
-        """A chunk with text."""
-        return self._chunk(index, {"content": text}, None)
+    def piece(self, index: int, text: str, scored: Sequence[TokenLogprob] = ()) -> dict[str, Any]:
+        """A chunk with text, and what is asked for of the tokens behind it."""
+        return self._chunk(index, {"content": text}, None, scored)
 
-    def end(self, index: int, finish: Finish | None) -> dict[str, Any]:
-        """A choice's last chunk."""
-        return self._chunk(index, {}, finish_reason(finish))
+    def end(self, index: int, finish: Finish | None, scored: Sequence[TokenLogprob] = ()) -> dict[str, Any]:
+        """A choice's last chunk, and the tokens that had no text."""
+        return self._chunk(index, {}, finish_reason(finish), scored)
 
     def used(self, used: dict[str, int]) -> dict[str, Any]:
         """The last chunk of all, where the usage was asked for."""
@@ -264,8 +274,21 @@ class Writer:
     def _object(self) -> str:
         return "chat.completion.chunk" if self._asked.chat else "text_completion"
 
-    def _chunk(self, index: int, delta: dict[str, str], reason: str | None) -> dict[str, Any]:
+    def _logprobs(self, index: int, scored: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        """The tokens that follow those of the choice so far."""
+        if self._asked.logprobs is None:
+            return None
+        if self._asked.chat:
+            return in_chat(scored)
+        offset = self._offsets[index]
+        self._offsets[index] += sum(len(one.text) for one in scored)
+        return in_completion(scored, offset)
+
+    def _chunk(
+        self, index: int, delta: dict[str, str], reason: str | None, scored: Sequence[TokenLogprob] = ()
+    ) -> dict[str, Any]:
         said: dict[str, Any] = {"delta": delta} if self._asked.chat else {"text": delta.get("content", "")}
-        choice = {"index": index, **said, "logprobs": None, "finish_reason": reason}
+        logprobs = self._logprobs(index, scored) if scored else None
+        choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
         extra = {"usage": None} if self._asked.include_usage else {}
         return {**self._head, "object": self._object, "choices": [choice], **extra}
