@@ -62,6 +62,7 @@ class Engine:
         logits: Output,
         every_row: bool,
         stop: object = None,
+        every_layer: bool = False,
     ) -> bool: ...
     @property
     def threads(self) -> int: ...

@@ -38,11 +38,13 @@ ROOMS = {
     "checkpoint": f"_lazy {GROUND} model optim distributed",
     "growth": f"_lazy {GROUND} model optim planner checkpoint",
     "train": f"_lazy {GROUND} machine model optim planner data distributed checkpoint growth",
-    "engine": f"_lazy chat {GROUND} model checkpoint",
-    "serving": f"{GROUND} chat engine",
-    "lens": f"{GROUND} model",
+    "engine": f"_lazy chat {GROUND} model checkpoint lens",
+    "serving": f"{GROUND} chat engine lens_names",
+    "lens_names": "config tokenizer",
+    "lens": f"{GROUND} model lens_names",
     "evals": f"{GROUND} data checkpoint engine",
-    "commands": f"{GROUND} model planner plots microbench data checkpoint growth train engine serving lens evals",
+    "commands": f"{GROUND} model planner plots microbench data checkpoint growth train engine serving lens lens_names "
+    "evals",
     "repl": "commands",
     "cli": "commands",
     "__main__": "cli",
@@ -55,7 +57,7 @@ NEVER_EAGER = {
     *("huggingface_hub", "pyarrow", "jinja2"),
 }
 FREE_OF_TORCH = [
-    *("config", "tokenizer", "planner", "durable", "positions", "repl", "cli"),
+    *("config", "tokenizer", "planner", "durable", "positions", "lens_names", "repl", "cli"),
     *(
         "chat",
         "data",
@@ -72,7 +74,7 @@ FREE_OF_TORCH = [
     *("checkpoint", "checkpoint.hrm_text", "checkpoint.safetensors_reader"),
     *("growth", "train"),
     *("engine", "engine.engine", "engine.async_engine", "engine.runner", "engine.cpu_runner"),
-    *("serving", "serving.protocol", "serving.metrics", "serving.app", "serving.server"),
+    *("serving", "serving.protocol", "serving.metrics", "serving.app", "serving.server", "serving.lens"),
     *("engine.packed_file", "engine.streams", "engine.sampling"),
     *("evals.harness", "evals.iq", "evals.reasoning_gym", "evals.runners"),
     *(f"commands.{path.stem}" for path in (PACKAGE / "commands").glob("*.py")),

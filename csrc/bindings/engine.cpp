@@ -178,24 +178,24 @@ void bind_engine(py::module_& m) {
           "step",
           [](Engine& e, const std::vector<std::int64_t>& requests,
              const std::vector<std::vector<std::int64_t>>& ids, const Output& logits, bool every_row,
-             const py::object& stop) {
+             const py::object& stop, bool every_layer) {
             DlpackArgs b("step");
             const TensorView out = b.view(logits, "logits");
             CancelCheck cancel(stop);
             std::optional<Engine::Turn> turn;
             if (!take_turn(turn, e, cancel)) return false;
-            Engine::Step step(e, requests, ids, every_row, false);
+            Engine::Step step(e, requests, ids, every_row, every_layer, false);
             step.check(out);
             // Or else nothing has happened, because `stop` said so.
             return run_step(step, out, step.tokens(), cancel) == Recurrence::Ended::done;
           },
           py::arg("requests"), py::arg("ids"), py::arg("logits"), py::arg("every_row"),
-          py::arg("stop") = py::none())
+          py::arg("stop") = py::none(), py::arg("every_layer") = false)
       .def(
           "begin",  // a step to be made in slices
           [](Engine& e, const std::vector<std::int64_t>& requests,
              const std::vector<std::vector<std::int64_t>>& ids) {
-            return std::make_unique<Engine::Step>(e, requests, ids, false, true);
+            return std::make_unique<Engine::Step>(e, requests, ids, false, false, true);
           },
           py::arg("requests"), py::arg("ids"), py::keep_alive<0, 1>())
       .def(

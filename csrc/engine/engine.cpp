@@ -237,7 +237,8 @@ Engine::Turn::~Turn() {
 }
 
 void Engine::check_step(const std::vector<std::int64_t>& requests,
-                        const std::vector<std::vector<std::int64_t>>& ids) const {
+                        const std::vector<std::vector<std::int64_t>>& ids, bool every_row,
+                        bool every_layer) const {
   const char* op = "step";
   if (requests.empty()) reject(op, "requests", "at least one request", "none");
   if (requests.size() != ids.size()) {
@@ -269,6 +270,8 @@ void Engine::check_step(const std::vector<std::int64_t>& requests,
       }
     }
   }
+  if (every_layer && (requests.size() != 1 || every_row))
+    reject(op, "every_layer", "of one request, without every_row", "more");
 }
 
 OutOfMemory Engine::no_room() const {
@@ -301,7 +304,8 @@ void Engine::reserve(const std::vector<std::int64_t>& requests,
 }
 
 Engine::Step::Step(Engine& engine, const std::vector<std::int64_t>& requests,
-                   const std::vector<std::vector<std::int64_t>>& ids, bool every_row, bool sliced)
+                   const std::vector<std::vector<std::int64_t>>& ids, bool every_row, bool every_layer,
+                   bool sliced)
     : engine_(engine),
       own_(sliced ? engine.spare_recurrence() : nullptr),
       recurrence_(sliced ? *own_ : engine.recurrence_) {
@@ -311,7 +315,7 @@ Engine::Step::Step(Engine& engine, const std::vector<std::int64_t>& requests,
   chunks_.reserve(requests.size());
   {
     const std::lock_guard<std::mutex> lock(engine.mutex_);
-    engine.check_step(requests, ids);
+    engine.check_step(requests, ids, every_row, every_layer);
     engine.reserve(requests, ids);
     for (std::size_t i = 0; i < requests.size(); ++i) {
       Request& request = engine.requests_.at(requests[i]);
@@ -322,8 +326,9 @@ Engine::Step::Step(Engine& engine, const std::vector<std::int64_t>& requests,
       rows_ += every_row ? chunks_.back().tokens : 1;
     }
   }
+  if (every_layer) rows_ = engine.shape_.slots();
   try {
-    recurrence_.prepare(chunks_, every_row, engine.pool_.size());
+    recurrence_.prepare(chunks_, every_row, every_layer, engine.pool_.size());
   } catch (...) {
     leave();
     throw;

@@ -98,7 +98,7 @@ class Engine {
   };
 
   void check_step(const std::vector<std::int64_t>& requests,
-                  const std::vector<std::vector<std::int64_t>>& ids) const;
+                  const std::vector<std::vector<std::int64_t>>& ids, bool every_row, bool every_layer) const;
   Request& find_idle(const char* op, std::int64_t request);
   Request& add_request();
   Request& share(const Request& request);
@@ -132,14 +132,15 @@ class Engine::Step {
   // std::runtime_error when the weights are incomplete, FileError when their file changed. `sliced`: with
   // working memory of its own, for any thread; otherwise for whoever has the turn as long as it lives.
   Step(Engine& engine, const std::vector<std::int64_t>& requests,
-       const std::vector<std::vector<std::int64_t>>& ids, bool every_row, bool sliced);
+       const std::vector<std::vector<std::int64_t>>& ids, bool every_row, bool every_layer, bool sliced);
   ~Step();
   Step(const Step&) = delete;
   Step& operator=(const Step&) = delete;
 
   // Throws std::invalid_argument unless run may write to these logits: (rows, V) float32, the last row of each
-  // request, or with every_row all rows in order; or when the step has ended. Throws FileError when the
-  // weights' file changed.
+  // request, or with every_row all rows in order, or with every_layer (slots, V), the last row of the only
+  // request as the head reads it after each layer of each visit, the last of which is the step's own; or when
+  // the step has ended. Throws FileError when the weights' file changed.
   void check(const TensorView& logits) const;
   // For whoever has the turn: as much of the step as is the work of a step of `tokens` tokens, rounded down to
   // halves of a layer and visit, and one at least. Writes the logits when it is done. A step that `interrupt`

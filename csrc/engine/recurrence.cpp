@@ -64,7 +64,8 @@ Recurrence::Recurrence(const ModelShape& shape, const Weights& weights, const Ca
   }
 }
 
-void Recurrence::prepare(const std::vector<Chunk>& chunks, bool every_row, int threads) {
+void Recurrence::prepare(const std::vector<Chunk>& chunks, bool every_row, bool every_layer, int threads) {
+  every_layer_ = every_layer;
   done_ = 0;
   place_rows(chunks, every_row);
   place_tasks();
@@ -132,8 +133,12 @@ void Recurrence::place_part(const Chunk& chunk, std::int64_t begin, std::int64_t
   }
 }
 
+std::int64_t Recurrence::head_rows() const {
+  return every_layer_ ? shape_.slots() : static_cast<std::int64_t>(rows_.size());
+}
+
 void Recurrence::make_room(int threads) {
-  const auto rows = static_cast<std::int64_t>(rows_.size());
+  const std::int64_t rows = head_rows();
   const std::int64_t tile_rows = tokens_ - plain_rows_;
   if (tokens_ <= room_tokens_ && tile_rows <= room_tile_rows_ && rows <= room_rows_ &&
       threads <= room_threads_)
@@ -243,8 +248,18 @@ bool Recurrence::feed_forward_half(Worker& worker, std::int64_t slot) {
   const Operand hidden = hidden_operand(worker);
   worker.hint(prefetch_hint(2 * (slot + 1) < halves() ? layer_of(slot + 1).gqkv : weights_.head()));
   add_gemm(worker, w.down, hidden);
+  if (every_layer_) pick_layer(worker, slot);
   if (visit.last) normalise_state(worker, visit.stack == Stack::H ? z_h_ : z_l_);
   return true;
+}
+
+// One thread alone: u_ is next written, and picked_ next read, after phases that end when it has joined in.
+void Recurrence::pick_layer(const Worker& worker, std::int64_t slot) {
+  if (worker.rank() != 0) return;
+  auto* picked = reinterpret_cast<std::byte*>(picked_ + slot * stride_);
+  normalise_rows(NormaliseRows{u_ + rows_.back() * stride_, nullptr, nullptr, picked, Packing::f32,
+                               shape_.width, stride_, stride_ * std::int64_t{sizeof(float)}, 0, 1,
+                               shape_.eps});
 }
 
 void Recurrence::ask(const Worker& worker) {
@@ -413,8 +428,8 @@ void Recurrence::swiglu_gemm(Worker& worker, const PackedMatrix& weights, const 
 }
 
 void Recurrence::head(Worker& worker) {
-  const auto rows = static_cast<std::int64_t>(rows_.size());
-  worker.parallel_for(rows, [this](std::int64_t row) {
+  const std::int64_t rows = head_rows();
+  worker.parallel_for(every_layer_ ? 0 : rows, [this](std::int64_t row) {
     const float* from = z_h_ + rows_[static_cast<std::size_t>(row)] * stride_;
     std::memcpy(picked_ + row * stride_, from, static_cast<std::size_t>(stride_) * sizeof(float));
   });

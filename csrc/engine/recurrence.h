@@ -44,11 +44,13 @@ class Recurrence {
              const PagedXpos* xpos, std::int64_t window);
 
   // Makes room for a step; the only part that can throw (std::bad_alloc).
-  void prepare(const std::vector<Chunk>& chunks, bool every_row, int threads);
+  void prepare(const std::vector<Chunk>& chunks, bool every_row, bool every_layer, int threads);
   // Runs the next `most` of its halves(): attention or feed-forward of one layer and visit, each the same work
   // for the same tokens. A step that pauses goes on where it was, with the same bits. logits: the last row of
-  // each chunk, or every row, [rows][V], written by the last run. Asks `interrupt` twice a layer and visit, in a
-  // step of few tokens every eighth layer, though not more often than every tenth of a second.
+  // each chunk, or every row, [rows][V], written by the last run; with every_layer the last row of the only chunk
+  // after each layer of each visit, [slots][V], what the head reads from rms(u) there. Asks `interrupt` twice a
+  // layer and visit, in a step of few tokens every eighth layer, though not more often than every tenth of a
+  // second.
   enum class Ended : std::uint8_t { done, paused, stopped };
   Ended run(ThreadPool& pool, float* logits, std::int64_t most, const Interrupt& interrupt) noexcept;
   std::int64_t halves() const { return 2 * static_cast<std::int64_t>(visits_.size()); }
@@ -83,6 +85,8 @@ class Recurrence {
   bool attention_half(Worker& worker, std::int64_t slot);
   bool feed_forward_half(Worker& worker, std::int64_t slot);
   const LayerWeights& layer_of(std::int64_t slot) const;
+  void pick_layer(const Worker& worker, std::int64_t slot);
+  std::int64_t head_rows() const;
   void ask(const Worker& worker);
   void attention(Worker& worker, std::int64_t slot);
   void attend_task(Worker& worker, const Task& task, std::int64_t slot);
@@ -123,6 +127,7 @@ class Recurrence {
   std::vector<Task> tasks_;
   std::vector<TokenPlace> places_;
   std::vector<std::int64_t> ids_, rows_, firsts_, row_of_token_;
+  bool every_layer_ = false;
   float* logits_ = nullptr;
 
   Interrupt interrupt_;

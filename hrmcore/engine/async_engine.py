@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hrmcore.engine.chat_template import Conversation
 from hrmcore.engine.engine import Engine, TextOptions
@@ -95,16 +95,26 @@ class AsyncEngine:
         return "".join([piece async for piece in self.stream(prompt, timeout=timeout, **options)])
 
     def stream_chat(
-        self, messages: Sequence[Mapping[str, str]], *, timeout: float | None = None, **options: Unpack[TextOptions]
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        timeout: float | None = None,
+        **options: Unpack[TextOptions],
     ) -> AsyncAnswer:
         """Answer the last of messages, as `Engine.stream_chat` does."""
-        return self.stream(self.engine.conversation(messages), timeout=timeout, **options)
+        return self.stream(self.engine.conversation(messages, tools), timeout=timeout, **options)
 
     async def chat(
-        self, messages: Sequence[Mapping[str, str]], *, timeout: float | None = None, **options: Unpack[TextOptions]
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        timeout: float | None = None,
+        **options: Unpack[TextOptions],
     ) -> str:
         """Answer the last of messages, as `Engine.chat` does."""
-        return "".join([piece async for piece in self.stream_chat(messages, timeout=timeout, **options)])
+        return "".join([piece async for piece in self.stream_chat(messages, tools, timeout=timeout, **options)])
 
     async def close(self, grace: float = 0.0) -> None:
         """Take no more requests, refuse those that wait, and give those that run `grace` seconds to end.
@@ -266,6 +276,11 @@ class AsyncAnswer(AsyncIterator[str]):
     def logprobs_from(self, first: int) -> list[TokenLogprob]:
         """Those from the `first` on."""
         return self._job.answer.logprobs_from(first, self._scored)
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens generated so far: those of the pieces that came, and of some that are to come."""
+        return self._job.answer.ids
 
     @property
     def prompt_tokens(self) -> int:

@@ -28,8 +28,8 @@ class CpuRunner:
     """Sequences over packed weights. Their logits are bit-identical at any batch size and on any number of threads.
 
     `cache_bytes` is the room for the keys and values of all open sequences. It is raised where it could not hold one
-    sequence as long as the context; a page for each of 64 sequences comes on top. A call that does not fit raises
-    MemoryError. `kv_dtype` None is float32 beside float32 weights and bfloat16 beside all others.
+    sequence as long as the context; a page for each of 64 sequences comes on top, and a context for `layers`. A call
+    that does not fit raises MemoryError. `kv_dtype` None is float32 beside float32 weights and bfloat16 beside others.
     """
 
     def __init__(
@@ -41,7 +41,8 @@ class CpuRunner:
         self.verifies = config.attention_window == 0  # a window gives back what one would have to go back to
         kv_dtype = kv_dtype or ("float32" if dtype == "float32" else "bfloat16")
         page_bytes = _C.page_bytes(kv_dtype, config.cache_slots, config.num_attention_heads, config.head_dim)
-        pages = max(cache_bytes // page_bytes, -(-config.context // PAGE)) + _MOST_TOGETHER
+        longest = -(-config.context // PAGE)
+        pages = max(cache_bytes // page_bytes, longest) + _MOST_TOGETHER + longest
         self.cache_bytes_per_token = page_bytes // PAGE
         assert config.embedding_scale is not None  # HRMConfig fills it in
         self.core = _C.Engine(
@@ -176,6 +177,17 @@ class CpuRunner:
         try:
             logits = np.empty((len(ids), self.config.vocab_size), np.float32)
             self.core.step([handle], [ids], logits, True)
+            return logits
+        finally:
+            self.close(handle)
+
+    def layers(self, ids: Sequence[int], prefix_length: int, stop: Callable[[], bool] | None = None) -> Rows:
+        """The logits (cache_slots, V) float32 after the last token, read after each layer of each visit."""
+        handle = self.core.open(prefix_length if self.config.prefix_lm else 0)
+        try:
+            logits = np.empty((self.config.cache_slots, self.config.vocab_size), np.float32)
+            if not self.core.step([handle], [ids], logits, False, stop, every_layer=True):
+                raise Interrupted
             return logits
         finally:
             self.close(handle)

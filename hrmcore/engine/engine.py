@@ -11,18 +11,17 @@ import functools
 import re
 import sys
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, overload
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hrmcore import _C
-from hrmcore.chat import render
 from hrmcore.checkpoint.hrm_text import CONFIG_FILE, resolve
 from hrmcore.config import WINDOW_MULTIPLE, HRMConfig
-from hrmcore.engine.chat_template import ChatTemplate, Conversation
+from hrmcore.engine.chat_template import ChatTemplate, Conversation, conversation, prompt_ids
 from hrmcore.engine.cpu_runner import CpuRunner
 from hrmcore.engine.packed_file import PACKED_FILE
 from hrmcore.engine.prefills import Prefills
@@ -166,31 +165,37 @@ class Engine:
 
     @overload
     def generate(  # type: ignore[overload-overlap]
-        self, prompt: str, *, logprobs: None = None, **options: Unpack[TextOptions]
+        self, prompt: str | Conversation, *, logprobs: None = None, **options: Unpack[TextOptions]
     ) -> str: ...
 
     @overload
     def generate(
-        self, prompt: Sequence[str], *, logprobs: None = None, **options: Unpack[TextOptions]
+        self, prompt: Sequence[str | Conversation], *, logprobs: None = None, **options: Unpack[TextOptions]
     ) -> list[str]: ...
 
     @overload
     def generate(  # type: ignore[overload-overlap]
-        self, prompt: str, *, logprobs: int, **options: Unpack[TextOptions]
+        self, prompt: str | Conversation, *, logprobs: int, **options: Unpack[TextOptions]
     ) -> Scored: ...
 
     @overload
-    def generate(self, prompt: Sequence[str], *, logprobs: int, **options: Unpack[TextOptions]) -> list[Scored]: ...
+    def generate(
+        self, prompt: Sequence[str | Conversation], *, logprobs: int, **options: Unpack[TextOptions]
+    ) -> list[Scored]: ...
 
     def generate(
-        self, prompt: str | Sequence[str], *, logprobs: int | None = None, **options: Unpack[TextOptions]
+        self,
+        prompt: str | Conversation | Sequence[str | Conversation],
+        *,
+        logprobs: int | None = None,
+        **options: Unpack[TextOptions],
     ) -> str | list[str] | Scored | list[Scored]:
         """Answer one prompt, or many in one batch, in their order. Takes the options of `stream`.
 
         Every prompt of a batch gets the answer that it would get alone, with the same seed. With `logprobs` an answer
         is a Scored: text, finish and logprobs.
         """
-        if isinstance(prompt, str):
+        if isinstance(prompt, str | Conversation):
             answers = [self.stream(prompt, logprobs=logprobs, **options)]
         else:
             answers = self._begin_all(prompt, logprobs, options)
@@ -199,11 +204,13 @@ class Engine:
             pieces[index].append(answers[index].push(token))
         texts = ["".join([*parts, answer.flush()]) for parts, answer in zip(pieces, answers, strict=True)]
         if logprobs is None:
-            return texts[0] if isinstance(prompt, str) else texts
+            return texts[0] if isinstance(prompt, str | Conversation) else texts
         scored = [Scored(text, a.finish, a.logprobs) for text, a in zip(texts, answers, strict=True)]
-        return scored[0] if isinstance(prompt, str) else scored
+        return scored[0] if isinstance(prompt, str | Conversation) else scored
 
-    def _begin_all(self, prompts: Sequence[str], logprobs: int | None, options: TextOptions) -> list[Answer]:
+    def _begin_all(
+        self, prompts: Sequence[str | Conversation], logprobs: int | None, options: TextOptions
+    ) -> list[Answer]:
         answers = []
         for index, text in enumerate(prompts):
             try:
@@ -240,25 +247,42 @@ class Engine:
         stops = _check_stop(stop)
         known = logprobs is None or (is_integer(logprobs) and 0 <= logprobs <= MOST_LOGPROBS)
         require(known, "logprobs", f"a whole number from 0 to {MOST_LOGPROBS}, or None", logprobs)
-        if isinstance(prompt, Conversation):
-            ids = prompt.ids(tokenizer, condition)
-        else:
-            ids = tokenizer.prompt(_check_text(prompt), condition)
+        ids = self.prompt_ids(prompt, condition)
         request = self._request(ids, len(ids), max_new_tokens, sampling, ignore_eos=False)
         request.top = logprobs
         return Answer(Tokens(request, self._follow(request)), tokenizer, StopFilter(stops))
 
-    def chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[TextOptions]) -> str:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: Unpack[TextOptions],
+    ) -> str:
         """Answer the last of messages ({"role", "content"}), which become a prompt as `conversation` says."""
-        return "".join(self.stream_chat(messages, **options))
+        return "".join(self.stream_chat(messages, tools, **options))
 
-    def stream_chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[TextOptions]) -> Answer:
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: Unpack[TextOptions],
+    ) -> Answer:
         """`chat`, piece by piece as `stream` gives them."""
-        return self.stream(self.conversation(messages), **options)
+        return self.stream(self.conversation(messages, tools), **options)
 
-    def conversation(self, messages: Sequence[Mapping[str, str]]) -> str | Conversation:
-        """The prompt that messages become: through the checkpoint's own chat template, else `hrmcore.chat.render`."""
-        return render(messages) if self._template is None else Conversation(self._template, messages)
+    def conversation(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> str | Conversation:
+        """The prompt that messages become: through the checkpoint's own chat template, else `hrmcore.chat.render`.
+
+        Only such a template takes `tools`, in OpenAI's form.
+        """
+        return conversation(self._template, messages, tools)
+
+    def prompt_ids(self, prompt: str | Conversation, condition: str = "direct") -> list[int]:
+        """The tokens that a prompt becomes, all of which see each other both ways."""
+        require(isinstance(prompt, str | Conversation), "prompt", "text or a list of texts", prompt)
+        return prompt_ids(self.text_tokenizer(), prompt, condition)
 
     @functools.cached_property
     def _template(self) -> ChatTemplate | None:
@@ -295,6 +319,20 @@ class Engine:
 
         known = self._check_ids(ids)
         return torch.from_numpy(self._runner.logits(known, _check_prefix(prefix_length, len(known))))
+
+    def layers(
+        self,
+        ids: Sequence[int] | Tensor | NDArray[np.integer],
+        prefix_length: int | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> NDArray[np.float32]:
+        """What the head would read after the last of ids (T), after each layer of each visit: (cache_slots, V) float32.
+
+        The order is that of `hrmcore.lens_names.places`; the last row is the last of `logits`. `prefix_length` is as in
+        `tokens`. `stop` is asked several times a second; when it returns True, Interrupted is raised.
+        """
+        known = self._check_ids(ids)
+        return self._runner.layers(known, _check_prefix(prefix_length, len(known)), stop)
 
     def _request(
         self, ids: list[int], prefix_length: int, max_new_tokens: int, sampling: Sampling, ignore_eos: bool
@@ -364,11 +402,6 @@ def _check_prefix(prefix_length: int | None, length: int) -> int:
     expected = f"between 0 and the {length} tokens given"
     require(is_integer(prefix_length) and 0 <= prefix_length <= length, "prefix_length", expected, prefix_length)
     return int(prefix_length)
-
-
-def _check_text(prompt: str) -> str:
-    require(isinstance(prompt, str), "prompt", "text or a list of texts", prompt)
-    return prompt
 
 
 def _check_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:

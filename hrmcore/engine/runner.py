@@ -109,6 +109,14 @@ class Runner(Protocol):
         """The logits (T, V) float32 after every token of one sequence, which leaves nothing open."""
         ...
 
+    def layers(self, ids: Sequence[int], prefix_length: int, stop: Callable[[], bool] | None = None) -> Rows:
+        """The logits (cache_slots, V) float32 after the last token of one sequence, which leaves nothing open.
+
+        As the head would read them after each layer of each visit, if the recurrence ended there; the last row is the
+        model's. `stop` is as in `open`.
+        """
+        ...
+
 
 @runtime_checkable
 class Verifier(Protocol):

@@ -122,6 +122,7 @@ class Answer(Iterator[str]):
 
     def __init__(self, tokens: Tokens, tokenizer: Tokenizer, stops: StopFilter) -> None:
         self.request = tokens.request
+        self.ids: list[int] = []  # the tokens generated so far
         self._tokens = tokens
         self._tokenizer = tokenizer
         self._decoder = PieceDecoder(tokenizer)
@@ -175,6 +176,7 @@ class Answer(Iterator[str]):
 
     def push(self, token: int) -> str:
         """The text that may be shown after this token; sets `finish` when a stop string is complete."""
+        self.ids.append(token)
         self._starts.append(self._decoded)
         text = self._decoder.push(token)
         self._decoded += len(text)

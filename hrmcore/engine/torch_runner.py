@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hrmcore.config import HRMConfig
 from hrmcore.engine.runner import PAGE, Prefill, Rows, WholePrefill
+from hrmcore.lens import look
 from hrmcore.model import HRM, Layout
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -201,6 +202,10 @@ class TorchRunner:
     @torch.inference_mode()
     def logits(self, ids: Sequence[int], prefix_length: int) -> Rows:
         return self._model(torch.tensor([list(ids)], device=self._device), prefix_length)[0].cpu().numpy()
+
+    @one_at_a_time
+    def layers(self, ids: Sequence[int], prefix_length: int, stop: Callable[[], bool] | None = None) -> Rows:
+        return look(self._model, ids, prefix_length).logits.cpu().numpy()
 
     @torch.inference_mode()
     def _advance(self, sequences: Sequence[_Sequence], added: Sequence[Sequence[int]]) -> Rows:

@@ -22,7 +22,7 @@ def asked_for(given: Mapping[str, Any], chat: bool) -> int | None:
         fits = asked is None or (is_integer(asked) and 0 <= asked <= MOST_IN_COMPLETIONS)
         require(fits, "logprobs", f"a whole number from 0 to {MOST_IN_COMPLETIONS}", asked)
         return asked
-    require(asked in (None, True, False) and not is_integer(asked), "logprobs", "true or false", asked)
+    require(asked is None or isinstance(asked, bool), "logprobs", "true or false", asked)
     top = given.get("top_logprobs", 0)
     fits = is_integer(top) and 0 <= top <= MOST_LOGPROBS
     require(fits, "top_logprobs", f"a whole number from 0 to {MOST_LOGPROBS}", top)

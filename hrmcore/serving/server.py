@@ -62,7 +62,7 @@ class Server(uvicorn.Server):
 
     def end(self) -> None:
         """End in order; from any thread."""
-        self._service.closing = True
+        self._service.closing = self._service.looks.closing = True
         self._loop.call_soon_threadsafe(self._start_to_end)
 
     def _start_to_end(self) -> None:
