@@ -27,7 +27,7 @@ SHAPES = {
 }
 ROWS = (1, 2, 3, 4, 6, 8, 12)
 PROMPT = 100
-SECONDS = 12.0  # a model and number of requests
+SECONDS = 5.0  # a model and number of requests
 
 
 def runner_of(shape: str) -> CpuRunner:

@@ -21,6 +21,7 @@ from hrmcore.engine.runner import DTYPES, PAGE, Interrupted, Rows
 from hrmcore.positions import rotary_table, xpos_log_decay
 from hrmcore.tokenizer import TOKENIZER_FILES
 
+_CACHED_BYTES = 32 << 20
 _MOST_TOGETHER = 64  # sequences, each of which may hold a page that is not full
 
 
@@ -38,7 +39,6 @@ class CpuRunner:
         self.config = config
         self.dtype = dtype
         self.parameters = config.parameters
-        self.verifies = config.attention_window == 0  # a window gives back what one would have to go back to
         kv_dtype = kv_dtype or ("float32" if dtype == "float32" else "bfloat16")
         page_bytes = _C.page_bytes(kv_dtype, config.cache_slots, config.num_attention_heads, config.head_dim)
         longest = -(-config.context // PAGE)
@@ -65,6 +65,9 @@ class CpuRunner:
             log_decay=log_decay(config),
             window=config.attention_window,
         )
+        # A window gives back what one would have to go back to. Weights that the processor's cache holds make a step's
+        # time grow with its rows, so that guesses cost what they save.
+        self.verifies = config.attention_window == 0 and self.core.weight_bytes > _CACHED_BYTES
 
     @classmethod
     def from_checkpoint(

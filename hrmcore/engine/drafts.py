@@ -1,6 +1,6 @@
 """Guesses of the next tokens, for a step to verify several at once: what followed the last few tokens before.
 
-A step of a few rows costs hardly more than one of a single row, whose time goes into reading the weights. The idea is
+A step of a few rows takes no longer than one of a single row where its time goes into reading the weights. The idea is
 prompt lookup (Saxena, 2023), the verification that of arXiv 2211.17192 without its rejection sampling: a guess counts
 only when it is the token that the sampler draws. Imports nothing else.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 LONGEST = 3  # tokens that are looked up
-MOST = 5  # tokens that are guessed
+MOST = 3  # tokens that are guessed
 PAUSE = 8  # tokens without a guess after guesses that failed, the first time
 
 

@@ -5,6 +5,7 @@ An instruction is a bidirectional prefix: only the whole of it, token for token,
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -34,12 +35,14 @@ class Prefills:
         self.reused = 0
         self._runner = runner
         self._most_tokens = most_tokens
+        self._lock = threading.RLock()  # of what follows; a finaliser may come here on the same thread
         self._kept: OrderedDict[Instruction, Kept] = OrderedDict()  # the one used last at the end
+        self._tokens = 0
 
     @property
     def tokens(self) -> int:
         """Tokens of the KV cache that are held here."""
-        return sum(kept.tokens for kept in list(self._kept.values()))
+        return self._tokens
 
     def keep(self, request: Request, row: NDArray[np.float32]) -> Kept:
         """The prefill of a request that has just begun, and the logits (V) after it. It is the caller's, to be put."""
@@ -48,24 +51,29 @@ class Prefills:
 
     def take(self, instruction: Instruction) -> Kept | None:
         """The prefill of an instruction, if there is one; it is the caller's, to be put back."""
-        return self._kept.pop(instruction, None)
+        with self._lock:
+            if (kept := self._kept.pop(instruction, None)) is not None:
+                self._tokens -= kept.tokens
+            return kept
 
     def put(self, instruction: Instruction, kept: Kept) -> None:
         """Hold a prefill, at the cost of those that were used longest ago."""
-        other = self._kept.pop(instruction, None)
-        self._kept[instruction] = kept
-        if other is not None:  # another thread's
+        with self._lock:
+            other = self.take(instruction)  # another thread's
+            self._kept[instruction] = kept
+            self._tokens += kept.tokens
+        if other is not None:
             self._runner.close(other.handle)
         self.shrink(self._most_tokens)
 
     def shrink(self, tokens: int) -> bool:
         """Give up those that were used longest ago until at most `tokens` are held; whether there was one."""
-        gave_up = False
-        while self.tokens > max(tokens, 0):
-            try:
-                _, kept = self._kept.popitem(last=False)
-            except KeyError:  # another thread has taken the last one
-                break
+        given_up: list[Kept] = []
+        with self._lock:
+            while self._kept and self._tokens > max(tokens, 0):
+                kept = self._kept.popitem(last=False)[1]
+                self._tokens -= kept.tokens
+                given_up.append(kept)
+        for kept in given_up:
             self._runner.close(kept.handle)
-            gave_up = True
-        return gave_up
+        return bool(given_up)

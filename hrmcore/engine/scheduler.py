@@ -21,8 +21,8 @@ from hrmcore.engine.streams import Instruction, Request
 
 # A slice of a prefill is at most the work of a step of so many tokens, though half a layer at least.
 SLICE_TOKENS = 32
-# Rows of a step of few requests, guesses included: so many cost little more than one (bench/speed/verify.py).
-VERIFIED_ROWS = 6
+# Rows of a step of few requests, guesses included: so many take no longer than one (bench/speed/verify.py).
+VERIFIED_ROWS = 4
 
 Key = TypeVar("Key")  # what a caller knows a request by
 Result = TypeVar("Result")

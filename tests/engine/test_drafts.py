@@ -45,7 +45,7 @@ def engine_of(dtype: str = "int8", verifies: bool = True, **changes: Any) -> Eng
     runner = Counting(config, dtype, None, 1, 1 << 26)
     torch.manual_seed(0)
     set_weights(runner.core, HRM(config))
-    runner.verifies = runner.verifies and verifies
+    runner.verifies = verifies and not config.attention_window
     runner.rows = []
     return Engine(runner, None, Path("nowhere"))
 
@@ -93,12 +93,12 @@ def test_any_guess_gives_the_same_answer(dtype: str, options: dict[str, Any]) ->
         tokens.request.drafts = oracle  # type: ignore[assignment]
         assert list(tokens) == plain
         assert tokens.request.count == len(plain)
-        assert set(oracle.right) >= {0, 1, 2, 3}
+        assert set(oracle.right) == {0, 1, 2, 3}
     assert max(rows_of(engine)) == scheduler.VERIFIED_ROWS
     assert engine.open_requests == 0
 
 
-@pytest.mark.parametrize("together", [2, 3])
+@pytest.mark.parametrize("together", [2])
 def test_several_requests_are_verified_in_one_step(together: int) -> None:
     prompts = [[*PROMPT, number] for number in range(together)]
     plain = [
@@ -132,6 +132,9 @@ def test_none_are_guessed_where_bits_could_change_or_rows_are_many() -> None:
     windowed = engine_of(attention_window=64, position_encoding="xpos")
     list(windowed.tokens([1, 2, 3] * 5, max_new_tokens=60))
     assert set(rows_of(windowed)) == {1}
+    assert not CpuRunner(CONFIG.replace(attention_window=64), "int8", None, 1, 0).verifies
+    assert not CpuRunner(CONFIG, "int8", None, 1, 0).verifies  # its weights lie in the processor's cache
+    assert CpuRunner(CONFIG.replace(vocab_size=1 << 19), "int8", None, 1, 0).verifies
     in_torch = Engine(TorchRunner(HRM(CONFIG)), None, Path("nowhere"))
     assert len(list(in_torch.tokens([1, 2, 3] * 5, max_new_tokens=20, ignore_eos=True))) == 20
     many = engine_of()
@@ -178,8 +181,8 @@ def test_guesses_grow_while_they_are_right_and_pause_when_they_are_not() -> None
         lengths.append(len(guess))
         drafts.verified(len(guess), len(guess))
         answer += [1] * 10
-    assert lengths == [2, 4, 5, 5]
-    for expected in (MOST, MOST // 2, 1):
+    assert lengths == [2, 3, 3, 3]
+    for expected in (MOST, 1):
         assert drafts.length == expected
         drafts.verified(expected, 0)
     pauses = []

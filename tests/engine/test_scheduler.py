@@ -50,7 +50,7 @@ def ids_of(length: int, seed: int) -> list[int]:
 # --- slices ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "threads"), [("float32", 1), ("bfloat16", 2), ("int8", 3), ("int4", 1)])
+@pytest.mark.parametrize(("dtype", "threads"), [("float32", 1), ("bfloat16", 1), ("int8", 2), ("int4", 1)])
 @pytest.mark.parametrize("changes", [{}, {"position_encoding": "xpos", "attention_window": 64}], ids=["rope", "xpos"])
 def test_a_prefill_in_slices_has_the_bits_of_one_in_one_piece(
     dtype: str, threads: int, changes: dict[str, Any]
