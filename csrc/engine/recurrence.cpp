@@ -138,11 +138,14 @@ std::int64_t Recurrence::head_rows() const {
 }
 
 void Recurrence::make_room(int threads) {
-  const std::int64_t rows = head_rows();
-  const std::int64_t tile_rows = tokens_ - plain_rows_;
-  if (tokens_ <= room_tokens_ && tile_rows <= room_tile_rows_ && rows <= room_rows_ &&
+  if (tokens_ <= room_tokens_ && tokens_ - plain_rows_ <= room_tile_rows_ && head_rows() <= room_rows_ &&
       threads <= room_threads_)
     return;
+
+  // Nothing shrinks: prefills (many tokens, few rows) and steps (the other way round) take turns in a server.
+  const std::int64_t tokens = std::max(tokens_, room_tokens_), rows = std::max(head_rows(), room_rows_);
+  const std::int64_t tile_rows = std::max(tokens_ - plain_rows_, room_tile_rows_);
+  threads = std::max(threads, room_threads_);
 
   // Everything is zeroed: the kernels rely on zeros beyond a row's width.
   std::int64_t offset = 0;
@@ -152,18 +155,18 @@ void Recurrence::make_room(int threads) {
     return at;
   };
   const std::int64_t float_bytes = sizeof(float);
-  const std::int64_t u = place(tokens_ * stride_ * float_bytes), z_l = place(tokens_ * stride_ * float_bytes);
-  const std::int64_t z_h = place(tokens_ * stride_ * float_bytes),
+  const std::int64_t u = place(tokens * stride_ * float_bytes), z_l = place(tokens * stride_ * float_bytes);
+  const std::int64_t z_h = place(tokens * stride_ * float_bytes),
                      picked = place(rows * stride_ * float_bytes);
-  const std::int64_t gqkv = place(tokens_ * gqkv_stride_ * float_bytes);
-  const std::int64_t attended = place(tokens_ * attended_stride_ * float_bytes);
-  const std::int64_t hidden = place(tokens_ * hidden_stride_ * float_bytes);
-  const std::int64_t x = place((tokens_ > rows ? tokens_ : rows) * x_row_bytes_);
+  const std::int64_t gqkv = place(tokens * gqkv_stride_ * float_bytes);
+  const std::int64_t attended = place(tokens * attended_stride_ * float_bytes);
+  const std::int64_t hidden = place(tokens * hidden_stride_ * float_bytes);
+  const std::int64_t x = place((tokens > rows ? tokens : rows) * x_row_bytes_);
   const std::int64_t narrow = stride_ > attended_stride_ ? stride_ : attended_stride_;
   const std::int64_t tiles = place(tile_rows_of(nullptr, tile_rows, narrow).bytes());
   const std::int64_t hidden_tiles = place(tile_rows_of(nullptr, tile_rows, shape_.ffn).bytes());
   const std::int64_t scratch = place(threads * scratch_bytes_);
-  room_tokens_ = 0;
+  room_tokens_ = room_tile_rows_ = room_rows_ = 0;
   memory_ = Memory();  // the old room goes before the new one comes
   memory_ = Memory(offset);
   const auto floats = [this](std::int64_t at) { return reinterpret_cast<float*>(memory_.data() + at); };
@@ -178,7 +181,7 @@ void Recurrence::make_room(int threads) {
   tiles_ = memory_.data() + tiles;
   hidden_tiles_ = memory_.data() + hidden_tiles;
   scratch_ = floats(scratch);
-  room_tokens_ = tokens_;
+  room_tokens_ = tokens;
   room_tile_rows_ = tile_rows;
   room_rows_ = rows;
   room_threads_ = threads;

@@ -62,7 +62,7 @@ class Child:
 
     def send(self, method: str, path: str, body: object = None, key: str = KEY) -> http.client.HTTPConnection:
         """A connection on which a request has been sent."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=900)
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         connection.request(method, path, data, {"Content-Type": "application/json", "Authorization": f"Bearer {key}"})
         return connection
