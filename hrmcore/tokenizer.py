@@ -232,6 +232,12 @@ class Tokenizer:
         """`decode` without ids beyond the vocabulary: a model's head may have more rows than there are tokens."""
         return self.decode(i for i in ids if i < self.vocab_size)
 
+    def token_text(self, token: int) -> str:
+        """What one id adds to a text: nothing for a framing token or an id beyond the vocabulary, U+FFFD for a part of
+        a character."""
+        before = self.encode("a")  # a decoder may drop the space at the beginning of a text
+        return self.decode_answer([*before, token])[len(self.decode_answer(before)) :]
+
     def conditions(self, condition: str) -> list[int]:
         """The ids of one or several comma-separated conditions. Raises ValueError on one that is unknown."""
         names = [name.strip() for name in condition.split(",")]

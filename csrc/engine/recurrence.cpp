@@ -16,7 +16,7 @@ namespace {
 constexpr std::int64_t gemm_tokens = 256;  // of a block of outputs that stays in the second-level cache
 // Up to here the weights' stream decides, beyond it the arithmetic.
 constexpr std::int64_t streaming_tokens = 16;
-constexpr std::size_t streaming_layers = 8;  // of a short step, between two looks at the clock
+constexpr std::int64_t streaming_layers = 8;  // of a short step, between two looks at the clock
 constexpr std::int64_t chunk_panels = tile_chunk_columns / (panel_rows / 2);  // of gate and up
 constexpr auto patience = std::chrono::milliseconds(100);  // asking may cost a wait for Python's lock
 constexpr std::int64_t outputs_floats = gemm_tokens * chunk_panels * panel_rows;
@@ -50,10 +50,17 @@ Recurrence::Recurrence(const ModelShape& shape, const Weights& weights, const Ca
   scratch_bytes_ = round_up(
       std::max({outputs + gemm_scratch_bytes, outputs + tile_scratch_bytes, prefix_scratch_bytes(cache)}),
       256);
+  for (std::int64_t visit = 0; visit < shape.h_cycles * (shape.l_cycles + 1); ++visit) {
+    const Stack stack = (visit + 1) % (shape.l_cycles + 1) == 0 ? Stack::H : Stack::L;
+    const std::int64_t layers = shape.layers(stack);
+    for (std::int64_t layer = 0; layer < layers; ++layer)
+      visits_.push_back({stack, layer, layer == 0, layer + 1 == layers});
+  }
 }
 
 void Recurrence::prepare(const std::vector<Chunk>& chunks, bool every_row, bool every_layer, int threads) {
   every_layer_ = every_layer;
+  done_ = 0;
   place_rows(chunks, every_row);
   place_tasks();
   make_room(threads);
@@ -178,30 +185,25 @@ void Recurrence::make_room(int threads) {
   room_threads_ = threads;
 }
 
-bool Recurrence::run(ThreadPool& pool, float* logits, const Interrupt& interrupt) noexcept {
+Recurrence::Ended Recurrence::run(ThreadPool& pool, float* logits, std::int64_t most,
+                                  const Interrupt& interrupt) noexcept {
   logits_ = logits;
   interrupt_ = interrupt;
   asked_ = std::chrono::steady_clock::now();
   stopped_.store(false, std::memory_order_relaxed);
+  until_ = most < halves() - done_ ? done_ + most : halves();
   pool.run([](void* self, Worker& worker) { static_cast<Recurrence*>(self)->work(worker); }, this);
-  return !stopped_.load(std::memory_order_relaxed);
+  if (stopped_.load(std::memory_order_relaxed)) return Ended::stopped;
+  done_ = until_;
+  return done_ == halves() ? Ended::done : Ended::paused;
 }
 
 void Recurrence::work(Worker& worker) {
-  embed(worker);
-  const std::int64_t round = shape_.l_cycles + 1, visits = shape_.h_cycles * round;
-  const auto stack_of = [&](std::int64_t index) {
-    return index % round == shape_.l_cycles ? Stack::H : Stack::L;
-  };
-  for (std::int64_t index = 0, slot = 0; index < visits; ++index) {
-    const bool last = index + 1 == visits;
-    if (!visit(worker, stack_of(index), slot,
-               last ? weights_.head() : weights_.layers(stack_of(index + 1)).front().gqkv)) {
-      return;
-    }
-    slot += shape_.layers(stack_of(index));
+  if (done_ == 0) embed(worker);
+  for (std::int64_t half = done_; half < until_; ++half) {
+    if (half % 2 == 0 ? !attention_half(worker, half / 2) : !feed_forward_half(worker, half / 2)) return;
   }
-  head(worker);
+  if (until_ == halves()) head(worker);
 }
 
 void Recurrence::embed(Worker& worker) {
@@ -212,35 +214,43 @@ void Recurrence::embed(Worker& worker) {
   });
 }
 
+const LayerWeights& Recurrence::layer_of(std::int64_t slot) const {
+  const LayerVisit& visit = visits_[static_cast<std::size_t>(slot)];
+  return weights_.layers(visit.stack)[static_cast<std::size_t>(visit.layer)];
+}
+
 // False when the step is to stop, which all threads see alike: one of them asks before a phase, all look
 // after it, and whoever looks has done so before the next question, which is several phases away.
-bool Recurrence::visit(Worker& worker, Stack stack, std::int64_t slot, const PackedMatrix& next) {
-  const std::vector<LayerWeights>& layers = weights_.layers(stack);
-  float *state = stack == Stack::H ? z_h_ : z_l_, *other = stack == Stack::H ? z_l_ : z_h_;
-  for (std::size_t layer = 0; layer < layers.size(); ++layer) {
-    const LayerWeights& w = layers[layer];
-    const bool streaming = tokens_ <= streaming_tokens;
-    if (!streaming || layer % streaming_layers == 0) ask(worker);
-    const Operand input =
-        layer == 0 ? normalise(worker, state, other, u_) : normalise(worker, u_, nullptr, nullptr);
-    if (stopped_.load(std::memory_order_relaxed)) return false;
-    worker.hint(prefetch_hint(w.o));
-    gqkv_gemm(worker, w.gqkv, input);
-    attention(worker, slot + static_cast<std::int64_t>(layer));
-    const Operand attended = attended_operand(worker);
-    worker.hint(prefetch_hint(w.gate_up));
-    add_gemm(worker, w.o, attended);
-    if (!streaming) ask(worker);
-    const Operand middle = normalise(worker, u_, nullptr, nullptr);
-    if (stopped_.load(std::memory_order_relaxed)) return false;
-    worker.hint(prefetch_hint(w.down));
-    swiglu_gemm(worker, w.gate_up, middle);
-    const Operand hidden = hidden_operand(worker);
-    worker.hint(prefetch_hint(layer + 1 < layers.size() ? layers[layer + 1].gqkv : next));
-    add_gemm(worker, w.down, hidden);
-    if (every_layer_) pick_layer(worker, slot + static_cast<std::int64_t>(layer));
-  }
-  normalise_state(worker, state);
+bool Recurrence::attention_half(Worker& worker, std::int64_t slot) {
+  const LayerVisit& visit = visits_[static_cast<std::size_t>(slot)];
+  const LayerWeights& w = layer_of(slot);
+  if (tokens_ > streaming_tokens || visit.layer % streaming_layers == 0) ask(worker);
+  const float *state = visit.stack == Stack::H ? z_h_ : z_l_, *other = visit.stack == Stack::H ? z_l_ : z_h_;
+  const Operand input =
+      visit.first ? normalise(worker, state, other, u_) : normalise(worker, u_, nullptr, nullptr);
+  if (stopped_.load(std::memory_order_relaxed)) return false;
+  worker.hint(prefetch_hint(w.o));
+  gqkv_gemm(worker, w.gqkv, input);
+  attention(worker, slot);
+  const Operand attended = attended_operand(worker);
+  worker.hint(prefetch_hint(w.gate_up));
+  add_gemm(worker, w.o, attended);
+  return true;
+}
+
+bool Recurrence::feed_forward_half(Worker& worker, std::int64_t slot) {
+  const LayerVisit& visit = visits_[static_cast<std::size_t>(slot)];
+  const LayerWeights& w = layer_of(slot);
+  if (tokens_ > streaming_tokens) ask(worker);
+  const Operand middle = normalise(worker, u_, nullptr, nullptr);
+  if (stopped_.load(std::memory_order_relaxed)) return false;
+  worker.hint(prefetch_hint(w.down));
+  swiglu_gemm(worker, w.gate_up, middle);
+  const Operand hidden = hidden_operand(worker);
+  worker.hint(prefetch_hint(2 * (slot + 1) < halves() ? layer_of(slot + 1).gqkv : weights_.head()));
+  add_gemm(worker, w.down, hidden);
+  if (every_layer_) pick_layer(worker, slot);
+  if (visit.last) normalise_state(worker, visit.stack == Stack::H ? z_h_ : z_l_);
   return true;
 }
 

@@ -28,6 +28,7 @@ from starlette.types import Receive, Scope, Send
 
 from hrmcore.engine.async_engine import AsyncAnswer, AsyncEngine, EngineClosed, QueueFull
 from hrmcore.engine.chat_template import Conversation
+from hrmcore.engine.streams import TokenLogprob
 from hrmcore.serving.lens import Looks, parse_lens
 from hrmcore.serving.metrics import Metrics
 from hrmcore.serving.protocol import OPTIONS, Asked, Refused, Writer, parse, usage
@@ -90,7 +91,7 @@ class Service:
             for prompt in prompts:
                 for choice in range(asked.n):
                     options = asked.choice_options(choice)
-                    answers.append(self.served.stream(prompt, timeout=self.timeout, **options))
+                    answers.append(self.served.stream(prompt, timeout=self.timeout, logprobs=asked.logprobs, **options))
         except (ValueError, QueueFull, EngineClosed) as error:
             close_all(answers)
             raise refusal(error, ValueError) from None
@@ -218,7 +219,9 @@ async def metrics(service: Service, request: Request) -> Response:
         "hrmcore_answers_waiting": ("Answers that wait to begin.", service.served.waiting),
         "hrmcore_sequences_open": ("Answers that hold a part of the KV cache.", service.served.engine.open_requests),
     }
-    return Response(service.metrics.text(gauges), media_type="text/plain; version=0.0.4")
+    reused = service.served.engine.reused_prefills
+    counted = {"hrmcore_prefills_reused_total": ("Answers that began with the prefill of an equal prompt.", reused)}
+    return Response(service.metrics.text(gauges, counted), media_type="text/plain; version=0.0.4")
 
 
 async def about(service: Service, request: Request) -> Response:
@@ -270,7 +273,8 @@ async def _complete(service: Service, request: Request, chat: bool) -> Response:
     finally:
         close_all(answers)
     used = service.count(asked, answers, time.monotonic() - started)
-    return respond(writer.whole([(text, a.ids, a.finish) for text, a in zip(texts, answers, strict=True)], used))
+    said = [(text, a.ids, a.finish, a.logprobs) for text, a in zip(texts, answers, strict=True)]
+    return respond(writer.whole(said, used))
 
 
 async def read_body(request: Request) -> bytes:
@@ -337,14 +341,14 @@ async def _events(
         for index in range(len(answers)):
             if chunk := writer.begin(index):
                 yield _event(chunk)
-        async for index, piece in _merged(answers):
+        async for index, piece, scored in _merged(answers):
             if piece is None:
-                yield _event(writer.end(index, untold(index), answers[index].finish))
+                yield _event(writer.end(index, untold(index), answers[index].finish, scored))
                 continue
             if index in fresh:
                 fresh.discard(index)
                 service.metrics.first_token.add(time.monotonic() - started)
-            yield _event(writer.piece(index, piece, untold(index)))
+            yield _event(writer.piece(index, piece, untold(index), scored))
             await asyncio.sleep(0)  # the loop may learn that the client has gone, however many pieces are there
     except Exception as error:
         yield _event(refusal(error).body)
@@ -355,27 +359,32 @@ async def _events(
     yield b"data: [DONE]\n\n"
 
 
-async def _merged(answers: Sequence[AsyncAnswer]) -> AsyncIterator[tuple[int, str | None]]:
-    """(index, piece) as pieces come, and (index, None) at the end of each answer."""
-    pieces: asyncio.Queue[tuple[int, str | Exception | None]] = asyncio.Queue()
+async def _merged(
+    answers: Sequence[AsyncAnswer],
+) -> AsyncIterator[tuple[int, str | None, list[TokenLogprob]]]:
+    """(index, piece, log probabilities of its tokens) as pieces come; a piece is None at the end of each answer."""
+    pieces: asyncio.Queue[tuple[int, str | Exception | None, list[TokenLogprob]]] = asyncio.Queue()
 
     async def pump(index: int) -> None:
+        answer, sent = answers[index], 0
         try:
-            async for piece in answers[index]:
-                pieces.put_nowait((index, piece))
-            pieces.put_nowait((index, None))
+            async for piece in answer:
+                scored = answer.logprobs_from(sent)
+                sent += len(scored)
+                pieces.put_nowait((index, piece, scored))
+            pieces.put_nowait((index, None, answer.logprobs_from(sent)))
         except Exception as error:
-            pieces.put_nowait((index, error))
+            pieces.put_nowait((index, error, []))
 
     tasks = [asyncio.ensure_future(pump(index)) for index in range(len(answers))]
     try:
         running = len(answers)
         while running:
-            index, piece = await pieces.get()
+            index, piece, scored = await pieces.get()
             if isinstance(piece, Exception):
                 raise piece
             running -= piece is None
-            yield index, piece
+            yield index, piece, scored
     finally:
         for task in tasks:
             task.cancel()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,15 +17,16 @@ from typing import Any
 from hrmcore.chat import check, check_tools
 from hrmcore.engine.engine import TextOptions
 from hrmcore.engine.sampling import is_integer
-from hrmcore.engine.streams import Finish
+from hrmcore.engine.streams import Finish, TokenLogprob
+from hrmcore.serving.logprobs import asked_for, in_chat, in_completion
 
 MOST_CHOICES = 64  # answers to one request: prompts × n
 MOST_STOPS = 16
 
 # Fields that go to Engine.stream as they are; what is left out has its default there.
 OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "condition", "stop", "seed")
-_COMMON = {"model", "stream", "stream_options", "n", "max_tokens", "return_token_ids", *OPTIONS}
-_CHAT = {"messages", "max_completion_tokens", "tools", "tool_choice"}
+_COMMON = {"model", "stream", "stream_options", "n", "max_tokens", "logprobs", "return_token_ids", *OPTIONS}
+_CHAT = {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice"}
 _FIELDS = {True: _CHAT | _COMMON, False: {"prompt", *_COMMON}}
 # About the caller, not about the answer.
 _IGNORED = {"user", "metadata", "safety_identifier", "prompt_cache_key"}
@@ -32,7 +34,6 @@ _IGNORED = {"user", "metadata", "safety_identifier", "prompt_cache_key"}
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
-    "logprobs": (False,),
     "top_logprobs": (0,),
     "logit_bias": ({},),
     "parallel_tool_calls": (True,),
@@ -82,6 +83,7 @@ class Asked:
     include_usage: bool
     token_ids: bool
     options: TextOptions = field(repr=False)
+    logprobs: int | None = None  # how many of the most probable tokens beside each; None: not even its own
 
     @property
     def chat(self) -> bool:
@@ -113,9 +115,13 @@ def parse(body: bytes, chat: bool, model: str) -> Asked:
     if limits:
         options["max_new_tokens"] = next(iter(limits.values()))
     usage = _stream_options(given, stream)
+    try:
+        logprobs = asked_for(given, chat)
+    except ValueError as error:
+        raise Refused(400, str(error), str(error).partition(" ")[0]) from None
     token_ids = _flag(given, "return_token_ids")
     tools = read_tools(given) if chat else None
-    return Asked(messages, tools, prompts, n, stream, usage, token_ids, options)  # type: ignore[arg-type]
+    return Asked(messages, tools, prompts, n, stream, usage, token_ids, options, logprobs)  # type: ignore[arg-type]
 
 
 def check_model(given: Mapping[str, Any], model: str) -> None:
@@ -268,6 +274,7 @@ class Writer:
 
     def __init__(self, asked: Asked, model: str) -> None:
         self._asked = asked
+        self._offsets: Counter[int] = Counter()  # characters of each choice's tokens so far
         self._head = {
             "id": f"{'chatcmpl' if asked.chat else 'cmpl'}-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -275,14 +282,17 @@ class Writer:
         }
 
     def whole(
-        self, answers: Sequence[tuple[str, Sequence[int], Finish | None]], used: dict[str, int]
+        self,
+        answers: Sequence[tuple[str, Sequence[int], Finish | None, Sequence[TokenLogprob]]],
+        used: dict[str, int],
     ) -> dict[str, Any]:
-        """All choices at once: (text, token ids, finish)."""
+        """All choices at once: (text, token ids, finish, log probabilities)."""
         choices = []
-        for index, (text, ids, finish) in enumerate(answers):
+        for index, (text, ids, finish, scored) in enumerate(answers):
             said = {"message": {"role": "assistant", "content": text}} if self._asked.chat else {"text": text}
             said |= self._ids(ids)
-            choices.append({"index": index, **said, "logprobs": None, "finish_reason": finish_reason(finish)})
+            logprobs = self._logprobs(index, scored)
+            choices.append({"index": index, **said, "logprobs": logprobs, "finish_reason": finish_reason(finish)})
         name = "chat.completion" if self._asked.chat else "text_completion"
         return {**self._head, "object": name, "choices": choices, "usage": used}
 
@@ -290,13 +300,15 @@ class Writer:
         """The chunk before a choice's first piece."""
         return self._chunk(index, {"role": "assistant", "content": ""}, (), None) if self._asked.chat else None
 
-    def piece(self, index: int, text: str, ids: Sequence[int]) -> dict[str, Any]:
-        """A chunk with text, and the tokens since the chunk before."""
-        return self._chunk(index, {"content": text}, ids, None)
+    def piece(self, index: int, text: str, ids: Sequence[int], scored: Sequence[TokenLogprob] = ()) -> dict[str, Any]:
+        """A chunk with text, the tokens since the chunk before, and the log probabilities of those behind the text."""
+        return self._chunk(index, {"content": text}, ids, None, scored)
 
-    def end(self, index: int, ids: Sequence[int], finish: Finish | None) -> dict[str, Any]:
+    def end(
+        self, index: int, ids: Sequence[int], finish: Finish | None, scored: Sequence[TokenLogprob] = ()
+    ) -> dict[str, Any]:
         """A choice's last chunk."""
-        return self._chunk(index, {}, ids, finish_reason(finish))
+        return self._chunk(index, {}, ids, finish_reason(finish), scored)
 
     def used(self, used: dict[str, int]) -> dict[str, Any]:
         """The last chunk of all, where the usage was asked for."""
@@ -306,12 +318,30 @@ class Writer:
     def _object(self) -> str:
         return "chat.completion.chunk" if self._asked.chat else "text_completion"
 
+    def _logprobs(self, index: int, scored: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        """The tokens that follow those of the choice so far."""
+        if self._asked.logprobs is None:
+            return None
+        if self._asked.chat:
+            return in_chat(scored)
+        offset = self._offsets[index]
+        self._offsets[index] += sum(len(one.text) for one in scored)
+        return in_completion(scored, offset)
+
     def _ids(self, ids: Sequence[int]) -> dict[str, Any]:
         return {"token_ids": list(ids)} if self._asked.token_ids else {}
 
-    def _chunk(self, index: int, delta: dict[str, str], ids: Sequence[int], reason: str | None) -> dict[str, Any]:
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, str],
+        ids: Sequence[int],
+        reason: str | None,
+        scored: Sequence[TokenLogprob] = (),
+    ) -> dict[str, Any]:
         said: dict[str, Any] = {"delta": delta} if self._asked.chat else {"text": delta.get("content", "")}
         said |= self._ids(ids)
-        choice = {"index": index, **said, "logprobs": None, "finish_reason": reason}
+        logprobs = self._logprobs(index, scored) if scored else None
+        choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
         extra = {"usage": None} if self._asked.include_usage else {}
         return {**self._head, "object": self._object, "choices": [choice], **extra}

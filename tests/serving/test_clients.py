@@ -123,8 +123,8 @@ def test_completions(client: openai.OpenAI, engine: Engine) -> None:
 
 
 def test_errors_are_the_client_s_exceptions(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="logprobs is not supported"):
-        client.chat.completions.create(model=MODEL, messages=user("copy"), logprobs=True)
+    with pytest.raises(openai.BadRequestError, match="logit_bias is not supported"):
+        client.chat.completions.create(model=MODEL, messages=user("copy"), logit_bias={"5": 1})
     with pytest.raises(openai.NotFoundError, match="there is no model 'gpt'"):
         client.chat.completions.create(model="gpt", messages=user("copy"))
 
