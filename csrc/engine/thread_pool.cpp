@@ -20,6 +20,8 @@ constexpr auto patience = std::chrono::microseconds(300);
 void pause_briefly() {
 #if defined(HRMCORE_X86)
   _mm_pause();
+#elif defined(HRMCORE_ARM64)
+  asm volatile("isb" ::: "memory");  // `yield` does nothing on most processors; this waits for some cycles
 #else
   std::this_thread::yield();
 #endif
@@ -34,6 +36,15 @@ class FlushDenormals {
 
  private:
   unsigned saved_;
+#elif defined(HRMCORE_ARM64)
+  FlushDenormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    asm volatile("msr fpcr, %0" ::"r"(saved_ | (std::uint64_t{1} << 24)));
+  }
+  ~FlushDenormals() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
+
+ private:
+  std::uint64_t saved_;
 #else
   FlushDenormals() {}
 #endif

@@ -16,6 +16,8 @@ HRMCORE_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) {
   return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(HRMCORE_ISA_avx2)
   return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(HRMCORE_ARM64)
+  return (vfloat)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return a * b + c;
 #endif
@@ -46,7 +48,25 @@ HRMCORE_INLINE vfloat to_float(vint v) { return __builtin_convertvector(v, vfloa
 HRMCORE_INLINE vfloat low_half(vint cell) { return (vfloat)(cell << 16); }
 HRMCORE_INLINE vfloat high_half(vint cell) { return (vfloat)(cell & splat_bits(-65536)); }
 
-// acc + the sum over the four bytes of each lane of unsigned w times signed a, exact.
+// The two halves of each byte.
+HRMCORE_INLINE vint low_nibbles(vint cell) { return cell & 0x0f0f0f0f; }
+HRMCORE_INLINE vint high_nibbles(vint cell) {
+#if defined(HRMCORE_ARM64)
+  return (vint)vshrq_n_u8((uint8x16_t)cell, 4);
+#else
+  return (cell >> 4) & 0x0f0f0f0f;
+#endif
+}
+
+// Whether dot4 takes w as signed bytes: Arm got a product of unsigned and signed ones late.
+#if defined(HRMCORE_ARM64) && !defined(HRMCORE_ISA_i8mm)
+constexpr bool signed_weights = true;
+#else
+constexpr bool signed_weights = false;
+#endif
+
+// acc + the sum over the four bytes of each lane of w times signed a in [-127, 127], exact. w is unsigned, or
+// under signed_weights signed.
 HRMCORE_INLINE vint dot4(vint acc, vint w, vint a) {
 #if defined(HRMCORE_ISA_vnni) || defined(HRMCORE_ISA_amx)
   return (vint)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)a);
@@ -62,6 +82,15 @@ HRMCORE_INLINE vint dot4(vint acc, vint w, vint a) {
   const __m256i even_w = _mm256_and_si256((__m256i)w, _mm256_set1_epi16(255));
   const __m256i odd_w = _mm256_srli_epi16((__m256i)w, 8);
   return acc + (vint)_mm256_madd_epi16(even_w, even_a) + (vint)_mm256_madd_epi16(odd_w, odd_a);
+#elif defined(HRMCORE_ISA_i8mm)
+  return (vint)vusdotq_s32((int32x4_t)acc, (uint8x16_t)w, (int8x16_t)a);
+#elif defined(HRMCORE_ISA_dotprod)
+  return (vint)vdotq_s32((int32x4_t)acc, (int8x16_t)w, (int8x16_t)a);
+#elif defined(HRMCORE_ARM64)
+  // Two products fit 16 bits: 2 * 128 * 127 < 2^15.
+  const int16x8_t low = vmull_s8(vget_low_s8((int8x16_t)w), vget_low_s8((int8x16_t)a));
+  const int16x8_t high = vmull_high_s8((int8x16_t)w, (int8x16_t)a);
+  return (vint)vpadalq_s16((int32x4_t)acc, vpaddq_s16(low, high));
 #elif defined(HRMCORE_X86)
   const __m128i even_a = _mm_srai_epi16(_mm_slli_epi16((__m128i)a, 8), 8);
   const __m128i odd_a = _mm_srai_epi16((__m128i)a, 8);
