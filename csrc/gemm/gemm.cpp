@@ -28,11 +28,13 @@ enum class Cells : std::uint8_t { floats, halves, bytes, nibbles, bytes_of_nibbl
 
 constexpr bool is_float(Cells cells) { return cells == Cells::floats || cells == Cells::halves; }
 // Arm's 32 registers are narrow: a few tokens alone would leave too few independent chains of sums.
-constexpr int vectors_of(Cells cells, std::int64_t tokens) {
 #if defined(HRMCORE_ARM64)
-  if (tokens <= (is_float(cells) ? 2 : 1)) return 2 * vectors;
+constexpr bool narrow_registers = true;
+#else
+constexpr bool narrow_registers = false;
 #endif
-  return vectors;
+constexpr int vectors_of(Cells cells, std::int64_t tokens) {
+  return narrow_registers && tokens <= (is_float(cells) ? 2 : 1) ? 2 * vectors : vectors;
 }
 constexpr int slabs_of(Cells cells) {
   return cells == Cells::floats ? 32 : cells == Cells::halves ? 16 : cells == Cells::nibbles ? 4 : 8;

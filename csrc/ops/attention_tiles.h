@@ -21,11 +21,7 @@ constexpr int max_width = 256;   // head_dim
 constexpr int query_block = 32;  // queries of one task; the row length of every transposed buffer
 constexpr int key_tile = 64;     // keys visited at a time
 constexpr int block_rows = lanes == 16 ? 8 : 6;  // register blocking: block_rows x block_vectors accumulators
-#if defined(HRMCORE_ARM64)
-constexpr int block_vectors = 4;
-#else
 constexpr int block_vectors = 2;
-#endif
 constexpr float minus_infinity = -__builtin_inff();
 
 // What row r, column c of a GEMM is multiplied by: rows[r * stride + c] * columns[c]; from column `period`
