@@ -22,7 +22,7 @@ def check_wheel(path: Path) -> None:
     with zipfile.ZipFile(path) as wheel:
         names = set(wheel.namelist())
         paths = {found for name in names if name.endswith(".so") for found in PATHS.findall(wheel.read(name))}
-    inside = {name for name in names if ".dist-info/" not in name}
+    inside = {name for name in names if ".dist-info/" not in name and not name.endswith("/")}
     compiled = {name for name in inside if name.endswith(".so")}
     files = {file for file in ROOT.glob("hrmcore/**/*") if file.is_file() and file.suffix not in (".pyc", ".so")}
     sources = {file.relative_to(ROOT).as_posix() for file in files}
