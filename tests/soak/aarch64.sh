@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds hrmcore for aarch64 and runs its native tests under qemu-user: every instruction set that the emulator has.
-#   tests/soak/aarch64.sh [PYTEST ARGUMENTS]    instead of all native tests
+#   tests/soak/aarch64.sh [PYTEST ARGUMENTS]    in place of all native tests; paths are absolute
 # Needs an environment that make has set up, and of Debian or Ubuntu g++-aarch64-linux-gnu, qemu-user-static and
 # apt-get, which fetches an aarch64 Python; PyPI has the rest. Nothing is installed outside build/aarch64.
 set -euo pipefail
@@ -63,6 +63,8 @@ cmake --install "$build" --prefix "$site" > /dev/null
 
 "$bin/python" cmake/check_neon.py "$build" csrc/neon.txt
 
+"$bin/python" tests/soak/across_machines.py write "$build/here.npz"
+
 export EMULATED_PYTHON=$emulated PYTHONPATH=$site:$root/tests OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 cd "$build"
 while read -r cpu expected; do # what is found on a processor without, and with
@@ -73,6 +75,8 @@ cortex-a53 generic
 cortex-a76 generic,dotprod
 max generic,dotprod,i8mm
 EOF
+"$emulated" "$root/tests/soak/across_machines.py" compare here.npz
+
 if [ $# -eq 0 ]; then
   mapfile -t files < <(grep -rl --include="test_*.py" "pytest\.mark\.native" "$root/tests" | sort)
   set -- -m "native and not (emulated or inside_torch or memory or slow)" "${files[@]}"
