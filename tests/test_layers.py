@@ -44,7 +44,7 @@ ROOMS = {
     "evals": f"{GROUND} data checkpoint engine",
     "commands": f"{GROUND} model planner plots microbench data checkpoint growth train engine serving lens evals",
     "repl": "commands",
-    "cli": "commands",
+    "cli": "_C commands",
     "__main__": "cli",
 }
 # Upward imports that run only when a function is called: a module's conveniences that need the layer above.
