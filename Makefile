@@ -6,6 +6,8 @@
 # make cuda  compiles the CUDA kernels for every target and checks what ptxas says of them, and the decode step's code
 #            (needs nvcc, no GPU)
 # make sanitize  runs the tests of the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
+# make aarch64   builds for aarch64 and runs the native tests under qemu-user (needs Debian's g++-aarch64-linux-gnu and
+#            qemu-user-static); counts the instructions of the GEMM's loops there
 # make fuzz      breaks the file of every reader at random for FUZZ_SECONDS (600); faults are kept in build/fuzz/
 # make fuzz-native  the same for the C++ core, with libFuzzer and the sanitizers (needs clang)
 # make tsan      runs the engine under ThreadSanitizer (GCC): batches of requests that are cancelled at random, then
@@ -18,7 +20,7 @@ BUILD_TOOLS := "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.24" ninja
 NATIVE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh cmake/*)
 CXX_FILES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: run test check lint format stub docs cuda cuda-table sanitize fuzz fuzz-native tsan clean
+.PHONY: run test check lint format stub docs cuda cuda-table sanitize fuzz fuzz-native tsan aarch64 clean
 
 run: $(VENV)/installed
 	$(BIN)/hrmcore repl
@@ -91,6 +93,9 @@ TSAN_SECONDS ?= 300
 
 tsan: $(VENV)/installed-dev
 	VENV="$(VENV)" CXX="$(CXX)" tests/soak/instrumented.sh tsan $(TSAN_BATCHES) $(TSAN_SECONDS)
+
+aarch64: $(VENV)/installed-dev
+	VENV="$(VENV)" tests/soak/aarch64.sh
 
 clean:
 	rm -rf build $(VENV)

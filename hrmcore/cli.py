@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 _TRAINING = "take a smaller batch_tokens or model, or a narrower precision; `hrmcore plan` estimates a run's peak"
@@ -129,7 +130,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         epilog=_listed(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
+    version = "print the version, the instruction set and whether CUDA is built in"
+    parser.add_argument("--version", action=_Version, nargs=0, help=version)
     hidden = argparse.SUPPRESS  # argparse cannot group subcommands: the epilog lists them
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, help=hidden, prog="hrmcore")
     for name, command in COMMANDS.items():
@@ -153,5 +155,10 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         import hrmcore
 
-        print(hrmcore.__version__)
+        try:
+            from hrmcore import _C
+        except ImportError as error:  # HRMCORE_ISA names no instruction set of this processor
+            parser.exit(2, f"hrmcore: {explain(error)}\n")
+        cuda = Path(_C.__file__).with_name("_C_cuda.so").exists()
+        print(f"hrmcore {hrmcore.__version__}, instruction set {_C.isa()}, {'with' if cuda else 'without'} CUDA")
         parser.exit()

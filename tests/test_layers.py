@@ -49,7 +49,7 @@ ROOMS = {
     "commands": f"{GROUND} model planner plots microbench data checkpoint growth train engine serving lens lens_names "
     "evals",
     "repl": "commands",
-    "cli": "commands",
+    "cli": "_C commands",
     "__main__": "cli",
 }
 # Upward imports that run only when a function is called: a module's conveniences that need the layer above.

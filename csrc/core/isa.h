@@ -7,7 +7,7 @@
 
 namespace hrmcore {
 
-enum class Isa : std::uint8_t { generic, avx2, avxvnni, avx512, vnni, bf16, amx };
+enum class Isa : std::uint8_t { generic, avx2, avxvnni, avx512, vnni, bf16, amx, dotprod, i8mm };
 
 const char* name(Isa isa);
 std::vector<Isa> supported_isas();           // what this processor and this build can run, weakest first
@@ -58,11 +58,29 @@ void set_isa(const std::string& requested);  // throws std::invalid_argument on 
   }                                              \
   [[maybe_unused]] static void kernel(const Args& args) noexcept { amx::kernel(args); }
 #else
+#if defined(HRMCORE_ARM64)
+#define HRMCORE_DECLARE_KERNEL(kernel, Args)                             \
+  namespace generic {                                                    \
+  void kernel(const Args& args) noexcept;                                \
+  }                                                                      \
+  namespace dotprod {                                                    \
+  void kernel(const Args& args) noexcept;                                \
+  }                                                                      \
+  namespace i8mm {                                                       \
+  void kernel(const Args& args) noexcept;                                \
+  }                                                                      \
+  [[maybe_unused]] static void kernel(const Args& args) noexcept {       \
+    const Isa isa = current_isa();                                       \
+    if (isa == Isa::i8mm) return i8mm::kernel(args);                     \
+    isa == Isa::dotprod ? dotprod::kernel(args) : generic::kernel(args); \
+  }
+#else
 #define HRMCORE_DECLARE_KERNEL(kernel, Args) \
   namespace generic {                        \
   void kernel(const Args& args) noexcept;    \
   }                                          \
   [[maybe_unused]] static void kernel(const Args& args) noexcept { generic::kernel(args); }
+#endif
 #define HRMCORE_DECLARE_TILE_KERNEL(kernel, Args) \
   [[maybe_unused]] static void kernel(const Args&) noexcept {}
 #define HRMCORE_DECLARE_AMX_KERNEL(kernel, Args) HRMCORE_DECLARE_TILE_KERNEL(kernel, Args)

@@ -28,6 +28,9 @@
 #if defined(HRMCORE_AVX2) || defined(HRMCORE_AVX512)
 #include <immintrin.h>
 #endif
+#if defined(HRMCORE_ARM64)
+#include <arm_neon.h>
+#endif
 
 #define HRMCORE_METHOD inline __attribute__((always_inline))
 #define HRMCORE_INLINE static inline __attribute__((always_inline))
@@ -70,6 +73,8 @@ HRMCORE_INLINE vuint widen(vhalf halves) {
   return (vuint)_mm256_cvtepu16_epi32((__m128i)halves);
 #elif defined(HRMCORE_AVX512)
   return (vuint)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)halves);
+#elif defined(HRMCORE_ARM64)
+  return (vuint)vmovl_u16((uint16x4_t)halves);
 #else
   return __builtin_convertvector(halves, vuint);
 #endif
@@ -80,6 +85,10 @@ HRMCORE_INLINE vint widen(vbyte bytes) {
   return (vint)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((long long)bytes));
 #elif defined(HRMCORE_AVX512)
   return (vint)_mm512_maskz_cvtepi8_epi32(0xffff, (__m128i)bytes);
+#elif defined(HRMCORE_ARM64)
+  std::uint32_t bits;
+  __builtin_memcpy(&bits, &bytes, sizeof(bits));
+  return (vint)vmovl_s16(vget_low_s16(vmovl_s8((int8x8_t)vdup_n_u32(bits))));
 #else
   return __builtin_convertvector(bytes, vint);
 #endif

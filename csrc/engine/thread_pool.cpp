@@ -22,6 +22,15 @@ class FlushDenormals {
 
  private:
   unsigned saved_;
+#elif defined(HRMCORE_ARM64)
+  FlushDenormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    asm volatile("msr fpcr, %0" ::"r"(saved_ | (std::uint64_t{1} << 24)));
+  }
+  ~FlushDenormals() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
+
+ private:
+  std::uint64_t saved_;
 #else
   FlushDenormals() {}
 #endif

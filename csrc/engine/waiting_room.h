@@ -17,6 +17,8 @@ namespace hrmcore {
 inline void pause_briefly() {
 #if defined(HRMCORE_X86)
   _mm_pause();
+#elif defined(HRMCORE_ARM64)
+  asm volatile("isb" ::: "memory");  // `yield` does nothing on most processors; this waits for some cycles
 #else
   std::this_thread::yield();
 #endif

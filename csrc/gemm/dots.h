@@ -12,6 +12,13 @@
 
 namespace hrmcore::HRMCORE_ISA {
 
+// Whether weights are signed bytes here: Arm got a product of unsigned and signed ones late.
+#if defined(HRMCORE_ARM64) && !defined(HRMCORE_ISA_i8mm)
+constexpr bool signed_weights = true;
+#else
+constexpr bool signed_weights = false;
+#endif
+
 constexpr int most_cells = group_columns / 4;  // added to one Dots
 
 #if defined(HRMCORE_X86) && !defined(HRMCORE_VNNI)
@@ -46,8 +53,8 @@ struct Dots {
     if constexpr (nibbles) {
       low = add_pairs(low, w, a);
     } else {
-      low = add_pairs(low, w & 0x0f0f0f0f, a);
-      high = add_pairs(high, (w >> 4) & 0x0f0f0f0f, a);
+      low = add_pairs(low, low_nibbles(w), a);
+      high = add_pairs(high, high_nibbles(w), a);
     }
   }
   HRMCORE_METHOD vint sum(vint start) const {
@@ -57,12 +64,22 @@ struct Dots {
 
 #else
 
-// acc + the sum over the four bytes of each lane of unsigned w times signed a.
+// acc + the sum over the four bytes of each lane of w times signed a in [-127, 127]. w is unsigned, or under
+// signed_weights signed.
 HRMCORE_INLINE vint dot4(vint acc, vint w, vint a) {
 #if defined(HRMCORE_AVX512)
   return (vint)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)a);
 #elif defined(HRMCORE_ISA_avxvnni)
   return (vint)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)w, (__m256i)a);
+#elif defined(HRMCORE_ISA_i8mm)
+  return (vint)vusdotq_s32((int32x4_t)acc, (uint8x16_t)w, (int8x16_t)a);
+#elif defined(HRMCORE_ISA_dotprod)
+  return (vint)vdotq_s32((int32x4_t)acc, (int8x16_t)w, (int8x16_t)a);
+#elif defined(HRMCORE_ARM64)
+  // Two products fit 16 bits: 2 * 128 * 127 < 2^15.
+  const int16x8_t low = vmull_s8(vget_low_s8((int8x16_t)w), vget_low_s8((int8x16_t)a));
+  const int16x8_t high = vmull_high_s8((int8x16_t)w, (int8x16_t)a);
+  return (vint)vpadalq_s16((int32x4_t)acc, vpaddq_s16(low, high));
 #else
   for (int byte = 0; byte < 4; ++byte) {
     acc += ((w >> (8 * byte)) & 255) * ((a << (24 - 8 * byte)) >> 24);

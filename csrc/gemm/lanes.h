@@ -15,6 +15,8 @@ HRMCORE_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) {
   return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(HRMCORE_AVX2)
   return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(HRMCORE_ARM64)
+  return (vfloat)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return a * b + c;
 #endif
@@ -44,6 +46,16 @@ HRMCORE_INLINE vfloat to_float(vint v) { return __builtin_convertvector(v, vfloa
 // The two columns of a bf16 cell.
 HRMCORE_INLINE vfloat low_half(vint cell) { return (vfloat)(cell << 16); }
 HRMCORE_INLINE vfloat high_half(vint cell) { return (vfloat)(cell & splat_bits(-65536)); }
+
+// The two halves of each byte.
+HRMCORE_INLINE vint low_nibbles(vint cell) { return cell & 0x0f0f0f0f; }
+HRMCORE_INLINE vint high_nibbles(vint cell) {
+#if defined(HRMCORE_ARM64)
+  return (vint)vshrq_n_u8((uint8x16_t)cell, 4);
+#else
+  return (cell >> 4) & 0x0f0f0f0f;
+#endif
+}
 
 #if defined(HRMCORE_AVX512_BF16)
 HRMCORE_INLINE void put_pair(vfloat low, vfloat high, std::byte* to) {
