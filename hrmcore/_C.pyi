@@ -111,7 +111,6 @@ def adam_atan2_paper_step(
     ema_decay: float,
     stream: int = 0,
 ) -> None: ...
-
 def adam_atan2_step(
     numbers: Sequence[int],
     params: Sequence[Tensor | None],
