@@ -86,7 +86,7 @@ def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             # Copies: the library's tensors are views of the file.
             return {name: tensors.get_tensor(name).clone() for name in names}, metadata
     except SafetensorError as error:
-        raise ValueError(f"{path}: damaged ({error})") from None
+        raise ValueError(f"{path}: damaged ({' '.join(str(error).split())})") from None
 
 
 def verify(path: Path) -> tuple[list[str], dict[str, str]]:
@@ -124,7 +124,7 @@ def restore(path: Path, tensors: Mapping[str, Tensor]) -> None:
                     found = distribute_tensor(found, tensor.device_mesh, tensor.placements, src_data_rank=None)
                 tensor.copy_(found)
     except SafetensorError as error:
-        raise ValueError(f"{path}: damaged ({error})") from None
+        raise ValueError(f"{path}: damaged ({' '.join(str(error).split())})") from None
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

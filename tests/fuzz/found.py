@@ -11,6 +11,10 @@ from fuzz.files import RUN
 HUGE = RUN.replace("hidden_size = 64", f"hidden_size = {10**400}").encode()
 
 
+def _headed(text: bytes) -> bytes:
+    return len(text).to_bytes(8, "little") + text
+
+
 def _twice_byte_level() -> bytes:
     """What the tokenizers library does not come to an end with, taking all memory."""
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -21,6 +25,16 @@ def _twice_byte_level() -> bytes:
         {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level, level]}, "model": model}
     ).encode()
 
+
+# Its checksums are mended before it is read: the library's message had a line for the dtype's.
+_STATE = _headed(
+    json.dumps(
+        {
+            "__metadata__": {"format": "hrmcore-training-state", "version": "1"},
+            "model.w": {"dtype": "F32\n", "shape": [1], "data_offsets": [0, 4]},
+        }
+    ).encode()
+) + bytes(4)
 
 FOUND: dict[str, list[bytes]] = {
     "config": [b"[" * 100_000, b'{"H_cycles": 2305843009213693952}', b"{}"],
@@ -37,16 +51,12 @@ FOUND: dict[str, list[bytes]] = {
         b'{"version": "\n1"}',
     ],
     "run_file": [b"seed = " + b"[" * 5000, b"learning_rate = " + b"9" * 400, b"betas = [nan, nan]", HUGE],
-    "state": [(100_000).to_bytes(8, "little") + b"[" * 100_000, b"", b"\0" * 8],
+    "state": [(100_000).to_bytes(8, "little") + b"[" * 100_000, b"", b"\0" * 8, _STATE],
     "shards_manifest": [b"[" * 100_000, b'{"format": "hrmcore-sharded-training-state", "version": "1"}'],
     "manifest": [b"[" * 100_000, b'{"format": 1, "files": {"tokens.npy": {"bytes": "1", "sha256": 1}}}'],
     "template": [b"\xff"],
     "template_config": [b"[" * 100_000, b'{"chat_template": [{"name": []}]}', b"\xff"],
 }
-
-
-def _headed(text: bytes) -> bytes:
-    return len(text).to_bytes(8, "little") + text
 
 
 _SHORT_LINES = b'{"k%d": 1}\n'
