@@ -130,7 +130,7 @@ def attention_backward(
     grad_gate: Output,
     log_decay: Tensor | None,
     window: int,
-    tiles: Output | None,
+    tiles: Tensor | None,
     ungated: Output | None,
     row_terms: Output | None,
     stream: int = 0,
@@ -147,8 +147,19 @@ def attention_forward(
     lse: Output,
     log_decay: Tensor | None,
     window: int,
-    tiles: Output | None,
+    tiles: Tensor | None,
     stream: int = 0,
+) -> None: ...
+def attention_table(
+    *,
+    offsets: Tensor,
+    key_offsets: Tensor,
+    prefix: Tensor,
+    query_rows: int,
+    key_rows: int,
+    window: int,
+    tiles: Output,
+    stream: int,
 ) -> None: ...
 def cross_entropy_backward(logits: Output, targets: Tensor, lse: Tensor, scale: Tensor, stream: int = 0) -> None: ...
 def cross_entropy_forward(logits: Tensor, targets: Tensor, losses: Output, lse: Output, stream: int = 0) -> None: ...

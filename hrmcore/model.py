@@ -72,6 +72,7 @@ class Layout:
     offsets: Tensor  # (S+1) int32
     prefix: Tensor  # (S) int32
     positions: Tensor  # (T) int32, counted from each sequence's first token
+    longest: int | None = None  # tokens of the longest sequence, if the host knows it; else xPos reads the positions
 
     @classmethod
     def of(
@@ -86,7 +87,8 @@ class Layout:
         offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         runs = [torch.arange(s, s + n, dtype=torch.int32) for s, n in zip(starts, lengths, strict=True)]
         positions = torch.cat(runs) if runs else torch.empty(0, dtype=torch.int32)
-        return cls(*(x.to(device) for x in (offsets, torch.tensor(prefix, dtype=torch.int32), positions)))
+        longest = max((s + n for s, n in zip(starts, lengths, strict=True)), default=0)
+        return cls(*(x.to(device) for x in (offsets, torch.tensor(prefix, dtype=torch.int32), positions)), longest)
 
 
 @dataclass(frozen=True)
@@ -257,6 +259,14 @@ class HRM(nn.Module):
             truncated_normal_(parameter, 1 / math.sqrt(parameter.shape[1]))
         truncated_normal_(self.z_L_init, 1.0)
 
+    def _reach(self, layout: Layout) -> None:
+        """Under xPos make the tables longer where a sequence is longer than they are."""
+        if self.xpos_log_decay is None or len(self.rope_table) >= self.config.context:
+            return
+        longest = int(layout.positions.max()) + 1 if layout.longest is None else layout.longest
+        if longest > len(self.rope_table):
+            self.reset_positions(min(2 * longest, self.config.context))
+
     def reset_positions(self, length: int) -> None:
         """Make the tables for sequences of up to `length` tokens."""
         table, log_decay = Positions.of(self.config, length)
@@ -281,14 +291,15 @@ class HRM(nn.Module):
         config = self.config
         visits = [(h, l) for h in range(config.H_cycles) for l in range(config.L_cycles + 1)]  # noqa: E741
         with_grad = grad_visits(config.H_cycles, config.L_cycles, horizon) if torch.is_grad_enabled() else set()
-        if self.xpos_log_decay is not None and (length := int(layout.positions.max()) + 1) > len(self.rope_table):
-            self.reset_positions(min(2 * length, config.context))
+        self._reach(layout)
         tables = Positions(self.rope_table, self.xpos_log_decay)
         context = ForwardContext.of(layout, tables, config.attention_window, cache, rows)
         z_H = self.embed_tokens(ids) * config.embedding_scale
         if torch.is_autocast_enabled(z_H.device.type):
             z_H = z_H.to(torch.get_autocast_dtype(z_H.device.type))
         z_L = self.z_L_init.to(z_H.dtype).expand_as(z_H)
+        if cache is None:  # with one, keys lie otherwise at every slot
+            context = replace(context, mask=context.mask.with_tiles(z_H))
         opened, slot = None, 0
         for (h, l), following in zip(visits, [*visits[1:], None], strict=True):  # noqa: E741
             opens = following is not None and (following in with_grad) == ((h, l) in with_grad)
@@ -332,8 +343,8 @@ class HRM(nn.Module):
         With a `sampler`, the labels are drawn from the model's own distribution: the squared gradient of that loss is
         Sophia-G's curvature.
         """
-        batch = self._brought(batch)
-        final, rows = self._supervised_states(batch, horizon)
+        batch, longest = self._brought(batch)
+        final, rows = self._supervised_states(batch, longest, horizon)
         head, targets = self.lm_head.weight, batch.targets
         if sampler is not None:
             targets = sample_targets(final, head, rows, sampler)
@@ -342,18 +353,24 @@ class HRM(nn.Module):
     @torch.no_grad()
     def greedy_tokens(self, batch: PackedBatch) -> Tensor:
         """The most probable token (R) int64 after each supervised position of a packed batch, on any device."""
-        final, supervised = self._supervised_states(self._brought(batch))
+        final, supervised = self._supervised_states(*self._brought(batch))
         return torch.cat([self.lm_head(final[rows]).argmax(-1) for rows in supervised.split(_ROWS)])
 
-    def _brought(self, batch: PackedBatch) -> PackedBatch:
-        """A batch on the model's device, its rows checked where they lie: a batch from the host costs no wait."""
-        check_rows(batch.supervised, len(batch.ids))
-        return batch.to(self.lm_head.weight.device)
+    def _brought(self, batch: PackedBatch) -> tuple[PackedBatch, int | None]:
+        """A batch on the model's device, and under xPos the tokens of its longest sequence.
 
-    def _supervised_states(self, batch: PackedBatch, horizon: int | None = None) -> tuple[Tensor, Tensor]:
+        What must be read of it is read where it lies: a batch from the host costs no wait.
+        """
+        check_rows(batch.supervised, len(batch.ids))
+        longest = None if self.xpos_log_decay is None else int(batch.offsets.diff().max())
+        return batch.to(self.lm_head.weight.device), longest
+
+    def _supervised_states(
+        self, batch: PackedBatch, longest: int | None, horizon: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Final states, and the rows of the supervised tokens in them; the last MLP skips the other tokens."""
         prefix = batch.prefix if self.config.prefix_lm else torch.zeros_like(batch.prefix)
-        layout, rows = Layout(batch.offsets, prefix, batch.positions), batch.supervised
+        layout, rows = Layout(batch.offsets, prefix, batch.positions, longest), batch.supervised
         multiple = rows_filled(len(batch.ids) // 16)  # at most 16 row counts: oneDNN keeps some 4 MB for each
         filled = -(-max(1, len(rows)) // multiple) * multiple
         if filled >= len(batch.ids):

@@ -208,7 +208,7 @@ class Sophia(_Fused):
     @property
     def clipped(self) -> tuple[int, int]:
         """The coordinates, of this process's shards, that the last step clipped, and all that it stepped."""
-        return int(sum(count.item() for count in self._clipped.values())), self._counted
+        return sum(int(count.sum()) for count in self._clipped.values()), self._counted
 
     @property
     def clipped_fraction(self) -> float:
@@ -314,12 +314,13 @@ class Sophia(_Fused):
     @torch.no_grad()
     def _refuse_nonfinite(self, samples: Sequence[_Sample]) -> None:
         """Raise FloatingPointError when a product probe ⊙ hvp is not finite, on this rank or another."""
-        faulty = [
-            number
+        entries = [
+            (number, (local(probe) * local(hvp)).isfinite().all())
             for sample in samples
             for number, probe, hvp in zip(sample.numbers, sample.probes, sample.hvps, strict=True)
-            if not (local(probe) * local(hvp)).isfinite().all()
         ]
+        finite = torch.stack([flag.to(entries[0][1].device) for _, flag in entries]).tolist() if entries else []
+        faulty = [number for (number, _), sound in zip(entries, finite, strict=True) if not sound]
         if self._on_any_rank(bool(faulty)):
             where = f"parameter {faulty[0]}" if faulty else "another rank's shards"
             raise FloatingPointError(f"the curvature sample is not finite in {where}")

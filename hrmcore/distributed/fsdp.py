@@ -59,7 +59,8 @@ def reshard(model: HRM) -> None:
 def clip_gradients(parameters: Iterable[Tensor], limit: float, world: World) -> float:
     """Scale gradients down to the norm `limit` over all ranks' shards; returns the norm that they had."""
     gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    norm = math.sqrt(world.sum(sum(float(torch.linalg.vector_norm(gradient)) ** 2 for gradient in gradients)))
+    norms = torch.stack(torch._foreach_norm(gradients)).tolist() if gradients else []
+    norm = math.sqrt(world.sum(sum(norm**2 for norm in norms)))
     if (scale := limit / (norm + 1e-6)) < 1:  # as torch's clip_grad_norm_ has it
         for gradient in gradients:
             gradient.mul_(scale)

@@ -56,7 +56,9 @@ def sample_targets(hidden: Tensor, weight: Tensor, rows: Tensor, generator: torc
     with torch.no_grad():
         for part, _, logits in _chunks(hidden, weight.to(hidden.dtype), rows):
             chances = logits[: part.stop - part.start].float().softmax(-1)
-            targets[part] = torch.multinomial(chances, 1, generator=generator)[:, 0]
+            # As torch.multinomial draws one of each row, but that on CUDA would wait for its checks of the chances.
+            times = torch.empty_like(chances).exponential_(1, generator=generator)
+            targets[part] = chances.div_(times).argmax(-1)
     return targets
 
 
@@ -132,7 +134,7 @@ def _check_operands(hidden: Tensor, weight: Tensor, rows: Tensor) -> None:
         raise ValueError(
             f"cross_entropy: weight must be (V, D) with D = {hidden.shape[1]}, got {weight.dtype} {tuple(weight.shape)}"
         )
-    if not rows.is_cuda:  # there the host would wait; HRM checks a batch before it goes to the device
+    if rows.device.type == "cpu":  # elsewhere the host would wait; HRM checks a batch before it goes to the device
         check_rows(rows, len(hidden))
 
 

@@ -38,7 +38,7 @@ def attention_sublayer(
     `rotation` is (table, positions) as in `rope`; `mask`, without key_offsets, as in `attention`; both check them.
     Raises ValueError on a wrong dtype, shape or stride.
     """
-    flat = (*rotation, mask.offsets, mask.prefix, mask.log_decay, mask.window)
+    flat = (*rotation, mask.offsets, mask.prefix, mask.log_decay, mask.tiles, mask.window)
     return _attention_sublayer(normed, stream, gqkv_weight, o_weight, heads, eps, *flat)[0]
 
 
@@ -113,12 +113,13 @@ def _attention_sublayer(
     offsets: Tensor,
     prefix: Tensor,
     log_decay: Tensor | None,
+    tiles: Tensor | None,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gqkv = _gemm(normed, gqkv_weight).view(len(normed), 4, heads, -1)
     gate, q, k, v = _split(gqkv)
     _C.rope(*map(to_dlpack, (q, k, table, positions, q, k)), False, stream_of(q))
-    mask = PackedMask(offsets, prefix, None, log_decay, window)
+    mask = PackedMask(offsets, prefix, None, log_decay, window, tiles)
     attended, lse = launch_forward((q, k, v, gate), mask)
     return _gemm(attended.flatten(1), o_weight), gqkv, attended, lse
 
@@ -136,6 +137,7 @@ def _attention_sublayer_backward(
     offsets: Tensor,
     prefix: Tensor,
     log_decay: Tensor | None,
+    tiles: Tensor | None,
     window: int,
     eps: float,
     grad_y: Tensor,
@@ -144,7 +146,7 @@ def _attention_sublayer_backward(
     gate, q, k, v = _split(gqkv)
     grad_gqkv = torch.empty_like(gqkv)
     grad_gate, grad_q, grad_k, grad_v = _split(grad_gqkv)
-    mask, grads = PackedMask(offsets, prefix, None, log_decay, window), (grad_q, grad_k, grad_v, grad_gate)
+    mask, grads = PackedMask(offsets, prefix, None, log_decay, window, tiles), (grad_q, grad_k, grad_v, grad_gate)
     launch_backward((q, k, v, gate), mask, (attended, lse), grad_attended.view(q.shape), grads, overwrite=True)
     del grad_attended
     _C.rope(*map(to_dlpack, (grad_q, grad_k, table, positions, grad_q, grad_k)), True, stream_of(q))
@@ -178,7 +180,7 @@ def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 def _attention_backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     grad_y = torch.zeros_like(ctx.saved_tensors[0]) if grad_y is None else grad_y
     grad_normed, *grads = _attention_sublayer_backward(*ctx.saved_tensors, ctx.window, ctx.eps, grad_y)
-    return grad_normed, None, *grads, *8 * [None]
+    return grad_normed, None, *grads, *9 * [None]
 
 
 _attention_sublayer.register_autograd(_attention_backward, setup_context=_save_attention)

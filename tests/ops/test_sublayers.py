@@ -93,7 +93,7 @@ def test_a_second_backward_finds_what_the_first_found():
 def test_opcheck():
     block, x, residual, context = block_and_streams()
     gqkv, o, gate_up, down = (p.detach().clone() for p in block.parameters())
-    positional = (context.table, LAYOUT.positions, LAYOUT.offsets, LAYOUT.prefix, None, 0)
+    positional = (context.table, LAYOUT.positions, LAYOUT.offsets, LAYOUT.prefix, None, None, 0)
     streams = x.clone().requires_grad_(), residual.clone().requires_grad_()
     weights = gqkv.clone().requires_grad_(), o
     torch.library.opcheck(_attention_sublayer, (*streams, *weights, 2, 1e-6, *positional))

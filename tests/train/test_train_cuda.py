@@ -93,6 +93,30 @@ def test_every_tensor_is_on_the_device(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sophia-g"])
+@pytest.mark.parametrize("position_encoding", ["rope", "xpos"])
+def test_a_step_waits_for_the_device_once(
+    optimizer: str, position_encoding: str, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For its loss and norm together, however many batches; Sophia's for its count, too, and for a sample's fault."""
+    keys = {"optimizer": optimizer, "accumulate": 3} | ({"curvature_every": 2} if optimizer != "adamw" else {})
+    xpos = {"position_encoding": "xpos", "xpos_scale_base": 64} if position_encoding == "xpos" else {}
+    path = write_run(tmp_path / "run", RECORDS, tokenizer, MODEL | xpos, **{"steps": 3, "batch_tokens": 48} | keys)
+    draw = curvature.generator_of
+    with monkeypatch.context() as patch, another_device() as waits:
+        patch.setattr(distributed, "_device_of_rank", lambda device: DEVICE)
+        patch.setattr(curvature, "generator_of", lambda seed, step, rank=0, device=None: draw(seed, step, rank))
+        patch.setattr(optim, "_check_tensor", lambda what, number, tensor: inner_of(tensor))
+        patch.setattr(optim, "to_dlpack", lambda tensor: torch.utils.dlpack.to_dlpack(inner_of(tensor)))
+        trainer = Trainer(read_config(path))
+        waits.clear()
+        trainer._train_step()
+        first = len(waits)
+        trainer._train_step()
+        trainer.close()
+    assert (first, len(waits) - first) == ((1, 1) if optimizer == "adamw" else (3, 2)), waits
+
+
 def test_a_device_that_is_not_there(
     tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
