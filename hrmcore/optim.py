@@ -28,6 +28,8 @@ from hrmcore import _C
 
 __all__ = ["AdamAtan2", "AdamW", "Sophia"]
 
+_COUNTERS = 32  # of clipped coordinates: blocks on a GPU that added to a single one would queue for it
+
 
 @dataclass
 class _Batch:
@@ -39,6 +41,7 @@ class _Batch:
     parameters: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
     states: list[dict[str, Any]] = field(default_factory=list)
+    grad_scale: Tensor | None = None  # (1) float32 on the device; None is 1
 
     def of_states(self, key: str) -> list[Any]:
         return [state[key] for state in self.states]
@@ -80,16 +83,19 @@ class _Fused(torch.optim.Optimizer):
                 self._start(parameter, group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: Tensor | None = None) -> Any:
         """Update every parameter that has a gradient; returns the result of `closure`, which runs first.
 
-        Raises ValueError, before anything has changed, on a gradient or an option that cannot work.
+        Gradients count as if multiplied by `grad_scale`, (1) float32 on any device: clipping them takes no pass of its
+        own, and nobody waits for the factor. Raises ValueError, before anything has changed, on a gradient or an option
+        that cannot work.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for batch in self._ready():
+            batch.grad_scale = None if grad_scale is None else grad_scale.to(batch.device)
             self._update(batch, self._averages(batch))
             torch._foreach_add_(batch.of_states("step"), 1)
         return loss
@@ -216,7 +222,13 @@ class Sophia(_Fused):
         clipped, counted = self.clipped
         return clipped / counted if counted else math.nan
 
-    def step(self, closure: Callable[[], Any] | None = None, *, batch_tokens: int | None = None) -> Any:
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        grad_scale: Tensor | None = None,
+        batch_tokens: int | None = None,
+    ) -> Any:
         """One step. `batch_tokens`, for variant G, stands for the optimizer's own in this step alone.
 
         Raises ValueError, before anything has changed, when neither is there for G, or as the optimizer itself does.
@@ -224,7 +236,7 @@ class Sophia(_Fused):
         self._step_tokens = self._tokens_of_step(batch_tokens)
         self._clipped.clear()
         self._counted = 0
-        return super().step(closure)
+        return super().step(closure, grad_scale=grad_scale)
 
     def _tokens_of_step(self, given: int | None) -> int:
         """B of a step."""
@@ -242,7 +254,7 @@ class Sophia(_Fused):
     def _update(self, batch: _Batch, averages: Sequence[Tensor | None]) -> None:
         group = batch.group
         if batch.device not in self._clipped:
-            self._clipped[batch.device] = torch.zeros(1, dtype=torch.int64, device=batch.device)
+            self._clipped[batch.device] = torch.zeros(_COUNTERS, dtype=torch.int64, device=batch.device)
         _run(
             _C.sophia_step,
             batch.device,
@@ -260,6 +272,7 @@ class Sophia(_Fused):
             self._step_tokens,
             group["eps"],
             group["ema"] or 0.0,
+            batch.grad_scale,
         )
         self._counted += sum(local(parameter).numel() for parameter in batch.parameters)
 
@@ -402,6 +415,7 @@ def _run_adam(kernel: Callable[..., None], batch: _Batch, averages: Sequence[Ten
         group["weight_decay"],
         eps,
         group["ema"] or 0.0,
+        batch.grad_scale,
     )
 
 

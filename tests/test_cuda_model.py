@@ -119,12 +119,14 @@ def test_every_operand_of_a_kernel_is_where_the_inputs_are(monkeypatch):
     positional = (model.rope_table, packed.positions, packed.offsets, packed.prefix, model.xpos_log_decay, None, 64)
     rms_norm._add_rms_norm._init_fn(x, x, 1e-6)
     rms_norm._rms_norm_backward._init_fn(x, x, x, 1e-6)
-    _, *kept = sublayers._attention_sublayer._init_fn(x, x, gqkv, o, 2, 1e-6, *positional)
-    sublayers._attention_sublayer_backward._init_fn(x, *kept, gqkv, o, *positional, 1e-6, x)
+    _, *kept = sublayers._attention_sublayer._init_fn(x, gqkv, o, 2, *positional)
+    sums = torch.empty_like(gqkv), torch.empty_like(o), True, False
+    sublayers._attention_sublayer_backward._init_fn(x, None, *kept, gqkv, o, *positional, 1e-6, x, *sums)
     state, _, *kept = rms_norm_inject._rms_norm_inject._init_fn(x, x, x, 1e-6)
     rms_norm_inject._rms_norm_inject_backward._init_fn(state, *kept, x, x, x, 1e-6, True)
-    _, *kept = sublayers._mlp_sublayer._init_fn(x, x, gate_up, down, 1e-6)
-    sublayers._mlp_sublayer_backward._init_fn(*kept, gate_up, down, 1e-6, x, None)
+    _, u, ab, *_ = sublayers._mlp_sublayer._init_fn(x, x, gate_up, down, 1e-6)
+    sums = torch.empty_like(gate_up), torch.empty_like(down), True, False
+    sublayers._mlp_sublayer_backward._init_fn(u, ab, None, None, gate_up, down, 1e-6, x, None, *sums)
     rows = (x, model.lm_head.weight, packed.supervised, packed.targets)
     _, lse = cross_entropy._cross_entropy._init_fn(*rows)
     cross_entropy._cross_entropy_backward._init_fn(*rows, lse, torch.tensor(1.0, device="meta"))

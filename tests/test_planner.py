@@ -17,7 +17,7 @@ from support.command_line import hrmcore
 from torch.utils.flop_counter import FlopCounterMode
 
 from hrmcore.commands.plan import measure
-from hrmcore.config import PRESETS, HRMConfig
+from hrmcore.config import PRESETS, RECOMPUTE, HRMConfig
 from hrmcore.data.packing import PackedBatch
 from hrmcore.model import HRM, grad_visits
 from hrmcore.ops import cross_entropy
@@ -137,9 +137,10 @@ def test_flops_are_those_that_torch_counts(horizon_k: int | None, cycles: tuple[
     assert min(dataclasses.astuple(expected)) > 0.01 * expected.total  # every part is large enough to be seen
 
 
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("horizon_k", [2, 5])
-def test_activations_are_what_autograd_keeps(horizon_k: int, precision: str) -> None:
+@pytest.mark.parametrize("horizon_k", [2, 5, 8])
+def test_activations_are_what_autograd_keeps(horizon_k: int, precision: str, recompute: str) -> None:
     """The kernels' saved tensors of a real step, each storage once, without weights and without the head's."""
     shape = config(vocab_size=16, hidden_size=64, head_dim=16, num_layers_per_stack=3)
     packed = batch(shape, [128] * 8, [64] * 8)
@@ -158,8 +159,9 @@ def test_activations_are_what_autograd_keeps(horizon_k: int, precision: str) -> 
 
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-        model.loss(packed, horizon=horizon_k)
-    estimate = memory(shape, horizon_k, len(packed.ids), 0.5, 1, precision)
+        loss = model.loss(packed, horizon=horizon_k, recompute=recompute)
+    loss.backward()  # for a visit's own tensors are kept when it is computed again, and not by these hooks
+    estimate = memory(shape, horizon_k, len(packed.ids), 0.5, 1, precision, recompute)
     assert estimate.activations == pytest.approx(sum(kept.values()), rel=0.02)
 
 
@@ -210,14 +212,14 @@ def train(model, sequences, steps):
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for _ in range(steps):
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16, cache_enabled=False):
-            loss = model.loss(batch, horizon=5) / len(batch.targets)
+            loss = model.loss(batch, horizon=5, recompute=recompute) / len(batch.targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
 torch.set_num_threads(1)
 _C.set_num_threads(1)
-shape, sequences, bfloat16 = json.loads(sys.argv[1])
+shape, sequences, bfloat16, recompute = json.loads(sys.argv[1])
 config = HRMConfig.from_dict(shape)
 train(HRM(config.replace(hidden_size=64, num_attention_heads=1, head_dim=64, num_layers_per_stack=1)), 1, 1)
 before = peak()
@@ -228,9 +230,14 @@ print(peak() - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("precision", "recompute"),
+    [("float32", "sublayer"), ("bfloat16", "sublayer"), ("bfloat16", "none"), ("float32", "visit")],
+)
 @pytest.mark.parametrize(("width", "vocabulary", "sequences"), [(128, 512, 64), (512, 8000, 8)])
-def test_the_peak_is_that_of_a_real_step(width: int, vocabulary: int, sequences: int, precision: str) -> None:
+def test_the_peak_is_that_of_a_real_step(
+    width: int, vocabulary: int, sequences: int, precision: str, recompute: str
+) -> None:
     """Two steps in a process of their own: first mostly activations, then mostly weights.
 
     The C allocator is told to give freed blocks back: what it would keep for itself is up to it, not to the model.
@@ -242,12 +249,12 @@ def test_the_peak_is_that_of_a_real_step(width: int, vocabulary: int, sequences:
         num_attention_heads=width // 64,
         head_dim=64,
     )
-    arguments = json.dumps([shape.to_dict(), sequences, precision == "bfloat16"])
+    arguments = json.dumps([shape.to_dict(), sequences, precision == "bfloat16", recompute])
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(
         [sys.executable, "-c", PEAK, arguments], capture_output=True, text=True, check=True, env=environment
     )
-    estimate = memory(shape, 5, 64 * sequences, 0.5, 1, precision)
+    estimate = memory(shape, 5, 64 * sequences, 0.5, 1, precision, recompute)
     assert estimate.peak == pytest.approx(int(done.stdout), rel=0.1)
 
 

@@ -63,7 +63,8 @@ void bind_adam(py::module_& m, const char* op, Kernel<AdamStep> kernel) {
                 list("emas", "ema", &StepTensors::ema), list("steps", "steps", &StepTensors::step),
                 input("lr", &AdamStep::lr), input("beta1", &AdamStep::beta1),
                 input("beta2", &AdamStep::beta2), input("weight_decay", &AdamStep::weight_decay),
-                input("eps", &AdamStep::eps), input("ema_decay", &AdamStep::ema_decay));
+                input("eps", &AdamStep::eps), input("ema_decay", &AdamStep::ema_decay),
+                optional("grad_scale", &AdamStep::grad_scale));
 }
 
 void bind_optim(py::module_& m) {
@@ -73,7 +74,8 @@ void bind_optim(py::module_& m) {
                 output("clipped", &SophiaStep::clipped), input("lr", &SophiaStep::lr),
                 input("beta1", &SophiaStep::beta1), input("weight_decay", &SophiaStep::weight_decay),
                 input("rho", &SophiaStep::rho), input("batch_tokens", &SophiaStep::batch_tokens),
-                input("eps", &SophiaStep::eps), input("ema_decay", &SophiaStep::ema_decay));
+                input("eps", &SophiaStep::eps), input("ema_decay", &SophiaStep::ema_decay),
+                optional("grad_scale", &SophiaStep::grad_scale));
   def_optimizer(m, "sophia_curvature", sophia_curvature,
                 list("hessians", "hessian", &CurvatureTensors::hessian),
                 list("probes", "probe", &CurvatureTensors::probe),

@@ -15,7 +15,7 @@ from typing import Any
 from hrmcore.checkpoint.hrm_text import read_config as read_checkpoint_config
 from hrmcore.checkpoint.hrm_text import resolve
 from hrmcore.checkpoint.training_state import is_state, read_metadata
-from hrmcore.config import HRMConfig, Range
+from hrmcore.config import RECOMPUTE, HRMConfig, Range
 from hrmcore.data.store import MANIFEST, TOKENIZER, tokenizer_of
 from hrmcore.growth.stages import GrowStage, growths_of, read_stages
 from hrmcore.tokenizer import Tokenizer, tokenizer_files
@@ -167,6 +167,12 @@ class TrainConfig:
         "under torchrun: 'data', every process holds the whole model, or 'sharded', each a shard of it (FSDP2)",
         "data",
     )
+    recompute: str = _key(
+        "precision and devices",
+        "what backward computes again, for memory: 'none', 'sublayer' (norms and SwiGLU), or 'visit' (every visit but "
+        "the last, as well); the result is the same",
+        "sublayer",
+    )
     save_every: int = _key("checkpoints and states", "steps between training states", 500)
     keep: int = _key("checkpoints and states", "how many of the newest training states are kept", 2)
     keep_every: int = _key(
@@ -209,6 +215,7 @@ class TrainConfig:
         self._choose("precision", ("float32", "bfloat16"))
         self._choose("device", ("cpu", "cuda"))
         self._choose("parallel", ("data", "sharded"))
+        self._choose("recompute", RECOMPUTE)
         if self.parallel == "sharded" and (self.grow or self.optimizer == "sophia-h"):
             who = "[[grow]]" if self.grow else "sophia-h"
             raise ValueError(f"train config: {who} works on whole parameters; set parallel = 'data'")

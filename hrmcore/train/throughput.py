@@ -63,7 +63,7 @@ def memory_needed(config: TrainConfig, largest: HRMConfig, corpus: Corpus, world
     supervised = float((corpus.lengths - corpus.prefix + 1).sum() / corpus.lengths.sum())
     tokens = -(-config.batch_tokens // world.ranks)
     holders = world.ranks if config.parallel == "sharded" else 1
-    need = planner.memory(largest, config.horizon_last, tokens, supervised, holders, config.precision)
+    need = planner.memory(largest, config.horizon_last, tokens, supervised, holders, config.precision, config.recompute)
     average = need.weights if config.ema else 0.0
     state = need.weights + need.optimizer + average
     more = "more" if world.device.type == "cpu" else "of main memory"

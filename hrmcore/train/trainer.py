@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 from hrmcore import optim
@@ -217,7 +219,7 @@ class Trainer:
         try:
             # The ranks must agree on what they compute together: one alone may not leave.
             with self._interruption.abandonable(self._step_seconds if self.world.ranks == 1 else 0.0):
-                loss, norm = self._backward(batches, k)
+                loss, norm, scale = self._backward(batches, k)
         except StepAbandoned:
             self.optimizer.zero_grad(set_to_none=True)
             self._stream = BatchStream(self.corpus, self.config.batch_tokens, self.config.seed, position)
@@ -225,7 +227,7 @@ class Trainer:
         if fault := self._fault(loss, norm):
             self._skip_or_stop(batches, fault)
         else:
-            self._update(batches, k)
+            self._update(batches, k, scale)
             self.typical_loss = loss if self.typical_loss is None else 0.98 * self.typical_loss + 0.02 * loss
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -277,23 +279,27 @@ class Trainer:
         with torch.no_grad():
             return float(model.loss(batch)) / len(batch.targets)
 
-    def _backward(self, batches: Sequence[PackedBatch], k: int) -> tuple[float, float]:
-        """Gradients of the mean loss over all supervised tokens of the batches; returns it and the gradients' norm."""
+    def _backward(self, batches: Sequence[PackedBatch], k: int) -> tuple[float, float, Tensor]:
+        """Gradients of the mean loss over all supervised tokens of the batches.
+
+        Returns that loss, the gradients' norm, and the factor (1) that would clip them, for the optimizer.
+        """
         count = supervised_of(batches)
         losses = []
         for batch in self._shares(batches):
             with self._precision():
-                loss = self.model.loss(batch, horizon=k) / count
+                loss = self.model.loss(batch, horizon=k, recompute=self.config.recompute) / count
             loss.backward()
             losses.append(loss.detach())
         self._sum_gradients()
-        parameters, limit = self.model.parameters(), self.config.grad_clip
         if self._sharded:
-            norm = fsdp.clip_gradients(parameters, limit, self.world)
-            figures = [*torch.stack(losses).tolist(), norm] if losses else [norm]
-        else:  # one read of all figures: on a GPU the host waits for the step's work only here
-            figures = torch.stack([*losses, torch.nn.utils.clip_grad_norm_(parameters, limit)]).tolist()
-        return self.world.sum(sum(figures[:-1])), figures[-1]
+            norm = torch.full((), fsdp.gradient_norm(self.model.parameters(), self.world), device=self.world.device)
+        else:
+            norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        scale = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0).reshape(1)  # as torch's clip_grad_norm_ has it
+        # One read of all figures: on a GPU the host waits for the step's work only here.
+        figures = torch.stack([*losses, norm]).tolist()
+        return self.world.sum(sum(figures[:-1])), figures[-1], scale
 
     def _sum_gradients(self) -> None:
         """After backward: sum over all ranks; gradients of a sharded model were summed on the way."""
@@ -315,12 +321,12 @@ class Trainer:
                 shares.append(fsdp.dummy_batch(self.corpus, batch))
         return shares
 
-    def _update(self, batches: Sequence[PackedBatch], k: int) -> None:
+    def _update(self, batches: Sequence[PackedBatch], k: int, scale: Tensor) -> None:
         """The optimizer's step, and every so often a sample of the curvature for the steps that follow."""
         if not isinstance(self.optimizer, optim.Sophia):
-            self.optimizer.step()
+            self.optimizer.step(grad_scale=scale)
             return
-        self.optimizer.step(batch_tokens=1 if self.optimizer.variant == "G" else None)
+        self.optimizer.step(grad_scale=scale, batch_tokens=1 if self.optimizer.variant == "G" else None)
         if self.step % (self.config.curvature_every or 1) == 0:
             try:
                 self._sample_curvature(self.optimizer, batches, k)
@@ -337,7 +343,8 @@ class Trainer:
         labels = supervised_of(batches)
         generator = curvature.generator_of(seed, self.step, self.world.rank, self.world.device)
         with self._precision():
-            curvature.gauss_newton_bartlett(self.model, self._shares(batches), labels, k, generator)
+            shares, recompute = self._shares(batches), self.config.recompute
+            curvature.gauss_newton_bartlett(self.model, shares, labels, k, generator, recompute)
         self._sum_gradients()
         sophia.update_hessian()
 
@@ -428,7 +435,7 @@ class Trainer:
         if self.world.is_main or self._sharded:
             self._writer.save(self.step, self._tensors(), self._metadata())
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
+    def _tensors(self) -> dict[str, Tensor]:
         return resume.tensors_of(self.model, self.optimizer)
 
     def _metadata(self) -> dict[str, str]:
