@@ -403,6 +403,18 @@ class HRM(nn.Module):
             targets = sample_targets(final, head, rows, sampler)
         return cross_entropy(final, head, rows, targets)
 
+    def padded_loss(self, batch: PackedBatch, horizon: int | None = None, recompute: str = "sublayer") -> Tensor:
+        """`loss` of a batch that `hrmcore.data.packing.pad` has filled up and that lies on the model's device.
+
+        The host reads nothing of it and every shape follows from the bucket: one CUDA graph serves all such batches.
+        Nothing is checked; under xPos the tables must reach as far as the sequences.
+        """
+        prefix = batch.prefix if self.config.prefix_lm else torch.zeros_like(batch.prefix)
+        layout = Layout(batch.offsets, prefix, batch.positions, longest=0)
+        states = self.hidden(batch.ids, layout, horizon=horizon, rows=batch.supervised, recompute=recompute)
+        rows = torch.arange(len(batch.targets), device=batch.targets.device)
+        return cross_entropy(states, self.lm_head.weight, rows, batch.targets)
+
     @torch.no_grad()
     def greedy_tokens(self, batch: PackedBatch) -> Tensor:
         """The most probable token (R) int64 after each supervised position of a packed batch, on any device."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -84,6 +85,66 @@ def pack(corpus: Corpus, records: Sequence[int], multiple: int = 1) -> PackedBat
     )
 
 
+_PIECE = 64  # tokens of a padding sequence: a tile of attention
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The sizes that `pad` fills a batch up to, so that many batches have one shape."""
+
+    tokens: int  # T
+    sequences: int  # S
+    supervised: int  # R
+
+    @classmethod
+    def of(cls, batch: PackedBatch, batch_tokens: int) -> Bucket:
+        """The smallest that holds a batch of a stream of `batch_tokens`: T in eighths of that, R in sixteenths of T."""
+        tokens = _up(len(batch.ids), _up(batch_tokens, 8 * _PIECE) // 8)
+        pieces = -(-(tokens - len(batch.ids)) // _piece(batch))
+        sequences = max(16, len(batch.prefix) + pieces)
+        supervised = _up(max(1, len(batch.supervised)), _up(max(1, tokens // 16), _PIECE))
+        return cls(tokens, 1 << (sequences - 1).bit_length(), supervised)
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _piece(batch: PackedBatch) -> int:
+    return min(_PIECE, int(batch.offsets.diff().max()))  # no longer than what the model takes
+
+
+def pad(batch: PackedBatch, bucket: Bucket) -> PackedBatch:
+    """A batch filled up to the sizes of a bucket, for `HRM.padded_loss`: that is the batch's loss, but for rounding.
+
+    Tokens 0 in unsupervised sequences of at most 64, empty sequences, and positions 0 whose target is NO_TARGET. Raises
+    ValueError when the batch does not fit.
+    """
+    import torch
+
+    from hrmcore.ops.cross_entropy import NO_TARGET
+
+    tokens, piece = bucket.tokens - len(batch.ids), _piece(batch)
+    lengths = [piece] * (tokens // piece) + [tokens % piece] * (tokens % piece > 0)
+    empty = bucket.sequences - len(batch.prefix) - len(lengths)
+    rows = bucket.supervised - len(batch.supervised)
+    if min(tokens, empty, rows) < 0:
+        have = Bucket(len(batch.ids), len(batch.prefix), len(batch.supervised))
+        raise ValueError(f"the batch does not fit: {have} in {bucket}")
+    lengths += [0] * empty
+    ends = batch.offsets[-1] + torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    positions = [torch.arange(length, dtype=torch.int32) for length in lengths]
+    return PackedBatch(
+        ids=torch.cat([batch.ids, batch.ids.new_zeros(tokens)]),
+        offsets=torch.cat([batch.offsets, ends]),
+        prefix=torch.cat([batch.prefix, batch.prefix.new_zeros(len(lengths))]),
+        positions=torch.cat([batch.positions, *positions]),
+        supervised=torch.cat([batch.supervised, batch.supervised.new_zeros(rows)]),
+        targets=torch.cat([batch.targets, batch.targets.new_full((rows,), NO_TARGET)]),
+        records=batch.records,
+    )
+
+
 _WINDOW_BATCHES = 32  # records of so many batches are packed together: enough choice to fill every batch
 
 
@@ -123,6 +184,31 @@ def share(lengths: np.ndarray, records: Sequence[int], rank: int, ranks: int) ->
         if least == rank:
             chosen.add(record)
     return [record for record in records if record in chosen]
+
+
+class Ahead:
+    """A BatchStream of which a thread packs the next batch while the last one is used; `position` as if it did not.
+
+    Raises in `next` what packing raised. `close` ends the thread.
+    """
+
+    def __init__(self, stream: BatchStream) -> None:
+        self.position = stream.position
+        self._stream = stream
+        self._packer = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._next = self._packer.submit(self._pack)
+
+    def __next__(self) -> PackedBatch:
+        batch, self.position = self._next.result()
+        self._next = self._packer.submit(self._pack)
+        return batch
+
+    def close(self) -> None:
+        """Wait for the batch under way; no other is packed."""
+        self._packer.shutdown(cancel_futures=True)
+
+    def _pack(self) -> tuple[PackedBatch, tuple[int, int]]:
+        return next(self._stream), self._stream.position
 
 
 class BatchStream:

@@ -66,6 +66,16 @@ def _forget_after(file: Path, step: int) -> None:
         temporary.replace(file)
 
 
+def shown(metrics: Mapping[str, float]) -> str:
+    """The figures of a step that a progress bar has room for."""
+    parts = [f"loss={metrics['loss']:.4f}", f"tok/s={metrics['tokens_per_second']:.0f}", f"K={metrics['horizon']}"]
+    if (clipped := metrics.get("clipped_fraction")) is not None:
+        parts.append(f"clipped={clipped:.2f}")
+    if skipped := metrics.get("skipped"):
+        parts.append(f"skipped={skipped}")
+    return ", ".join(parts)
+
+
 _Sink = tuple[Callable[[Mapping[str, float], int], None], Callable[[], Any]]  # log the figures of a step; close
 
 

@@ -173,6 +173,12 @@ class TrainConfig:
         "the last, as well); the result is the same",
         "sublayer",
     )
+    cuda_graphs: bool = _key(
+        "precision and devices",
+        "capture a small model's steps, which are launches above all, as CUDA graphs; needs device 'cuda', parallel "
+        "'data' (experimental: no GPU has run it)",
+        False,
+    )
     save_every: int = _key("checkpoints and states", "steps between training states", 500)
     keep: int = _key("checkpoints and states", "how many of the newest training states are kept", 2)
     keep_every: int = _key(
@@ -216,6 +222,8 @@ class TrainConfig:
         self._choose("device", ("cpu", "cuda"))
         self._choose("parallel", ("data", "sharded"))
         self._choose("recompute", RECOMPUTE)
+        if self.cuda_graphs and (self.device != "cuda" or self.parallel != "data"):
+            raise ValueError("train config: cuda_graphs needs device = 'cuda' and parallel = 'data'")
         if self.parallel == "sharded" and (self.grow or self.optimizer == "sophia-h"):
             who = "[[grow]]" if self.grow else "sophia-h"
             raise ValueError(f"train config: {who} works on whole parameters; set parallel = 'data'")

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from hrmcore import optim
 from hrmcore.checkpoint.hrm_text import save_model
 from hrmcore.checkpoint.training_state import StateWriter, find_newest, lock
-from hrmcore.data.packing import BatchStream, PackedBatch, epoch_batches, pack, share
+from hrmcore.data.packing import Ahead, BatchStream, PackedBatch, epoch_batches, pack, share
 from hrmcore.data.records import Corpus
 from hrmcore.data.store import load_corpus
 from hrmcore.distributed import fsdp
@@ -31,9 +31,10 @@ from hrmcore.growth.stages import GrowthSchedule
 from hrmcore.model import HRM
 from hrmcore.tokenizer import Tokenizer
 from hrmcore.train import curvature, resume, validation
+from hrmcore.train.captured import CapturedSteps
 from hrmcore.train.heartbeat import Heartbeat
 from hrmcore.train.interruption import Interruption, StepAbandoned
-from hrmcore.train.metrics import Metrics
+from hrmcore.train.metrics import Metrics, shown
 from hrmcore.train.resume import Progress
 from hrmcore.train.run_file import TrainConfig, ema_decay, horizon, learning_rate
 from hrmcore.train.throughput import Throughput, growth_flops, memory_needed, supervised_of, tokens_of
@@ -68,6 +69,7 @@ class Trainer:
         config = self.config
         self._sharded = config.parallel == "sharded" and self.world.ranks > 1
         self._interruption = Interruption()
+        self._captured: CapturedSteps | None = None
         self._step_seconds = math.inf  # of the last step; what is not known may be long
         self._heart.at("reading the data")
         self._load_data()
@@ -111,7 +113,14 @@ class Trainer:
         """Stand where a run stood; the stream of batches goes on from there."""
         self.step, self.tokens, self.skipped = progress.step, progress.tokens, progress.skipped
         self.typical_loss = progress.typical_loss  # a running mean
-        self._stream = BatchStream(self.corpus, self.config.batch_tokens, self.config.seed, progress.position)
+        self._stream = self._stream_at(progress.position)
+
+    def _stream_at(self, position: tuple[int, int]) -> BatchStream | Ahead:
+        """Beside a GPU the next batch is packed while it computes."""
+        if isinstance(getattr(self, "_stream", None), Ahead):
+            self._stream.close()
+        stream = BatchStream(self.corpus, self.config.batch_tokens, self.config.seed, position)
+        return Ahead(stream) if self.world.device.type == "cuda" else stream
 
     def run(self) -> None:
         """Train until `steps`, then write checkpoint/ in the hrm_text format.
@@ -152,7 +161,7 @@ class Trainer:
                 if self._metrics is not None:
                     self._metrics.record(metrics)
                 bar.update()
-                bar.set_postfix_str(_shown(metrics))
+                bar.set_postfix_str(shown(metrics))
                 self._writer.check()
                 if self.step % config.save_every == 0 or (config.keep_every and self.step % config.keep_every == 0):
                     self.save()
@@ -162,6 +171,8 @@ class Trainer:
         try:
             self._writer.finish()
         finally:
+            if isinstance(self._stream, Ahead):
+                self._stream.close()
             self._held.close()
 
     def export(self) -> None:
@@ -203,7 +214,9 @@ class Trainer:
             parts = {"instruction": sequence[:prefix], "expected": sequence[prefix:], "answer": answer}
             samples.append({"step": self.step} | {k: self.tokenizer.decode_answer(part) for k, part in parts.items()})
         for sample in samples:
-            said, expected, asked = (_short(str(sample[key])) for key in ("answer", "expected", "instruction"))
+            said, expected, asked = (
+                validation.shortened(str(sample[key])) for key in ("answer", "expected", "instruction")
+            )
             self._say(f"step {self.step}: {asked} -> {said}" + ("" if said == expected else f" (expected {expected})"))
         if self._metrics is not None:
             self._metrics.record_samples(samples)
@@ -222,7 +235,7 @@ class Trainer:
                 loss, norm, scale = self._backward(batches, k)
         except StepAbandoned:
             self.optimizer.zero_grad(set_to_none=True)
-            self._stream = BatchStream(self.corpus, self.config.batch_tokens, self.config.seed, position)
+            self._stream = self._stream_at(position)
             raise
         if fault := self._fault(loss, norm):
             self._skip_or_stop(batches, fault)
@@ -285,12 +298,7 @@ class Trainer:
         Returns that loss, the gradients' norm, and the factor (1) that would clip them, for the optimizer.
         """
         count = supervised_of(batches)
-        losses = []
-        for batch in self._shares(batches):
-            with self._precision():
-                loss = self.model.loss(batch, horizon=k, recompute=self.config.recompute) / count
-            loss.backward()
-            losses.append(loss.detach())
+        losses = [self._add_gradients(batch, k, count) for batch in self._shares(batches)]
         self._sum_gradients()
         if self._sharded:
             norm = torch.full((), fsdp.gradient_norm(self.model.parameters(), self.world), device=self.world.device)
@@ -300,6 +308,18 @@ class Trainer:
         # One read of all figures: on a GPU the host waits for the step's work only here.
         figures = torch.stack([*losses, norm]).tolist()
         return self.world.sum(sum(figures[:-1])), figures[-1], scale
+
+    def _add_gradients(self, batch: PackedBatch, k: int, count: int) -> Tensor:
+        """Those of one batch's loss over `count`; returns that loss."""
+        config = self.config
+        if config.cuda_graphs:
+            if self._captured is None or self._captured.model is not self.model:  # it has grown
+                self._captured = CapturedSteps(self.model, config.batch_tokens, config.recompute, self._precision)
+            return self._captured.backward(batch, k, count)
+        with self._precision():
+            loss = self.model.loss(batch, horizon=k, recompute=config.recompute) / count
+        loss.backward()
+        return loss.detach()
 
     def _sum_gradients(self) -> None:
         """After backward: sum over all ranks; gradients of a sharded model were summed on the way."""
@@ -477,18 +497,3 @@ def make_optimizer(config: TrainConfig, model: HRM) -> optim.Sophia | optim.Adam
         return optim.AdamW(parameters, **options)
     options["rho"] = config.rho
     return optim.Sophia(parameters, variant=config.optimizer[-1].upper(), **options)
-
-
-def _short(text: str) -> str:
-    """A text on one line, its middle left out where it is long."""
-    line = " ".join(text.split())
-    return line if len(line) <= 60 else f"{line[:28]} … {line[-28:]}"
-
-
-def _shown(metrics: Mapping[str, float]) -> str:
-    parts = [f"loss={metrics['loss']:.4f}", f"tok/s={metrics['tokens_per_second']:.0f}", f"K={metrics['horizon']}"]
-    if (clipped := metrics.get("clipped_fraction")) is not None:
-        parts.append(f"clipped={clipped:.2f}")
-    if skipped := metrics.get("skipped"):
-        parts.append(f"skipped={skipped}")
-    return ", ".join(parts)

@@ -67,3 +67,9 @@ def greedy_answers(model: HRM, corpus: Corpus, records: Sequence[int], most: int
                     going_on.append(number)
         unfinished = going_on
     return answers
+
+
+def shortened(text: str) -> str:
+    """A text on one line, its middle left out where it is long."""
+    line = " ".join(text.split())
+    return line if len(line) <= 60 else f"{line[:28]} … {line[-28:]}"

@@ -1,4 +1,4 @@
-"""Batches filled up to buckets, and steps that are captured: what they compute, where the graph is one that runs again."""
+"""Batches filled up to buckets, and captured steps: what they compute where a graph is one that runs again."""
 
 from __future__ import annotations
 
@@ -150,7 +150,10 @@ def test_the_second_batch_of_a_shape_is_captured_and_later_ones_replay() -> None
 def test_accumulated_batches_of_one_shape_do_not_write_over_one_another() -> None:
     model, graphs = toy(), Replayed()
     steps, batch = captured(model, graphs), batches(1)[0]
-    others = [replace(batch, ids=torch.randint(37, batch.ids.shape, generator=torch.Generator().manual_seed(s))) for s in range(5)]
+    others = [
+        replace(batch, ids=torch.randint(37, batch.ids.shape, generator=torch.Generator().manual_seed(s)))
+        for s in range(5)
+    ]
     for other in others[:2]:
         steps.backward(other, 5, 3)
     model.zero_grad(set_to_none=True)

@@ -133,6 +133,20 @@ def test_accumulated_batches_have_the_gradient_of_one_batch(run_file: Path, tmp_
     trainer.close()
 
 
+@pytest.mark.parametrize("recompute", ["none", "visit"])
+def test_a_run_is_the_same_whatever_backward_computes_again(recompute: str, run_file: Path, tmp_path: Path) -> None:
+    found = []
+    for changes in ((), (f"recompute={recompute}", f"out={tmp_path}/other")):
+        trainer = Trainer(read_config(run_file, changes))
+        trainer.step = 6  # K is 5 there
+        metrics = trainer._train_step()
+        found.append([metrics["loss"], metrics["grad_norm"], *(p.detach().clone() for p in trainer.model.parameters())])
+        trainer.close()
+    assert metrics["horizon"] == 5
+    assert found[0][:2] == found[1][:2]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][2:], found[1][2:], strict=True))
+
+
 def test_loss_is_the_mean_over_response_tokens(trainer: Trainer) -> None:
     """Against logits of single, unpacked sequences and torch's cross-entropy."""
     batch = next(trainer._stream)
