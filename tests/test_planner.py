@@ -17,7 +17,7 @@ from support.command_line import hrmcore
 from torch.utils.flop_counter import FlopCounterMode
 
 from hrmcore.commands.plan import measure
-from hrmcore.config import PRESETS, RECOMPUTE, HRMConfig
+from hrmcore.config import PRESETS, RECOMPUTE, HRMConfig, default_intermediate_size
 from hrmcore.data.packing import PackedBatch
 from hrmcore.model import HRM, grad_visits
 from hrmcore.ops import cross_entropy
@@ -25,6 +25,7 @@ from hrmcore.ops.backend import reference_ops
 from hrmcore.planner import (
     GPUS,
     Budget,
+    Device,
     Horizon,
     Record,
     Stage,
@@ -34,6 +35,7 @@ from hrmcore.planner import (
     parameters,
     plan,
     training_flops,
+    widest,
 )
 from hrmcore.train.run_file import TrainConfig, horizon, read_config
 
@@ -434,3 +436,41 @@ def test_horizons_are_checked() -> None:
     for impossible in [(1, 5, 0.2), (5, 2, 0.2), (2, 5, 1.5)]:
         with pytest.raises(ValueError, match="horizon"):
             Horizon(*impossible)
+
+
+def test_the_largest_model_of_an_80_gb_card_is_the_one_that_the_guide_states() -> None:
+    """One head more does not fit; what is computed again buys width. An H200 measured 70 GB for the 1B step, K = 5."""
+    guide = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    device, shape, found = GPUS["H100"], HRMConfig.preset("XL"), []
+    assert device.memory == 80e9
+    for recompute in RECOMPUTE:
+        wide = widest(shape, device, 5, 16_384, 0.5, recompute)
+        need = memory(wide, 5, 16_384, 0.5, 1, "bfloat16", recompute)
+        assert need.peak + need.weights <= device.memory
+        width = (wide.num_attention_heads + 1) * wide.head_dim
+        more = wide.replace(
+            num_attention_heads=wide.num_attention_heads + 1,
+            hidden_size=width,
+            intermediate_size=default_intermediate_size(width),
+        )
+        need = memory(more, 5, 16_384, 0.5, 1, "bfloat16", recompute)
+        assert need.peak + need.weights > device.memory
+        found.append(parameters(wide))
+        [line] = [line for line in guide.splitlines() if line.startswith(f'| `"{recompute}"` |')]
+        assert line.endswith(f"| {parameters(wide) / 1e9:.2f} B parameters |")
+    assert found == sorted(found)
+    with pytest.raises(ValueError, match="a GPU of nothing: its memory does not take a model of one head"):
+        widest(shape, Device("a GPU of nothing", 1.0, 1e6), 5, 16_384, 0.5, "visit")
+
+
+def test_a_plan_tells_what_recomputing_saves(capsys: pytest.CaptureFixture[str]) -> None:
+    """And says it where it is not the usual."""
+    arguments = ["--size", "XL", "--tokens", "60e9", "--batch-tokens", "16384"]
+    needed = [
+        planned(capsys, *arguments, "--recompute", word)["memory_bytes_per_gpu"]
+        for word in ("visit", "sublayer", "none")
+    ]
+    assert needed == sorted(needed)
+    assert needed[0] < 0.6 * needed[1]
+    assert hrmcore("plan", *arguments, "--recompute", "visit") == 0
+    assert "in bfloat16, recompute visit; fits in 80.0 GB" in capsys.readouterr().out

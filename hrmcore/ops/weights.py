@@ -43,7 +43,7 @@ class SharedWeights:
         listed = [p for p in parameters if p.dim() == 2]
         rounded = [p.detach() if p.dtype == dtype else torch.empty_like(p, dtype=dtype) for p in listed]
         if copied := [(r, p.detach()) for r, p in zip(rounded, listed, strict=True) if r.dtype != p.dtype]:
-            torch._foreach_copy_(*map(list, zip(*copied, strict=True)))
+            torch._foreach_copy_([r for r, _ in copied], [p for _, p in copied])
         self._of = {id(p): Weight(p, r) for p, r in zip(listed, rounded, strict=True)}
 
     def of(self, parameter: Tensor) -> Weight:
