@@ -90,7 +90,8 @@ class Layout:
         runs = [torch.arange(s, s + n, dtype=torch.int32) for s, n in zip(starts, lengths, strict=True)]
         positions = torch.cat(runs) if runs else torch.empty(0, dtype=torch.int32)
         longest = max((s + n for s, n in zip(starts, lengths, strict=True)), default=0)
-        return cls(*(x.to(device) for x in (offsets, torch.tensor(prefix, dtype=torch.int32), positions)), longest)
+        prefixes = torch.tensor(prefix, dtype=torch.int32)
+        return cls(offsets.to(device), prefixes.to(device), positions.to(device), longest)
 
 
 @dataclass(frozen=True)

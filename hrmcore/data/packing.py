@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,7 +36,8 @@ class PackedBatch:
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with its tensors on a device; to a GPU they go without a wait, through pinned memory."""
         move = _bring if device.type == "cuda" else _move
-        return replace(self, **{name: move(x, device) for name, x in vars(self).items() if name != "records"})
+        moved: dict[str, Any] = {name: move(x, device) for name, x in vars(self).items() if name != "records"}
+        return replace(self, **moved)
 
 
 def _move(x: Tensor, device: torch.device) -> Tensor:

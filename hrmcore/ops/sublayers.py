@@ -41,6 +41,8 @@ def attention_sublayer(
     check them. Raises ValueError on a wrong dtype, shape or stride.
     """
     gqkv, o = Weight.of(gqkv_weight, normed.dtype), Weight.of(o_weight, normed.dtype)
+    if not torch.is_grad_enabled():  # most visits of a step: spared what only autograd needs
+        return _attend(normed, gqkv, o, heads, rotation, mask)[0]
     y: Tensor = _AttentionSublayer.apply(
         normed, stream, gqkv.traced, o.traced, gqkv, o, heads, eps, rotation, mask, keep
     )
@@ -62,6 +64,8 @@ def mlp_sublayer(
     stride.
     """
     gate_up, down = Weight.of(gate_up_weight, x.dtype), Weight.of(down_weight, x.dtype)
+    if not torch.is_grad_enabled():
+        return _mlp_sublayer(x, residual, gate_up.rounded, down.rounded, eps)[:2]
     y, u = _MlpSublayer.apply(x, residual, gate_up.traced, down.traced, gate_up, down, eps, keep)
     return y, u
 
@@ -204,6 +208,13 @@ def _(stream: Tensor, *others: object) -> Tensor:
     return stream.new_empty(stream.shape)
 
 
+def _attend(
+    normed: Tensor, gqkv: Weight, o: Weight, heads: int, rotation: tuple[Tensor, Tensor], mask: PackedMask
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    positional = (*rotation, mask.offsets, mask.prefix, mask.log_decay, mask.tiles, mask.window)
+    return _attention_sublayer(normed, gqkv.rounded, o.rounded, heads, *positional)
+
+
 class _AttentionSublayer(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -220,10 +231,9 @@ class _AttentionSublayer(torch.autograd.Function):
         mask: PackedMask,
         keep: bool,
     ) -> Tensor:
-        weights = gqkv.rounded, o.rounded
+        y, *kept = _attend(normed, gqkv, o, heads, rotation, mask)
         positional = (*rotation, mask.offsets, mask.prefix, mask.log_decay, mask.tiles)
-        y, *kept = _attention_sublayer(normed, *weights, heads, *positional, mask.window)
-        ctx.save_for_backward(stream, normed if keep else None, *kept, *weights, *positional)
+        ctx.save_for_backward(stream, normed if keep else None, *kept, gqkv.rounded, o.rounded, *positional)
         ctx.eps, ctx.window, ctx.sums = eps, mask.window, (gqkv.sum, o.sum)
         return y
 

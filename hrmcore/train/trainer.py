@@ -117,8 +117,8 @@ class Trainer:
 
     def _stream_at(self, position: tuple[int, int]) -> BatchStream | Ahead:
         """Beside a GPU the next batch is packed while it computes."""
-        if isinstance(getattr(self, "_stream", None), Ahead):
-            self._stream.close()
+        if isinstance(before := getattr(self, "_stream", None), Ahead):
+            before.close()
         stream = BatchStream(self.corpus, self.config.batch_tokens, self.config.seed, position)
         return Ahead(stream) if self.world.device.type == "cuda" else stream
 

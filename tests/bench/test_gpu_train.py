@@ -23,6 +23,7 @@ HERE = Here(True, Path())
 def test_the_emulated_run_is_right(
     one_thread: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    monkeypatch.setattr(train, "LIMIT", float("inf"))
     assert train.main(["--emulated", "--out", str(tmp_path / "train.json")]) == 0
     report = json.loads((tmp_path / "train.json").read_text())
     assert report == json.loads(capsys.readouterr().out.splitlines()[-1])

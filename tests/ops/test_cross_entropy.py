@@ -216,7 +216,7 @@ HIDDEN, WEIGHT, ROWS, TARGETS = torch.ones(4, 8), torch.ones(5, 8), torch.tensor
         ({"rows": torch.tensor([-1, 2])}, "rows must be strictly rising, in [0, T = 4)"),
         ({"rows": torch.tensor([2, 2])}, "rows must be strictly rising"),
         ({"targets": torch.tensor([1])}, "targets must be of shape (2,), got (1,)"),
-        ({"targets": torch.tensor([1, 5])}, "targets must be in [0, 5), the vocabulary (V), got 5 in row 1"),
+        ({"targets": torch.tensor([1, 5])}, "targets must be in [0, 5), the vocabulary (V), or -1, got 5 in row 1"),
         ({"targets": torch.tensor([-2, 0])}, "targets must be in [0, 5), the vocabulary (V), or -1, got -2 in row 0"),
         ({"targets": TARGETS.int()}, "targets must be int64, got int32"),
     ],
