@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hrmcore.config import RECOMPUTE, HRMConfig
 from hrmcore.data.packing import PackedBatch
 from hrmcore.model import HRM
+from hrmcore.ops import weights
 from hrmcore.ops.backend import reference_ops
 from hrmcore.ops.weights import SharedWeights, Weight, gemm_weight_backward_
 
@@ -170,6 +172,42 @@ def test_a_product_is_added_in_float32(dtype: torch.dtype) -> None:
     assert (total - exact).abs().max() <= unit * size
     gemm_weight_backward_(total, False, grad, rows)
     assert (total - 2 * exact).abs().max() <= 2 * unit * size
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_on_cuda_the_product_adds_to_float32_where_torch_can(adds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    grad, rows = mock.Mock(), mock.Mock(dtype=torch.bfloat16, is_cuda=True)
+    total, calls = torch.zeros(2, 3), []
+    monkeypatch.setattr(weights, "_adds_to_float32", lambda: adds)
+    monkeypatch.setattr(torch, "addmm", lambda *operands, **keys: calls.append((operands, keys)))
+    monkeypatch.setattr(torch, "mm", lambda *operands: torch.ones(2, 3, dtype=torch.bfloat16))
+    gemm_weight_backward_(total, True, grad, rows)
+    gemm_weight_backward_(total, False, grad, rows)
+    if adds:
+        keys = [{"out_dtype": torch.float32, "beta": beta, "out": total} for beta in (0, 1)]
+        assert [found for _, found in calls] == keys
+        assert all(operands == (total, grad.T, rows) for operands, _ in calls)
+    else:
+        assert calls == []
+        assert torch.equal(total, torch.full((2, 3), 2.0))
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+def test_torch_is_asked_once_whether_it_adds_to_float32(refuses: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, zeros = [], torch.zeros
+
+    def addmm(*operands: Tensor, **keys: Any) -> None:
+        asked.append(keys["out_dtype"])
+        if refuses:
+            raise RuntimeError("self and mat2 must have the same dtype")
+
+    monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, device: zeros(*shape, dtype=dtype))
+    monkeypatch.setattr(torch, "addmm", addmm)
+    monkeypatch.setattr(torch.ops.aten.addmm, "overloads", lambda: ["default", "dtype_out"])
+    weights._adds_to_float32.cache_clear()
+    assert [weights._adds_to_float32() for _ in range(2)] == 2 * [not refuses]
+    weights._adds_to_float32.cache_clear()
+    assert asked == [torch.float32]
 
 
 def test_a_plain_tensor_is_a_weight_of_its_own() -> None:
