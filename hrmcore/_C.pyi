@@ -95,6 +95,7 @@ def adam_atan2_step(
     weight_decay: float,
     eps: float,
     ema_decay: float,
+    grad_scale: Tensor | None,
     stream: int = 0,
 ) -> None: ...
 def adamw_step(
@@ -111,6 +112,7 @@ def adamw_step(
     weight_decay: float,
     eps: float,
     ema_decay: float,
+    grad_scale: Tensor | None,
     stream: int = 0,
 ) -> None: ...
 def attention_backward(
@@ -272,6 +274,7 @@ def sophia_step(
     batch_tokens: float,
     eps: float,
     ema_decay: float,
+    grad_scale: Tensor | None,
     stream: int = 0,
 ) -> None: ...
 def stream_copy(source: Tensor, target: Output) -> None: ...
