@@ -6,8 +6,12 @@
 # make cuda  compiles the CUDA kernels for every target and checks what ptxas says of them, and the decode step's code
 #            (needs nvcc, no GPU)
 # make sanitize  runs the tests of the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
+# make aarch64   builds for aarch64 and runs the native tests under qemu-user (needs Debian's g++-aarch64-linux-gnu and
+#            qemu-user-static); counts the instructions of the GEMM's loops there
 # make fuzz      breaks the file of every reader at random for FUZZ_SECONDS (600); faults are kept in build/fuzz/
-# make tsan      runs the engine under ThreadSanitizer (GCC): batches of requests that are cancelled at random
+# make fuzz-native  the same for the C++ core, with libFuzzer and the sanitizers (needs clang)
+# make tsan      runs the engine under ThreadSanitizer (GCC): batches of requests that are cancelled at random, then
+#                eight threads and an event loop on one engine for TSAN_SECONDS (300)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +20,7 @@ BUILD_TOOLS := "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.24" ninja
 NATIVE := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh cmake/*)
 CXX_FILES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: run test check lint format stub docs cuda cuda-table sanitize fuzz tsan clean
+.PHONY: run test check lint format stub docs cuda cuda-table sanitize fuzz fuzz-native tsan aarch64 clean
 
 run: $(VENV)/installed
 	$(BIN)/hrmcore repl
@@ -73,10 +77,25 @@ FUZZ_SECONDS ?= 600
 fuzz: $(VENV)/installed-dev
 	PYTHONPATH=tests FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m fuzz.run
 
+CLANG ?= clang++
+FUZZ_CORPUS := build/fuzz-native
+
+fuzz-native: $(VENV)/installed-dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset fuzz -DCMAKE_CXX_COMPILER="$(CLANG)" \
+	  -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
+	$(BIN)/cmake --build build/fuzz-native-build --target fuzz_native
+	mkdir -p $(FUZZ_CORPUS)/corpus
+	cd $(FUZZ_CORPUS) && ../fuzz-native-build/fuzz_native corpus -max_total_time=$(FUZZ_SECONDS) -timeout=5 \
+	  -rss_limit_mb=2048 -malloc_limit_mb=1024 -max_len=4096 -len_control=20 -print_final_stats=1
+
 TSAN_BATCHES ?= 200
+TSAN_SECONDS ?= 300
 
 tsan: $(VENV)/installed-dev
-	VENV="$(VENV)" CXX="$(CXX)" tests/soak/instrumented.sh tsan $(TSAN_BATCHES)
+	VENV="$(VENV)" CXX="$(CXX)" tests/soak/instrumented.sh tsan $(TSAN_BATCHES) $(TSAN_SECONDS)
+
+aarch64: $(VENV)/installed-dev
+	VENV="$(VENV)" tests/soak/aarch64.sh
 
 clean:
 	rm -rf build $(VENV)

@@ -1,4 +1,4 @@
-"""Looks into the sdist and the wheel of a folder: what a user needs is there, what is for developers is not.
+"""Looks into the wheels and the sdist of a folder: what a user needs is there, what is for developers is not.
 
 python .ci/check_package.py FOLDER
 """
@@ -13,13 +13,16 @@ from pathlib import Path
 
 ASSETS = ["config.json", "model.safetensors", "samples.json", "tokenizer.model"]
 ROOT = Path(__file__).parents[1]
+# Of the machine that compiled: a user has no use for it, and its owner may not want it known.
+PATHS = re.compile(rb"/(?:tmp|home|root|work|Users|builds?|project|opt)/[\w.+/-]+")
 
 
 def check_wheel(path: Path) -> None:
     """Exactly the package: every module of hrmcore/, its model and the compiled module, without the emulator."""
     with zipfile.ZipFile(path) as wheel:
         names = set(wheel.namelist())
-    inside = {name for name in names if ".dist-info/" not in name}
+        paths = {found for name in names if name.endswith(".so") for found in PATHS.findall(wheel.read(name))}
+    inside = {name for name in names if ".dist-info/" not in name and not name.endswith("/")}
     compiled = {name for name in inside if name.endswith(".so")}
     files = {file for file in ROOT.glob("hrmcore/**/*") if file.is_file() and file.suffix not in (".pyc", ".so")}
     sources = {file.relative_to(ROOT).as_posix() for file in files}
@@ -28,6 +31,7 @@ def check_wheel(path: Path) -> None:
     modules = {re.sub(r"\..*", "", name) for name in compiled}
     assert "hrmcore/_C" in modules, compiled
     assert modules <= {"hrmcore/_C", "hrmcore/_C_cuda"}, compiled
+    assert not paths, f"{path.name} has paths of the machine that compiled it: {paths}"
     assert any(name.endswith("/licenses/LICENSE") for name in names), "the license is missing"
 
 
@@ -40,10 +44,14 @@ def check_sdist(path: Path) -> None:
 
 
 def main(folder: str) -> None:
-    [wheel], [sdist] = Path(folder).glob("hrmcore-*.whl"), Path(folder).glob("hrmcore-*.tar.gz")
-    check_wheel(wheel)
-    check_sdist(sdist)
-    print(f"{wheel.name}: {wheel.stat().st_size} bytes; {sdist.name}: {sdist.stat().st_size} bytes")
+    wheels, sdists = sorted(Path(folder).glob("hrmcore-*.whl")), sorted(Path(folder).glob("hrmcore-*.tar.gz"))
+    assert wheels or sdists, f"{folder} has neither a wheel nor an sdist"
+    for wheel in wheels:
+        check_wheel(wheel)
+    for sdist in sdists:
+        check_sdist(sdist)
+    for path in (*wheels, *sdists):
+        print(f"{path.name}: {path.stat().st_size} bytes")
 
 
 if __name__ == "__main__":

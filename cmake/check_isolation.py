@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 
-ISA_NAMESPACE = re.compile(r"hrmcore::(avx2|avx512|vnni|amx)::")
+ISA_NAMESPACE = re.compile(r"hrmcore::(avx2|avxvnni|avx512|vnni|bf16|amx|dotprod|i8mm)::")
 
 
 def main() -> int:

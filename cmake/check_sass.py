@@ -19,7 +19,7 @@ from pathlib import Path
 from bench.gpu.sass import Kernel, cuobjdump, disassembled
 from bench.gpu.step_counts import DTYPES, Counts, deepest, new_step, phase_loop
 from bench.gpu.step_model import xl
-from bench.gpu.step_shapes import PRODUCT_PHASES, STAGE_ITEMS
+from bench.gpu.step_shapes import PRODUCT_PHASES
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
 MODELLED = "sm_90"
@@ -80,7 +80,7 @@ def rows_of(kernels: dict[str, dict[str, Kernel]], counts: dict[str, dict[str, C
         rows += [
             (
                 f"{dtype}: instructions for {item}",
-                each(dtype, lambda _, c: c["stage"] / STAGE_ITEMS),
+                each(dtype, lambda _, c: c["stage"][-1] / len(c["stage"])),
                 ITEM_BUDGETS[dtype],
             ),
             (f"{dtype}: KB of code", each(dtype, lambda k, _: k.code_bytes / 1024), CODE_BUDGET),

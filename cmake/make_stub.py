@@ -54,9 +54,14 @@ def wrapped(name: str, arguments: str, indent: str) -> Iterator[str]:
     yield f"{indent}) ->{result}: ..."
 
 
+def is_init(name: str, member: Any) -> bool:
+    """Whether it is a constructor: a class that only the module makes has an __init__ that is none."""
+    return name == "__init__" and (member.__doc__ or "").startswith("__init__(")
+
+
 def members(scope: Any, indent: str = "") -> Iterator[str]:
     """Constants, then classes, then functions."""
-    public = [(name, member) for name, member in sorted(vars(scope).items()) if name == "__init__" or name[0] != "_"]
+    public = [(name, member) for name, member in sorted(vars(scope).items()) if name[0] != "_" or is_init(name, member)]
     for name, member in public:
         if isinstance(member, int):
             yield f"{indent}{name}: int"

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 _TRAINING = "take a smaller batch_tokens or model, or a narrower precision; `hrmcore plan` estimates a run's peak"
@@ -34,13 +35,15 @@ GROUPS = {
         "repl": Command("talk to a model at the terminal", "hrmcore.commands.repl"),
         "serve": Command("put a model behind an address", "hrmcore.commands.serve"),
         "eval": Command("ask a model questions and score its answers", "hrmcore.commands.eval"),
-        "convert": Command("pack a checkpoint for the CPU engine", "hrmcore.commands.convert"),
+        "convert": Command("pack a checkpoint for the CPU engine, or write it as GGUF", "hrmcore.commands.convert"),
     },
     "train a model": {
         "init": Command("propose a run file for records and a time budget", "hrmcore.commands.init"),
         "prepare": Command("tokenise records into a store to train from", "hrmcore.commands.prepare"),
         "plan": Command("estimate what a training run costs", "hrmcore.commands.plan", _TRAINING),
         "train": Command("train a model as a run file says", "hrmcore.commands.train", _TRAINING),
+        "sweep": Command("train a run file with several values of its keys", "hrmcore.commands.sweep", _TRAINING),
+        "export": Command("write a training state as a checkpoint", "hrmcore.commands.export"),
         "grow": Command("make a larger model that computes the same", "hrmcore.commands.grow"),
     },
     "look at results": {
@@ -60,6 +63,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status. Raises SystemExit as argparse does."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["train"]:
+        _let_threads_sleep()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a narrow encoding must not end an answer
     args = _parser(arguments).parse_args(arguments)
@@ -85,6 +90,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"hrmcore {args.command}: {_memory(error)}; {COMMANDS[args.command].memory}", file=sys.stderr)
         return 1
+
+
+def _let_threads_sleep() -> None:
+    """Have torch's threads sleep while they wait for each other, unless the user has said how they are to wait.
+
+    They would spin for milliseconds, and keep a thread that another program has driven from its processor from getting
+    theirs: half of the speed that is due beside one busy process (bench/speed/busy.py). The OpenMP runtime reads the
+    variable when torch is imported, which no module has done yet.
+    """
+    if "GOMP_SPINCOUNT" not in os.environ:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -114,7 +130,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         epilog=_listed(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
+    version = "print the version, the instruction set and whether CUDA is built in"
+    parser.add_argument("--version", action=_Version, nargs=0, help=version)
     hidden = argparse.SUPPRESS  # argparse cannot group subcommands: the epilog lists them
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, help=hidden, prog="hrmcore")
     for name, command in COMMANDS.items():
@@ -138,5 +155,10 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         import hrmcore
 
-        print(hrmcore.__version__)
+        try:
+            from hrmcore import _C
+        except ImportError as error:  # HRMCORE_ISA names no instruction set of this processor
+            parser.exit(2, f"hrmcore: {explain(error)}\n")
+        cuda = Path(_C.__file__).with_name("_C_cuda.so").exists()
+        print(f"hrmcore {hrmcore.__version__}, instruction set {_C.isa()}, {'with' if cuda else 'without'} CUDA")
         parser.exit()

@@ -262,6 +262,106 @@ class HRMConfig:
         return self.H_cycles * (self.L_cycles * l_layers + h_layers)
 
 
+# The projections of a block, and the parts of whose rows they are made, in order, as transformers names them.
+PARTS = {
+    "gqkv_proj": ("self_attn.gate_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o_proj": ("self_attn.o_proj",),
+    "gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    "down_proj": ("mlp.down_proj",),
+}
+ALL_PARTS = tuple(part for parts in PARTS.values() for part in parts)
+ALL_TARGETS = "all-linear"
+BASES = ("float32", "bfloat16", "int8")
+
+LORA_RANGES: dict[str, Range] = {
+    "rank": Range(1, 4096, "more trains more than the weights themselves"),
+    "alpha": Range(1e-6, 1e6, "it is multiplied in float32"),
+}
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters over frozen weights: W + alpha / rank · B·A (arXiv 2106.09685).
+
+    `hrmcore train --explain` prints the fields' explanations. A target is the end of a part's name, as in peft:
+    `gate_proj` is two parts, `mlp.gate_proj` one. Raises ValueError on an impossible value.
+    """
+
+    rank: int = field(default=8, metadata={"explain": "rows of A and columns of B"})
+    alpha: float = field(default=16.0, metadata={"explain": "B·A is multiplied by alpha / rank"})
+    targets: tuple[str, ...] = field(
+        default=(ALL_TARGETS,),
+        metadata={
+            "explain": f"what gets an adapter: {ALL_TARGETS}, or some of {', '.join(ALL_PARTS)}, or the ends of names"
+        },
+    )
+    base: str = field(
+        default="bfloat16",
+        metadata={"explain": f"what the frozen weights are held as: {', '.join(BASES)} (a scale a row)"},
+    )
+
+    def __post_init__(self) -> None:
+        for name, allowed in LORA_RANGES.items():
+            allowed.check(f"lora: {name}", getattr(self, name))
+        if not self.targets:
+            raise ValueError(f"lora: targets is empty; leave it out for {ALL_TARGETS}")
+        for target in self.targets:
+            if not any(_names(target, part) for part in ALL_PARTS):
+                known = ", ".join((ALL_TARGETS, *ALL_PARTS))
+                raise ValueError(f"lora: targets has {target!r}, which is none of {known}, nor the end of one")
+        if self.base not in BASES:
+            raise ValueError(f"lora: base must be one of {BASES}, got {self.base!r}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LoraConfig:
+        """From a table; raises ValueError, naming the key, on one that is unknown or of another type."""
+        known = {f.name: str(f.type) for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - set(known)):
+            raise ValueError(f"lora: unknown key {unknown[0]!r}; the keys are {', '.join(known)}")
+        kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
+        checked: dict[str, Any] = {}
+        for name, value in values.items():
+            items = value if known[name].startswith("tuple") and isinstance(value, list) else [value]
+            wanted = kinds["str" if known[name].startswith("tuple") else known[name]]
+            if not all(isinstance(item, wanted) and not isinstance(item, bool) for item in items):
+                raise ValueError(f"lora: {name} must be of type {known[name]}, got {value!r}")
+            checked[name] = tuple(items) if known[name].startswith("tuple") else value
+        return cls(**checked)
+
+    @property
+    def scaling(self) -> float:
+        """What B·A is multiplied by."""
+        return self.alpha / self.rank
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that have an adapter, in the order of ALL_PARTS."""
+        return tuple(part for part in ALL_PARTS if any(_names(target, part) for target in self.targets))
+
+    def weights(self, config: HRMConfig) -> int:
+        """Trained weights of one block: rank · (rows + columns) of each part."""
+        shapes = part_shapes(config)
+        return sum(self.rank * sum(shapes[part]) for part in self.parts)
+
+
+def _names(target: str, part: str) -> bool:
+    return target == ALL_TARGETS or part == target or part.endswith(f".{target}")
+
+
+def part_shapes(config: HRMConfig) -> dict[str, tuple[int, int]]:
+    """Rows and columns of every part of a block's projections."""
+    width, attention, ffn = config.hidden_size, config.attention_width, config.intermediate_size
+    shapes = {"gqkv_proj": (attention, width), "o_proj": (width, attention)}
+    shapes |= {"gate_up_proj": (ffn, width), "down_proj": (width, ffn)}
+    return {part: shapes[projection] for projection, parts in PARTS.items() for part in parts}
+
+
+def part_rows(projection: str, config: HRMConfig) -> dict[str, slice]:
+    """Where the parts of a projection lie among its rows, in their order."""
+    rows = part_shapes(config)[PARTS[projection][0]][0]
+    return {part: slice(number * rows, (number + 1) * rows) for number, part in enumerate(PARTS[projection])}
+
+
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hrmcore.lens_names import places
 from hrmcore.model import HRM, Layout
 from hrmcore.ops.rms_norm import rms_norm
 
@@ -85,7 +86,8 @@ def _layout(model: HRM, ids: Sequence[int], prefix_length: int | None) -> tuple[
     prefix = len(ids) if prefix_length is None else prefix_length
     if not ids or not 0 <= prefix <= len(ids):
         raise ValueError(f"prefix_length must be from 0 to the {len(ids)} ids given (at least one), got {prefix}")
-    return torch.tensor(list(ids)), Layout.of([len(ids)], [prefix if model.config.prefix_lm else 0])
+    seen_both_ways, device = prefix if model.config.prefix_lm else 0, model.lm_head.weight.device
+    return torch.tensor(list(ids), device=device), Layout.of([len(ids)], [seen_both_ways], device=device)
 
 
 def _steps(model: HRM, ids: Tensor, streams: list[Tensor], reads: list[Tensor], logits: Tensor) -> tuple[Step, ...]:
@@ -99,14 +101,7 @@ def _steps(model: HRM, ids: Tensor, streams: list[Tensor], reads: list[Tensor], 
         "H": rms_norm(model.embed_tokens(ids[-1:]) * config.embedding_scale, None, config.rms_norm_eps)[0],
     }
     steps = []
-    places = (
-        (h, l, layer)
-        for h in range(config.H_cycles)
-        for l in range(config.L_cycles + 1)  # noqa: E741
-        for layer in range(config.depths[l == config.L_cycles])
-    )
-    for index, (h, l, layer) in enumerate(places):  # noqa: E741
-        stack = "L" if l < config.L_cycles else "H"
+    for index, (h, l, stack, layer) in enumerate(places(config)):  # noqa: E741
         read = reads[index].float()
         step = Step(
             h=h,

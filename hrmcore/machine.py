@@ -115,4 +115,6 @@ def available_memory(device: torch.device) -> int:
     for line in info.read_text(encoding="ascii").splitlines() if info.exists() else ():
         if line.startswith("MemAvailable:"):
             return 1024 * int(line.split()[1])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # Without /proc, as on macOS, which tells no more than what it has in all.
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")

@@ -171,13 +171,14 @@ class Block(nn.Module):
         attended, stream = _chosen(self._attention(normed, stream, context), stream, context.rows)
         return self._mlp(attended, stream, context)
 
+    def matrices(self) -> list[Tensor]:
+        """Those that `ForwardContext.weights` has of this block."""
+        return list(self.parameters())
+
     def _attention(self, normed: Tensor, stream: Tensor, context: ForwardContext) -> Tensor:
         gqkv, o = map(context.weight, (self.gqkv_proj.weight, self.o_proj.weight))
-        heads, eps, rotation = (
-            self.config.num_attention_heads,
-            self.config.rms_norm_eps,
-            (context.table, context.positions),
-        )
+        heads, eps = self.config.num_attention_heads, self.config.rms_norm_eps
+        rotation = context.table, context.positions
         return attention_sublayer(normed, stream, gqkv, o, heads, eps, rotation, context.mask, context.keep)
 
     def _mlp(self, x: Tensor, residual: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
@@ -353,8 +354,9 @@ class HRM(nn.Module):
             yield h, l, z_L if l < config.L_cycles else z_H
 
     def _matrices(self) -> list[Tensor]:
-        """Those of the blocks, each once."""
-        return list(dict.fromkeys([*self.L_module.parameters(), *self.H_module.parameters()]))
+        """Those that the blocks share over their visits, each once."""
+        blocks = [*self.L_module.layers, *self.H_module.layers]
+        return list(dict.fromkeys(matrix for block in blocks for matrix in cast(Block, block).matrices()))
 
     def hidden(
         self,

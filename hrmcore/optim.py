@@ -6,7 +6,9 @@ parameter whose `grad` is None is left alone: no decay, no EMA, no step count.
 
 State of a parameter, made when the optimizer is made, so that torch.distributed.checkpoint finds it there: `step`
 (one float32 number, on the CPU), and of the parameter's shape, device and sharding `exp_avg`, `exp_avg_sq` (the Adams)
-or `hessian` (Sophia), and `ema`. The EMA starts from the weights before a parameter's first step.
+or `hessian` (Sophia), and `ema`. The EMA starts from the weights before a parameter's first step. With `ema_dtype`
+torch.bfloat16 it takes half the memory: it is rounded at random, up or down so that the mean is right, for the nearest
+number would not move at a decay of 0.9999. That average is not fused: it costs further passes over memory.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from torch.optim.optimizer import ParamsT
 from torch.utils.dlpack import to_dlpack
 
 from hrmcore import _C
+from hrmcore.averages import exchanged, local, move_rounded
 
 __all__ = ["AdamAtan2", "AdamW", "Sophia"]
 
@@ -96,8 +99,12 @@ class _Fused(torch.optim.Optimizer):
                 loss = closure()
         for batch in self._ready():
             batch.grad_scale = None if grad_scale is None else grad_scale.to(batch.device)
-            self._update(batch, self._averages(batch))
+            averages = self._averages(batch)
+            fused = averages if batch.group["ema_dtype"] == torch.float32 else [None] * len(averages)
+            self._update(batch, fused)
             torch._foreach_add_(batch.of_states("step"), 1)
+            if fused is not averages and batch.group["ema"] is not None:
+                move_rounded(batch.numbers, batch.parameters, batch.states, 1 - batch.group["ema"])
         return loss
 
     @contextlib.contextmanager
@@ -114,11 +121,8 @@ class _Fused(torch.optim.Optimizer):
             for parameter in group["params"]
             if group["ema"] is not None and self.state.get(parameter, {}).get("step", 0) > 0
         ]
-        _swap(pairs)
-        try:
+        with exchanged(pairs):
             yield
-        finally:
-            _swap(pairs)
 
     def _update(self, batch: _Batch, averages: Sequence[Tensor | None]) -> None:
         raise NotImplementedError
@@ -129,7 +133,15 @@ class _Fused(torch.optim.Optimizer):
         for name in self._moments:
             state[name] = torch.zeros_like(parameter)
         if group["ema"] is not None:
-            state["ema"] = parameter.detach().clone()
+            state["ema"] = parameter.detach().to(group["ema_dtype"], copy=True)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, a pickle or `load_state_dict`, which may be of before an option was there."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("ema_dtype", torch.float32)
+            for kept in (self.state[p] for p in group["params"] if "ema" in self.state.get(p, {})):
+                kept["ema"] = kept["ema"].to(group["ema_dtype"])  # torch has given it the parameter's
 
     def _ready(self) -> list[_Batch]:
         """The parameters with gradients, everything checked before the first is touched."""
@@ -163,7 +175,7 @@ class _Fused(torch.optim.Optimizer):
             return [None] * len(batch.parameters)
         for parameter, state in zip(batch.parameters, batch.states, strict=True):
             if "ema" not in state:
-                state["ema"] = parameter.detach().clone()
+                state["ema"] = parameter.detach().to(batch.group["ema_dtype"], copy=True)
             elif state["step"] == 0:
                 state["ema"].copy_(parameter)
         return batch.of_states("ema")
@@ -198,18 +210,36 @@ class Sophia(_Fused):
         weight_decay: float = 0.1,
         eps: float = 1e-12,
         ema: float | None = None,
+        ema_dtype: torch.dtype = torch.float32,
         batch_tokens: int | None = None,
     ) -> None:
         if variant not in ("G", "H"):
             raise ValueError(f"variant must be 'G' or 'H', got {variant!r}")
         self.variant = variant
-        self.batch_tokens = batch_tokens
-        self._step_tokens = 1
-        if batch_tokens is not None:
-            self._tokens_of_step(None)
+        self._step_tokens: int | None = None  # what a step was given
         self._clipped: dict[torch.device, Tensor] = {}  # counts of the last step
         self._counted = 0  # the coordinates of which those are counts
-        super().__init__(params, lr=lr, betas=betas, rho=rho, weight_decay=weight_decay, eps=eps, ema=ema)
+        options = {"lr": lr, "betas": betas, "rho": rho, "weight_decay": weight_decay, "eps": eps, "ema": ema}
+        super().__init__(params, **options, ema_dtype=ema_dtype, batch_tokens=batch_tokens)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with options of their own. Raises ValueError on an option or a parameter that cannot work."""
+        given = param_group.get("batch_tokens", self.defaults["batch_tokens"])
+        if given is not None:
+            self._tokens_of_step(given)
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle needs; torch's own list knows nothing of the variant."""
+        return {**super().__getstate__(), "variant": self.variant}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, a pickle or `load_state_dict`; what was saved before batch_tokens was an option has none."""
+        super().__setstate__(state)
+        self._step_tokens = None
+        self._clipped, self._counted = {}, 0
+        for group in self.param_groups:
+            group.setdefault("batch_tokens", self.defaults.setdefault("batch_tokens", None))
 
     @property
     def clipped(self) -> tuple[int, int]:
@@ -233,14 +263,15 @@ class Sophia(_Fused):
 
         Raises ValueError, before anything has changed, when neither is there for G, or as the optimizer itself does.
         """
-        self._step_tokens = self._tokens_of_step(batch_tokens)
+        for group in self.param_groups:
+            self._tokens_of_step(group["batch_tokens"] if batch_tokens is None else batch_tokens)
+        self._step_tokens = batch_tokens
         self._clipped.clear()
         self._counted = 0
         return super().step(closure, grad_scale=grad_scale)
 
-    def _tokens_of_step(self, given: int | None) -> int:
-        """B of a step."""
-        tokens = self.batch_tokens if given is None else given
+    def _tokens_of_step(self, tokens: int | None) -> int:
+        """B of a step, from what it or the group was given."""
         if self.variant == "H":
             if tokens is not None:
                 raise ValueError("batch_tokens is for variant G only; H's curvature does not depend on the batch size")
@@ -269,7 +300,7 @@ class Sophia(_Fused):
             group["betas"][0],
             group["weight_decay"],
             group["rho"],
-            self._step_tokens,
+            self._tokens_of_step(group["batch_tokens"] if self._step_tokens is None else self._step_tokens),
             group["eps"],
             group["ema"] or 0.0,
             batch.grad_scale,
@@ -350,12 +381,14 @@ class Sophia(_Fused):
 
 
 class AdamAtan2(_Fused):
-    """AdamW with atan2(m̂, √v̂) in place of m̂ / (√v̂ + eps): no epsilon, and the scale of the gradients does not matter.
+    """AdamW with an arctangent in place of m̂ / (√v̂ + eps): no epsilon, and the scale of the gradients does not matter.
 
-    The paper writes a·atan2(m̂, b·√v̂) with constants a and b, for instance a = 4/π and b = 1; here a = b = 1, so at
-    |m̂| = √v̂ a step is π/4 of AdamW's. (The adam-atan2 package takes m without its bias correction into the arctangent:
-    its first steps differ.) Raises ValueError on numbers out of range: lr or weight_decay below 0, a beta or ema
-    outside [0, 1). Source: arXiv 2407.05872.
+    `form` "hrm-text", the default, is the update of HRM-Text's own trainer: p −= lr · atan2(m, √v̂) / (1 − b1ᵗ), the
+    momentum's bias corrected outside the arctangent. "paper" corrects it inside: p −= lr · atan2(m̂, √v̂), which is
+    arXiv 2407.05872 with its constants a = b = 1. With b1 = 0.9 a first step is 0.997 lr in the one and π/4 lr in the
+    other; after 100 steps they agree to 3e-5. Raises ValueError on another form, and on numbers out of range: lr or
+    weight_decay below 0, a beta or ema outside [0, 1). Sources: arXiv 2407.05872; github.com/sapientinc/HRM-Text,
+    models/adam_atan2.py.
     """
 
     _moments = ("exp_avg", "exp_avg_sq")
@@ -367,11 +400,21 @@ class AdamAtan2(_Fused):
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.1,
         ema: float | None = None,
+        ema_dtype: torch.dtype = torch.float32,
+        form: str = "hrm-text",
     ) -> None:
-        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, ema=ema)
+        options = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "ema": ema, "ema_dtype": ema_dtype}
+        super().__init__(params, **options, form=form)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, a pickle or `load_state_dict`; what was saved before there were two forms had the paper's."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("form", "paper")
 
     def _update(self, batch: _Batch, averages: Sequence[Tensor | None]) -> None:
-        _run_adam(_C.adam_atan2_step, batch, averages, eps=0.0)
+        paper = batch.group["form"] == "paper"
+        _run_adam(_C.adam_atan2_paper_step if paper else _C.adam_atan2_step, batch, averages, eps=0.0)
 
 
 class AdamW(_Fused):
@@ -391,8 +434,10 @@ class AdamW(_Fused):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         ema: float | None = None,
+        ema_dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, ema=ema)
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "ema": ema}
+        super().__init__(params, **options, ema_dtype=ema_dtype)
 
     def _update(self, batch: _Batch, averages: Sequence[Tensor | None]) -> None:
         _run_adam(_C.adamw_step, batch, averages, eps=batch.group["eps"])
@@ -435,19 +480,6 @@ def _exported(operand: Any) -> Any:
     return to_dlpack(local(operand)) if isinstance(operand, Tensor) else operand
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's shard of a DTensor; another tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-@torch.no_grad()
-def _swap(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    for a, b in pairs:
-        kept = a.clone()
-        a.copy_(b)
-        b.copy_(kept)
-
-
 def _check_tensor(what: str, number: int, tensor: Tensor) -> None:
     if tensor.layout != torch.strided:
         raise ValueError(f"{what} {number} must be dense, got layout {tensor.layout}")
@@ -469,6 +501,8 @@ def _check_options(options: dict[str, Any]) -> None:
         ("eps", lambda x: 1e-30 <= x < math.inf, "at least 1e-30"),  # it divides, in float32
         ("betas", lambda x: len(x) == 2 and all(0 <= beta < 1 for beta in x), "two numbers in [0, 1)"),
         ("ema", lambda x: x is None or 0 <= x < 1, "None or in [0, 1)"),
+        ("ema_dtype", lambda x: x in (torch.float32, torch.bfloat16), "torch.float32 or torch.bfloat16"),
+        ("form", lambda x: x in ("hrm-text", "paper"), "'hrm-text' or 'paper'"),
     ):
         if name in options and not _holds(allowed, options[name]):
             raise ValueError(f"{name} must be {expected}, got {options[name]!r}")

@@ -14,32 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import mul
 
-from hrmcore.config import HRMConfig, default_intermediate_size
-
-
-@dataclass(frozen=True)
-class Device:
-    """One accelerator, or one machine: `peak` in dense bfloat16 FLOP/s, `memory` in bytes."""
-
-    name: str
-    peak: float
-    memory: float
-
-
-GPUS = {
-    device.name: device
-    for device in (
-        # Peaks are bfloat16 tensor core rates without sparsity, accumulated in float32. A rate stated with sparsity is
-        # halved, one in FP8 halved again, in FP4 once more; so does float32 accumulation on GeForce.
-        Device("A100", 312e12, 80e9),  # NVIDIA A100 Tensor Core GPU data sheet, A100 80GB SXM
-        Device("H100", 989.4e12, 80e9),  # NVIDIA H100 Tensor Core GPU architecture white paper, SXM5: half of 1,978.9
-        Device("H200", 989.4e12, 141e9),  # NVIDIA H200 Tensor Core GPU data sheet, SXM: half of 1,979
-        # NVIDIA DGX B200 data sheet, an eighth: 72 PFLOPS in FP8 with sparsity, 1,440 GB
-        Device("B200", 2250e12, 180e9),
-        Device("RTX4090", 165.2e12, 24e9),  # NVIDIA Ada GPU architecture white paper
-        Device("RTX5090", 209.5e12, 32e9),  # NVIDIA RTX Blackwell white paper: 3,352 TFLOPS in FP4 with sparsity
-    )
-}
+from hrmcore.config import HRMConfig, LoraConfig, default_intermediate_size
+from hrmcore.gpus import Device
 
 LOGITS_AT_ONCE = 1 << 23  # the most that a chunk of hrmcore.ops.cross_entropy holds
 PRECISIONS = {"bfloat16": 2, "float32": 4}  # bytes of an activation
@@ -146,20 +122,34 @@ def backward_visits(config: HRMConfig, horizon: int | None) -> tuple[int, int]:
     return min(l_visits, horizon - h_grad), h_grad
 
 
+def adapter_parameters(config: HRMConfig, lora: LoraConfig) -> int:
+    """Parameters that `[lora]` trains."""
+    return _layers(config) * lora.weights(config)
+
+
 def training_flops(
-    config: HRMConfig, horizon: int | None, tokens: float, supervised: float = 0.0, pairs: float = 0.0
+    config: HRMConfig,
+    horizon: int | None,
+    tokens: float,
+    supervised: float = 0.0,
+    pairs: float = 0.0,
+    lora: LoraConfig | None = None,
 ) -> Flops:
     """FLOPs of one forward and backward pass over `tokens` tokens, of which `supervised` carry loss.
 
     `pairs` are the visible (query, key) pairs, summed over the sequences. A weight costs 2 forward and 4 backward; a
     pair 4·A forward (scores, sum) and 8·A backward, at every layer of every visit. The input gradient of the first
-    block that carries gradient is counted although K <= H_cycles does not need it: 8·A·D a token.
+    block that carries gradient is counted although K <= H_cycles does not need it: 8·A·D a token. With `lora` a frozen
+    weight costs 2 backward: it has no gradient of its own; the adapters' cost 4.
     """
     forward = config.cache_slots  # layers that a token passes, and those of them that carry gradient
     backward = sum(map(mul, backward_visits(config, horizon), config.depths))
+    trained = layer_weights(config) if lora is None else lora.weights(config)
+    frozen = 0 if lora is None else layer_weights(config)
+    of_layers = (2 * forward + 4 * backward) * trained + (2 * forward + 2 * backward) * frozen
     return Flops(
-        stacks=tokens * (2 * forward + 4 * backward) * layer_weights(config),
-        head=supervised * 6 * config.vocab_size * config.hidden_size,
+        stacks=tokens * of_layers,
+        head=supervised * (6 if lora is None else 4) * config.vocab_size * config.hidden_size,
         attention=pairs * (4 * forward + 8 * backward) * config.attention_width,
     )
 
@@ -214,11 +204,7 @@ def memory(
     count, head = parameters(config), config.vocab_size * config.hidden_size
     layer = layer_weights(config)
     h_stack, both = config.depths[1] * layer, _layers(config) * layer
-    l_visit, h_visit = (
-        batch_tokens
-        * (width * activation_elements(config, layers, recompute) + 4 * layers * config.num_attention_heads)
-        for layers in config.depths
-    )
+    l_visit, h_visit = _visits(config, batch_tokens, width, recompute)
     # The last block's MLP and the last norm see supervised tokens alone. Backward does them first, then that block's
     # attention: its gradients of the gqkv projection and of the attention's output are added to what is still kept.
     copies = 3 if recompute == "none" else 2
@@ -227,7 +213,7 @@ def memory(
     last_visit = h_visit - unneeded
     l_count, h_count = backward_visits(config, horizon)
     if recompute == "visit":
-        others = width * batch_tokens * config.hidden_size * _states_kept(config, l_count, h_count)
+        others: float = width * batch_tokens * config.hidden_size * _states_kept(config, l_count, h_count)
     else:
         others = l_count * l_visit + (h_count - 1) * h_visit
     work = batch_tokens * config.attention_width * (5 * width + (8 if precision == "bfloat16" else 0))
@@ -270,6 +256,51 @@ def _states_kept(config: HRMConfig, l_count: int, h_count: int) -> int:
     """
     states = h_count - 1 + math.ceil(l_count / config.L_cycles)
     return 2 * (l_count + h_count - 1) + states
+
+
+def _visits(config: HRMConfig, batch_tokens: int, width: int, recompute: str = "sublayer") -> tuple[float, float]:
+    """Bytes that a visit of L, and one of H, keeps for backward where it is not computed again."""
+    l_visit, h_visit = (
+        batch_tokens
+        * (width * activation_elements(config, layers, recompute) + 4 * layers * config.num_attention_heads)
+        for layers in config.depths
+    )
+    return l_visit, h_visit
+
+
+def adapted_memory(
+    config: HRMConfig, horizon: int | None, batch_tokens: int, supervised: float, precision: str, lora: LoraConfig
+) -> Memory:
+    """What a training step with `[lora]` holds, in bytes; every rank holds all of it.
+
+    The frozen weights are held as `lora.base`, embedding and head beside int8 in bfloat16. Adapters, their gradients
+    and moments are float32, and few. Activations are those of `memory`. One frozen weight at a time is cast to the
+    precision of the arithmetic, where it is held in another; gradients of an int8 product are scaled in float32.
+    """
+    width, held = PRECISIONS[precision], 4 if lora.base == "float32" else 2
+    head, trained = config.vocab_size * config.hidden_size, adapter_parameters(config, lora)
+    stacks = _layers(config) * layer_weights(config) * (1 if lora.base == "int8" else held)
+    attention, ffn = config.attention_width, config.intermediate_size
+    widest = max(4 * attention, 2 * ffn)
+    last_mlp = 2 * width * batch_tokens * (config.hidden_size + ffn)
+    kept = sum(map(mul, backward_visits(config, horizon), _visits(config, batch_tokens, width)))
+    activations = kept - (1 - supervised) * last_mlp
+    logits = width * min(batch_tokens * supervised * config.vocab_size, LOGITS_AT_ONCE)
+    in_int8 = lora.base == "int8"
+    cast = width * widest * config.hidden_size if in_int8 or held != width else 0
+    head_cast = width * head if held != width else 0
+    of_attention = attention * (5 * width + (8 if precision == "bfloat16" else 0))
+    work = batch_tokens * (max(of_attention, 3 * ffn * width) + (widest * (4 + width) if in_int8 else 0))
+    weights = stacks + 2 * held * head + 4 * trained
+    return Memory(
+        weights=weights,
+        cast=max(cast, head_cast),
+        optimizer=8 * trained,
+        gradients=4 * trained,
+        activations=activations,
+        logits=logits,
+        peak=weights + 12 * trained + activations + max(logits + head_cast, work + cast),
+    )
 
 
 def widest(
@@ -321,6 +352,7 @@ class Budget:
     record: Record | None = None
     horizon: Horizon = Horizon()
     recompute: str = "sublayer"
+    lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.tokens <= MAX_TOKENS:
@@ -332,6 +364,8 @@ class Budget:
             raise ValueError(f"utilization must be above 0 and at most 1, got {self.utilization:g}")
         if self.price is not None and not 0 <= self.price < math.inf:
             raise ValueError(f"price must be 0 or more dollars a device-hour, got {self.price:g}")
+        if self.lora is not None and self.recompute != "sublayer":
+            raise ValueError(f"adapters are planned with recompute 'sublayer' alone, got {self.recompute!r}")
 
     def hours(self, flops: float) -> float:
         """Wall-clock hours that this number of FLOPs takes on all devices."""
@@ -343,6 +377,7 @@ class StagePlan:
     """The cost of one stage."""
 
     name: str
+    config: HRMConfig
     start: float
     tokens: float
     parameters: int
@@ -410,15 +445,20 @@ def _check_growth(before: Stage, after: Stage) -> None:
 def _plan_stage(stage: Stage, end: float, budget: Budget) -> StagePlan:
     deepest, _ = budget.horizon.shares(stage.start / budget.tokens, end / budget.tokens)[-1]
     supervised = 1.0 if budget.record is None else budget.record.supervised
+    lora = budget.lora
+    of_step = stage.config, deepest, budget.batch_tokens, supervised
+    if lora is None:
+        needed = memory(*of_step, budget.count, budget.precision, budget.recompute)
+    else:
+        needed = adapted_memory(*of_step, budget.precision, lora)
     return StagePlan(
         name=stage.name,
+        config=stage.config,
         start=stage.start,
         tokens=end - stage.start,
         parameters=parameters(stage.config),
         flops=_flops(stage.config, stage.start, end, budget),
-        memory=memory(
-            stage.config, deepest, budget.batch_tokens, supervised, budget.count, budget.precision, budget.recompute
-        ),
+        memory=needed,
     )
 
 
@@ -428,7 +468,7 @@ def _flops(config: HRMConfig, start: float, end: float, budget: Budget) -> Flops
     parts = []
     for k, share in budget.horizon.shares(start / budget.tokens, end / budget.tokens):
         tokens = share * budget.tokens
-        parts.append(training_flops(config, k, tokens, supervised * tokens, pairs * tokens))
+        parts.append(training_flops(config, k, tokens, supervised * tokens, pairs * tokens, budget.lora))
     return _sum(parts)
 
 

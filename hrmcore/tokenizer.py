@@ -101,8 +101,13 @@ class _TokenizerJson:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the library raises a bare Exception, and Rust's panics are no Exception
-            raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
+            raise ValueError(f"{path}: not a tokenizer.json ({' '.join(str(error).split())})") from None
+        for kind in ("ByteLevel", "Metaspace"):
+            if repr(self._tokenizer.pre_tokenizer).count(f"{kind}(") > 1:  # some texts would take for ever
+                raise ValueError(f"{path}: its pre_tokenizer has {kind} twice; the tokenizers library cannot do that")
         self._tokenizer.encode_special_tokens = True  # a special token spelled out in a text is ordinary text
+        self._tokenizer.no_truncation()  # what a file says of these is for batches of training
+        self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size: int = 1 + max(vocabulary.values(), default=-1)
         self.byte_fallback: Mapping[int, int] = {}
@@ -226,6 +231,12 @@ class Tokenizer:
     def decode_answer(self, ids: Iterable[int]) -> str:
         """`decode` without ids beyond the vocabulary: a model's head may have more rows than there are tokens."""
         return self.decode(i for i in ids if i < self.vocab_size)
+
+    def token_text(self, token: int) -> str:
+        """What one id adds to a text: nothing for a framing token or an id beyond the vocabulary, U+FFFD for a part of
+        a character."""
+        before = self.encode("a")  # a decoder may drop the space at the beginning of a text
+        return self.decode_answer([*before, token])[len(self.decode_answer(before)) :]
 
     def conditions(self, condition: str) -> list[int]:
         """The ids of one or several comma-separated conditions. Raises ValueError on one that is unknown."""
@@ -363,6 +374,7 @@ def train_tokenizer(
             add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
             character_coverage=1.0,
+            required_chars="\u2581",  # a space, even where the texts have none: as bytes it would decode as U+2581
             control_symbols=list(OWN_NAMES.values()),
             user_defined_symbols=["\n", *(phrase.replace(" ", "\u2581") for phrase in phrases)],
             pad_id=0,

@@ -18,7 +18,7 @@ import pytest
 import torch
 from support.command_line import hrmcore
 
-from hrmcore import cli
+from hrmcore import _C, cli
 from hrmcore.commands.options import printable
 from hrmcore.engine.engine import Engine
 
@@ -121,11 +121,55 @@ def test_the_examples_are_commands(
             assert hrmcore(*words) == 0, capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "policy"),
+    [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active"), ({"GOMP_SPINCOUNT": "20"}, None)],
+)
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(given: dict[str, str], policy: str | None) -> None:
+    """Set before torch is imported, for the OpenMP runtime looks only then."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    }
+    code = (
+        "import contextlib, os, sys; from hrmcore import cli; loaded = 'torch' in sys.modules\n"
+        "with contextlib.suppress(SystemExit): cli.main(['train', '--help'])\n"
+        "print(loaded, os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment | given, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.splitlines()[-1] == f"False {policy}"
+
+
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     import hrmcore as package
 
     assert hrmcore("--version") == 0
-    assert capsys.readouterr().out == package.__version__ + "\n"
+    built = Path(_C.__file__).with_name("_C_cuda.so").exists()
+    cuda = "with CUDA" if built else "without CUDA"
+    assert capsys.readouterr().out == f"hrmcore {package.__version__}, instruction set {_C.isa()}, {cuda}\n"
+
+
+VERSION = """
+import sys
+from hrmcore.cli import main
+try:
+    main(["--version"])
+finally:
+    assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize(("isa", "status"), [("", 0), ("generic", 0), ("mmx", 2)])
+def test_the_version_is_one_line_and_imports_no_torch(isa: str, status: int) -> None:
+    environment = os.environ | {"HRMCORE_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", VERSION], capture_output=True, text=True, env=environment)
+    assert done.returncode == status, done.stderr
+    line, silent = (done.stdout, done.stderr) if status == 0 else (done.stderr, done.stdout)
+    assert silent == ""
+    assert line.count("\n") == 1
+    expected = f"instruction set {isa}" if status == 0 else "hrmcore: the environment variable HRMCORE_ISA is wrong"
+    assert expected in line
 
 
 @pytest.mark.parametrize(

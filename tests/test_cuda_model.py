@@ -129,7 +129,7 @@ def test_every_operand_of_a_kernel_is_where_the_inputs_are(monkeypatch):
     sublayers._mlp_sublayer_backward._init_fn(u, ab, None, None, gate_up, down, 1e-6, x, None, *sums)
     rows = (x, model.lm_head.weight, packed.supervised, packed.targets)
     _, lse = cross_entropy._cross_entropy._init_fn(*rows)
-    cross_entropy._cross_entropy_backward._init_fn(*rows, lse, torch.tensor(1.0, device="meta"))
+    cross_entropy._cross_entropy_backward._init_fn(*rows, lse, torch.tensor(1.0, device="meta"), True)
     assert recorder.devices == {"meta"}
     assert recorder.streams == 16 * ["stream"]
 

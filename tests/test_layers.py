@@ -17,45 +17,51 @@ from hrmcore.cli import COMMANDS
 PACKAGE = Path(hrmcore.__file__).parent
 
 # A room's line names all that it may import from; a package may also import from itself, but not in a circle.
-GROUND = "_C config tokenizer durable positions ops"
+GROUND = "_C config limits tokenizer durable positions ops averages"
 ROOMS = {
     "_C": "",
     "_lazy": "",
     "chat": "",
     "config": "",
+    "limits": "",
     "tokenizer": "",
     "durable": "",
     "plots": "",
+    "gpus": "",
+    "averages": "",
     "positions": "",
     "ops": "_C positions",
     "machine": "_C",
     "microbench": "_C ops machine",
     "optim": GROUND,
-    "planner": GROUND,
+    "planner": f"{GROUND} gpus",
     "data": f"_lazy chat {GROUND}",
     "model": f"{GROUND} data",
     "distributed": f"{GROUND} model optim data",
     "checkpoint": f"_lazy {GROUND} model optim distributed",
-    "growth": f"_lazy {GROUND} model optim planner checkpoint",
-    "train": f"_lazy {GROUND} machine model optim planner data distributed checkpoint growth",
-    "engine": f"_lazy chat {GROUND} model checkpoint",
-    "serving": f"{GROUND} chat engine",
-    "lens": f"{GROUND} model",
+    "lora": f"{GROUND} model checkpoint",
+    "growth": f"_lazy {GROUND} model optim gpus planner checkpoint",
+    "train": f"_lazy {GROUND} machine model optim planner data distributed checkpoint lora growth",
+    "engine": f"_lazy chat {GROUND} model checkpoint lens",
+    "serving": f"{GROUND} chat engine lens_names",
+    "lens_names": "config tokenizer",
+    "lens": f"{GROUND} model lens_names",
     "evals": f"{GROUND} data checkpoint engine",
-    "commands": f"{GROUND} model planner plots microbench data checkpoint growth train engine serving lens evals",
+    "commands": f"{GROUND} model gpus planner plots microbench data checkpoint growth train engine serving lens "
+    "lens_names evals",
     "repl": "commands",
-    "cli": "commands",
+    "cli": "_C commands",
     "__main__": "cli",
 }
 # Upward imports that run only when a function is called: a module's conveniences that need the layer above.
-LATE = {("model", "checkpoint")}
+LATE = {("model", "checkpoint"), ("data", "engine")}
 # Too slow or too rare to come along with a module of ours.
 NEVER_EAGER = {
     *("transformers", "reasoning_gym", "wandb", "tensorboard", "matplotlib", "lm_eval", "openai", "gguf"),
     *("huggingface_hub", "pyarrow", "jinja2"),
 }
 FREE_OF_TORCH = [
-    *("config", "tokenizer", "planner", "durable", "positions", "repl", "cli"),
+    *("config", "limits", "tokenizer", "gpus", "planner", "durable", "positions", "lens_names", "repl", "cli"),
     *(
         "chat",
         "data",
@@ -69,10 +75,10 @@ FREE_OF_TORCH = [
         "data.store",
         "data.prepare",
     ),
-    *("checkpoint", "checkpoint.hrm_text", "checkpoint.safetensors_reader"),
+    *("checkpoint", "checkpoint.hrm_text", "checkpoint.safetensors_reader", "checkpoint.gguf_file"),
     *("growth", "train"),
     *("engine", "engine.engine", "engine.async_engine", "engine.runner", "engine.cpu_runner"),
-    *("serving", "serving.protocol", "serving.metrics", "serving.app", "serving.server"),
+    *("serving", "serving.protocol", "serving.metrics", "serving.app", "serving.server", "serving.lens"),
     *("engine.packed_file", "engine.streams", "engine.sampling"),
     *("evals.harness", "evals.iq", "evals.reasoning_gym", "evals.runners"),
     *(f"commands.{path.stem}" for path in (PACKAGE / "commands").glob("*.py")),

@@ -14,12 +14,12 @@ from support.command_line import hrmcore
 from torch import Tensor, nn
 
 from hrmcore import plots
-from hrmcore.commands import inspect as command
 from hrmcore.commands.generate import printable
 from hrmcore.config import HRMConfig
 from hrmcore.engine.engine import Engine, load
 from hrmcore.engine.torch_runner import TorchRunner
 from hrmcore.lens import look, visits
+from hrmcore.lens_names import token_name, visit_name
 from hrmcore.model import HRM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -175,7 +175,7 @@ def test_the_picture_is_readable_at_128_steps(figures: list[Any], tmp_path: Path
             **vars(step),
             "text": texts[index % len(texts)],
             "probability": 1.0,
-            "visit": command.visit_name(step.h, step.stack, step.l),
+            "visit": visit_name(step.h, step.stack, step.l),
         }
         for index, step in enumerate(seen.steps)
     ]
@@ -213,7 +213,7 @@ def test_inspect_tells_table_json_and_picture(
     assert engine.tokenizer is not None
     tokens = list(engine.tokens(engine.tokenizer.prompt(QUESTION), max_new_tokens=3))
     assert report["answered"] == engine.tokenizer.decode(tokens[:2])
-    assert report["answer"] == command.name(engine.tokenizer, tokens[2])
+    assert report["answer"] == token_name(engine.tokenizer, tokens[2])
     assert report["steps"][-1]["token"] == tokens[2]
     names = ["L1.1", "L1.2", "H1", "L2.1", "L2.2", "H2"]
     assert [step["visit"] for step in report["steps"]] == names
@@ -254,13 +254,13 @@ def test_watching_ends_with_the_engines_answer(
 def test_tokens_have_names(engine: Engine) -> None:
     tokenizer = engine.tokenizer
     assert tokenizer is not None
-    named = {token: command.name(tokenizer, token) for token in range(tokenizer.vocab_size)}
+    named = {token: token_name(tokenizer, token) for token in range(tokenizer.vocab_size)}
     assert named[tokenizer.eoa] == "<eoa>"
     assert named[tokenizer.condition_ids["direct"]] == "<direct>"
     assert "↵" in named.values()
     assert any("␣" in text for text in named.values())
     assert all(text and not any(c.isspace() for c in text) for text in named.values())
-    assert command.name(tokenizer, tokenizer.vocab_size + 3) == f"#{tokenizer.vocab_size + 3}"
+    assert token_name(tokenizer, tokenizer.vocab_size + 3) == f"#{tokenizer.vocab_size + 3}"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import sys
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 import hrmcore.ops.swiglu
-from hrmcore import _C, microbench, plots
+from hrmcore import _C, machine, microbench, plots
 from hrmcore.ops.attention import PackedMask
 
 
@@ -171,3 +172,10 @@ def test_missing_matplotlib_names_the_extra(report, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ModuleNotFoundError, match=re.escape("pip install hrmcore[bench]")):
         plots.ops(report, tmp_path / "ops.png")
+
+
+def test_memory_without_proc_and_without_the_free_pages_is_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(machine.Path, "exists", lambda _: False)
+    monkeypatch.setattr(os, "sysconf_names", {"SC_PHYS_PAGES": os.sysconf_names["SC_PHYS_PAGES"]})
+    assert machine.available_memory(torch.device("cpu")) == pages * size

@@ -71,7 +71,10 @@ class Textbook:
         else:
             self.second = beta2 * self.second + (1 - beta2) * g**2
             m, root = self.first / (1 - beta1**self.steps), (self.second / (1 - beta2**self.steps)).sqrt()
-            self.p = self.p - o["lr"] * (torch.atan2(m, root) if self.kind == "AdamAtan2" else m / (root + o["eps"]))
+            if self.kind == "AdamAtan2":  # as HRM-Text's trainer takes it: models/adam_atan2.py there
+                self.p = self.p - o["lr"] / (1 - beta1**self.steps) * torch.atan2(self.first, root)
+            else:
+                self.p = self.p - o["lr"] * (m / (root + o["eps"]) if self.kind == "AdamW" else torch.atan2(m, root))
         self.ema = o["ema"] * self.ema + (1 - o["ema"]) * self.p
 
 
@@ -120,18 +123,21 @@ def test_the_angle_is_exact_everywhere(backend: str) -> None:
     m, root = (10 ** torch.cartesian_prod(exponents, exponents)).T.contiguous()
     m, v = torch.cat([m, -m]), torch.cat([root, root]) ** 2
     p = torch.zeros_like(m)
-    operands = [[x] for x in (p, torch.zeros_like(m), m.clone(), v.clone(), None)]
     # With no gradient and a late step m halves, v stays nearly whole and nothing is left of the bias.
-    _C.adam_atan2_step([0], *operands, [100_000], 1.0, 0.5, 0.999, 0.0, 0.0, 0.0, None)
     angle = torch.atan2(0.5 * m.double(), (0.999 * v.double()).sqrt())
-    assert ((-p.double() - angle) / angle).abs().max() <= 4e-7
+    for step in (_C.adam_atan2_step, _C.adam_atan2_paper_step):
+        operands = [[x] for x in (p.zero_(), torch.zeros_like(m), m.clone(), v.clone(), None)]
+        step([0], *operands, [100_000], 1.0, 0.5, 0.999, 0.0, 0.0, 0.0, None)
+        assert ((-p.double() - angle) / angle).abs().max() <= 4e-7
 
 
 def test_atan2_where_both_moments_are_zero(backend: str) -> None:
     p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
     p.grad = torch.tensor([0.0, 3.0])
-    AdamAtan2([p], lr=1.0, weight_decay=0.0).step()
+    AdamAtan2([p], lr=1.0, weight_decay=0.0, form="paper").step()
     assert p.tolist() == [1.0, pytest.approx(2 - math.pi / 4, abs=1e-6)]
+    AdamAtan2([p], lr=1.0, weight_decay=0.0).step()
+    assert p.tolist() == [1.0, pytest.approx(2 - math.pi / 4 - math.atan(0.1) / 0.1, abs=1e-6)]
 
 
 def test_atan2_is_blind_to_the_scale_of_the_gradients(processor: str) -> None:
@@ -407,6 +413,7 @@ def test_no_ema_to_swap() -> None:
         ("SophiaG", {"rho": 0.0}, "rho must be above 0, got 0.0"),
         ("SophiaG", {"eps": 0.0}, "eps must be at least 1e-30, got 0.0"),
         ("SophiaG", {"variant": "g"}, "variant must be 'G' or 'H', got 'g'"),
+        ("AdamAtan2", {"form": "nature"}, "form must be 'hrm-text' or 'paper', got 'nature'"),
         ("AdamW", {"eps": 0.0}, "eps must be at least 1e-30, got 0.0"),
     ],
 )

@@ -19,13 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from hrmcore.commands.plan import measure
 from hrmcore.config import PRESETS, RECOMPUTE, HRMConfig, default_intermediate_size
 from hrmcore.data.packing import PackedBatch
+from hrmcore.gpus import GPUS, Device
 from hrmcore.model import HRM, grad_visits
 from hrmcore.ops import cross_entropy
 from hrmcore.ops.backend import reference_ops
 from hrmcore.planner import (
-    GPUS,
     Budget,
-    Device,
     Horizon,
     Record,
     Stage,

@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -268,7 +269,7 @@ def chosen(paths: Iterable[Path], major: int, minor: int) -> str:
 
 def _hardware(here: Here) -> ctypes.CDLL:
     library = ctypes.CDLL(str(here.library if here.emulated else PACKAGE / "_C_hardware.so"))
-    for name in ("products", "barriers"):
+    for name in ("products", "products_f16", "halves", "barriers"):
         getattr(library, f"hrmcore_hardware_{name}").restype = ctypes.c_char_p
     return library
 
@@ -282,14 +283,19 @@ def _refuse(error: bytes | None) -> None:
         raise WrongError(error.decode())
 
 
-def _pairs(low: Tensor, high: Tensor) -> Tensor:
-    """Two bfloat16 numbers to a register."""
-    bits = [x.to(torch.bfloat16).view(torch.int16).to(torch.int32) & 0xFFFF for x in (low, high)]
+def _pairs(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
+    """Two numbers of 16 bits to a register."""
+    bits = [x.to(dtype).view(torch.int16).to(torch.int32) & 0xFFFF for x in (low, high)]
     return bits[0] | bits[1] << 16
 
 
 def one_hot_mma(here: Here) -> dict[str, Any]:
-    """mma.m16n8k16 places every element of A, B and C where the PTX ISA's fragment tables say: exact."""
+    """mma.m16n8k16 places every element of A, B and C where the PTX ISA's fragment tables say: exact, bf16 and f16."""
+    counts = [_one_hot(here, dtype) for dtype in (torch.bfloat16, torch.float16)]
+    return {"products": sum(counts), "wrong": 0}
+
+
+def _one_hot(here: Here, dtype: torch.dtype) -> int:
     lane = torch.arange(32)
     row, column = lane // 4, lane % 4 * 2
     generator = torch.Generator().manual_seed(4)
@@ -299,15 +305,16 @@ def one_hot_mma(here: Here) -> dict[str, Any]:
     b = torch.cat([numbers(256, 16, 8), hot_b])
     c = numbers(384, 16, 8)
     a_places = [(row, column), (row + 8, column), (row, column + 8), (row + 8, column + 8)]
-    a_registers = torch.stack([_pairs(a[:, r, k], a[:, r, k + 1]) for r, k in a_places], -1)
-    b_registers = torch.stack([_pairs(b[:, k, row], b[:, k + 1, row]) for k in (column, column + 8)], -1)
+    a_registers = torch.stack([_pairs(a[:, r, k], a[:, r, k + 1], dtype) for r, k in a_places], -1)
+    b_registers = torch.stack([_pairs(b[:, k, row], b[:, k + 1, row], dtype) for k in (column, column + 8)], -1)
     c_places = [(row, column), (row, column + 1), (row + 8, column), (row + 8, column + 1)]
     registers = [
         x.contiguous().to(here.device)
         for x in (a_registers, b_registers, torch.stack([c[:, r, k] for r, k in c_places], -1))
     ]
     library = _hardware(here)
-    _refuse(library.hrmcore_hardware_products(*map(_pointer, registers), len(a), ctypes.c_void_p(here.stream())))
+    multiply = library.hrmcore_hardware_products if dtype == torch.bfloat16 else library.hrmcore_hardware_products_f16
+    _refuse(multiply(*map(_pointer, registers), len(a), ctypes.c_void_p(here.stream())))
     here.wait()
     expected = c + a @ b
     wrong = sum(
@@ -315,7 +322,25 @@ def one_hot_mma(here: Here) -> dict[str, Any]:
     )
     if wrong:
         raise WrongError(f"{wrong} of {4 * len(a)} registers over all products are wrong")
-    return {"products": len(a), "wrong": 0}
+    return len(a)
+
+
+def halves(here: Here) -> dict[str, Any]:
+    """float32 becomes f16 as torch on the CPU has it: every f16, midpoints, their neighbours, what is out of range."""
+    exact = torch.arange(0x7C00, dtype=torch.int16).view(torch.float16).float()
+    between = (exact[1:] + exact[:-1]) / 2
+    odd = torch.tensor([65519.996, 65520.0, 1e30, float("inf"), 2.0**-25, 2.0**-24 * 0.500001, 1e-40])
+    numbers = torch.cat([exact, between, between.nextafter(exact[1:]), between.nextafter(exact[:-1]), odd])
+    numbers = torch.nn.functional.pad(numbers, (0, -len(numbers) % 16))
+    x = torch.cat([numbers, -numbers]).to(here.device)
+    found = torch.empty_like(x)
+    convert = _hardware(here).hrmcore_hardware_halves
+    _refuse(convert(_pointer(x), _pointer(found), len(x) // 32, ctypes.c_void_p(here.stream())))
+    here.wait()
+    wrong = int((found.cpu().view(torch.int32) != x.cpu().half().float().view(torch.int32)).sum())
+    if wrong:
+        raise WrongError(f"{wrong} of {len(x)} numbers become another f16 than torch's")
+    return {"numbers": len(x), "wrong": 0}
 
 
 def grid_barriers(here: Here) -> dict[str, Any]:
@@ -367,20 +392,23 @@ def goldens_replayed(here: Here) -> dict[str, Any]:
 
 def sanitizer(tool: str) -> Callable[[Here], dict[str, Any]]:
     def check(here: Here) -> dict[str, Any]:
-        """The small cases under a tool of compute-sanitizer."""
+        """The small cases, and the decode step in its forms, under a tool of compute-sanitizer."""
         here.require_gpu("compute-sanitizer instruments a GPU's code; the emulator's own detectors run in the tests")
         program = shutil.which("compute-sanitizer")
         if program is None:
             raise NotRunError("compute-sanitizer, of the CUDA toolkit, is not on the PATH")
         lines = (
-            "from bench.gpu import checks as g; here = g.Here(False, g.Path());"
-            "g.one_hot_mma(here); print(g.every_small_result(here))"
+            "from bench.gpu import checks as g, models as m; here = g.Here(False, g.Path());"
+            "g.one_hot_mma(here); print(g.every_small_result(here) + m.every_small_step(here))"
         )
+        # Without torch's cache every tensor is an allocation of its own, whose ends and first contents are watched.
+        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         ran = subprocess.run(
             [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", lines],
             cwd=Path(__file__).parents[2],
             capture_output=True,
             text=True,
+            env=environment,
         )
         if ran.returncode:
             raise WrongError(f"{tool}, exit status {ran.returncode}: {(ran.stdout + ran.stderr)[-2000:]}")
@@ -540,11 +568,13 @@ def _counted_bytes(here: Here) -> int:
 CHECKS: dict[str, Callable[[Here], dict[str, Any]]] = {
     "cubins": cubins,
     "one_hot_mma": one_hot_mma,
+    "halves": halves,
     "grid_barriers": grid_barriers,
     "goldens": goldens_replayed,
     "memcheck": sanitizer("memcheck"),
     "racecheck": sanitizer("racecheck"),
     "synccheck": sanitizer("synccheck"),
+    "initcheck": sanitizer("initcheck"),
     "against_torch": against_torch,
     "identical_repeats": identical_repeats,
     "attention_against_sdpa": attention_against_sdpa,

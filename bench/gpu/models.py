@@ -23,6 +23,7 @@ from hrmcore.data.records import Corpus
 from hrmcore.engine.cuda_decode import MOST_REQUESTS, CudaStep
 from hrmcore.engine.cuda_runner import CudaRunner
 from hrmcore.engine.engine import EMBEDDED_MODEL
+from hrmcore.engine.mma_layout import MMA_DTYPES
 from hrmcore.model import HRM
 from hrmcore.tokenizer import Tokenizer
 
@@ -104,6 +105,26 @@ def graph_against_fused_step(here: Here) -> dict[str, Any]:
             raise WrongError(f"batch {batch}: the two forms have other bits")
         figures[f"batch_{batch}"] = "same bits"
     return figures
+
+
+def every_small_step(here: Here) -> int:
+    """A toy's decode step in every form and with every kind of weights, of one request and of eight; how many."""
+    torch.manual_seed(6)
+    config, count = toy(), 0
+    model = HRM(config).requires_grad_(False).to(here.device)
+    shape = (config.cache_slots, 2, 64 * 16, config.num_attention_heads, config.head_dim)
+    with here.kernels():
+        for form in ("graph", "persistent"):
+            for dtype in MMA_DTYPES:
+                decode = CudaStep(model, form, 3 if here.emulated else 0, dtype)
+                for batch in (1, MOST_REQUESTS):
+                    kv = torch.zeros(shape, dtype=torch.bfloat16, device=here.device)
+                    tables = torch.arange(2 * batch, dtype=torch.int32, device=here.device).view(batch, 2)
+                    tokens = torch.arange(1, 1 + batch, dtype=torch.int32, device=here.device)
+                    if not decode(tokens, 60 + tokens, tables, kv).isfinite().all():
+                        raise WrongError(f"{form}, {dtype}, batch {batch}: logits that are not finite")
+                    count += 1
+    return count
 
 
 def _in_steps(decode: CudaStep, tokens: Tensor, positions: Tensor, tables: Tensor, kv: Tensor) -> Tensor:

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.sass import Kernel, Loop, cuobjdump, disassembled
+from bench.gpu.step_shapes import STAGE_ITEMS, Matrix
 
 DTYPES = {"1": "bfloat16", "2": "int8", "3": "int4"}  # enum Packing, in a mangled name
+ROWS = 8  # pieces that a lane brings at once
 PRODUCTS = {"bfloat16": 1, "int8": 2, "int4": 4}  # of the tensor cores, an item
-STAGE_ITEMS = 4
-KERNEL = re.compile(r"decodeILN\w*7PackingE(\d)ELi(\d+)E")
+KERNEL = re.compile(r"decodeILN\w*7PackingE(\d)ELi(\d+)ENS\w*PlainParams")
 
 Counts = dict[str, Any]
 Asked = dict[str | int, int]  # work of a way: kinds of instructions, numbers of blocks
@@ -86,24 +87,12 @@ def sure(count: int | None, what: str) -> int:
 
 def new_step(kernel: Kernel, dtype: str) -> Counts:
     phases = phase_loop(kernel)
-    products = kernel.innermost("HMMA")
+    halves = kernel.innermost("HMMA", "LDSM")[0]  # of a page: keys, and then values
+    products = [loop for loop in kernel.innermost("HMMA") if loop != halves]
     if len(products) != 2 or not products[0].blocks < phases.blocks or products[1].blocks & phases.blocks:
         raise UnknownCodeError("one loop of products is expected in the loop over the phases, and the head's after it")
-    copies = STAGE_ITEMS * (1 if dtype == "bfloat16" else 2)  # scales come by a copy of their own
-    stage_work: Asked = {"HMMA": STAGE_ITEMS * PRODUCTS[dtype], "LDGSTS": copies}
-    head_products = PRODUCTS["int8" if dtype == "int4" else dtype]
-    head_work: Asked = {"HMMA": STAGE_ITEMS * head_products, "LDGSTS": copies}
-    halves = next(
-        loop
-        for loop in kernel.loops
-        if loop.blocks < phases.blocks
-        and kernel.count(loop.blocks, "SHFL")
-        and kernel.count(loop.blocks, "LDGSTS")
-        and not kernel.count(loop.blocks, "HMMA")
-    )
+    head_dtype = "int8" if dtype == "int4" else dtype
     pages = outside(kernel, halves)
-    splits = outside(kernel, pages)
-    tasks = outside(kernel, splits)
     done: Asked = {products[0].head: 1, "BAR": 3}
     skipped = sure(kernel.once_round(products[0], {}), "a stage")
     normed: Asked = {"SHFL": 2, "LDG": 2}
@@ -113,34 +102,45 @@ def new_step(kernel: Kernel, dtype: str) -> Counts:
         "gate_up": {"MUFU.EX2": 1, "STG": 1, **normed},
         "down": {"STG": 5, "SHFL": 3, "LDG": 3},
     }
-    keys: Asked = {"SHFL": 8, "MUFU": 2, "LDGSTS": 4}
-    split_done: Asked = {**keys, "MUFU": 14, "BAR": 1, "STG": 1}
+    keys: Asked = {"HMMA": 8, "SHFL": 2, "MUFU": 2, "LDGSTS": 4}  # of 128 channels
+    values: Asked = {"HMMA": 8, "LDSM": 4, "LDGSTS": 4}
     found: Counts = {
         "code_bytes": kernel.code_bytes,
         "turn_bytes": 16 * kernel.size(phases.blocks),
         "turn": {
-            phase: sure(kernel.once_round(phases, {**done, **work}, tasks.blocks), phase) - skipped
+            phase: sure(kernel.once_round(phases, {**done, **work}, pages.blocks), phase) - skipped
             for phase, work in kinds.items()
         },
     }
     without = outside(kernel, outside(kernel, products[0])).blocks
-    attending: Asked = {**split_done, "BAR": 3, "LDG": 8}
-    found["turn"]["attention"] = sure(kernel.once_round(phases, attending, without), "attention")
-    for name, loop, work in (("", products[0], stage_work), ("head_", products[1], head_work)):
-        tile, group = outside(kernel, loop), outside(kernel, outside(kernel, loop))
-        stage = sure(kernel.once_round(loop, work), "a stage")
-        round_tile = sure(kernel.once_round(tile, {**work, "STS": 2}), "a tile")
-        round_group = sure(kernel.once_round(group, {**work, "STS": 2, "BAR": 2, "STG": 2}), "tiles together")
-        found |= {f"{name}stage": stage, f"{name}tile": round_tile - stage, f"{name}group": round_group - round_tile}
     found["keys"] = sure(kernel.once_round(halves, keys), "keys")
-    found["values"] = sure(kernel.once_round(halves, {"SHFL": 8, "FFMA": 32, "LDGSTS": 4}), "values")
-    found["page"] = sure(kernel.once_round(pages, keys), "a page") - found["keys"]
-    found["split"] = sure(kernel.once_round(splits, split_done), "a split") - found["keys"] - found["page"]
-    found |= _bringing(kernel, phases, products[0].blocks | tasks.blocks)
+    found["values"] = sure(kernel.once_round(halves, values), "values")
+    page = sure(kernel.once_round(pages, keys), "a page")
+    found["page"] = page - found["keys"]
+    found["task"] = sure(kernel.once_round(pages, {**keys, "LDG": 9}), "a task") - page
+    found["split"] = sure(kernel.once_round(pages, {**keys, "BAR": 1, "STG": 1, "MUFU": 13}), "a split") - page
+    attending: Asked = {**keys, pages.head: 1, "BAR": 2}
+    found["turn"]["attention"] = sure(kernel.once_round(phases, attending, without), "attention") - page
+    for name, loop, of in (("", products[0], dtype), ("head_", products[1], head_dtype)):
+        tile, group = outside(kernel, loop), outside(kernel, outside(kernel, loop))
+        stages = [stage_work(of, items) for items in range(1, STAGE_ITEMS[of] + 1)]
+        found[f"{name}stage"] = [sure(kernel.once_round(loop, work), "a stage") for work in stages]
+        one = found[f"{name}stage"][0]
+        round_tile = sure(kernel.once_round(tile, {**stages[0], "STS": 2}), "a tile")
+        round_group = sure(kernel.once_round(group, {**stages[0], "STS": 2, "BAR": 2, "STG": 2}), "tiles together")
+        found |= {f"{name}tile": round_tile - one, f"{name}group": round_group - round_tile}
+    found |= _bringing(kernel, phases, products[0].blocks | pages.blocks)
     after = without.union(*(loop.blocks for loop in kernel.loops if kernel.count(loop.blocks, "HMMA")))
     starts = [loop for loop in kernel.innermost("LDGSTS", "LDGDEPBAR") if not loop.blocks & after]
+    copies = stage_work(dtype, STAGE_ITEMS[dtype])["LDGSTS"]
     found["fill"] = min(sure(kernel.once_round(loop, {"LDGSTS": copies}), "a ring's start") for loop in starts)
     return found
+
+
+def stage_work(dtype: str, items: int) -> Asked:
+    """Of a stage that multiplies so many items and loads as many."""
+    pieces = items * Matrix(16, 1, dtype).item_bytes // 16
+    return {"HMMA": items * PRODUCTS[dtype], "LDGSTS": -(-pieces // 32)}
 
 
 def _bringing(kernel: Kernel, phases: Loop, others: frozenset[int]) -> Counts:
@@ -152,15 +152,15 @@ def _bringing(kernel: Kernel, phases: Loop, others: frozenset[int]) -> Counts:
         has = {kind: kernel.count(loop.blocks, kind) for kind in ("LDG", "STS", "STG", "MUFU.EX2")}
         whole: Asked = {kind: n for kind, n in has.items() if n}
         if has["MUFU.EX2"] and has["STS"]:
-            found["join_one"] = sure(kernel.once_round(loop, {"LDG": 1, "STS": 1}), "one split")
+            found["join_half"] = sure(kernel.once_round(loop, {"LDG": 8, "MUFU.EX2": 4, "STS": 1}), "four splits")
             found["join"] = sure(kernel.once_round(loop, whole), "all splits")
         elif has["STG"]:
             found["write_entered"] = sure(kernel.once_round(loop, whole), "entering a visit")
-        elif has["LDG"] == 4 and has["STS"] == 4:
-            found["rows"] = sure(kernel.once_round(loop, whole), "rows")
+        elif has["LDG"] == ROWS and has["STS"] == ROWS:
+            found["rows"] = [sure(kernel.once_round(loop, {"LDG": n, "STS": n}), "rows") for n in range(1, ROWS + 1)]
         elif has["LDG"] == 4 and not has["STS"]:
             found["squares"] = sure(kernel.once_round(loop, whole), "squares")
-        elif has["LDG"] > 4 and has["STS"]:
+        elif has["LDG"] > 4 and has["STS"] and "enter" not in found:
             found["enter"] = sure(kernel.once_round(loop, whole), "entering a visit")
     return found
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.step_shapes import WARPS, Case, Matrix, SpreadCase
+from bench.gpu.step_shapes import MOST_SPLITS, STAGE_ITEMS, WARPS, Case, Matrix, SpreadCase
 from hrmcore.config import HRMConfig
 
 PHASES = ("gqkv", "attention", "o", "gate_up", "down", "first gqkv", "head")
@@ -162,12 +162,14 @@ def new_work(case: Case, counts: Counts, phase: str, graph: bool = False) -> Wor
     tiles = -(-matrix.tiles // case.blocks)
     head = "head_" if phase == "head" else ""
     groups = -(-tiles // case.tiles_together())
+    whole, rest = divmod(matrix.warp_items, STAGE_ITEMS[matrix.dtype])
+    of_tile = whole * c[f"{head}stage"][-1] + (c[f"{head}stage"][rest - 1] if rest else 0)
     bringing, more_reads = _bringing(case, c, phase, matrix)
     turn = c["turn"]["gqkv" if phase in ("first gqkv", "head") else phase]
     return Work(
         instructions=fixed + turn + bringing + tiles * c[f"{head}tile"] + (groups - 1) * c[f"{head}group"],
         stages=tiles * matrix.stages,
-        stage_instructions=c[f"{head}stage"] * matrix.warp_items / (4 * matrix.stages),
+        stage_instructions=of_tile / matrix.stages,
         stage_waits=1,
         stage_cycles=Constants.second_product,
         reads=reads + more_reads,
@@ -180,15 +182,17 @@ def _bringing(case: Case, c: Counts, phase: str, matrix: Matrix) -> tuple[float,
     """Instructions of a warp that brings its share of the activations, and its reads one after the other."""
     sixteens = -(-matrix.columns // 16 // WARPS)
     pieces = 2 * sixteens * case.batch  # of 16 bytes
-    if phase == "o":
+    if phase == "o" and case.splits_apart:
         turns = -(-pieces // 32)
-        return turns * c["join" if case.splits_apart else "join_one"], turns
-    rows = -(-pieces // 128)
-    if phase == "down":
-        return rows * c["rows"], rows
+        return turns * c["join_half" if case.pages <= MOST_SPLITS // 2 else "join"], turns
+    at_once = 32 * len(c["rows"])
+    rows, (whole, rest) = -(-pieces // at_once), divmod(pieces, at_once)
+    bringing = whole * c["rows"][-1] + (c["rows"][-(-rest // 32) - 1] if rest else 0)
+    if phase in ("o", "down"):
+        return bringing, rows
     if phase != "first gqkv":
         squares = -(-sixteens // 16)  # each request has 4 lanes, which take 4 tiles at once
-        return rows * c["rows"] + squares * c["squares"], rows + squares
+        return bringing + squares * c["squares"], rows + squares - 1  # the first of both are under way together
     squares, entering = -(-matrix.columns // 256), -(-2 * sixteens // 8)  # all of the row; 4 lanes, 2 pieces at once
     return squares * c["squares"] + entering * c["enter"] + c["write_entered"], squares + entering + 1
 
@@ -197,9 +201,8 @@ def _new_attention(case: Case, c: Counts, fixed: float, reads: int) -> Work:
     pages = case.pages_of_block(case.splits_apart)
     tasks = case.tasks_of_block
     splits = tasks * (1 if case.splits_apart else min(case.pages, 8))
-    once = c["turn"]["attention"] - c["split"] - c["keys"] - c["page"]
     return Work(
-        instructions=fixed + once * (1 + (tasks - 1) / 2) + splits * c["split"],
+        instructions=fixed + c["turn"]["attention"] + tasks * c["task"] + splits * c["split"],
         stages=2 * pages,
         stage_instructions=(c["keys"] + c["values"] + c["page"]) / 2,
         stage_waits=1,

@@ -13,9 +13,11 @@ from hrmcore.config import HRMConfig
 from hrmcore.engine.mma_layout import GROUP, ITEMS, TILE
 from hrmcore.engine.runner import PAGE
 
-WARPS, STAGE_ITEMS, TILES_TOGETHER, MOST_SPLITS, REQUESTS = 8, 4, 4, 8, 8
+WARPS, TILES_TOGETHER, MOST_SPLITS, REQUESTS = 8, 4, 8, 8
 SHARED_BYTES = 227 << 10  # of a block, on sm_90
-DEPTHS = ((11, TILES_TOGETHER), (7, TILES_TOGETHER), (3, 1))  # of the rings, and tiles between two block barriers
+STAGE_ITEMS = {"bfloat16": 4, "int8": 6, "int4": 3}  # at most
+PAGE_STAGE = 2048  # bytes: of 8 rows of a page
+DEPTHS = {"bfloat16": (11, 7, 3), "int8": (7, 5, 2), "int4": (12, 8, 4)}  # of the rings, in stages
 PRODUCT_PHASES = ("gqkv", "o", "gate_up", "down", "head")
 
 
@@ -42,7 +44,7 @@ class Matrix:
 
     @property
     def stages(self) -> int:
-        return -(-self.warp_items // STAGE_ITEMS)
+        return -(-self.warp_items // STAGE_ITEMS[self.dtype])
 
     @property
     def bytes(self) -> int:
@@ -119,14 +121,19 @@ class Case:
 
     def ring_stages(self) -> int:
         """How many stages a warp's ring has, as launch_packed chooses."""
-        stage = WARPS * STAGE_ITEMS * self.matrix("gqkv").item_bytes
-        for stages, together in DEPTHS:
+        stage = WARPS * max(PAGE_STAGE, STAGE_ITEMS[self.dtype] * self.matrix("gqkv").item_bytes)
+        for stages, together in self.depths:
             if self.shared_bytes(together) + stages * stage <= SHARED_BYTES:
                 return stages
         raise ValueError("the step's activations do not fit in shared memory")
 
     def tiles_together(self) -> int:
-        return dict(DEPTHS)[self.ring_stages()]
+        return dict(self.depths)[self.ring_stages()]
+
+    @property
+    def depths(self) -> tuple[tuple[int, int], ...]:
+        """Of the rings that there are, and how many tiles lie between two block barriers."""
+        return tuple(zip(DEPTHS[self.dtype], (TILES_TOGETHER, TILES_TOGETHER, 1), strict=True))
 
     def shared_bytes(self, together: int) -> int:
         """What lies before the rings."""
@@ -136,7 +143,7 @@ class Case:
             most = max(most, matrix.warp_items * ITEMS[matrix.dtype])
         exchange = 4 * (2 * WARPS * (d + 2) + 2 * MOST_SPLITS * d)
         partials = max(together * WARPS * TILE * REQUESTS * 4, exchange)
-        pages = 16 * self.pages_of_block(self.splits_apart)
+        pages = 32 * self.pages_of_block(self.splits_apart)
         parts = (512 + 4 * self.batch * d + 2 * d, pages, partials, 2 * WARPS * most * self.batch)
         return sum(-(-part // 128) * 128 for part in parts)
 

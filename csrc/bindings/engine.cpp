@@ -4,6 +4,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bindings/bindings.h"
@@ -48,6 +49,28 @@ class CancelCheck {
   std::exception_ptr error_;
 };
 
+// Waits without the GIL; false when it is not to wait any longer.
+bool take_turn(std::optional<Engine::Turn>& turn, Engine& engine, CancelCheck& cancel) {
+  {
+    py::gil_scoped_release unlocked;
+    turn.emplace(engine, cancel.interrupt());
+  }
+  cancel.rethrow();
+  return turn->taken();
+}
+
+Recurrence::Ended run_step(Engine::Step& step, const TensorView& logits, std::int64_t tokens,
+                           CancelCheck& cancel) {
+  Recurrence::Ended ended{};
+  {
+    py::gil_scoped_release unlocked;
+    ended = step.run(logits, tokens, cancel.interrupt());
+  }
+  cancel.rethrow();
+  if (ended == Recurrence::Ended::done) step.commit();
+  return ended;
+}
+
 }  // namespace
 
 void bind_engine(py::module_& m) {
@@ -65,6 +88,26 @@ void bind_engine(py::module_& m) {
         return CacheShape{packing_of("Engine", "kv_dtype", kv_dtype), slots, heads, head_dim}.page_bytes();
       },
       py::arg("kv_dtype"), py::arg("slots"), py::arg("heads"), py::arg("head_dim"));
+  py::class_<Engine::Step>(m, "Step")
+      .def(
+          "run",  // whether it is done; None when `stop` said so
+          [](Engine::Step& step, const Output& logits, std::int64_t tokens,
+             const py::object& stop) -> std::optional<bool> {
+            DlpackArgs b("run");
+            const TensorView out = b.view(logits, "logits");
+            if (tokens < 1) reject("run", "tokens", "at least 1", std::to_string(tokens));
+            CancelCheck cancel(stop);
+            std::optional<Engine::Turn> turn;
+            if (!take_turn(turn, step.engine(), cancel)) return std::nullopt;
+            step.check(out);
+            const Recurrence::Ended ended = run_step(step, out, tokens, cancel);
+            if (ended == Recurrence::Ended::stopped) return std::nullopt;
+            return ended == Recurrence::Ended::done;
+          },
+          py::arg("logits"), py::arg("tokens"), py::arg("stop") = py::none())
+      .def_property_readonly("tokens", &Engine::Step::tokens)
+      .def_property_readonly("halves", &Engine::Step::halves)
+      .def_property_readonly("halves_done", &Engine::Step::halves_done);
   py::class_<Engine>(m, "Engine")
       .def(py::init([](std::int64_t vocab_size, std::int64_t hidden_size, std::int64_t intermediate_size,
                        std::int64_t l_layers, std::int64_t h_layers, std::int64_t num_heads,
@@ -135,29 +178,42 @@ void bind_engine(py::module_& m) {
           "step",
           [](Engine& e, const std::vector<std::int64_t>& requests,
              const std::vector<std::vector<std::int64_t>>& ids, const Output& logits, bool every_row,
-             const py::object& stop) {
+             const py::object& stop, bool every_layer) {
             DlpackArgs b("step");
             const TensorView out = b.view(logits, "logits");
             CancelCheck cancel(stop);
             std::optional<Engine::Turn> turn;
-            {
-              py::gil_scoped_release unlocked;
-              turn.emplace(e, cancel.interrupt());
-            }
-            cancel.rethrow();
-            if (!turn->taken()) return false;
-            e.begin(requests, ids, every_row, out);
-            bool done = false;
-            {
-              py::gil_scoped_release unlocked;
-              done = e.run(cancel.interrupt());
-            }
-            cancel.rethrow();
-            if (done) e.commit();
-            return done;  // or else nothing has happened, because `stop` said so
+            if (!take_turn(turn, e, cancel)) return false;
+            Engine::Step step(e, requests, ids, every_row, every_layer, false);
+            step.check(out);
+            // Or else nothing has happened, because `stop` said so.
+            return run_step(step, out, step.tokens(), cancel) == Recurrence::Ended::done;
           },
           py::arg("requests"), py::arg("ids"), py::arg("logits"), py::arg("every_row"),
-          py::arg("stop") = py::none())
+          py::arg("stop") = py::none(), py::arg("every_layer") = false)
+      .def(
+          "begin",  // a step to be made in slices
+          [](Engine& e, const std::vector<std::int64_t>& requests,
+             const std::vector<std::vector<std::int64_t>>& ids) {
+            return std::make_unique<Engine::Step>(e, requests, ids, false, false, true);
+          },
+          py::arg("requests"), py::arg("ids"), py::keep_alive<0, 1>())
+      .def(
+          "keep", [](Engine& e, std::int64_t request) { return e.keep(request); }, py::arg("request"))
+      .def(
+          "fork",
+          [](Engine& e, std::int64_t kept) {
+            const py::none never;
+            CancelCheck cancel(never);
+            std::optional<Engine::Turn> turn;
+            take_turn(turn, e, cancel);
+            const py::gil_scoped_release unlocked;
+            return e.fork(kept);
+          },
+          py::arg("kept"))
+      .def(
+          "rewind", [](Engine& e, std::int64_t request, std::int64_t length) { e.rewind(request, length); },
+          py::arg("request"), py::arg("length"))
       .def_property_readonly("vocab_size", [](const Engine& e) { return e.shape().vocabulary; })
       .def_property_readonly("weight_bytes", [](const Engine& e) { return e.weights().bytes(); })
       .def_property_readonly("workspace_bytes", &Engine::workspace_bytes)
@@ -195,6 +251,31 @@ void bind_sampler(py::module_& m) {
            }),
            py::kw_only(), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"),
            py::arg("repetition_penalty"), py::arg("seed"), py::arg("prompt"));
+  // Of each row of logits (S, V), its token and the `top` most probable: (token, log probability) each.
+  m.def(
+      "log_probabilities",
+      [](const Tensor& logits, const std::vector<std::int64_t>& tokens,
+         const std::vector<std::int64_t>& top) {
+        const char* op = "log_probabilities";
+        DlpackArgs b(op);
+        const TensorView rows = b.view(logits, "logits");
+        const auto count = static_cast<std::int64_t>(tokens.size());
+        Check(op, "logits", rows).cpu().dtype({DType::f32}).rank(2).size(0, count, "tokens").contiguous();
+        if (top.size() != tokens.size())
+          reject(op, "top", "as many as tokens, " + std::to_string(count), std::to_string(top.size()));
+        const std::int64_t vocabulary = rows.shape[1];
+        std::vector<std::vector<std::pair<std::int64_t, double>>> result(tokens.size());
+        for (std::size_t row = 0; row < tokens.size(); ++row) {
+          if (tokens[row] < 0 || tokens[row] >= vocabulary)
+            reject(op, "tokens", "in [0, " + std::to_string(vocabulary) + ")", std::to_string(tokens[row]));
+          if (top[row] < 0) reject(op, "top", "at least 0", std::to_string(top[row]));
+          const float* logits_row = rows.as<float>() + static_cast<std::int64_t>(row) * vocabulary;
+          for (const TokenScore& score : log_probabilities(logits_row, vocabulary, tokens[row], top[row]))
+            result[row].emplace_back(score.token, score.logprob);
+        }
+        return result;
+      },
+      py::arg("logits"), py::arg("tokens"), py::arg("top"));
   // The next token of each sampler from its row of logits (S, V); all are counted, or on an error none.
   m.def(
       "sample",

@@ -82,6 +82,7 @@ void bind_optim(py::module_& m) {
                 list("hvps", "hvp", &CurvatureTensors::hvp), input("beta2", &SophiaCurvature::beta2));
   bind_adam(m, "adamw_step", adamw_step);
   bind_adam(m, "adam_atan2_step", adam_atan2_step);
+  bind_adam(m, "adam_atan2_paper_step", adam_atan2_paper_step);
 }
 
 void bind_rms_norm(py::module_& m) {

@@ -92,8 +92,10 @@ __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) {
   return __uint_as_float(static_cast<std::uint32_t>(x.bits) << 16);
 }
+__device__ __forceinline__ float to_float(f16 x) { return from_f16(x); }
 __device__ __forceinline__ void assign(float& target, float x) { target = x; }
 __device__ __forceinline__ void assign(bf16& target, float x) { target = to_bf16(x); }
+__device__ __forceinline__ void assign(f16& target, float x) { target = to_f16(x); }
 
 // x as an element of type T would hold it.
 template <class T>

@@ -36,7 +36,7 @@ namespace HRMCORE_ISA {
 namespace {
 
 // Enough independent chains to fill the pipelines, few enough to stay in registers.
-#if defined(HRMCORE_ISA_avx512) || defined(HRMCORE_ISA_vnni)
+#if defined(HRMCORE_ISA_avx512) || defined(HRMCORE_ISA_vnni) || defined(HRMCORE_ARM64)
 constexpr int chains = 24;
 #else
 constexpr int chains = 12;

@@ -2,7 +2,9 @@
 
 #include <signal.h>
 #include <sys/mman.h>
+#if defined(__linux__)
 #include <sys/syscall.h>
+#endif
 #include <unistd.h>
 
 #include <atomic>
@@ -42,14 +44,18 @@ RangeSlot* slot_around(std::uintptr_t address) {
   return nullptr;
 }
 
-// All from the missing page on: behind the end of a file no page is left. The bare system call, because
+// All from the missing page on: behind the end of a file no page is left. On Linux the bare call, because
 // mmap() is not among the functions that a handler may call, and a sanitizer's mmap counts as a write to
 // memory that others read. Two threads may come here with the same page; the second changes nothing.
 bool read_as_zeros(const RangeSlot& slot, std::uintptr_t address) {
   const std::uintptr_t page = address / page_size * page_size;
   const std::uintptr_t bytes = slot.end.load(std::memory_order_relaxed) - page;
-  return syscall(SYS_mmap, page, bytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED,
-                 -1, 0) != -1;
+  constexpr int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+#if defined(__linux__)
+  return syscall(SYS_mmap, page, bytes, PROT_READ, flags, -1, 0) != -1;
+#else
+  return mmap(reinterpret_cast<void*>(page), bytes, PROT_READ, flags, -1, 0) != MAP_FAILED;
+#endif
 }
 
 void pass_on(int signal, siginfo_t* info, void* context) {

@@ -16,6 +16,14 @@ namespace {
 
 constexpr std::int64_t huge_page = 2 << 20;
 
+const timespec& changed(const struct stat& status) {
+#if defined(__APPLE__)
+  return status.st_mtimespec;
+#else
+  return status.st_mtim;
+#endif
+}
+
 }  // namespace
 
 Memory::Memory(std::int64_t bytes) : size_(bytes) {
@@ -55,8 +63,8 @@ Memory Memory::map_file(const std::string& path, std::int64_t offset, std::int64
   memory.size_ = bytes;
   memory.range_ = MappedRange(memory.data_, bytes);
   memory.file_size_ = status.st_size;
-  memory.changed_seconds_ = status.st_mtim.tv_sec;
-  memory.changed_nanoseconds_ = status.st_mtim.tv_nsec;
+  memory.changed_seconds_ = changed(status).tv_sec;
+  memory.changed_nanoseconds_ = changed(status).tv_nsec;
   return memory;
 }
 
@@ -64,7 +72,7 @@ bool Memory::unchanged() const {
   if (file_ < 0) return true;
   struct stat status{};
   return !range_.lost() && fstat(file_, &status) == 0 && status.st_size == file_size_ &&
-         status.st_mtim.tv_sec == changed_seconds_ && status.st_mtim.tv_nsec == changed_nanoseconds_;
+         changed(status).tv_sec == changed_seconds_ && changed(status).tv_nsec == changed_nanoseconds_;
 }
 
 void Memory::swap(Memory& other) noexcept {

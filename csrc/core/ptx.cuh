@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 // The caller's place in the source, a last parameter of everything that the emulator may find fault with.
 #if defined(__CUDACC__)
@@ -24,8 +25,14 @@ struct bf16 {
   std::uint16_t bits;
 };
 
-// Two bf16 in one register, the first in the low half.
+// IEEE's half precision: 11 significant bits, up to 65504.
+struct f16 {
+  std::uint16_t bits;
+};
+
+// Two bf16, or two f16, in one register, the first in the low half.
 using bf16x2 = std::uint32_t;
+using f16x2 = std::uint32_t;
 
 // Round to nearest even; a NaN becomes the canonical NaN.
 __device__ __forceinline__ bf16 to_bf16(float x) {
@@ -47,6 +54,39 @@ __device__ __forceinline__ bf16x2 to_bf16x2(float low, float high) {
   return result;
 #else
   return to_bf16(low).bits | static_cast<std::uint32_t>(to_bf16(high).bits) << 16;
+#endif
+}
+
+// Round to nearest even; too large a number becomes infinite.
+__device__ __forceinline__ f16 to_f16(float x) {
+#if defined(__CUDACC__)
+  f16 result;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+  return result;
+#else
+  const std::uint32_t sign = __float_as_uint(x) >> 16 & 0x8000, bits = __float_as_uint(x) & 0x7fffffff;
+  if (x != x) return {0x7fff};
+  if (bits >= 0x477ff000) return {static_cast<std::uint16_t>(sign | 0x7c00)};  // 65520 and more
+  if (bits < 0x38800000) {  // below 2^-14 a unit is 2^-24: float32's own rounding in the last place of a half
+    const float shifted = __uint_as_float(bits) + 0.5f;
+    return {static_cast<std::uint16_t>(sign | (__float_as_uint(shifted) - 0x3f000000))};
+  }
+  const std::uint32_t even = bits - 0x38000000 + 0xfff + (bits >> 13 & 1);
+  return {static_cast<std::uint16_t>(sign | even >> 13)};
+#endif
+}
+
+__device__ __forceinline__ float from_f16(f16 x) {
+#if defined(__CUDACC__)
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
+  return result;
+#else
+  const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
+  if (rest >= 0x7c00) return __uint_as_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+  // As float32 with an exponent 112 too small, which a product with 2^112 mends, subnormal numbers too.
+  const float magnitude = __uint_as_float(rest << 13) * 0x1p112f;
+  return sign != 0 ? -magnitude : magnitude;
 #endif
 }
 
@@ -117,47 +157,75 @@ __device__ __forceinline__ std::uint32_t byte_permute(std::uint32_t x, std::uint
 #endif
 }
 
-// x * y + z in each half, rounded once.
-__device__ __forceinline__ bf16x2 multiply_add(bf16x2 x, bf16x2 y, bf16x2 z) {
+// x, of which the compiler knows nothing: it cannot compute what follows from it any earlier.
+__device__ __forceinline__ int opaque(int x) {
 #if defined(__CUDACC__)
-  bf16x2 result;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(x), "r"(y), "r"(z));
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
+// The bits of x under a mask, and others beside: one instruction, which the compiler makes of it only when told.
+__device__ __forceinline__ std::uint32_t masked(std::uint32_t x, std::uint32_t mask, std::uint32_t others) {
+#if defined(__CUDACC__)
+  std::uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(x), "r"(mask), "r"(others));
   return result;
 #else
-  const auto half = [](bf16x2 pair, int which) {
-    return __uint_as_float((which == 0 ? pair << 16 : pair) & 0xffff0000u);
+  return (x & mask) | others;
+#endif
+}
+
+// x * y + z of each f16, rounded once.
+__device__ __forceinline__ f16x2 multiply_add(f16x2 x, f16x2 y, f16x2 z) {
+#if defined(__CUDACC__)
+  f16x2 result;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(x), "r"(y), "r"(z));
+  return result;
+#else
+  const auto half = [](f16x2 pair, int which) {
+    return from_f16({static_cast<std::uint16_t>(which == 0 ? pair : pair >> 16)});
   };
-  // A product of two bfloat16 is exact in float32; the sum is rounded twice, alike where it is exact.
-  return to_bf16x2(half(x, 0) * half(y, 0) + half(z, 0), half(x, 1) * half(y, 1) + half(z, 1));
+  // A product of two f16 is exact in float32; the sum is rounded twice, alike where it is exact.
+  f16x2 result = 0;
+  for (int i = 0; i < 2; ++i) {
+    result |= static_cast<f16x2>(to_f16(half(x, i) * half(y, i) + half(z, i)).bits) << (16 * i);
+  }
+  return result;
 #endif
 }
 
 #if !defined(__CUDACC__)
 namespace host {
 
-inline float half_of(bf16x2 pair, int which) {
+template <class T>
+float half_of(std::uint32_t pair, int which) {
+  if constexpr (std::is_same_v<T, f16>) {
+    return from_f16({static_cast<std::uint16_t>(which == 0 ? pair : pair >> 16)});
+  }
   return __uint_as_float((which == 0 ? pair << 16 : pair) & 0xffff0000u);
 }
 
 struct MmaInputs {
   const float* c;
-  const bf16x2 *a, *b;
+  const std::uint32_t *a, *b;
 };
 
 // Lane t holds, with g = t / 4 and h = t % 4: A rows g and g + 8, columns 2h, 2h + 1 and 8 more; B rows 2h,
 // 2h + 1 and 8 more, column g; C rows g and g + 8, columns 2h and 2h + 1.
-inline void mma_bf16(const void* const (&in)[32], void* const (&out)[32]) {
+template <class T>
+void mma(const void* const (&in)[32], void* const (&out)[32]) {
   float a[16][16], b[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     const auto& fragments = *static_cast<const MmaInputs*>(in[lane]);
     const int g = lane / 4, h = lane % 4;
     for (int i = 0; i < 2; ++i) {
-      a[g][2 * h + i] = half_of(fragments.a[0], i);
-      a[g + 8][2 * h + i] = half_of(fragments.a[1], i);
-      a[g][2 * h + 8 + i] = half_of(fragments.a[2], i);
-      a[g + 8][2 * h + 8 + i] = half_of(fragments.a[3], i);
-      b[2 * h + i][g] = half_of(fragments.b[0], i);
-      b[2 * h + 8 + i][g] = half_of(fragments.b[1], i);
+      a[g][2 * h + i] = half_of<T>(fragments.a[0], i);
+      a[g + 8][2 * h + i] = half_of<T>(fragments.a[1], i);
+      a[g][2 * h + 8 + i] = half_of<T>(fragments.a[2], i);
+      a[g + 8][2 * h + 8 + i] = half_of<T>(fragments.a[3], i);
+      b[2 * h + i][g] = half_of<T>(fragments.b[0], i);
+      b[2 * h + 8 + i][g] = half_of<T>(fragments.b[1], i);
     }
   }
   for (int lane = 0; lane < 32; ++lane) {
@@ -204,7 +272,23 @@ __device__ __forceinline__ void mma_bf16(float (&c)[4], const bf16x2 (&a)[4],
 #else
   const host::MmaInputs inputs{c, a, b};
   float sums[4];
-  emulator::warp_operation("mma.sync", 0xffffffffu, &inputs, sums, host::mma_bf16, site);
+  emulator::warp_operation("mma.sync", 0xffffffffu, &inputs, sums, host::mma<bf16>, site);
+  for (int i = 0; i < 4; ++i) c[i] = sums[i];
+#endif
+}
+
+// The same of f16.
+__device__ __forceinline__ void mma_f16(float (&c)[4], const f16x2 (&a)[4],
+                                        const f16x2 (&b)[2] HRMCORE_SITE) {
+#if defined(__CUDACC__)
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  const host::MmaInputs inputs{c, a, b};
+  float sums[4];
+  emulator::warp_operation("mma.sync", 0xffffffffu, &inputs, sums, host::mma<f16>, site);
   for (int i = 0; i < 4; ++i) c[i] = sums[i];
 #endif
 }

@@ -11,18 +11,35 @@
 #include "core/tensor.h"
 #include "core/threads.h"
 
-#if defined(HRMCORE_ISA_avx2) || defined(HRMCORE_ISA_avx512) || defined(HRMCORE_ISA_vnni) || \
-    defined(HRMCORE_ISA_amx)
-#include <immintrin.h>
+// What the instruction sets have. 256-bit vectors: HRMCORE_AVX2; 512-bit ones: HRMCORE_AVX512.
+#if defined(HRMCORE_ISA_bf16) || defined(HRMCORE_ISA_amx)
+#define HRMCORE_AVX512_BF16 1
+#endif
+#if defined(HRMCORE_ISA_avx512) || defined(HRMCORE_ISA_vnni) || defined(HRMCORE_AVX512_BF16)
+#define HRMCORE_AVX512 1
+#endif
+#if defined(HRMCORE_ISA_avx2) || defined(HRMCORE_ISA_avxvnni)
+#define HRMCORE_AVX2 1
+#endif
+#if defined(HRMCORE_ISA_avxvnni) || (defined(HRMCORE_AVX512) && !defined(HRMCORE_ISA_avx512))
+#define HRMCORE_VNNI 1
 #endif
 
+#if defined(HRMCORE_AVX2) || defined(HRMCORE_AVX512)
+#include <immintrin.h>
+#endif
+#if defined(HRMCORE_ARM64)
+#include <arm_neon.h>
+#endif
+
+#define HRMCORE_METHOD inline __attribute__((always_inline))
 #define HRMCORE_INLINE static inline __attribute__((always_inline))
 
 namespace hrmcore::HRMCORE_ISA {
 
-#if defined(HRMCORE_ISA_avx512) || defined(HRMCORE_ISA_vnni) || defined(HRMCORE_ISA_amx)
+#if defined(HRMCORE_AVX512)
 constexpr int lanes = 16;
-#elif defined(HRMCORE_ISA_avx2)
+#elif defined(HRMCORE_AVX2)
 constexpr int lanes = 8;
 #else
 constexpr int lanes = 4;
@@ -52,20 +69,26 @@ HRMCORE_INLINE void store(float* p, vfloat v) { __builtin_memcpy(p, &v, sizeof(v
 // splits the vector in two, and bytes into single elements. (The full mask because of its false warning about
 // the plain intrinsic.)
 HRMCORE_INLINE vuint widen(vhalf halves) {
-#if defined(HRMCORE_ISA_avx2)
+#if defined(HRMCORE_AVX2)
   return (vuint)_mm256_cvtepu16_epi32((__m128i)halves);
-#elif defined(HRMCORE_ISA_avx512) || defined(HRMCORE_ISA_vnni) || defined(HRMCORE_ISA_amx)
+#elif defined(HRMCORE_AVX512)
   return (vuint)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)halves);
+#elif defined(HRMCORE_ARM64)
+  return (vuint)vmovl_u16((uint16x4_t)halves);
 #else
   return __builtin_convertvector(halves, vuint);
 #endif
 }
 
 HRMCORE_INLINE vint widen(vbyte bytes) {
-#if defined(HRMCORE_ISA_avx2)
+#if defined(HRMCORE_AVX2)
   return (vint)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((long long)bytes));
-#elif defined(HRMCORE_ISA_avx512) || defined(HRMCORE_ISA_vnni) || defined(HRMCORE_ISA_amx)
+#elif defined(HRMCORE_AVX512)
   return (vint)_mm512_maskz_cvtepi8_epi32(0xffff, (__m128i)bytes);
+#elif defined(HRMCORE_ARM64)
+  std::uint32_t bits;
+  __builtin_memcpy(&bits, &bytes, sizeof(bits));
+  return (vint)vmovl_s16(vget_low_s16(vmovl_s8((int8x8_t)vdup_n_u32(bits))));
 #else
   return __builtin_convertvector(bytes, vint);
 #endif

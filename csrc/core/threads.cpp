@@ -2,7 +2,9 @@
 
 #include <dlfcn.h>
 #include <pthread.h>
+#if defined(__linux__)
 #include <sched.h>
+#endif
 
 #include <atomic>
 #include <condition_variable>
@@ -20,9 +22,11 @@ namespace {
 thread_local bool inside_region = false;
 
 int available_processors() {
+#if defined(__linux__)
   cpu_set_t set;
   CPU_ZERO(&set);
   if (sched_getaffinity(0, sizeof(set), &set) == 0) return CPU_COUNT(&set);
+#endif
   const unsigned count = std::thread::hardware_concurrency();
   return count == 0 ? 1 : static_cast<int>(count);
 }
@@ -142,7 +146,7 @@ void run_on_pool(Region& region, int threads) {
 
 // torch's OpenMP workers spin for milliseconds after each of its own regions and would fight a second team
 // for the processors. So where an OpenMP runtime is loaded (torch makes it globally visible), its team is
-// borrowed.
+// borrowed. On macOS torch's runtime has no such entry, and the pool serves.
 using OpenMpParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 OpenMpParallel openmp_parallel() {

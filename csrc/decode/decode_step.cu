@@ -7,8 +7,9 @@ namespace hrmcore::cuda {
 namespace {
 
 // The phases that one launch goes through, and how many tiles the blocks have been dealt before.
+template <class P>
 struct Segment {
-  DecodeParams params;
+  P params;
   SharedLayout layout;
   SchedulePoint first;
   int phases;  // 1, or all of them in a cooperative launch
@@ -17,19 +18,20 @@ struct Segment {
 
 // What a phase reads from memory is on its way before the barrier that it waits for, and before those ahead of
 // it as far as the rings reach. The head has rings of its own packing, begun at the last barrier.
-template <Packing packing, int stages>
-__global__ void __launch_bounds__(decode_threads, 1) decode(Segment segment) {
-  const DecodeParams& params = segment.params;
+template <Packing packing, int stages, class P>
+__global__ void __launch_bounds__(decode_threads, 1) decode(Segment<P> segment) {
+  const P& params = segment.params;
   const SharedLayout& layout = segment.layout;
   const bool persistent = segment.phases > 1;
   load_request_state(params, layout);
-  Consumer block{params, layout, segment.first, first_tile(segment.dealt)};
+  Consumer<P> block{params, layout, segment.first, first_tile(segment.dealt)};
   GridBarrier barrier(params.barrier);
   if (block.at.phase != Phase::head) {
-    Loader<packing, stages> loader(params, layout, block.at, persistent ? segment.phases - 1 : 1, block.tile);
+    Loader<packing, stages, P> loader(params, layout, block.at, persistent ? segment.phases - 1 : 1,
+                                      block.tile);
     for (;;) {
       if (block.at.phase == Phase::attention) {
-        attend(params, layout, loader, block.at.slot);
+        attend<packing>(params, layout, loader, block.at.slot);
       } else {
         multiply_phase<packing>(block, loader);
       }
@@ -40,9 +42,11 @@ __global__ void __launch_bounds__(decode_threads, 1) decode(Segment segment) {
       barrier.wait();
     }
   }
-  Loader<head_packing(packing), stages> loader(params, layout, block.at, 1, block.tile);
+  constexpr Packing head = head_packing(packing);
+  Loader<head, stages * stage_bytes<packing> / stage_bytes<head>, P> loader(params, layout, block.at, 1,
+                                                                            block.tile);
   if (persistent) barrier.wait();
-  multiply_phase<head_packing(packing)>(block, loader);
+  multiply_phase<head>(block, loader);
 }
 
 constexpr int up_to(int bytes, int multiple) { return (bytes + multiple - 1) / multiple * multiple; }
@@ -72,19 +76,20 @@ SharedLayout shared_layout(const DecodeParams& params, int page_entries, int til
   return layout;
 }
 
-template <Packing packing, int stages>
+template <Packing packing, int stages, class P>
 const char* launch_decode(const DecodeStep& args, const DecodeParams& params, const SharedLayout& layout,
                           int blocks, void* stream) {
-  Segment segment{params, layout, {0, 0, 0, 0, Phase::gqkv}, 1, 0};
+  Segment<P> segment{{}, layout, {0, 0, 0, 0, Phase::gqkv}, 1, 0};
+  static_cast<DecodeParams&>(segment.params) = params;
   LaunchShape shape{dim3(static_cast<unsigned>(blocks)), decode_threads};
   shape.shared_bytes = static_cast<std::size_t>(layout.rings + decode_warps * stages * stage_bytes<packing>);
   if (args.persistent) {
     segment.phases = params.schedule.phases();
     shape.cooperative = true;
-    return launch(decode<packing, stages>, shape, segment, stream);
+    return launch(decode<packing, stages, P>, shape, segment, stream);
   }
   for (int left = params.schedule.phases(); left > 0; --left) {
-    const char* error = launch(decode<packing, stages>, shape, segment, stream);
+    const char* error = launch(decode<packing, stages, P>, shape, segment, stream);
     if (error != nullptr) return error;
     segment.dealt = (segment.dealt + params.shape(segment.first.phase).tiles) % blocks;
     segment.first = params.schedule.after(segment.first);
@@ -130,14 +135,27 @@ const char* launch_packed(const DecodeStep& args, DecodeParams params, void* str
   const int pages = pages_of_block(params, blocks, params.splits_apart);
   // The rings as deep as they fit: what is on its way covers the memory's latency and the phases' chains.
   constexpr int stage = decode_warps * stage_bytes<packing>;
+  constexpr bool int8 = packing == Packing::int8, int4 = packing == Packing::int4;
+  constexpr int deep = int8   ? 7
+                       : int4 ? 12
+                              : 11,
+                middle = int8   ? 5
+                         : int4 ? 8
+                                : 7,
+                shallow = int8   ? 2
+                          : int4 ? 4
+                                 : 3;
   const SharedLayout wide = shared_layout(params, pages, max_tiles_together),
                      narrow = shared_layout(params, pages, 1);
-  if (wide.rings + 11 * stage <= limits.shared_bytes)
-    return launch_decode<packing, 11>(args, params, wide, blocks, stream);
-  if (wide.rings + 7 * stage <= limits.shared_bytes)
-    return launch_decode<packing, 7>(args, params, wide, blocks, stream);
-  if (narrow.rings + 3 * stage <= limits.shared_bytes)
-    return launch_decode<packing, 3>(args, params, narrow, blocks, stream);
+  const bool plain = params.head_dim == PlainParams::head_dim && params.log_decay == nullptr;
+  if (plain && wide.rings + deep * stage <= limits.shared_bytes)
+    return launch_decode<packing, deep, PlainParams>(args, params, wide, blocks, stream);
+  if (wide.rings + middle * stage <= limits.shared_bytes)
+    return plain ? launch_decode<packing, middle, PlainParams>(args, params, wide, blocks, stream)
+                 : launch_decode<packing, middle, DecodeParams>(args, params, wide, blocks, stream);
+  if (narrow.rings + shallow * stage <= limits.shared_bytes)
+    return plain ? launch_decode<packing, shallow, PlainParams>(args, params, narrow, blocks, stream)
+                 : launch_decode<packing, shallow, DecodeParams>(args, params, narrow, blocks, stream);
   return "the step's activations do not fit this device's shared memory: fewer requests at once would";
 }
 
@@ -146,6 +164,7 @@ int size(const TensorView& tensor, int axis) { return static_cast<int>(tensor.sh
 DecodeParams params_of(const DecodeStep& args) {
   DecodeParams params{};
   params.batch = size(args.tokens, 0);
+  params.inverse_batch = static_cast<std::uint32_t>(((std::uint64_t{1} << 32) - 1) / params.batch + 1);
   params.width = size(args.z_init, 0);
   params.ffn = static_cast<int>(args.ffn);
   params.heads = size(args.kv, 3);

@@ -34,14 +34,20 @@ constexpr int tile_partials = decode_warps * tile_rows * max_batch;  // float32
 
 #define HRMCORE_REQUEST_STATE(T, member) shared_array<T>(offsetof(RequestState, member))
 
+template <Packing packing>
+constexpr int stage_pieces = stage_weights<packing> / 16;
+
 // A page that this block attends to: where its rows begin in the cache, whose they are, and how many of them are
 // earlier than the new token. Listed once a launch, in the order in which every layer takes them.
-struct PageEntry {
-  int row, request, head, earlier;
+struct alignas(16) PageEntry {
+  enum Marks { task_begins = 1, split_ends = 2, task_ends = 4, task_has_own_row = 8 };
+  int row, request, head, earlier, split, marks;
 };
+static_assert(sizeof(PageEntry) == 32);
 
 // A page of a request's table.
-__device__ __forceinline__ int page_of(const DecodeParams& params, int request, int number) {
+template <class P>
+__device__ __forceinline__ int page_of(const P& params, int request, int number) {
   return clamped(load_one(params.tables + request * params.table_length + number), params.cache_pages);
 }
 
@@ -60,12 +66,14 @@ __device__ __forceinline__ int split_begin(int request, int split) {
   return first + static_cast<int>(static_cast<unsigned>(pages * split) / static_cast<unsigned>(count));
 }
 
-__device__ __forceinline__ int attention_tasks(const DecodeParams& params) {
+template <class P>
+__device__ __forceinline__ int attention_tasks(const P& params) {
   return params.batch * params.heads * (params.splits_apart ? max_kv_splits : 1);
 }
 
 // The split is a task's slowest index: there are fewer of them than tasks have room for.
-__device__ __forceinline__ AttentionTask attention_task(const DecodeParams& params, int number) {
+template <class P>
+__device__ __forceinline__ AttentionTask attention_task(const P& params, int number) {
   const unsigned rows = static_cast<unsigned>(params.batch * params.heads);
   const unsigned split = static_cast<unsigned>(number) / rows,
                  row = static_cast<unsigned>(number) - split * rows;
@@ -83,7 +91,8 @@ __device__ __forceinline__ AttentionTask attention_task(const DecodeParams& para
 }
 
 // Keys (which = 0) or values (1) of a slot: (tokens, attention width).
-__device__ __forceinline__ bf16* cache_of(const DecodeParams& params, int slot, int which) {
+template <class P>
+__device__ __forceinline__ bf16* cache_of(const P& params, int slot, int which) {
   const std::int64_t rows = static_cast<std::int64_t>(params.cache_pages) * page_tokens;
   return static_cast<bf16*>(params.kv) + (2 * slot + which) * rows * params.attention_width();
 }
@@ -98,12 +107,12 @@ __device__ __forceinline__ int first_tile(int dealt) {
 //
 //   wait()    the offset in shared memory of the next stage, which has landed for the whole warp
 //   refill()  once the warp's lanes have read it: the next one to load, into the place of the stage before
-template <Packing packing, int stages>
+template <Packing packing, int stages, class P>
 class Loader {
  public:
   // The stages of `phases` phases from `first` on, whose first tile for this block is `tile`.
-  __device__ __forceinline__ Loader(const DecodeParams& params, const SharedLayout& layout,
-                                    SchedulePoint first, int phases, int tile)
+  __device__ __forceinline__ Loader(const P& params, const SharedLayout& layout, SchedulePoint first,
+                                    int phases, int tile)
       : params_(params),
         layout_(layout),
         ring_(layout.rings + warp_id() * stages * stage_bytes<packing>),
@@ -128,115 +137,117 @@ class Loader {
 
  private:
   __device__ __forceinline__ void load(int slot) {
-    while (stages_left_ == 0 && phases_left_ > 0) enter();
+    if (stages_left_ == 0) enter_run();
     if (stages_left_ > 0) {
-      if (at_.phase == Phase::attention) {
+      --stages_left_;
+      if (tiles_ == 0) {
         load_page(slot);
       } else {
         load_items(slot);
       }
-      if (--stages_left_ == 0) leave_run();
     }
     commit_copies();
   }
 
-  // Four items of this warp's share of a tile.
+  // Items of this warp's share of a tile: they follow one another, scales and all.
   __device__ __forceinline__ void load_items(int slot) {
-    constexpr int item = item_bytes<packing>, scale_lanes = ItemOf<packing>::groups * group_scale_bytes / 16;
+    constexpr int together = (stage_pieces<packing> + 31) / 32;
     std::uint8_t* const place =
         shared_array<std::uint8_t>(static_cast<std::size_t>(slot + 16 * lane_id())).data;
-    if (items_left_ >= stage_items) {
+    const int pieces = pieces_left_ - lane_id();  // this lane takes each 32nd of them
+    if (pieces_left_ >= stage_pieces<packing>) {
 #pragma unroll
-      for (int i = 0; i < stage_items; ++i) copy_async(place + i * item, next_ + i * item, 16);
-      if (scale_lanes > 0 && lane_id() < scale_lanes) {
-#pragma unroll
-        for (int i = 0; i < stage_items; ++i) {
-          copy_async(place + (i * item + fragment_bytes), next_ + (i * item + fragment_bytes), 16);
+      for (int i = 0; i < together; ++i) {
+        if (32 * (i + 1) <= stage_pieces<packing> || lane_id() < stage_pieces<packing> - 32 * i) {
+          copy_async(place + 512 * i, next_ + 512 * i, 16);
         }
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < stage_items - 1; ++i) {
-        if (i >= items_left_) break;
-        copy_async(place + i * item, next_ + i * item, 16);
-        if (scale_lanes > 0 && lane_id() < scale_lanes) {
-          copy_async(place + (i * item + fragment_bytes), next_ + (i * item + fragment_bytes), 16);
-        }
+      for (int i = 0; i < together; ++i) {
+        if (32 * i < pieces) copy_async(place + 512 * i, next_ + 512 * i, 16);
       }
     }
-    next_ += stage_bytes<packing>;
-    items_left_ -= stage_items;
+    next_ += stage_weights<packing>;
+    pieces_left_ -= stage_pieces<packing>;
   }
 
   // This warp's 8 rows of a page, first of keys and then of values; zeros from the new token on.
   __device__ __forceinline__ void load_page(int slot) {
     const PageEntry entry = shared_array<PageEntry>(static_cast<std::size_t>(layout_.pages))[entry_ / 2];
-    const int shift = params_.head_shift - 3;  // 16-byte pieces of a row
+    const int shift = params_.head_shift - 3;  // 16-byte pieces of a row; a lane's are all of one column
     const int width = params_.attention_width(), first = page_rows_of_warp * warp_id();
-    const bf16* rows = cache_of(params_, at_.slot, entry_ % 2) +
-                       (static_cast<std::int64_t>(entry.row) + first) * width + entry.head * params_.head_dim;
-#pragma unroll 1
-    for (int piece = lane_id(); piece < page_rows_of_warp << shift; piece += 32) {
-      const int inner = piece >> shift, column = (piece & ((1 << shift) - 1)) * 8;
-      std::uint8_t* const place =
-          shared_array<std::uint8_t>(static_cast<std::size_t>(slot + 16 * piece)).data;
-      copy_async(place, rows + inner * width + column, first + inner < entry.earlier ? 16 : 0);
+    const int column = lane_id() & ((1 << shift) - 1), turn = 32 >> shift;
+    int inner = lane_id() >> shift;
+    const bf16* row = cache_of(params_, slot_of_cache_, entry_ % 2) +
+                      (static_cast<std::int64_t>(entry.row) + first + inner) * width +
+                      entry.head * params_.head_dim + 8 * column;
+    std::uint8_t* const place =
+        shared_array<std::uint8_t>(static_cast<std::size_t>(slot + 16 * lane_id())).data;
+#pragma unroll
+    for (int i = 0; i < page_rows_of_warp * 128 * 2 / 512; ++i) {
+      if (inner >= page_rows_of_warp) break;
+      copy_async(place + 512 * i, row, first + inner < entry.earlier ? 16 : 0);
+      row += turn * width;
+      inner += turn;
     }
     ++entry_;
   }
 
-  // The end of a tile, or of the pages: on to the block's next tile, or out of the phase.
-  __device__ __forceinline__ void leave_run() {
-    if (at_.phase != Phase::attention) {
+  // After the end of a run of stages, a tile's or all pages': the block's next tile, or the next phase that has some.
+  __device__ __forceinline__ void enter_run() {
+    if (tiles_ > 0) {
       tile_ += static_cast<int>(gridDim.x);
-      const MatrixShape& shape = params_.shape(at_.phase);
-      if (tile_ < shape.tiles) {
+      if (tile_ < tiles_) {
         next_ += to_next_tile_;
-        stages_left_ = shape.stages;
-        items_left_ = items_of_tile_;
+        stages_left_ = stages_of_tile_;
+        pieces_left_ = pieces_of_tile_;
         return;
       }
-      tile_ -= shape.tiles;
+      tile_ -= tiles_;
     }
-    advance();
-  }
-  __device__ __forceinline__ void advance() {
-    --phases_left_;
-    at_ = params_.schedule.after(at_);
+    tiles_ = 0;
+    while (stages_left_ == 0 && phases_left_ > 0) enter_phase();
   }
 
   // Begins a phase, or passes it where it has nothing for this block.
-  __device__ __forceinline__ void enter() {
-    if (at_.phase == Phase::attention) {
+  __device__ __forceinline__ void enter_phase() {
+    const SchedulePoint at = at_;
+    at_ = params_.schedule.after(at_);
+    --phases_left_;
+    if (at.phase == Phase::attention) {
       entry_ = 0;
+      slot_of_cache_ = at.slot;
       stages_left_ = 2 * HRMCORE_REQUEST_STATE(int, page_entries)[0];
-      if (stages_left_ == 0) advance();
       return;
     }
-    const MatrixShape& shape = params_.shape(at_.phase);
+    const MatrixShape& shape = params_.shape(at.phase);
     if (tile_ >= shape.tiles) {
       tile_ -= shape.tiles;
-      advance();
       return;
     }
     const std::byte* base = params_.head_weights;
-    if (at_.phase != Phase::head) {
-      base = (params_.schedule.is_h(at_) ? params_.h_weights : params_.l_weights) +
-             at_.layer * params_.layer_bytes + shape.offset;
+    if (at.phase != Phase::head) {
+      base = (params_.schedule.is_h(at) ? params_.h_weights : params_.l_weights) +
+             at.layer * params_.layer_bytes + shape.offset;
     }
     const int first_item = warp_id() * shape.warp_items;
     next_ = base + tile_ * shape.tile_bytes + first_item * item_bytes<packing> + 16 * lane_id();
-    to_next_tile_ = static_cast<int>(gridDim.x) * shape.tile_bytes - shape.stages * stage_bytes<packing>;
-    items_left_ = items_of_tile_ = min(shape.warp_items, shape.items - first_item);
-    stages_left_ = shape.stages;
+    to_next_tile_ = static_cast<int>(gridDim.x) * shape.tile_bytes - shape.stages * stage_weights<packing>;
+    pieces_left_ = pieces_of_tile_ =
+        min(shape.warp_items, shape.items - first_item) * (item_bytes<packing> / 16);
+    stages_left_ = stages_of_tile_ = shape.stages;
+    tiles_ = shape.tiles;
   }
 
-  const DecodeParams& params_;
+  const P& params_;
   const SharedLayout& layout_;
   int ring_, slot_;
   SchedulePoint at_;
   int phases_left_;
-  int tile_, items_of_tile_ = 0, stages_left_ = 0, items_left_ = 0, entry_ = 0;
+  int tile_, tiles_ = 0;  // the block's tile of a matrix, and how many that has; 0 among pages
+  int stages_left_ = 0, stages_of_tile_ = 0, pieces_left_ = 0, pieces_of_tile_ = 0;  // pieces of 16 bytes
+  int entry_ = 0, slot_of_cache_ = 0;
   const std::byte* next_ = nullptr;
   std::int64_t to_next_tile_ = 0;
 };

@@ -8,8 +8,9 @@
 namespace hrmcore::cuda {
 
 // Where a block stands among the tiles of a phase.
+template <class P>
 struct Consumer {
-  const DecodeParams& params;
+  const P& params;
   const SharedLayout& layout;
   SchedulePoint at;
   int tile;  // the block's next
@@ -32,11 +33,13 @@ __device__ __forceinline__ void put_squares(float square) {
   if (lane_id() < max_batch)
     HRMCORE_REQUEST_STATE(float, squares)[warp_id() * max_batch + lane_id()] = square;
 }
-__device__ __forceinline__ float inverse_rms(const DecodeParams& params, float squares) {
+template <class P>
+__device__ __forceinline__ float inverse_rms(const P& params, float squares) {
   return quick_reciprocal_root(squares * params.inverse_width + params.eps);
 }
 // Of a request's row, once the block has passed a barrier after put_squares.
-__device__ __forceinline__ float inverse_rms_of(const DecodeParams& params, int request) {
+template <class P>
+__device__ __forceinline__ float inverse_rms_of(const P& params, int request) {
   float sum = 0;
 #pragma unroll
   for (int warp = 0; warp < decode_warps; ++warp) {
@@ -47,56 +50,73 @@ __device__ __forceinline__ float inverse_rms_of(const DecodeParams& params, int 
 
 // The squares of `count` tiles from `first` on that the phase before has left, (D / 16, B): lane 8i + r adds
 // those of request r of every fourth tile.
-__device__ __forceinline__ float squares_of_tiles(const DecodeParams& params, int first, int count) {
+template <class P>
+__device__ __forceinline__ float squares_of_tiles(const P& params, int first, int count) {
   const int request = lane_id() % max_batch;
   float sum = 0;
-  if (request < params.batch) {
-#pragma unroll 4
-    for (int tile = lane_id() / max_batch; tile < count; tile += 32 / max_batch) {
-      sum += load_one(params.squares + (first + tile) * params.batch + request);
+  constexpr int together = 4, turn = 32 / max_batch;
+#pragma unroll 1
+  for (int tile = request < params.batch ? lane_id() / max_batch : count; tile < count;
+       tile += together * turn) {
+    float squares[together];  // read at once, and then added
+#pragma unroll
+    for (int i = 0; i < together; ++i) {
+      squares[i] = 0;
+      if (tile + i * turn < count)
+        squares[i] = load_one(params.squares + (first + tile + i * turn) * params.batch + request);
     }
+#pragma unroll
+    for (int i = 0; i < together; ++i) sum += squares[i];
   }
   return sum;
 }
 
 // Copies this warp's share of rows in their order from global memory. `meanwhile` runs once, when the first are on
 // their way: what it reads itself is not waited for after them.
-template <class Meanwhile>
-__device__ __forceinline__ void bring_rows(const DecodeParams& params, const WarpShare& share,
-                                           const void* rows, const Activations& x,
-                                           const Meanwhile& meanwhile) {
-  const Packed<bf16, 8>* from =
-      static_cast<const Packed<bf16, 8>*>(rows) + share.first_sixteen * params.batch * 2;
-  const SharedArray<Packed<bf16, 8>> to = x.pieces();
+template <Packing packing, class Meanwhile, class P>
+__device__ __forceinline__ void bring_rows(const P& params, const WarpShare& share, const void* rows,
+                                           const Activations& x, const Meanwhile& meanwhile) {
+  const ActivationPiece<packing>* from =
+      static_cast<const ActivationPiece<packing>*>(rows) + share.first_sixteen * params.batch * 2;
+  const SharedArray<ActivationPiece<packing>> to = x.pieces<packing>();
   const int count = share.sixteens * params.batch * 2;
-  constexpr int together = 4;
+  constexpr int together = 8;
   bool begun = false;
 #pragma unroll 1
   for (int first = lane_id(); !begun || first < count; first += 32 * together) {
-    Packed<bf16, 8> pieces[together];
+    ActivationPiece<packing> pieces[together];
+    const int left = count - first + lane_id();  // of the warp
 #pragma unroll
     for (int i = 0; i < together; ++i) {
+      if (32 * i >= left) break;
       if (first + 32 * i < count) pieces[i] = load_packed<8>(&from[first + 32 * i].at[0]);
     }
     if (!begun) meanwhile();
     begun = true;
 #pragma unroll
     for (int i = 0; i < together; ++i) {
+      if (32 * i >= left) break;
       if (first + 32 * i < count) to[first + 32 * i] = pieces[i];
     }
   }
 }
 
 // The same of what the attention has left, its splits joined.
-__device__ __forceinline__ void bring_attended(const DecodeParams& params, const WarpShare& share,
+template <Packing packing, class P>
+__device__ __forceinline__ void bring_attended(const P& params, const WarpShare& share,
                                                const Activations& x) {
-  const SharedArray<Packed<bf16, 8>> to = x.pieces();
+  const SharedArray<ActivationPiece<packing>> to = x.pieces<packing>();
   const int count = share.sixteens * params.batch * 2;
 #pragma unroll 1
   for (int piece = lane_id(); piece < count; piece += 32) {
-    const int row = piece / 2, sixteen = params.batch == 1 ? row : row / params.batch,
+    const int row = piece / 2,
+              sixteen = params.batch == 1 ? row
+                                          : static_cast<int>(std::uint64_t{params.inverse_batch} *
+                                                                 static_cast<std::uint32_t>(row) >>
+                                                             32),
               request = row - sixteen * params.batch;
-    to[piece] = attended_channels(params, request, 16 * (share.first_sixteen + sixteen) + 8 * (piece % 2));
+    const int channel = 16 * (share.first_sixteen + sixteen) + 8 * (piece % 2);
+    to[piece] = attended_channels<packing>(params, request, channel);
   }
 }
 
@@ -107,12 +127,13 @@ struct Entered {
 
 // The stream that enters a visit: the state that the visit before left, its norm taken now (from the bfloat16
 // copy, as every norm), plus the other one. Each block computes all of it; one writes each tile down.
+template <class P>
 struct Entrance {
-  const DecodeParams& params;
+  const P& params;
   SchedulePoint at;
   float r;  // 1 / rms of this lane's request, where there is a visit before
 
-  __device__ __forceinline__ Entrance(const DecodeParams& params_, const SchedulePoint& at_)
+  __device__ __forceinline__ Entrance(const P& params_, const SchedulePoint& at_)
       : params(params_), at(at_), r(0) {
     if (at.visit == 0) return;
     float square = squares_of_tiles(params, 0, params.width / 16);
@@ -147,20 +168,21 @@ struct Entrance {
 };
 
 // Lane 8i + r serves request r, so that no lane asks which request it has.
-__device__ __forceinline__ void enter_visit(const DecodeParams& params, const SchedulePoint& at,
-                                            const WarpShare& share, const Activations& x) {
+template <Packing packing, class P>
+__device__ __forceinline__ void enter_visit(const P& params, const SchedulePoint& at, const WarpShare& share,
+                                            const Activations& x) {
   const Entrance entrance(params, at);
   const int request = lane_id() % max_batch, turn = 32 / max_batch;
-  const SharedArray<Packed<bf16, 8>> to = x.pieces();
+  const SharedArray<ActivationPiece<packing>> to = x.pieces<packing>();
   float square = 0;
   if (request < params.batch) {
 #pragma unroll 2
     for (int i = lane_id() / max_batch; i < 2 * share.sixteens; i += turn) {
       const Entered entered = entrance.channels(request, share.first_sixteen + i / 2, i % 2);
-      Packed<bf16, 8> eight;
+      ActivationPiece<packing> eight;
 #pragma unroll
       for (int c = 0; c < 8; ++c) {
-        eight.at[c] = to_bf16(entered.u[c]);
+        eight.at[c] = to_activation<packing>(entered.u[c]);
         square += entered.u[c] * entered.u[c];
       }
       to[(i / 2 * params.batch + request) * 2 + i % 2] = eight;
@@ -187,8 +209,9 @@ struct Sums {
 };
 
 // A pair of outputs i and i + d / 2 of one head, of one of gate, q, k, v.
-__device__ __forceinline__ void finish_gqkv(const Consumer& block, const Sums& sums) {
-  const DecodeParams& params = block.params;
+template <class P>
+__device__ __forceinline__ void finish_gqkv(const Consumer<P>& block, const Sums& sums) {
+  const P& params = block.params;
   const int d = params.head_dim, width = params.attention_width(), tiles_shift = params.head_shift - 4;
   const int head_of_all = sums.tile >> tiles_shift, heads = params.heads;
   const int kind = (head_of_all >= heads) + (head_of_all >= 2 * heads) + (head_of_all >= 3 * heads);
@@ -209,19 +232,31 @@ __device__ __forceinline__ void finish_gqkv(const Consumer& block, const Sums& s
     store<1>(cached + partner, Floats<1>{{high}});
     return;
   }
-  float* row = (kind == 0 ? params.gate : params.q) + sums.request * width;
-  const float scale = kind == 0 ? 1.0f : quick_reciprocal_root(static_cast<float>(d));
-  store<1>(row + channel, Floats<1>{{low * scale}});
-  store<1>(row + partner, Floats<1>{{high * scale}});
+  const int row = sums.request * width;
+  if (kind == 0) {
+    store<1>(params.gate + row + channel, Floats<1>{{low}});
+    store<1>(params.gate + row + partner, Floats<1>{{high}});
+    return;
+  }
+  bf16 *const first = static_cast<bf16*>(params.q) + row, *const second = first + max_batch * width;
+  const float scale = quick_reciprocal_root(static_cast<float>(d)), scaled[2] = {low * scale, high * scale};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int at = half == 0 ? channel : partner;
+    store<1>(first + at, Floats<1>{{scaled[half]}});
+    store<1>(second + at, Floats<1>{{scaled[half] - rounded<bf16>(scaled[half])}});
+  }
 }
 
-__device__ __forceinline__ void finish_gate_up(const Consumer& block, const Sums& sums) {
+template <Packing packing, class P>
+__device__ __forceinline__ void finish_gate_up(const Consumer<P>& block, const Sums& sums) {
   const int place = sums.tile / 2 * block.params.batch + sums.request;
-  bf16* hidden = static_cast<bf16*>(block.params.hidden) + place * 16 + sums.tile % 2 * 8 + sums.row;
-  store<1>(hidden, Floats<1>{{sums.low * sums.high * quick_reciprocal(1.0f + quick_exp(-sums.low))}});
+  store_activation<packing>(block.params.hidden, place * 16 + sums.tile % 2 * 8 + sums.row,
+                            sums.low * sums.high * quick_reciprocal(1.0f + quick_exp(-sums.low)));
 }
 
-__device__ __forceinline__ void finish_head(const Consumer& block, const Sums& sums) {
+template <class P>
+__device__ __forceinline__ void finish_head(const Consumer<P>& block, const Sums& sums) {
   const int token = sums.tile * tile_rows + sums.row, vocabulary = block.params.vocabulary;
   float* logits = block.params.logits + static_cast<std::int64_t>(sums.request) * vocabulary + token;
   if (token < vocabulary) store<1>(logits, Floats<1>{{sums.low}});
@@ -239,7 +274,8 @@ struct Finisher {
   bool mine;
   float low_before, high_before;  // of the stream, where the phase adds to it
 
-  __device__ __forceinline__ Finisher(const Consumer& block, bool to_stream)
+  template <class P>
+  __device__ __forceinline__ Finisher(const Consumer<P>& block, bool to_stream)
       : tile(block.tile + warp_id() % max_tiles_together * static_cast<int>(gridDim.x)),
         row(lane_id() / 4),
         request(lane_id() % 4 + warp_id() / 4 * 4),
@@ -256,20 +292,20 @@ struct Finisher {
 };
 
 // The stream's pair of rows of a request grows; what the next GEMM reads is written beside it, and its squares.
-__device__ __forceinline__ void finish_stream(const Consumer& block, const Sums& sums,
+template <Packing packing, class P>
+__device__ __forceinline__ void finish_stream(const Consumer<P>& block, const Sums& sums,
                                               const Finisher& finisher) {
-  const DecodeParams& params = block.params;
+  const P& params = block.params;
   const int place = sums.tile * params.batch + sums.request, at = place * 16 + sums.row;
   float square = 0;
   if (finisher.mine) {
     const float low = finisher.low_before + sums.low, high = finisher.high_before + sums.high;
     float* stream = params.streams[block.at.visit % 2] + at;
-    bf16* x = static_cast<bf16*>(params.x) + at;
     store<1>(stream, Floats<1>{{low}});
     store<1>(stream + 8, Floats<1>{{high}});
-    store<1>(x, Floats<1>{{low}});
-    store<1>(x + 8, Floats<1>{{high}});
-    const float low_read = rounded<bf16>(low), high_read = rounded<bf16>(high);
+    store_activation<packing>(params.x, at, low);
+    store_activation<packing>(params.x, at + 8, high);
+    const float low_read = read_back<packing>(low), high_read = read_back<packing>(high);
     square = low_read * low_read + high_read * high_read;
   }
 #pragma unroll
@@ -278,11 +314,13 @@ __device__ __forceinline__ void finish_stream(const Consumer& block, const Sums&
 }
 
 // Adds up the warps' partial sums of the tiles that the block has multiplied, and hands them to the phase.
-__device__ __forceinline__ void finish_tiles(const Consumer& block, const Finisher& finisher, bool to_stream,
-                                             int tiles_done) {
+template <Packing packing, class P>
+__device__ __forceinline__ void finish_tiles(const Consumer<P>& block, const Finisher& finisher,
+                                             bool to_stream, int tiles_done) {
   const int own = warp_id() % max_tiles_together;
   if (own >= tiles_done) return;
-  Sums sums{finisher.tile, finisher.row, finisher.request, 0, 0};
+  // What follows from these is computed here, for one phase, and not ahead of the loop for all of them.
+  Sums sums{finisher.tile, opaque(finisher.row), opaque(finisher.request), 0, 0};
   const SharedArray<float> partials = partials_of(block.layout, own);
 #pragma unroll
   for (int warp = 0; warp < decode_warps; ++warp) {
@@ -291,7 +329,7 @@ __device__ __forceinline__ void finish_tiles(const Consumer& block, const Finish
     sums.high += partials[first + 8 * max_batch];
   }
   if (to_stream) {
-    finish_stream(block, sums, finisher);
+    finish_stream<packing>(block, sums, finisher);
     return;
   }
   if (!finisher.mine) return;
@@ -301,29 +339,31 @@ __device__ __forceinline__ void finish_tiles(const Consumer& block, const Finish
   if (block.at.phase == Phase::gqkv) {
     finish_gqkv(block, sums);
   } else if (block.at.phase == Phase::gate_up) {
-    finish_gate_up(block, sums);
+    finish_gate_up<packing>(block, sums);
   } else {
     finish_head(block, sums);
   }
 }
 
 // Brings what a phase multiplies with, this warp's share of it; zeros where an item is wider than the matrix.
-__device__ __forceinline__ void bring_activations(const Consumer& block, const WarpShare& share,
-                                                  int item_columns, const Activations& x) {
-  const DecodeParams& params = block.params;
-  if (block.at.phase == Phase::o) {
-    bring_attended(params, share, x);
-  } else if (block.at.phase == Phase::down) {
-    bring_rows(params, share, params.hidden, x, [] {});
+template <Packing packing, class P>
+__device__ __forceinline__ void bring_activations(const Consumer<P>& block, const WarpShare& share,
+                                                  const Activations& x) {
+  const P& params = block.params;
+  if (block.at.phase == Phase::o && params.splits_apart) {
+    bring_attended<packing>(params, share, x);
+  } else if (block.at.phase == Phase::o || block.at.phase == Phase::down) {
+    bring_rows<packing>(params, share, block.at.phase == Phase::o ? params.attended : params.hidden, x,
+                        [] {});
   } else if (block.at.phase == Phase::gqkv && block.at.layer == 0) {
-    enter_visit(params, block.at, share, x);
+    enter_visit<packing>(params, block.at, share, x);
   } else {
-    bring_rows(params, share, params.x, x,
-               [&] { put_squares(squares_of_tiles(params, share.first_sixteen, share.sixteens)); });
+    bring_rows<packing>(params, share, params.x, x,
+                        [&] { put_squares(squares_of_tiles(params, share.first_sixteen, share.sixteens)); });
   }
-  const int end = share.items * (item_columns / 16) * params.batch * 2;
+  const int end = share.items * (ItemOf<packing>::columns / 16) * params.batch * 2;
   for (int piece = max(share.sixteens, 0) * params.batch * 2 + lane_id(); piece < end; piece += 32) {
-    x.pieces()[piece] = Packed<bf16, 8>{};
+    x.pieces<packing>()[piece] = ActivationPiece<packing>{};
   }
   __syncwarp();
 }
@@ -337,10 +377,10 @@ __device__ __forceinline__ void put_partials(const SharedLayout& layout, int til
 }
 
 // A phase that multiplies. Leaves the block's first tile of the next one in `block.tile`.
-template <Packing packing, class Stages>
-__device__ __forceinline__ void multiply_phase(Consumer& block, Stages& loader) {
+template <Packing packing, class Stages, class P>
+__device__ __forceinline__ void multiply_phase(Consumer<P>& block, Stages& loader) {
   constexpr int item_columns = ItemOf<packing>::columns;
-  const DecodeParams& params = block.params;
+  const P& params = block.params;
   const MatrixShape& shape = params.shape(block.at.phase);
   const bool enters = block.at.phase == Phase::gqkv && block.at.layer == 0,
              to_stream = block.at.phase == Phase::o || block.at.phase == Phase::down;
@@ -349,7 +389,7 @@ __device__ __forceinline__ void multiply_phase(Consumer& block, Stages& loader) 
     const Activations x{block.layout.activations + warp_id() * shape.warp_items * item_columns *
                                                        params.batch * static_cast<int>(bf16_bytes),
                         params.batch};
-    bring_activations(block, share, item_columns, x);
+    bring_activations<packing>(block, share, x);
     const int grid = static_cast<int>(gridDim.x);
     while (block.tile < shape.tiles) {
       const Finisher finisher(block, to_stream);
@@ -361,7 +401,7 @@ __device__ __forceinline__ void multiply_phase(Consumer& block, Stages& loader) 
         put_partials(block.layout, done, sum);
       }
       __syncthreads();
-      finish_tiles(block, finisher, to_stream, done);
+      finish_tiles<packing>(block, finisher, to_stream, done);
       block.tile += done * grid;
       if (block.tile < shape.tiles) __syncthreads();
     }

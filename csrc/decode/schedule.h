@@ -39,17 +39,24 @@ constexpr int fragment_bytes = 512, group_scale_bytes = 32;
 template <Packing packing>
 constexpr int item_bytes = fragment_bytes + ItemOf<packing>::groups * group_scale_bytes;
 
-// What a warp loads and consumes at once: items of weights, or its 8 rows of a page of keys or values.
-constexpr int stage_items = 4, page_rows_of_warp = page_tokens / decode_warps;
+// What a warp loads and consumes at once: items of weights, or its 8 rows of a page of keys or values. A stage is a
+// wait, and room in the ring: of 1,536 columns an int8 or int4 stage is all of a warp's share of a tile.
 template <Packing packing>
-constexpr int stage_bytes = stage_items * item_bytes<packing>;
-static_assert(stage_bytes<Packing::bf16> >= page_rows_of_warp * 128 * 2, "keys of head_dim 128 fit a stage");
+constexpr int stage_items = packing == Packing::int8   ? 6
+                            : packing == Packing::int4 ? 3
+                                                       : 4;
+constexpr int page_rows_of_warp = page_tokens / decode_warps;
+template <Packing packing>
+constexpr int stage_weights = stage_items<packing> * item_bytes<packing>;  // bytes
+constexpr int page_stage = page_rows_of_warp * 128 * 2;                    // of head_dim 128
+template <Packing packing>
+constexpr int stage_bytes = stage_weights<packing> > page_stage ? stage_weights<packing> : page_stage;
 
 struct Item {
-  int columns, bytes;
+  int columns, bytes, of_stage;
 };
 template <Packing packing>
-constexpr Item item_of = {ItemOf<packing>::columns, item_bytes<packing>};
+constexpr Item item_of = {ItemOf<packing>::columns, item_bytes<packing>, stage_items<packing>};
 
 // The head of int4 weights is int8, as the CPU engine's.
 HRMCORE_HOST_DEVICE constexpr Packing head_packing(Packing packing) {
@@ -109,7 +116,7 @@ inline MatrixShape matrix_shape(std::int64_t rows, std::int64_t depth, Item item
   shape.sixteens = static_cast<int>(depth / 16);
   shape.items = static_cast<int>((depth + item.columns - 1) / item.columns);
   shape.warp_items = (shape.items + decode_warps - 1) / decode_warps;
-  shape.stages = (shape.warp_items + stage_items - 1) / stage_items;
+  shape.stages = (shape.warp_items + item.of_stage - 1) / item.of_stage;
   shape.tile_bytes = static_cast<std::int64_t>(shape.items) * item.bytes;
   shape.offset = offset;
   return shape;
@@ -122,6 +129,7 @@ inline MatrixShape matrix_shape(std::int64_t rows, std::int64_t depth, Item item
 struct DecodeParams {
   Schedule schedule;
   int batch, width, ffn, heads, head_dim, head_shift, vocabulary;  // head_dim = 1 << head_shift
+  std::uint32_t inverse_batch;  // 2^32 over the batch, rounded up: divides what is far below 2^29
   int window, table_length, cache_pages, rotations;
   bool splits_apart;  // each split of the keys in a block of its own, rather than all of a head's in one
   Item item, head_item;
@@ -133,8 +141,8 @@ struct DecodeParams {
   const float *z_init, *rope, *log_decay;
   void* kv;
   const std::byte *l_weights, *h_weights, *head_weights;
-  float *logits, *streams[2], *states[2], *squares, *gate, *q, *split_lse;
-  void *x, *attended, *hidden;
+  float *logits, *streams[2], *states[2], *squares, *gate, *split_lse;
+  void *x, *q, *attended, *hidden;  // q: all first halves of its sums, then the second
   std::uint32_t* barrier;
 
   // Places what a step keeps between its phases, for 8 requests, from `base` on; returns its bytes. A null
@@ -151,7 +159,7 @@ struct DecodeParams {
     for (float*& state : states) place(state, row, sizeof(float));
     place(squares, row / tile_rows, sizeof(float));
     place(gate, heads_row, sizeof(float));
-    place(q, heads_row, sizeof(float));
+    place(q, 2 * heads_row, bf16_bytes);
     place(split_lse, max_batch * max_kv_splits * heads, sizeof(float));
     place(x, row, bf16_bytes);
     place(attended, max_kv_splits * heads_row, bf16_bytes);
@@ -182,6 +190,14 @@ struct DecodeParams {
 
   HRMCORE_HOST_DEVICE int attention_width() const { return heads * head_dim; }
   HRMCORE_HOST_DEVICE const MatrixShape& shape(Phase phase) const { return shapes[static_cast<int>(phase)]; }
+};
+
+// The same where head_dim is 128 and positions are RoPE: constants, so that a kernel has no code for other shapes.
+struct PlainParams : DecodeParams {
+  static constexpr int head_dim = 128, head_shift = 7;
+  static constexpr const float* log_decay = nullptr;
+
+  HRMCORE_HOST_DEVICE int attention_width() const { return heads * head_dim; }
 };
 
 }  // namespace hrmcore::cuda

@@ -13,13 +13,27 @@ struct Fragments {
 };
 
 // A warp a product.
+template <class T>
 __global__ void __launch_bounds__(32) products(Fragments f) {
   const std::int64_t lane = blockIdx.x * 32ll + threadIdx.x;
   const Packed<std::uint32_t, 4> a = load_packed<4>(f.a + 4 * lane);
   const Packed<std::uint32_t, 2> b = load_packed<2>(f.b + 2 * lane);
   Packed<float, 4> c = load_packed<4>(f.c + 4 * lane);
-  mma_bf16(c.at, a.at, b.at);
+  if constexpr (std::is_same_v<T, f16>) {
+    mma_f16(c.at, a.at, b.at);
+  } else {
+    mma_bf16(c.at, a.at, b.at);
+  }
   store_packed<4>(f.c + 4 * lane, c);
+}
+
+struct Numbers {
+  const float* x;
+  float* halves;  // of each what f16 keeps
+};
+__global__ void __launch_bounds__(32) halves(Numbers n) {
+  const std::int64_t i = blockIdx.x * 32ll + threadIdx.x;
+  store<1>(n.halves + i, Floats<1>{{rounded<f16>(load_one(n.x + i))}});
 }
 
 struct Rounds {
@@ -53,7 +67,21 @@ __global__ void __launch_bounds__(64) barriers(Rounds r) {
 HRMCORE_HARDWARE_ENTRY const char* hrmcore_hardware_products(const std::uint32_t* a, const std::uint32_t* b,
                                                              float* c, unsigned count, void* stream) {
   using namespace hrmcore::cuda;
-  return launch(products, {dim3(count), 32}, Fragments{a, b, c}, stream);
+  return launch(products<bf16>, {dim3(count), 32}, Fragments{a, b, c}, stream);
+}
+
+HRMCORE_HARDWARE_ENTRY const char* hrmcore_hardware_products_f16(const std::uint32_t* a,
+                                                                 const std::uint32_t* b, float* c,
+                                                                 unsigned count, void* stream) {
+  using namespace hrmcore::cuda;
+  return launch(products<f16>, {dim3(count), 32}, Fragments{a, b, c}, stream);
+}
+
+// 32 numbers for each of `count`.
+HRMCORE_HARDWARE_ENTRY const char* hrmcore_hardware_halves(const float* x, float* halves_, unsigned count,
+                                                           void* stream) {
+  using namespace hrmcore::cuda;
+  return launch(halves, {dim3(count), 32}, Numbers{x, halves_}, stream);
 }
 
 HRMCORE_HARDWARE_ENTRY const char* hrmcore_hardware_barriers(std::uint32_t* state, std::uint32_t* slots,

@@ -1,12 +1,16 @@
 #include "engine/engine.h"
 
 #include <algorithm>
+#include <cstring>
 #include <set>
 #include <stdexcept>
 #include <utility>
 
 namespace hrmcore {
 namespace {
+
+constexpr std::int64_t most_layers = 1 << 17;
+constexpr double addresses = 1ull << 47;  // bytes
 
 const ModelShape& checked(const ModelShape& shape) {
   const std::pair<const char*, std::int64_t> counts[] = {
@@ -22,6 +26,21 @@ const ModelShape& checked(const ModelShape& shape) {
   if (shape.head_dim > most_head_channels || shape.head_dim % 2 != 0) {
     reject("Engine", "head_dim", "even and at most " + std::to_string(most_head_channels),
            std::to_string(shape.head_dim));
+  }
+  const std::int64_t layers = shape.l_layers + shape.h_layers;
+  if (layers > most_layers || shape.h_cycles > most_layers || shape.l_cycles > most_layers) {
+    reject("Engine", "layers and cycles", "at most " + std::to_string(most_layers),
+           std::to_string(std::max({layers, shape.h_cycles, shape.l_cycles})));
+  }
+  // In floating point, where nothing overflows: what follows computes with integers.
+  const double width = static_cast<double>(shape.width), heads = static_cast<double>(shape.heads);
+  const double attention = heads * static_cast<double>(shape.head_dim);
+  const double layer = 5 * width * attention + 3 * width * static_cast<double>(shape.ffn);
+  const double weights =
+      2 * width * static_cast<double>(shape.vocabulary) + static_cast<double>(layers) * layer;
+  const double token = 8 * attention * static_cast<double>(shape.slots());
+  if (std::max(4 * weights, token * page_tokens) > addresses) {
+    reject("Engine", "the shape", "of a model that a process can address", "one of more than 2^47 bytes");
   }
   return shape;
 }
@@ -92,16 +111,21 @@ Engine::Engine(const ModelShape& shape, Packing weights, Packing cache, int thre
   }
 }
 
+Engine::Request& Engine::add_request() {
+  Request& request = requests_[next_request_];
+  request.id = next_request_++;
+  return request;
+}
+
 std::int64_t Engine::open(std::int64_t prefix) {
   if (prefix < 0 || prefix > shape_.positions) {
     reject("open", "prefix_length", "between 0 and the context of " + std::to_string(shape_.positions),
            std::to_string(prefix));
   }
   const std::lock_guard<std::mutex> lock(mutex_);
-  Request& request = requests_[next_request_];
-  request.id = next_request_;
+  Request& request = add_request();
   request.prefix = prefix;
-  return next_request_++;
+  return request.id;
 }
 
 void Engine::close(std::int64_t request) {
@@ -111,21 +135,111 @@ void Engine::close(std::int64_t request) {
     reject("close", "request", "open", named(request) + ", which is not");
   if (found->second.stepping) {
     found->second.closing = true;
-    ++closing_;
+    ++not_open_;
   } else {
     release(found->second);
   }
 }
 
 void Engine::release(Request& request) noexcept {
+  not_open_ -= request.kept || request.closing ? 1 : 0;
   request.pages.erase(request.pages.begin(), request.pages.begin() + request.given_back);
   cache_.release(request.pages);
   requests_.erase(request.id);
 }
 
+Engine::Request& Engine::find_idle(const char* op, std::int64_t request) {
+  const auto found = requests_.find(request);
+  if (found == requests_.end() || found->second.closing || found->second.kept)
+    reject(op, "request", "open", named(request) + ", which is not");
+  if (found->second.stepping) reject(op, "request", "in no step", named(request) + ", which is in one");
+  return found->second;
+}
+
+// Another request with the same pages.
+Engine::Request& Engine::share(const Request& request) {
+  const std::vector<std::byte*> pages(request.pages.begin() + request.given_back, request.pages.end());
+  std::vector<std::byte*> all = request.pages;
+  Request& other = add_request();  // the others stay where they are
+  try {
+    cache_.share(pages);
+  } catch (...) {
+    requests_.erase(other.id);
+    throw;
+  }
+  other.prefix = request.prefix;
+  other.length = other.kept_length = request.length;
+  other.given_back = request.given_back;
+  other.pages = std::move(all);
+  return other;
+}
+
+std::int64_t Engine::keep(std::int64_t request) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  Request& from = find_idle("keep", request);
+  if (from.length == 0)
+    reject("keep", "request", "one that holds tokens", named(request) + ", which is empty");
+  Request& kept = share(from);
+  from.kept_length = from.length;
+  kept.kept = true;
+  ++not_open_;
+  return kept.id;
+}
+
+// Whoever appends to the last page of what was kept does so in a step: meanwhile nobody does.
+std::int64_t Engine::fork(std::int64_t kept) {
+  Request* request = nullptr;
+  std::vector<std::byte*> fresh;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = requests_.find(kept);
+    if (found == requests_.end() || !found->second.kept)
+      reject("fork", "kept", "kept", named(kept) + ", which is not");
+    const bool copies = found->second.length % page_tokens != 0;
+    try {
+      if (copies) cache_.reserve(fresh, page_tokens);
+      request = &share(found->second);
+    } catch (const CacheFull&) {
+      throw no_room();
+    } catch (...) {
+      cache_.release(fresh);
+      throw;
+    }
+    request->kept_length = request->length - request->length % page_tokens;
+    request->stepping = copies;
+  }
+  if (fresh.empty()) return request->id;
+  const std::int64_t id = request->id;
+  std::memcpy(fresh[0], request->pages.back(), static_cast<std::size_t>(cache_.shape().page_bytes()));
+  const std::lock_guard<std::mutex> lock(mutex_);
+  std::swap(fresh[0], request->pages.back());
+  cache_.release(fresh);
+  request->stepping = false;
+  if (request->closing) release(*request);
+  return id;
+}
+
+void Engine::rewind(std::int64_t request, std::int64_t length) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  Request& from = find_idle("rewind", request);
+  const std::int64_t least = std::max(from.prefix, from.kept_length);
+  if (length < least || length > from.length) {
+    reject("rewind", "length", "between " + std::to_string(least) + " and " + std::to_string(from.length),
+           std::to_string(length));
+  }
+  if (from.given_back > pages_behind(length))
+    reject("rewind", "length", "within what the window still holds", std::to_string(length));
+  from.length = length;
+}
+
 std::int64_t Engine::open_requests() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return static_cast<std::int64_t>(requests_.size()) - closing_;
+  return static_cast<std::int64_t>(requests_.size()) - not_open_;
+}
+
+std::int64_t Engine::workspace_bytes() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return recurrence_.workspace_bytes() + (spare_ ? spare_->workspace_bytes() : 0);
 }
 
 std::int64_t Engine::cache_pages_used() const {
@@ -137,39 +251,27 @@ Engine::Turn::Turn(Engine& engine, const Interrupt& interrupt)
     : engine_(engine), taken_(engine.turns_.take(interrupt)) {}
 
 Engine::Turn::~Turn() {
-  if (taken_) engine_.end_turn();
-}
-
-void Engine::end_turn() noexcept {
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (Request* request : stepping_) {
-      request->stepping = false;
-      if (request->closing) release(*request);
-    }
-    stepping_.clear();
-    closing_ = 0;
-  }
-  turns_.pass();
+  if (taken_) engine_.turns_.pass();
 }
 
 void Engine::check_step(const std::vector<std::int64_t>& requests,
                         const std::vector<std::vector<std::int64_t>>& ids, bool every_row,
-                        const TensorView& logits) const {
+                        bool every_layer) const {
   const char* op = "step";
   if (requests.empty()) reject(op, "requests", "at least one request", "none");
   if (requests.size() != ids.size()) {
     reject(op, "ids", "one list for each of the " + std::to_string(requests.size()) + " requests",
            std::to_string(ids.size()));
   }
-  std::int64_t rows = 0;
   std::set<std::int64_t> seen;
   for (std::size_t i = 0; i < requests.size(); ++i) {
     const auto found = requests_.find(requests[i]);
-    if (found == requests_.end()) reject(op, "requests", "open", named(requests[i]) + ", which is not");
+    if (found == requests_.end() || found->second.closing || found->second.kept)
+      reject(op, "requests", "open", named(requests[i]) + ", which is not");
     if (!seen.insert(requests[i]).second)
       reject(op, "requests", "different from each other", named(requests[i]) + " twice");
     const Request& request = found->second;
+    if (request.stepping) reject(op, "requests", "in no step", named(requests[i]) + ", which is in one");
     const auto added = static_cast<std::int64_t>(ids[i].size());
     if (added < 1) reject(op, "ids", "at least one token for each request", "none for " + named(requests[i]));
     if (request.length == 0 && added < request.prefix) {
@@ -185,15 +287,16 @@ void Engine::check_step(const std::vector<std::int64_t>& requests,
         reject(op, "ids", "in [0, " + std::to_string(shape_.vocabulary) + ")", std::to_string(id));
       }
     }
-    rows += every_row ? added : 1;
   }
-  Check(op, "logits", logits)
-      .cpu()
-      .dtype({DType::f32})
-      .rank(2)
-      .size(0, rows, "rows")
-      .size(1, shape_.vocabulary, "V")
-      .contiguous();
+  if (every_layer && (requests.size() != 1 || every_row))
+    reject(op, "every_layer", "of one request, without every_row", "more");
+}
+
+OutOfMemory Engine::no_room() const {
+  const std::int64_t all = cache_.capacity(), free = all - cache_.used();
+  return OutOfMemory("the KV cache has no room for this step: " + std::to_string(free) + " of its " +
+                     std::to_string(all) + " pages of " + std::to_string(page_tokens) +
+                     " tokens are free; close requests or load with more");
 }
 
 void Engine::reserve(const std::vector<std::int64_t>& requests,
@@ -201,12 +304,8 @@ void Engine::reserve(const std::vector<std::int64_t>& requests,
   std::vector<std::size_t> held;
   for (std::int64_t id : requests) held.push_back(requests_.at(id).pages.size());
   const auto give_back = [&] {
-    for (std::size_t i = 0; i < requests.size(); ++i) {
-      std::vector<std::byte*>& pages = requests_.at(requests[i]).pages;
-      std::vector<std::byte*> extra(pages.begin() + static_cast<std::ptrdiff_t>(held[i]), pages.end());
-      pages.resize(held[i]);
-      cache_.release(extra);
-    }
+    for (std::size_t i = 0; i < requests.size(); ++i)
+      cache_.release(requests_.at(requests[i]).pages, held[i]);
   };
   try {
     for (std::size_t i = 0; i < requests.size(); ++i) {
@@ -215,58 +314,108 @@ void Engine::reserve(const std::vector<std::int64_t>& requests,
     }
   } catch (const CacheFull&) {
     give_back();
-    const std::int64_t all = cache_.capacity(), free = all - cache_.used();
-    throw OutOfMemory("the KV cache has no room for this step: " + std::to_string(free) + " of its " +
-                      std::to_string(all) + " pages of " + std::to_string(page_tokens) +
-                      " tokens are free; close requests or load with more");
+    throw no_room();
   } catch (const std::bad_alloc&) {
     give_back();
     throw;
   }
 }
 
-void Engine::begin(const std::vector<std::int64_t>& requests,
-                   const std::vector<std::vector<std::int64_t>>& ids, bool every_row,
-                   const TensorView& logits) {
-  weights_.check_complete();
-  weights_.check_unchanged();
+Engine::Step::Step(Engine& engine, const std::vector<std::int64_t>& requests,
+                   const std::vector<std::vector<std::int64_t>>& ids, bool every_row, bool every_layer,
+                   bool sliced)
+    : engine_(engine),
+      own_(sliced ? engine.spare_recurrence() : nullptr),
+      recurrence_(sliced ? *own_ : engine.recurrence_) {
+  engine.weights_.check_complete();
+  engine.weights_.check_unchanged();
+  requests_.reserve(requests.size());
+  chunks_.reserve(requests.size());
   {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    check_step(requests, ids, every_row, logits);
-    reserve(requests, ids);
-    stepping_.reserve(requests.size());
-    chunks_.clear();
-    chunks_.reserve(requests.size());
+    const std::lock_guard<std::mutex> lock(engine.mutex_);
+    engine.check_step(requests, ids, every_row, every_layer);
+    engine.reserve(requests, ids);
     for (std::size_t i = 0; i < requests.size(); ++i) {
-      Request& request = requests_.at(requests[i]);
+      Request& request = engine.requests_.at(requests[i]);
       request.stepping = true;
-      stepping_.push_back(&request);
+      requests_.push_back(&request);
       chunks_.push_back({ids[i].data(), static_cast<std::int64_t>(ids[i].size()), request.length,
                          request.prefix, request.pages.data()});
+      rows_ += every_row ? chunks_.back().tokens : 1;
     }
   }
-  recurrence_.prepare(chunks_, every_row, pool_.size());
-  logits_ = logits.as<float>();
-}
-
-bool Engine::run(const Interrupt& interrupt) noexcept {
-  const MappedReading reading;
-  return recurrence_.run(pool_, logits_, interrupt);
-}
-
-void Engine::commit() {
-  weights_.check_unchanged();
-  const std::lock_guard<std::mutex> lock(mutex_);
-  for (std::size_t i = 0; i < stepping_.size(); ++i) {
-    stepping_[i]->length += chunks_[i].tokens;
-    release_behind(*stepping_[i]);
+  if (every_layer) rows_ = engine.shape_.slots();
+  try {
+    recurrence_.prepare(chunks_, every_row, every_layer, engine.pool_.size());
+  } catch (...) {
+    leave();
+    throw;
   }
+}
+
+Engine::Step::~Step() { leave(); }
+
+void Engine::Step::leave() noexcept {
+  const std::lock_guard<std::mutex> lock(engine_.mutex_);
+  for (Request* request : requests_) {
+    request->stepping = false;
+    const std::int64_t held = (request->length + page_tokens - 1) / page_tokens;
+    engine_.cache_.release(request->pages, static_cast<std::size_t>(held));
+    if (request->closing) engine_.release(*request);
+  }
+  requests_.clear();
+  if (own_) engine_.spare_ = std::move(own_);
+}
+
+void Engine::Step::check(const TensorView& logits) const {
+  const char* op = "step";
+  if (stopped_ || halves_done() == halves()) reject(op, "step", "one that has not ended", "one that has");
+  Check(op, "logits", logits)
+      .cpu()
+      .dtype({DType::f32})
+      .rank(2)
+      .size(0, rows_, "rows")
+      .size(1, engine_.shape_.vocabulary, "V")
+      .contiguous();
+  engine_.weights_.check_unchanged();
+}
+
+Recurrence::Ended Engine::Step::run(const TensorView& logits, std::int64_t tokens,
+                                    const Interrupt& interrupt) noexcept {
+  const MappedReading reading;
+  const std::int64_t most =
+      tokens < recurrence_.tokens() ? tokens * halves() / recurrence_.tokens() : halves();
+  const Recurrence::Ended ended =
+      recurrence_.run(engine_.pool_, logits.as<float>(), most > 0 ? most : 1, interrupt);
+  stopped_ = ended == Recurrence::Ended::stopped;
+  return ended;
+}
+
+void Engine::Step::commit() {
+  engine_.weights_.check_unchanged();
+  const std::lock_guard<std::mutex> lock(engine_.mutex_);
+  for (std::size_t i = 0; i < requests_.size(); ++i) {
+    requests_[i]->length += chunks_[i].tokens;
+    engine_.release_behind(*requests_[i]);
+  }
+}
+
+std::unique_ptr<Recurrence> Engine::spare_recurrence() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (spare_) return std::move(spare_);
+  }
+  return std::make_unique<Recurrence>(shape_, weights_, cache_.shape(), rope_.data(), xpos_.get(), window_);
+}
+
+// How many of its first pages no token sees that comes after `length` others.
+std::int64_t Engine::pages_behind(std::int64_t length) const {
+  return window_ == 0 || length < 2 * window_ ? 0 : (length / window_ - 1) * window_ / page_tokens;
 }
 
 // Gives back the pages that no later token sees.
 void Engine::release_behind(Request& request) {
-  if (window_ == 0 || request.length < 2 * window_) return;
-  const std::int64_t seen = (request.length / window_ - 1) * window_ / page_tokens;
+  const std::int64_t seen = pages_behind(request.length);
   std::vector<std::byte*> behind;
   while (request.given_back < seen)
     behind.push_back(std::exchange(request.pages[request.given_back++], nullptr));

@@ -6,8 +6,8 @@
 #include <type_traits>
 
 #include "engine/row_ops.h"
-#include "gemm/amx_gemm.h"
 #include "gemm/gemm.h"
+#include "gemm/tile_gemm.h"
 #include "kv/prefix_attention.h"
 
 namespace hrmcore {
@@ -16,7 +16,7 @@ namespace {
 constexpr std::int64_t gemm_tokens = 256;  // of a block of outputs that stays in the second-level cache
 // Up to here the weights' stream decides, beyond it the arithmetic.
 constexpr std::int64_t streaming_tokens = 16;
-constexpr std::size_t streaming_layers = 8;  // of a short step, between two looks at the clock
+constexpr std::int64_t streaming_layers = 8;  // of a short step, between two looks at the clock
 constexpr std::int64_t chunk_panels = tile_chunk_columns / (panel_rows / 2);  // of gate and up
 constexpr auto patience = std::chrono::milliseconds(100);  // asking may cost a wait for Python's lock
 constexpr std::int64_t outputs_floats = gemm_tokens * chunk_panels * panel_rows;
@@ -37,13 +37,7 @@ std::int64_t prefix_tokens(const Chunk& chunk) {
 
 Recurrence::Recurrence(const ModelShape& shape, const Weights& weights, const CacheShape& cache,
                        const float* rope, const PagedXpos* xpos, std::int64_t window)
-    : shape_(shape),
-      weights_(weights),
-      cache_(cache),
-      rope_(rope),
-      xpos_(xpos),
-      window_(window),
-      attends_in_tiles_(cache.packing != Packing::f32) {
+    : shape_(shape), weights_(weights), cache_(cache), rope_(rope), xpos_(xpos), window_(window) {
   stride_ = round_up(shape.width, panel_rows);
   gqkv_stride_ = round_up(4 * shape.attention_width(), panel_rows);
   attended_stride_ = round_up(shape.attention_width(), panel_rows);
@@ -54,11 +48,19 @@ Recurrence::Recurrence(const ModelShape& shape, const Weights& weights, const Ca
   x_row_bytes_ = groups_of(widest) * activation_bytes(weights.packing());
   const std::int64_t outputs = outputs_floats * std::int64_t{sizeof(float)};
   scratch_bytes_ = round_up(
-      std::max({outputs + gemm_scratch_bytes, outputs + amx_scratch_bytes, prefix_scratch_bytes(cache)}),
+      std::max({outputs + gemm_scratch_bytes, outputs + tile_scratch_bytes, prefix_scratch_bytes(cache)}),
       256);
+  for (std::int64_t visit = 0; visit < shape.h_cycles * (shape.l_cycles + 1); ++visit) {
+    const Stack stack = (visit + 1) % (shape.l_cycles + 1) == 0 ? Stack::H : Stack::L;
+    const std::int64_t layers = shape.layers(stack);
+    for (std::int64_t layer = 0; layer < layers; ++layer)
+      visits_.push_back({stack, layer, layer == 0, layer + 1 == layers});
+  }
 }
 
-void Recurrence::prepare(const std::vector<Chunk>& chunks, bool every_row, int threads) {
+void Recurrence::prepare(const std::vector<Chunk>& chunks, bool every_row, bool every_layer, int threads) {
+  every_layer_ = every_layer;
+  done_ = 0;
   place_rows(chunks, every_row);
   place_tasks();
   make_room(threads);
@@ -78,7 +80,11 @@ void Recurrence::place_tasks() {
 }
 
 void Recurrence::place_rows(const std::vector<Chunk>& chunks, bool every_row) {
-  const bool tiles = current_isa() == Isa::amx && weights_.packing() != Packing::f32;
+  const bool amx = current_isa() == Isa::amx;
+  const bool tiles = amx                          ? weights_.packing() != Packing::f32
+                     : current_isa() == Isa::bf16 ? weights_.packing() == Packing::bf16
+                                                  : false;
+  attends_in_tiles_ = amx && tiles && cache_.packing != Packing::f32;
   chunks_.clear();
   places_.clear();
   ids_.clear();
@@ -125,12 +131,19 @@ void Recurrence::place_part(const Chunk& chunk, std::int64_t begin, std::int64_t
   }
 }
 
+std::int64_t Recurrence::head_rows() const {
+  return every_layer_ ? shape_.slots() : static_cast<std::int64_t>(rows_.size());
+}
+
 void Recurrence::make_room(int threads) {
-  const auto rows = static_cast<std::int64_t>(rows_.size());
-  const std::int64_t tile_rows = tokens_ - plain_rows_;
-  if (tokens_ <= room_tokens_ && tile_rows <= room_tile_rows_ && rows <= room_rows_ &&
+  if (tokens_ <= room_tokens_ && tokens_ - plain_rows_ <= room_tile_rows_ && head_rows() <= room_rows_ &&
       threads <= room_threads_)
     return;
+
+  // Nothing shrinks: prefills (many tokens, few rows) and steps (the other way round) take turns in a server.
+  const std::int64_t tokens = std::max(tokens_, room_tokens_), rows = std::max(head_rows(), room_rows_);
+  const std::int64_t tile_rows = std::max(tokens_ - plain_rows_, room_tile_rows_);
+  threads = std::max(threads, room_threads_);
 
   // Everything is zeroed: the kernels rely on zeros beyond a row's width.
   std::int64_t offset = 0;
@@ -140,18 +153,18 @@ void Recurrence::make_room(int threads) {
     return at;
   };
   const std::int64_t float_bytes = sizeof(float);
-  const std::int64_t u = place(tokens_ * stride_ * float_bytes), z_l = place(tokens_ * stride_ * float_bytes);
-  const std::int64_t z_h = place(tokens_ * stride_ * float_bytes),
+  const std::int64_t u = place(tokens * stride_ * float_bytes), z_l = place(tokens * stride_ * float_bytes);
+  const std::int64_t z_h = place(tokens * stride_ * float_bytes),
                      picked = place(rows * stride_ * float_bytes);
-  const std::int64_t gqkv = place(tokens_ * gqkv_stride_ * float_bytes);
-  const std::int64_t attended = place(tokens_ * attended_stride_ * float_bytes);
-  const std::int64_t hidden = place(tokens_ * hidden_stride_ * float_bytes);
-  const std::int64_t x = place((tokens_ > rows ? tokens_ : rows) * x_row_bytes_);
+  const std::int64_t gqkv = place(tokens * gqkv_stride_ * float_bytes);
+  const std::int64_t attended = place(tokens * attended_stride_ * float_bytes);
+  const std::int64_t hidden = place(tokens * hidden_stride_ * float_bytes);
+  const std::int64_t x = place((tokens > rows ? tokens : rows) * x_row_bytes_);
   const std::int64_t narrow = stride_ > attended_stride_ ? stride_ : attended_stride_;
   const std::int64_t tiles = place(tile_rows_of(nullptr, tile_rows, narrow).bytes());
   const std::int64_t hidden_tiles = place(tile_rows_of(nullptr, tile_rows, shape_.ffn).bytes());
   const std::int64_t scratch = place(threads * scratch_bytes_);
-  room_tokens_ = 0;
+  room_tokens_ = room_tile_rows_ = room_rows_ = 0;
   memory_ = Memory();  // the old room goes before the new one comes
   memory_ = Memory(offset);
   const auto floats = [this](std::int64_t at) { return reinterpret_cast<float*>(memory_.data() + at); };
@@ -166,36 +179,31 @@ void Recurrence::make_room(int threads) {
   tiles_ = memory_.data() + tiles;
   hidden_tiles_ = memory_.data() + hidden_tiles;
   scratch_ = floats(scratch);
-  room_tokens_ = tokens_;
+  room_tokens_ = tokens;
   room_tile_rows_ = tile_rows;
   room_rows_ = rows;
   room_threads_ = threads;
 }
 
-bool Recurrence::run(ThreadPool& pool, float* logits, const Interrupt& interrupt) noexcept {
+Recurrence::Ended Recurrence::run(ThreadPool& pool, float* logits, std::int64_t most,
+                                  const Interrupt& interrupt) noexcept {
   logits_ = logits;
   interrupt_ = interrupt;
   asked_ = std::chrono::steady_clock::now();
   stopped_.store(false, std::memory_order_relaxed);
+  until_ = most < halves() - done_ ? done_ + most : halves();
   pool.run([](void* self, Worker& worker) { static_cast<Recurrence*>(self)->work(worker); }, this);
-  return !stopped_.load(std::memory_order_relaxed);
+  if (stopped_.load(std::memory_order_relaxed)) return Ended::stopped;
+  done_ = until_;
+  return done_ == halves() ? Ended::done : Ended::paused;
 }
 
 void Recurrence::work(Worker& worker) {
-  embed(worker);
-  const std::int64_t round = shape_.l_cycles + 1, visits = shape_.h_cycles * round;
-  const auto stack_of = [&](std::int64_t index) {
-    return index % round == shape_.l_cycles ? Stack::H : Stack::L;
-  };
-  for (std::int64_t index = 0, slot = 0; index < visits; ++index) {
-    const bool last = index + 1 == visits;
-    if (!visit(worker, stack_of(index), slot,
-               last ? weights_.head() : weights_.layers(stack_of(index + 1)).front().gqkv)) {
-      return;
-    }
-    slot += shape_.layers(stack_of(index));
+  if (done_ == 0) embed(worker);
+  for (std::int64_t half = done_; half < until_; ++half) {
+    if (half % 2 == 0 ? !attention_half(worker, half / 2) : !feed_forward_half(worker, half / 2)) return;
   }
-  head(worker);
+  if (until_ == halves()) head(worker);
 }
 
 void Recurrence::embed(Worker& worker) {
@@ -206,35 +214,53 @@ void Recurrence::embed(Worker& worker) {
   });
 }
 
+const LayerWeights& Recurrence::layer_of(std::int64_t slot) const {
+  const LayerVisit& visit = visits_[static_cast<std::size_t>(slot)];
+  return weights_.layers(visit.stack)[static_cast<std::size_t>(visit.layer)];
+}
+
 // False when the step is to stop, which all threads see alike: one of them asks before a phase, all look
 // after it, and whoever looks has done so before the next question, which is several phases away.
-bool Recurrence::visit(Worker& worker, Stack stack, std::int64_t slot, const PackedMatrix& next) {
-  const std::vector<LayerWeights>& layers = weights_.layers(stack);
-  float *state = stack == Stack::H ? z_h_ : z_l_, *other = stack == Stack::H ? z_l_ : z_h_;
-  for (std::size_t layer = 0; layer < layers.size(); ++layer) {
-    const LayerWeights& w = layers[layer];
-    const bool streaming = tokens_ <= streaming_tokens;
-    if (!streaming || layer % streaming_layers == 0) ask(worker);
-    const Operand input =
-        layer == 0 ? normalise(worker, state, other, u_) : normalise(worker, u_, nullptr, nullptr);
-    if (stopped_.load(std::memory_order_relaxed)) return false;
-    worker.hint(prefetch_hint(w.o));
-    gqkv_gemm(worker, w.gqkv, input);
-    attention(worker, slot + static_cast<std::int64_t>(layer));
-    const Operand attended = attended_operand(worker);
-    worker.hint(prefetch_hint(w.gate_up));
-    add_gemm(worker, w.o, attended);
-    if (!streaming) ask(worker);
-    const Operand middle = normalise(worker, u_, nullptr, nullptr);
-    if (stopped_.load(std::memory_order_relaxed)) return false;
-    worker.hint(prefetch_hint(w.down));
-    swiglu_gemm(worker, w.gate_up, middle);
-    const Operand hidden = hidden_operand(worker);
-    worker.hint(prefetch_hint(layer + 1 < layers.size() ? layers[layer + 1].gqkv : next));
-    add_gemm(worker, w.down, hidden);
-  }
-  normalise_state(worker, state);
+bool Recurrence::attention_half(Worker& worker, std::int64_t slot) {
+  const LayerVisit& visit = visits_[static_cast<std::size_t>(slot)];
+  const LayerWeights& w = layer_of(slot);
+  if (tokens_ > streaming_tokens || visit.layer % streaming_layers == 0) ask(worker);
+  const float *state = visit.stack == Stack::H ? z_h_ : z_l_, *other = visit.stack == Stack::H ? z_l_ : z_h_;
+  const Operand input =
+      visit.first ? normalise(worker, state, other, u_) : normalise(worker, u_, nullptr, nullptr);
+  if (stopped_.load(std::memory_order_relaxed)) return false;
+  worker.hint(prefetch_hint(w.o));
+  gqkv_gemm(worker, w.gqkv, input);
+  attention(worker, slot);
+  const Operand attended = attended_operand(worker);
+  worker.hint(prefetch_hint(w.gate_up));
+  add_gemm(worker, w.o, attended);
   return true;
+}
+
+bool Recurrence::feed_forward_half(Worker& worker, std::int64_t slot) {
+  const LayerVisit& visit = visits_[static_cast<std::size_t>(slot)];
+  const LayerWeights& w = layer_of(slot);
+  if (tokens_ > streaming_tokens) ask(worker);
+  const Operand middle = normalise(worker, u_, nullptr, nullptr);
+  if (stopped_.load(std::memory_order_relaxed)) return false;
+  worker.hint(prefetch_hint(w.down));
+  swiglu_gemm(worker, w.gate_up, middle);
+  const Operand hidden = hidden_operand(worker);
+  worker.hint(prefetch_hint(2 * (slot + 1) < halves() ? layer_of(slot + 1).gqkv : weights_.head()));
+  add_gemm(worker, w.down, hidden);
+  if (every_layer_) pick_layer(worker, slot);
+  if (visit.last) normalise_state(worker, visit.stack == Stack::H ? z_h_ : z_l_);
+  return true;
+}
+
+// One thread alone: u_ is next written, and picked_ next read, after phases that end when it has joined in.
+void Recurrence::pick_layer(const Worker& worker, std::int64_t slot) {
+  if (worker.rank() != 0) return;
+  auto* picked = reinterpret_cast<std::byte*>(picked_ + slot * stride_);
+  normalise_rows(NormaliseRows{u_ + rows_.back() * stride_, nullptr, nullptr, picked, Packing::f32,
+                               shape_.width, stride_, stride_ * std::int64_t{sizeof(float)}, 0, 1,
+                               shape_.eps});
 }
 
 void Recurrence::ask(const Worker& worker) {
@@ -403,8 +429,8 @@ void Recurrence::swiglu_gemm(Worker& worker, const PackedMatrix& weights, const 
 }
 
 void Recurrence::head(Worker& worker) {
-  const auto rows = static_cast<std::int64_t>(rows_.size());
-  worker.parallel_for(rows, [this](std::int64_t row) {
+  const std::int64_t rows = head_rows();
+  worker.parallel_for(every_layer_ ? 0 : rows, [this](std::int64_t row) {
     const float* from = z_h_ + rows_[static_cast<std::size_t>(row)] * stride_;
     std::memcpy(picked_ + row * stride_, from, static_cast<std::size_t>(stride_) * sizeof(float));
   });
@@ -452,9 +478,9 @@ void Recurrence::multiply(Worker& worker, const PackedMatrix& weights, const Ope
     if constexpr (!std::is_same_v<FinishTiles, std::nullptr_t>) {
       for (std::int64_t row = 0; row < x.tile_rows; row += gemm_tokens) {
         const std::int64_t count = x.tile_rows - row < gemm_tokens ? x.tile_rows - row : gemm_tokens;
-        const AmxGemm gemm{weights, begin,   end, x.tiles, row / band_rows, bands_of(row + count),
-                           room,    expanded};
-        x.tiles.packing == Packing::int8 ? amx_gemm_int8(gemm) : amx_gemm_bf16(gemm);
+        const TileGemm gemm{weights, begin,   end, x.tiles, row / band_rows, bands_of(row + count),
+                            room,    expanded};
+        x.tiles.packing == Packing::int8 ? tile_gemm_int8(gemm) : tile_gemm_bf16(gemm);
         finish_tiles(UnloadTiles{room, end - begin, count, nullptr, 0, false}, begin, row);
       }
     }

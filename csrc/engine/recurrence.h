@@ -1,4 +1,4 @@
-// The whole recurrence over the tokens of one step, in one job of the pool:
+// The whole recurrence over the tokens of one step, in one job of the pool or several, one after another:
 //
 //   zH = scale * embed[ids], zL = z_L_init
 //   H_cycles times: L_cycles times zL = L(zL + zH); then zH = H(zH + zL)
@@ -10,9 +10,9 @@
 //
 // Reads every layer's weights once a visit. Source: arXiv 2605.20613.
 //
-// On a processor with AMX the tokens of a prefix meet bfloat16, int8 and int4 weights there (amx_tiles.h)
-// and, without xPos, each other (prefix_attention.h); all others take packed_gemm and attend: which of the
-// two depends on a token's position alone, and so do its bits.
+// On a processor with AMX the tokens of a prefix meet bfloat16, int8 and int4 weights there (row_tiles.h)
+// and each other (prefix_attention.h); on one with AVX-512 BF16 they meet bfloat16 weights there. All others
+// take packed_gemm and attend: which of the two depends on a token's position alone, and so do its bits.
 #pragma once
 
 #include <atomic>
@@ -24,7 +24,7 @@
 #include "engine/thread_pool.h"
 #include "engine/turns.h"
 #include "engine/weights.h"
-#include "gemm/amx_tiles.h"
+#include "gemm/row_tiles.h"
 #include "kv/paged_attention.h"
 
 namespace hrmcore {
@@ -44,17 +44,29 @@ class Recurrence {
              const PagedXpos* xpos, std::int64_t window);
 
   // Makes room for a step; the only part that can throw (std::bad_alloc).
-  void prepare(const std::vector<Chunk>& chunks, bool every_row, int threads);
-  // Runs it. logits: the last row of each chunk, or every row, [rows][V]. Asks
-  // `interrupt` twice a layer and visit, in a step of few tokens every eighth layer, though not more often than
-  // every tenth of a second; false when it stopped.
-  bool run(ThreadPool& pool, float* logits, const Interrupt& interrupt) noexcept;
+  void prepare(const std::vector<Chunk>& chunks, bool every_row, bool every_layer, int threads);
+  // Runs the next `most` of its halves(): attention or feed-forward of one layer and visit, each the same work
+  // for the same tokens. A step that pauses goes on where it was, with the same bits. logits: the last row of
+  // each chunk, or every row, [rows][V], written by the last run; with every_layer the last row of the only chunk
+  // after each layer of each visit, [slots][V], what the head reads from rms(u) there. Asks `interrupt` twice a
+  // layer and visit, in a step of few tokens every eighth layer, though not more often than every tenth of a
+  // second.
+  enum class Ended : std::uint8_t { done, paused, stopped };
+  Ended run(ThreadPool& pool, float* logits, std::int64_t most, const Interrupt& interrupt) noexcept;
+  std::int64_t halves() const { return 2 * static_cast<std::int64_t>(visits_.size()); }
+  std::int64_t halves_done() const { return done_; }
+  std::int64_t tokens() const { return tokens_; }
 
   std::int64_t workspace_bytes() const { return memory_.size(); }
 
  private:
   struct Task {
     std::int64_t chunk, head, query_begin, query_end;
+  };
+  struct LayerVisit {  // one slot of the cache
+    Stack stack;
+    std::int64_t layer;
+    bool first, last;  // of the stack's layers
   };
   struct Operand {  // the activations of a GEMM: of the plain rows, then of those for AMX
     const std::byte* data;
@@ -70,7 +82,11 @@ class Recurrence {
 
   void work(Worker& worker);
   void embed(Worker& worker);
-  bool visit(Worker& worker, Stack stack, std::int64_t slot, const PackedMatrix& next);
+  bool attention_half(Worker& worker, std::int64_t slot);
+  bool feed_forward_half(Worker& worker, std::int64_t slot);
+  const LayerWeights& layer_of(std::int64_t slot) const;
+  void pick_layer(const Worker& worker, std::int64_t slot);
+  std::int64_t head_rows() const;
   void ask(const Worker& worker);
   void attention(Worker& worker, std::int64_t slot);
   void attend_task(Worker& worker, const Task& task, std::int64_t slot);
@@ -100,14 +116,18 @@ class Recurrence {
   const float* rope_;
   const PagedXpos* xpos_;
   const std::int64_t window_;
-  const bool attends_in_tiles_;  // the tokens of a prefix, where they have tiles
+  bool attends_in_tiles_ = false;  // the tokens of a prefix
   std::int64_t stride_, gqkv_stride_, attended_stride_, hidden_stride_, x_row_bytes_, scratch_bytes_;
+
+  std::vector<LayerVisit> visits_;  // by slot
+  std::int64_t done_ = 0, until_ = 0;
 
   // Or parts of them: the rows of prefixes come last when AMX takes them.
   std::vector<Chunk> chunks_;
   std::vector<Task> tasks_;
   std::vector<TokenPlace> places_;
   std::vector<std::int64_t> ids_, rows_, firsts_, row_of_token_;
+  bool every_layer_ = false;
   float* logits_ = nullptr;
 
   Interrupt interrupt_;

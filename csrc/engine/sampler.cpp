@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <string>
 
 #include "core/tensor.h"
@@ -80,6 +81,29 @@ std::array<std::uint64_t, 4> philox4x64(std::array<std::uint64_t, 4> counter,
     key[1] += 0xBB67AE8584CAA73Bu;
   }
   return counter;
+}
+
+std::vector<TokenScore> log_probabilities(const float* logits, std::int64_t vocabulary, std::int64_t token,
+                                          std::int64_t top) {
+  const double largest = *std::max_element(logits, logits + vocabulary);
+  double mass = 0;
+  for (std::int64_t id = 0; id < vocabulary; ++id)
+    mass += std::exp(static_cast<double>(logits[id]) - largest);
+  const double whole = largest + std::log(mass);
+  const auto before = [logits](std::int64_t a, std::int64_t b) {
+    return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
+  };
+  std::vector<std::int64_t> ids(static_cast<std::size_t>(std::min(top, vocabulary)));
+  std::iota(ids.begin(), ids.end(), 0);
+  std::sort(ids.begin(), ids.end(), before);
+  for (auto id = static_cast<std::int64_t>(ids.size()); !ids.empty() && id < vocabulary; ++id) {
+    if (!before(id, ids.back())) continue;
+    ids.insert(std::upper_bound(ids.begin(), ids.end(), id, before), id);
+    ids.pop_back();
+  }
+  std::vector<TokenScore> scores{{token, static_cast<double>(logits[token]) - whole}};
+  for (const std::int64_t id : ids) scores.push_back({id, static_cast<double>(logits[id]) - whole});
+  return scores;
 }
 
 void SamplingOptions::check() const {

@@ -40,6 +40,16 @@ struct SamplingRoom {
   std::vector<std::int64_t> ids;
 };
 
+struct TokenScore {
+  std::int64_t token;
+  double logprob;
+};
+
+// Natural logarithms of softmax(logits[V]) in float64: of `token`, then of the `top` largest, in descending
+// order, the lower id first among equals; all tokens when there are fewer. Reads the row three times.
+std::vector<TokenScore> log_probabilities(const float* logits, std::int64_t vocabulary, std::int64_t token,
+                                          std::int64_t top);
+
 class Sampler {
  public:
   // Throws std::invalid_argument on options out of range.

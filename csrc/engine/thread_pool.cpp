@@ -2,28 +2,16 @@
 
 #include <unistd.h>
 
-#include <chrono>
 #include <system_error>
-
-#if defined(HRMCORE_X86)
-#include <immintrin.h>
-#endif
 
 namespace hrmcore {
 namespace {
 
 constexpr std::int64_t prefetch_limit = 128 << 10;  // fits beside the rest in the second-level cache
-constexpr int spins_before_yield = 1000;
 // Between two tokens a thread spins, longer pauses it sleeps.
-constexpr auto patience = std::chrono::microseconds(300);
-
-void pause_briefly() {
-#if defined(HRMCORE_X86)
-  _mm_pause();
-#else
-  std::this_thread::yield();
-#endif
-}
+constexpr auto patience_between_jobs = std::chrono::microseconds(300);
+// A task takes some microseconds, a turn on the processor milliseconds.
+constexpr auto patience_within_jobs = std::chrono::microseconds(100);
 
 // Flush-to-zero for the life of this object: a product that meets denormals runs several times slower.
 class FlushDenormals {
@@ -34,6 +22,15 @@ class FlushDenormals {
 
  private:
   unsigned saved_;
+#elif defined(HRMCORE_ARM64)
+  FlushDenormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    asm volatile("msr fpcr, %0" ::"r"(saved_ | (std::uint64_t{1} << 24)));
+  }
+  ~FlushDenormals() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
+
+ private:
+  std::uint64_t saved_;
 #else
   FlushDenormals() {}
 #endif
@@ -69,12 +66,9 @@ ThreadPool::~ThreadPool() {
     for (auto& thread : threads_) thread.detach();
     return;
   }
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    stop_.store(true);
-    epoch_.fetch_add(1);
-  }
-  wake_.notify_all();
+  stop_.store(true);
+  epoch_.fetch_add(1);
+  between_jobs_.wake();
   for (auto& thread : threads_) thread.join();
 }
 
@@ -91,13 +85,10 @@ void ThreadPool::run(Job job, void* context) noexcept {
   running_.store(size_ - 1, std::memory_order_relaxed);
   if (size_ > 1) {
     epoch_.fetch_add(1);
-    if (sleepers_.load() > 0) {
-      std::lock_guard<std::mutex> lock(mutex_);
-      wake_.notify_all();
-    }
+    between_jobs_.wake();
   }
   work(0);
-  while (running_.load(std::memory_order_acquire) > 0) pause_briefly();
+  at_the_end_.wait(patience_within_jobs, [this] { return running_.load() == 0; }, pause_briefly);
 }
 
 void ThreadPool::work(int rank) {
@@ -108,24 +99,10 @@ void ThreadPool::work(int rank) {
 void ThreadPool::loop(int rank) {
   FlushDenormals flush;
   for (std::uint64_t seen = 0;; ++seen) {
-    wait_for_job(seen);
+    between_jobs_.wait(patience_between_jobs, [&] { return epoch_.load() != seen; }, pause_briefly);
     if (stop_.load()) return;
     work(rank);
-    running_.fetch_sub(1, std::memory_order_release);
-  }
-}
-
-void ThreadPool::wait_for_job(std::uint64_t seen) {
-  const auto deadline = std::chrono::steady_clock::now() + patience;
-  for (int spin = 0; epoch_.load(std::memory_order_acquire) == seen; ++spin) {
-    pause_briefly();
-    if (spin % 64 == 63 && std::chrono::steady_clock::now() > deadline) {
-      std::unique_lock<std::mutex> lock(mutex_);
-      sleepers_.fetch_add(1);
-      wake_.wait(lock, [&] { return epoch_.load() != seen; });
-      sleepers_.fetch_sub(1);
-      return;
-    }
+    if (running_.fetch_sub(1) == 1) at_the_end_.wake();
   }
 }
 
@@ -134,18 +111,13 @@ void ThreadPool::finish_phase(Worker& worker) {
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
     for (Cursor& cursor : cursors_) cursor.taken.store(0, std::memory_order_relaxed);
     arrived_.store(0, std::memory_order_relaxed);
-    phase_.store(phase + 1, std::memory_order_release);
+    phase_.store(phase + 1);
+    if (size_ > 1) between_phases_.wake();  // a forked child must not touch its dead sleepers' mutex
     return;
   }
-  for (int spin = 0; phase_.load(std::memory_order_acquire) == phase; ++spin) {
-    if (worker.next_ < worker.next_end_) {
-      worker.prefetch_some();
-    } else if (spin < spins_before_yield) {
-      pause_briefly();
-    } else {
-      std::this_thread::yield();
-    }
-  }
+  between_phases_.wait(
+      patience_within_jobs, [&] { return phase_.load() != phase; },
+      [&] { worker.next_ < worker.next_end_ ? worker.prefetch_some() : pause_briefly(); });
 }
 
 }  // namespace hrmcore

@@ -1,5 +1,7 @@
 // The threads of one engine. A job runs on all of them from beginning to end and is cut into phases; between
-// phases stands a spin barrier, not a fork and join, because a token has about a thousand phases.
+// phases stands a barrier, not a fork and join, because a token has about a thousand phases. Who waits there
+// spins, longer than the machine alone ever makes him wait; then he sleeps, so that the thread he waits for gets
+// his processor if it has lost its own.
 //
 // A phase's tasks are dealt out in equal runs, one to each thread, so that each reads its own stretch of the
 // weights; who is done early takes from the others. Which thread runs a task must not matter to its result.
@@ -9,12 +11,12 @@
 #include <sys/types.h>
 
 #include <atomic>
-#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
-#include <mutex>
 #include <thread>
 #include <vector>
+
+#include "engine/waiting_room.h"
 
 namespace hrmcore {
 
@@ -71,7 +73,6 @@ class ThreadPool {
   };
 
   void loop(int rank);
-  void wait_for_job(std::uint64_t seen);
   void finish_phase(Worker& worker);
   void work(int rank);
 
@@ -81,12 +82,10 @@ class ThreadPool {
   alignas(64) std::atomic<std::uint64_t> phase_{0};
   alignas(64) std::atomic<std::uint64_t> epoch_{0};
   alignas(64) std::atomic<int> running_{0};
-  std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false};
   Job job_ = nullptr;
   void* context_ = nullptr;
-  std::mutex mutex_;
-  std::condition_variable wake_;
+  WaitingRoom between_jobs_, between_phases_, at_the_end_;
   std::vector<std::thread> threads_;
   pid_t owner_;
 };

@@ -1,15 +1,15 @@
-#include "gemm/amx_gemm.h"
+#include "gemm/tile_gemm.h"
 
-#include "gemm/amx_chunks.h"
 #include "gemm/amx_unit.h"
+#include "gemm/chunk_walk.h"
 
 namespace hrmcore::HRMCORE_ISA {
 namespace {
 
-void walk_chunks(const AmxGemm& args) {
+void walk_chunks(const TileGemm& args) {
   const ChunkWalk walk{args};
   const std::int64_t bands = args.band_end - args.band_begin, pairs = (bands + 1) / 2, steps = walk.steps;
-  std::byte* rooms[2] = {args.scratch, args.scratch + amx_scratch_bytes / 2};
+  std::byte* rooms[2] = {args.scratch, args.scratch + tile_scratch_bytes / 2};
   Widening widening;
   set_order(widening);
   const auto begin_widening = [&](std::int64_t step) {
@@ -57,7 +57,7 @@ void walk_chunks(const AmxGemm& args) {
 
 }  // namespace
 
-void amx_gemm_bf16(const AmxGemm& args) noexcept {
+void tile_gemm_bf16(const TileGemm& args) noexcept {
   const TileShapes shapes;
   _tile_loadconfig(&shapes);
   walk_chunks(args);

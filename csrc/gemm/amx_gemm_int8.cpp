@@ -1,5 +1,5 @@
-#include "gemm/amx_chunks.h"
 #include "gemm/amx_unit.h"
+#include "gemm/chunk_walk.h"
 
 namespace hrmcore::HRMCORE_ISA {
 namespace {
@@ -23,7 +23,7 @@ struct Scratch {
   Integers integers[2];
   std::int16_t shares[tile_chunk_groups][panel_rows][4];  // of a group's scale in the row's, times 2^15
 };
-static_assert(sizeof(Scratch) <= amx_scratch_bytes, "the scratch must hold it");
+static_assert(sizeof(Scratch) <= tile_scratch_bytes, "the scratch must hold it");
 
 // A panel's chunk on its way to one scale for each row, the largest magnitude of its groups' (an int4 has
 // negative scales, too), where the largest weight is 127. It goes in quarters of a tile, between the products
@@ -174,7 +174,7 @@ HRMCORE_INLINE void multiply(const std::byte* x, std::int64_t tiles, const std::
 }
 
 template <Packing packing>
-void walk_chunks(const AmxGemm& args) {
+void walk_chunks(const TileGemm& args) {
   const ChunkWalk walk{args};
   const std::int64_t bands = args.band_end - args.band_begin;
   auto& scratch = *reinterpret_cast<Scratch*>(args.scratch);
@@ -228,7 +228,7 @@ void walk_chunks(const AmxGemm& args) {
 
 }  // namespace
 
-void amx_gemm_int8(const AmxGemm& args) noexcept {
+void tile_gemm_int8(const TileGemm& args) noexcept {
   const TileShapes shapes;
   _tile_loadconfig(&shapes);
   args.weights.packing == Packing::int8 ? walk_chunks<Packing::int8>(args) : walk_chunks<Packing::int4>(args);

@@ -1,14 +1,11 @@
 // The tiles of AMX, and packed weights widened to them; for kernels of the instruction set `amx`.
 #pragma once
 
-#include "gemm/amx_tiles.h"
 #include "gemm/lanes.h"
+#include "gemm/row_tiles.h"
 #include "gemm/weight_layout.h"
 
 namespace hrmcore::HRMCORE_ISA {
-
-constexpr int panel_tiles = panel_rows / lanes;
-constexpr std::int64_t tile_floats = band_rows * lanes;
 
 struct alignas(64) TileShapes {
   std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -18,11 +15,6 @@ struct alignas(64) TileShapes {
 
 // The tile instructions are opaque to the compiler: what memory holds before them must be there.
 HRMCORE_INLINE void settle_memory() { asm volatile("" ::: "memory"); }
-
-HRMCORE_INLINE void put_pair(vfloat low, vfloat high, std::byte* to) {
-  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-  __builtin_memcpy(to, &both, sizeof(both));
-}
 
 // Rows of two columns: the first lane of each, then the second of each, and so on.
 HRMCORE_INLINE void put_interleaved(vfloat even, vfloat odd, std::byte* to) {

@@ -1,6 +1,8 @@
 #include "gemm/gemm.h"
 
+#include "gemm/dots.h"
 #include "gemm/gemm_chunk.h"
+#include "gemm/i8mm_pairs.h"
 #include "gemm/lanes.h"
 
 namespace hrmcore::HRMCORE_ISA {
@@ -9,15 +11,18 @@ namespace {
 // A tile is `vectors` vectors of a panel's 64 rows by up to so many tokens: as many sums as the registers
 // hold, of integers at least.
 #if defined(HRMCORE_ISA_vnni)
-constexpr int vectors = 4, float_tokens = 6, int_tokens = 4;
+constexpr int vectors = 4, float_tokens = 6, byte_tokens = 4, nibble_tokens = 4;
 #elif defined(HRMCORE_ISA_avx512)
-constexpr int vectors = 4, float_tokens = 6, int_tokens = 3;
+constexpr int vectors = 4, float_tokens = 6, byte_tokens = 2, nibble_tokens = 4;
+#elif defined(HRMCORE_ISA_avxvnni)
+constexpr int vectors = 2, float_tokens = 6, byte_tokens = 4, nibble_tokens = 4;
 #elif defined(HRMCORE_ISA_avx2)
-constexpr int vectors = 2, float_tokens = 6, int_tokens = 2;
+constexpr int vectors = 2, float_tokens = 6, byte_tokens = 2, nibble_tokens = 4;
+#elif defined(HRMCORE_ARM64)
+constexpr int vectors = 4, float_tokens = 6, byte_tokens = 3, nibble_tokens = 3;
 #else
-constexpr int vectors = 2, float_tokens = 4, int_tokens = 2;
+constexpr int vectors = 2, float_tokens = 4, byte_tokens = 2, nibble_tokens = 4;
 #endif
-constexpr int tile_rows = vectors * lanes;
 // From here on, unpacking a chunk once beats doing it in every tile.
 constexpr std::int64_t expand_from_tokens = lanes == 16 ? 64 : 13;
 
@@ -25,6 +30,15 @@ constexpr std::int64_t expand_from_tokens = lanes == 16 ? 64 : 13;
 enum class Cells : std::uint8_t { floats, halves, bytes, nibbles, bytes_of_nibbles };
 
 constexpr bool is_float(Cells cells) { return cells == Cells::floats || cells == Cells::halves; }
+// Arm's 32 registers are narrow: a few tokens alone would leave too few independent chains of sums.
+#if defined(HRMCORE_ARM64)
+constexpr bool narrow_registers = true;
+#else
+constexpr bool narrow_registers = false;
+#endif
+constexpr int vectors_of(Cells cells, std::int64_t tokens) {
+  return narrow_registers && tokens <= (is_float(cells) ? 2 : 1) ? 2 * vectors : vectors;
+}
 constexpr int slabs_of(Cells cells) {
   return cells == Cells::floats ? 32 : cells == Cells::halves ? 16 : cells == Cells::nibbles ? 4 : 8;
 }
@@ -55,19 +69,22 @@ HRMCORE_INLINE void fetch(const std::byte* from, std::int64_t bytes, Ahead& ahea
     __builtin_prefetch(from + ahead.distance + line, 0, 2);
 }
 
+// A function each, which cmake/check_neon.py finds.
 template <Cells cells, int tokens>
-void float_tile(const GemmChunk& c, const std::byte* w, const std::byte* x, float* out, Ahead ahead) {
+[[gnu::noinline]] void float_tile(const GemmChunk& c, const std::byte* w, const std::byte* x, float* out,
+                                  Ahead ahead) {
   constexpr int columns = group_columns / slabs_of(cells);  // in a cell
-  vfloat sums[tokens][vectors] = {};
+  constexpr int wide = vectors_of(cells, tokens);
+  vfloat sums[tokens][wide] = {};
   const std::byte* whole = c.weights;
   for (std::int64_t group = 0; group < c.groups; ++group) {
     for (int slab = 0; slab < slabs_of(cells); ++slab, w += slab_bytes, whole += slab_bytes) {
       fetch(whole, slab_bytes, ahead);
 #pragma GCC unroll 2
       for (int column = 0; column < columns; ++column) {
-        vfloat weight[vectors];
+        vfloat weight[wide];
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v) {
+        for (int v = 0; v < wide; ++v) {
           const vint cell = load_bits(w + v * lanes * 4);
           weight[v] = cells == Cells::floats ? (vfloat)cell : column == 0 ? low_half(cell) : high_half(cell);
         }
@@ -76,7 +93,7 @@ void float_tile(const GemmChunk& c, const std::byte* w, const std::byte* x, floa
           const float* row = reinterpret_cast<const float*>(x + t * c.x_row_bytes) + group * group_columns;
           const vfloat value = splat(row[columns * slab + column]);
 #pragma GCC unroll 8
-          for (int v = 0; v < vectors; ++v) sums[t][v] = fma(weight[v], value, sums[t][v]);
+          for (int v = 0; v < wide; ++v) sums[t][v] = fma(weight[v], value, sums[t][v]);
         }
       }
     }
@@ -84,7 +101,7 @@ void float_tile(const GemmChunk& c, const std::byte* w, const std::byte* x, floa
 #pragma GCC unroll 8
   for (int t = 0; t < tokens; ++t) {
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) {
+    for (int v = 0; v < wide; ++v) {
       float* p = out + t * c.out_stride + v * lanes;
       store(p, c.accumulate ? load(p) + sums[t][v] : sums[t][v]);
     }
@@ -92,14 +109,19 @@ void float_tile(const GemmChunk& c, const std::byte* w, const std::byte* x, floa
 }
 
 template <Cells cells, int tokens>
-void int_tile(const GemmChunk& c, const std::byte* w, const std::byte* x, float* out, Ahead ahead) {
-  constexpr int parts = cells == Cells::nibbles ? 2 : 1;  // of a cell, four columns each
-  constexpr std::int32_t offset = cells == Cells::bytes ? 128 : 8;
-  vfloat sums[tokens][vectors];
+[[gnu::noinline]] void int_tile(const GemmChunk& c, const std::byte* w, const std::byte* x, float* out,
+                                Ahead ahead) {
+  constexpr int slabs = slabs_of(cells),
+                parts = cells == Cells::nibbles ? 2 : 1;           // of a cell, four columns each
+  constexpr bool flips = cells == Cells::bytes && signed_weights;  // w + 128 becomes w
+  constexpr std::int32_t offset = flips ? 0 : cells == Cells::bytes ? 128 : 8;
+  constexpr int wide = vectors_of(cells, tokens);
+  static_assert(slabs * parts == most_cells);
+  vfloat sums[tokens][wide];
 #pragma GCC unroll 8
   for (int t = 0; t < tokens; ++t) {
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) {
+    for (int v = 0; v < wide; ++v) {
       sums[t][v] = c.accumulate ? load(out + t * c.out_stride + v * lanes) : vfloat{};
     }
   }
@@ -108,40 +130,44 @@ void int_tile(const GemmChunk& c, const std::byte* w, const std::byte* x, float*
   const std::byte* whole = c.weights;
   for (std::int64_t group = 0; group < c.groups; ++group) {
     const QuantGroup* row[tokens];
-    vint dots[tokens][vectors];
+    const auto start = [&](int t)
+                           __attribute__((always_inline)) { return splat_bits(-offset * row[t]->sum); };
+    Dots<cells != Cells::bytes> dots[tokens][wide];
 #pragma GCC unroll 8
     for (int t = 0; t < tokens; ++t) {
       row[t] = reinterpret_cast<const QuantGroup*>(x + t * c.x_row_bytes) + group;
-      const vint start = splat_bits(-offset * row[t]->sum);
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) dots[t][v] = start;
+      for (int v = 0; v < wide; ++v) dots[t][v].begin(start(t));
     }
-    for (int slab = 0; slab < slabs_of(cells); ++slab, whole += slab_bytes) {
-      fetch(whole, slab_bytes, ahead);
+// A group's sums stay in registers from one cell to the next.
+#pragma GCC unroll 8
+    for (int slab = 0; slab < slabs; ++slab) {
+      fetch(whole + slab * slab_bytes, slab_bytes, ahead);
 #pragma GCC unroll 2
       for (int part = 0; part < parts; ++part) {
-        vint weight[vectors];
+        vint weight[wide];
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v) {
+        for (int v = 0; v < wide; ++v) {
           const vint cell = load_bits(w + slab * slab_bytes + v * lanes * 4);
-          weight[v] = cells == Cells::nibbles ? ((cell >> (4 * part)) & 0x0f0f0f0f) : cell;
+          weight[v] = cells != Cells::nibbles ? cell : part == 0 ? low_nibbles(cell) : high_nibbles(cell);
+          if constexpr (flips) weight[v] ^= splat_bits(static_cast<std::int32_t>(0x80808080));
         }
 #pragma GCC unroll 8
         for (int t = 0; t < tokens; ++t) {
           const vint value = splat_bits(load_cell(row[t]->q + 4 * (slab * parts + part)));
 #pragma GCC unroll 8
-          for (int v = 0; v < vectors; ++v) dots[t][v] = dot4(dots[t][v], weight[v], value);
+          for (int v = 0; v < wide; ++v) dots[t][v].add(weight[v], value);
         }
       }
     }
-    fetch(whole, scale_bytes, ahead);
-    whole += scale_bytes;
+    fetch(whole + slabs * slab_bytes, scale_bytes, ahead);
+    whole += bytes_of(cells);
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) {
+    for (int v = 0; v < wide; ++v) {
       const vfloat scale = load(reinterpret_cast<const bf16*>(scales) + v * lanes);
 #pragma GCC unroll 8
       for (int t = 0; t < tokens; ++t) {
-        sums[t][v] = fma(to_float(dots[t][v]), scale * row[t]->scale, sums[t][v]);
+        sums[t][v] = fma(to_float(dots[t][v].sum(start(t))), scale * row[t]->scale, sums[t][v]);
       }
     }
     w += bytes_of(cells);
@@ -150,7 +176,7 @@ void int_tile(const GemmChunk& c, const std::byte* w, const std::byte* x, float*
 #pragma GCC unroll 8
   for (int t = 0; t < tokens; ++t) {
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) store(out + t * c.out_stride + v * lanes, sums[t][v]);
+    for (int v = 0; v < wide; ++v) store(out + t * c.out_stride + v * lanes, sums[t][v]);
   }
 }
 
@@ -168,15 +194,18 @@ HRMCORE_INLINE void tile(std::int64_t tokens, const GemmChunk& c, const std::byt
 
 template <Cells cells>
 void multiply_cells(const GemmChunk& c) {
-  constexpr int most = is_float(cells) ? float_tokens : int_tokens;
-  const std::int64_t tiles = (c.tokens + most - 1) / most * (panel_rows / tile_rows);
+  constexpr int most = is_float(cells) ? float_tokens : cells == Cells::bytes ? byte_tokens : nibble_tokens;
+  const auto rows_of = [](std::int64_t tokens) { return vectors_of(cells, tokens) * lanes; };
+  const std::int64_t rest = c.tokens % most;
+  const std::int64_t tiles =
+      c.tokens / most * (panel_rows / rows_of(most)) + (rest > 0 ? panel_rows / rows_of(rest) : 0);
   Ahead ahead{c.streams ? c.groups * bytes_of(cells) : 0, 0, tiles, true};
   for (std::int64_t token = 0; token < c.tokens; token += most) {
     const std::byte* x = c.x + token * c.x_row_bytes;
-    for (std::int64_t row = 0; row < panel_rows; row += tile_rows) {
+    const std::int64_t tokens = c.tokens - token < most ? c.tokens - token : most;
+    for (std::int64_t row = 0; row < panel_rows; row += rows_of(tokens)) {
       float* out = c.out + token * c.out_stride + row;
-      tile<cells, most>(c.tokens - token < most ? c.tokens - token : most, c, c.weights + 4 * row, x, out,
-                        ahead);
+      tile<cells, most>(tokens, c, c.weights + 4 * row, x, out, ahead);
       ahead.first = false;
       ++ahead.skip;
     }
@@ -190,8 +219,8 @@ void expand(Packing packing, const std::byte* from, std::int64_t groups, std::by
     for (int slab = 0; slab < slabs_of(halves ? Cells::halves : Cells::nibbles); ++slab) {
       for (int cell = 0; cell < panel_rows; cell += lanes) {
         const vint v = load_bits(from + 4 * cell);
-        const vint first = halves ? (vint)low_half(v) : v & 0x0f0f0f0f;
-        const vint second = halves ? (vint)high_half(v) : (v >> 4) & 0x0f0f0f0f;
+        const vint first = halves ? (vint)low_half(v) : low_nibbles(v);
+        const vint second = halves ? (vint)high_half(v) : high_nibbles(v);
         __builtin_memcpy(to + 4 * cell, &first, sizeof(first));
         __builtin_memcpy(to + slab_bytes + 4 * cell, &second, sizeof(second));
       }
@@ -234,6 +263,12 @@ void packed_gemm(const PackedGemm& args) noexcept {
       GemmChunk chunk{weights,          groups,      args.x + group * x_bytes,
                       args.x_row_bytes, args.tokens, out,
                       args.out_stride,  group > 0,   !expands};
+#if defined(HRMCORE_ISA_i8mm)
+      if (is_quantised(w.packing) && args.tokens >= pairs_from_tokens) {
+        multiply_pairs(w.packing, chunk, args.scratch);
+        continue;
+      }
+#endif
       if (!expands) {
         multiply_chunk(w.packing, chunk);
         continue;

@@ -1,6 +1,5 @@
 // What the engine's kernels need beyond core/simd.h: a fused multiply-add that is always fused where the
-// instruction set has one (so that two ways of cutting a product give the same bits), the four-way byte
-// product, and the norm of a row.
+// instruction set has one (so that two ways of cutting a product give the same bits), and the norm of a row.
 #pragma once
 
 #if defined(HRMCORE_X86)
@@ -12,10 +11,12 @@
 namespace hrmcore::HRMCORE_ISA {
 
 HRMCORE_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) {
-#if defined(HRMCORE_ISA_avx512) || defined(HRMCORE_ISA_vnni) || defined(HRMCORE_ISA_amx)
+#if defined(HRMCORE_AVX512)
   return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(HRMCORE_ISA_avx2)
+#elif defined(HRMCORE_AVX2)
   return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(HRMCORE_ARM64)
+  return (vfloat)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return a * b + c;
 #endif
@@ -46,35 +47,22 @@ HRMCORE_INLINE vfloat to_float(vint v) { return __builtin_convertvector(v, vfloa
 HRMCORE_INLINE vfloat low_half(vint cell) { return (vfloat)(cell << 16); }
 HRMCORE_INLINE vfloat high_half(vint cell) { return (vfloat)(cell & splat_bits(-65536)); }
 
-// acc + the sum over the four bytes of each lane of unsigned w times signed a, exact.
-HRMCORE_INLINE vint dot4(vint acc, vint w, vint a) {
-#if defined(HRMCORE_ISA_vnni) || defined(HRMCORE_ISA_amx)
-  return (vint)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)a);
-#elif defined(HRMCORE_ISA_avx512)
-  const __m512i even_a = _mm512_srai_epi16(_mm512_slli_epi16((__m512i)a, 8), 8);
-  const __m512i odd_a = _mm512_srai_epi16((__m512i)a, 8);
-  const __m512i even_w = _mm512_and_si512((__m512i)w, _mm512_set1_epi16(255));
-  const __m512i odd_w = _mm512_srli_epi16((__m512i)w, 8);
-  return acc + (vint)_mm512_madd_epi16(even_w, even_a) + (vint)_mm512_madd_epi16(odd_w, odd_a);
-#elif defined(HRMCORE_ISA_avx2)
-  const __m256i even_a = _mm256_srai_epi16(_mm256_slli_epi16((__m256i)a, 8), 8);
-  const __m256i odd_a = _mm256_srai_epi16((__m256i)a, 8);
-  const __m256i even_w = _mm256_and_si256((__m256i)w, _mm256_set1_epi16(255));
-  const __m256i odd_w = _mm256_srli_epi16((__m256i)w, 8);
-  return acc + (vint)_mm256_madd_epi16(even_w, even_a) + (vint)_mm256_madd_epi16(odd_w, odd_a);
-#elif defined(HRMCORE_X86)
-  const __m128i even_a = _mm_srai_epi16(_mm_slli_epi16((__m128i)a, 8), 8);
-  const __m128i odd_a = _mm_srai_epi16((__m128i)a, 8);
-  const __m128i even_w = _mm_and_si128((__m128i)w, _mm_set1_epi16(255));
-  const __m128i odd_w = _mm_srli_epi16((__m128i)w, 8);
-  return acc + (vint)_mm_madd_epi16(even_w, even_a) + (vint)_mm_madd_epi16(odd_w, odd_a);
+// The two halves of each byte.
+HRMCORE_INLINE vint low_nibbles(vint cell) { return cell & 0x0f0f0f0f; }
+HRMCORE_INLINE vint high_nibbles(vint cell) {
+#if defined(HRMCORE_ARM64)
+  return (vint)vshrq_n_u8((uint8x16_t)cell, 4);
 #else
-  for (int byte = 0; byte < 4; ++byte) {
-    acc += ((w >> (8 * byte)) & 255) * ((a << (24 - 8 * byte)) >> 24);
-  }
-  return acc;
+  return (cell >> 4) & 0x0f0f0f0f;
 #endif
 }
+
+#if defined(HRMCORE_AVX512_BF16)
+HRMCORE_INLINE void put_pair(vfloat low, vfloat high, std::byte* to) {
+  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  __builtin_memcpy(to, &both, sizeof(both));
+}
+#endif
 
 // One row of a norm: x, or with `add` x + add, which then goes to `sum` and is what the norm reads.
 struct NormalisedRow {

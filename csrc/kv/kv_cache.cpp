@@ -21,9 +21,21 @@ void KvCache::reserve(std::vector<std::byte*>& pages, std::int64_t tokens) {
   }
 }
 
-void KvCache::release(std::vector<std::byte*>& pages) noexcept {
-  for (auto page = pages.rbegin(); page != pages.rend(); ++page) free_.push_back(*page);
-  pages.clear();
+void KvCache::share(const std::vector<std::byte*>& pages) {
+  for (const std::byte* page : pages) shared_.try_emplace(page, 0);
+  for (const std::byte* page : pages) ++shared_.at(page);
+}
+
+void KvCache::release(std::vector<std::byte*>& pages, std::size_t first) noexcept {
+  for (std::size_t i = pages.size(); i-- > first;) {
+    const auto found = shared_.find(pages[i]);
+    if (found != shared_.end() && found->second > 0) {
+      --found->second;
+    } else {
+      free_.push_back(pages[i]);
+    }
+  }
+  if (first < pages.size()) pages.resize(first);
 }
 
 }  // namespace hrmcore

@@ -13,7 +13,7 @@
 #pragma once
 
 #include "core/isa.h"
-#include "gemm/amx_tiles.h"
+#include "gemm/row_tiles.h"
 #include "kv/paged_attention.h"
 
 namespace hrmcore {

@@ -181,7 +181,8 @@ HRMCORE_INLINE std::int64_t sum_counts(vint counts) {
   return total;
 }
 
-// One step of an Adam: direction(m', v') is what p moves by, for a learning rate of 1.
+// One step of an Adam: direction(m, m_scale, sqrt(v')) is what p moves by, for a learning rate of 1; m' is
+// m times m_scale.
 template <class Direction>
 HRMCORE_INLINE void adam_step(const AdamStep& args, const Direction& direction) {
   const float m_share = static_cast<float>(1 - args.beta1), v_share = static_cast<float>(1 - args.beta2);
@@ -198,7 +199,7 @@ HRMCORE_INLINE void adam_step(const AdamStep& args, const Direction& direction) 
       ahead(c, grad, exp_avg, exp_avg_sq, param);
       const vfloat g = get(grad + c) * grad_scale, m_old = get(exp_avg + c), v_old = get(exp_avg_sq + c);
       const vfloat m = m_old + m_share * (g - m_old), v = v_old + v_share * (g * g - v_old);
-      const vfloat by = lr * direction(m * m_scale, square_root(v) * root_scale);
+      const vfloat by = lr * direction(m, m_scale, square_root(v) * root_scale);
       move(weights, param, ema, c, by, get, put);
       put(exp_avg + c, m);
       put(exp_avg_sq + c, v);
@@ -248,11 +249,18 @@ void sophia_curvature(const SophiaCurvature& args) noexcept {
 
 void adamw_step(const AdamStep& args) noexcept {
   const float eps = static_cast<float>(args.eps);
-  adam_step(args, [eps](vfloat m, vfloat root) __attribute__((always_inline)) { return m / (root + eps); });
+  adam_step(args, [eps](vfloat m, float m_scale, vfloat root)
+                      __attribute__((always_inline)) { return m * m_scale / (root + eps); });
 }
 
 void adam_atan2_step(const AdamStep& args) noexcept {
-  adam_step(args, [](vfloat m, vfloat root) __attribute__((always_inline)) { return atan2_right(m, root); });
+  adam_step(args, [](vfloat m, float m_scale, vfloat root)
+                      __attribute__((always_inline)) { return m_scale * atan2_right(m, root); });
+}
+
+void adam_atan2_paper_step(const AdamStep& args) noexcept {
+  adam_step(args, [](vfloat m, float m_scale, vfloat root)
+                      __attribute__((always_inline)) { return atan2_right(m * m_scale, root); });
 }
 
 }  // namespace HRMCORE_ISA

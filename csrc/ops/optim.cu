@@ -44,7 +44,7 @@ struct Step {
 
 static_assert(sizeof(Step) <= 4096, "kernel parameters");
 
-enum class Rule : int { adamw, adam_atan2, sophia, curvature };
+enum class Rule : int { adamw, adam_atan2, adam_atan2_paper, sophia, curvature };
 
 // The elements of this block: those of one tensor from `begin` to `end`.
 struct Chunk {
@@ -94,8 +94,15 @@ __device__ __forceinline__ void adam(const Numbers& by, const Chunk& mine, std::
   for (int k = 0; k < n; ++k) {
     m[k] += by.m_share * (g[k] - m[k]);
     v[k] += by.second_share * (g[k] * g[k] - v[k]);
-    const float mean = m[k] * mine.m_scale, root = sqrtf(v[k]) * mine.root_scale;
-    direction[k] = rule == Rule::adamw ? mean / (root + by.eps) : atan2f(mean, root);
+    [[maybe_unused]] const float mean = m[k] * mine.m_scale;
+    const float root = sqrtf(v[k]) * mine.root_scale;
+    if constexpr (rule == Rule::adamw) {
+      direction[k] = mean / (root + by.eps);
+    } else if constexpr (rule == Rule::adam_atan2_paper) {
+      direction[k] = atan2f(mean, root);
+    } else {
+      direction[k] = mine.m_scale * atan2f(m[k], root);
+    }
   }
   store<n>(data[exp_avg] + i, m);
   store<n>(data[second] + i, v);
@@ -268,4 +275,8 @@ HRMCORE_DEVICE_KERNEL(adamw_step, hrmcore::AdamStep) {
 
 HRMCORE_DEVICE_KERNEL(adam_atan2_step, hrmcore::AdamStep) {
   return hrmcore::cuda::run_adam<hrmcore::cuda::Rule::adam_atan2>(args, stream);
+}
+
+HRMCORE_DEVICE_KERNEL(adam_atan2_paper_step, hrmcore::AdamStep) {
+  return hrmcore::cuda::run_adam<hrmcore::cuda::Rule::adam_atan2_paper>(args, stream);
 }

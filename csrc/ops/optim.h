@@ -9,7 +9,8 @@
 //   adamw_step:        m += (1 - beta1) (g - m),  v += (1 - beta2) (g^2 - v)
 //                      p -= lr m' / (sqrt(v') + eps)
 //                      with m' = m / (1 - beta1^step), v' = v / (1 - beta2^step)
-//   adam_atan2_step:   the same with p -= lr atan2(m', sqrt(v'))
+//   adam_atan2_step:   the same with p -= lr atan2(m, sqrt(v')) / (1 - beta1^step)
+//   adam_atan2_paper_step:  the same with p -= lr atan2(m', sqrt(v'))
 //
 // Where `grad_scale` is given, g is the gradient times it: clipping by the norm takes no pass of its own.
 //
@@ -17,10 +18,11 @@
 // above folded in float64. The moments move by differences because beta m + (1 - beta) g, its two factors
 // rounded apart, has a wrong fixed point. A NaN is passed on. The numbers are checked by hrmcore/optim.py.
 //
-// Sources: Sophia arXiv 2305.14342, algorithm 3; AdamW arXiv 1711.05101; Adam-atan2 arXiv 2407.05872.
+// Sources: Sophia arXiv 2305.14342, algorithm 3; AdamW arXiv 1711.05101; Adam-atan2 arXiv 2407.05872, and as
+// the trainer of HRM-Text takes it: github.com/sapientinc/HRM-Text, models/adam_atan2.py.
 //
 // Moves, in bytes an element: sophia_step 24, sophia_curvature 16 (12 where u and w are one tensor),
-// adamw_step and adam_atan2_step 28; a step 8 more with the average. Computes at most 45 FLOPs an element.
+// adamw_step and both of Adam-atan2 28; a step 8 more with the average. Computes at most 46 FLOPs an element.
 #pragma once
 
 #include "core/isa.h"
@@ -65,7 +67,7 @@ struct AdamStep {
   std::int64_t count;
   TensorView grad_scale;  // (1) float32, or left out: 1
   double lr, beta1, beta2, weight_decay;
-  double eps;  // not read by adam_atan2_step
+  double eps;  // of adamw_step alone
   double ema_decay;
 };
 
@@ -76,5 +78,6 @@ HRMCORE_DECLARE_KERNEL(sophia_step, SophiaStep)
 HRMCORE_DECLARE_KERNEL(sophia_curvature, SophiaCurvature)
 HRMCORE_DECLARE_KERNEL(adamw_step, AdamStep)
 HRMCORE_DECLARE_KERNEL(adam_atan2_step, AdamStep)
+HRMCORE_DECLARE_KERNEL(adam_atan2_paper_step, AdamStep)
 
 }  // namespace hrmcore

@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from hrmcore.checkpoint.safetensors_reader import (
     read_json,
     stored_tensors,
 )
-from hrmcore.config import HRMConfig
+from hrmcore.config import PARTS, HRMConfig
 from hrmcore.durable import replacing
 from hrmcore.tokenizer import tokenizer_files
 
@@ -60,10 +61,10 @@ class Key:
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LAYER_NAMES = {
     # Module name within a layer: the released name, the split names (what transformers keeps in memory).
-    "gqkv_proj": ("attn.gqkv_proj", tuple(f"self_attn.{part}_proj" for part in ("gate", "q", "k", "v"))),
-    "o_proj": ("attn.o_proj", ("self_attn.o_proj",)),
-    "gate_up_proj": ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
-    "down_proj": ("mlp.down_proj", ("mlp.down_proj",)),
+    "gqkv_proj": ("attn.gqkv_proj", PARTS["gqkv_proj"]),
+    "o_proj": ("attn.o_proj", PARTS["o_proj"]),
+    "gate_up_proj": ("mlp.gate_up_proj", PARTS["gate_up_proj"]),
+    "down_proj": ("mlp.down_proj", PARTS["down_proj"]),
 }
 
 
@@ -107,6 +108,10 @@ def resolve(source: str | Path) -> Path:
         exported = folder / "checkpoint"
         if (exported / CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).exists():
             raise FileNotFoundError(f"{source}: a run folder; its model is {exported}")
+        if not (folder / CONFIG_FILE).exists() and any((folder / "states").glob("step-*")):
+            raise FileNotFoundError(
+                f"{source}: a run folder without a checkpoint; `hrmcore export {source}` writes one"
+            )
         return folder
     if folder.exists():
         raise ValueError(f"{source}: a checkpoint is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, this is a file")
@@ -343,6 +348,17 @@ class Tensors(Mapping[str, "Tensor"]):
         tensor = torch.from_numpy(self._arrays[name])
         return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor, without reading it."""
+        import torch
+
+        found: torch.dtype = getattr(torch, self._arrays.dtype(name))
+        return found
+
+    def release(self) -> None:
+        """As that of `Arrays`."""
+        self._arrays.release()
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._arrays)
 
@@ -405,17 +421,13 @@ def save_model(
     folder, dtype = Path(folder), dtype or torch.float32
     weights = _released_weights(model, dtype)
     config = json.dumps(released_config(model.config, dtype), indent=2) + "\n"
-    copies = _tokenizer_files(tokenizer_folder)
+    copies = file_copies(tokenizer_folder)
     if (folder / INDEX_FILE).exists():
         raise ValueError(f"{folder}: holds a sharded checkpoint ({INDEX_FILE}), save into another folder")
     folder.mkdir(parents=True, exist_ok=True)
-
-    def copy(source: Path) -> Callable[[Path], object]:
-        return lambda path: shutil.copyfile(source, path)
-
-    _write_files(
+    write_files(
         folder,
-        {source.name: copy(source) for source in copies}
+        copies
         | {
             WEIGHTS_FILE: lambda path: save_file(weights, path, metadata={"format": "pt"}),
             CONFIG_FILE: lambda path: path.write_text(config, encoding="utf-8"),
@@ -448,16 +460,17 @@ def _released_weights(model: HRM, dtype: torch.dtype) -> dict[str, Tensor]:
     return weights
 
 
-def _tokenizer_files(folder: str | Path | None) -> list[Path]:
+def file_copies(folder: str | Path | None) -> dict[str, Callable[[Path], object]]:
+    """For `write_files`: the tokenizer's files of a folder. Raises FileNotFoundError when it has no tokenizer."""
     if folder is None:
-        return []
+        return {}
     files = tokenizer_files(Path(folder))
     if not {path.name for path in files} & {"tokenizer.model", "tokenizer.json"}:
         raise FileNotFoundError(f"{folder}: no tokenizer.model and no tokenizer.json")
-    return files
+    return {source.name: partial(shutil.copyfile, source) for source in files}
 
 
-def _write_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
+def write_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
     """Write all files under temporary names, flush them to the disk, then rename all."""
     with replacing(*(folder / name for name in writers)) as staged:
         for temporary, write in zip(staged, writers.values(), strict=True):

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from hrmcore.limits import MOST_PARSED, read_bounded
+
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -25,8 +27,6 @@ HOLDERS: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(np.uint16),
     "F16": np.dtype(np.float16),
 }
-
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ def _read_header(path: Path) -> dict[str, Stored]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or 8 + length > size:
                 raise ValueError(f"{path}: truncated, its header does not end within the {size} bytes of the file")
-            if length > _MAX_HEADER_BYTES:
-                raise ValueError(f"{path}: header of {length} bytes, more than the {_MAX_HEADER_BYTES} allowed")
+            if length > MOST_PARSED:
+                raise ValueError(f"{path}: header of {length} bytes, more than the {MOST_PARSED} allowed")
             text = file.read(length)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
@@ -153,7 +153,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises FileNotFoundError without the file, ValueError naming it when it holds something else.
     """
     try:
-        text = path.read_bytes()
+        text = read_bounded(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except OSError as error:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -25,15 +26,18 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
+from hrmcore.averages import local
 from hrmcore.distributed.world import lost_rank
 from hrmcore.durable import flush, put_in_place, sha256_of
-from hrmcore.optim import local
+from hrmcore.limits import read_bounded
 
 FORMAT = "hrmcore-sharded-training-state"
 VERSION = "1"
 MANIFEST = "state.json"
 
 _TEMPORARY = ".writing"
+# What torch raises on a shard that is not what its name says; a rank that has ended is a RuntimeError, too.
+_UNREADABLE = (SafetensorError, CheckpointException, ValueError, KeyError, IndexError, TypeError, AttributeError)
 
 # One process needs no process group to write or read a state.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -79,8 +83,11 @@ def read_shards_metadata(path: Path) -> dict[str, str]:
 
 def shapes_of_shards(path: Path) -> dict[str, tuple[int, ...]]:
     """The shape of every whole tensor of a state."""
-    entries = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-    return {name: tuple(entry.size) for name, entry in entries.items()}  # type: ignore[union-attr]
+    try:
+        entries = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        return {name: tuple(entry.size) for name, entry in entries.items()}  # type: ignore[union-attr]
+    except _UNREADABLE as error:
+        raise ValueError(f"{path}: damaged, a shard's header is none ({_line(error)})") from None
 
 
 @torch.no_grad()
@@ -90,7 +97,10 @@ def read_shards(path: Path, tensors: Mapping[str, Tensor]) -> None:
     The number of ranks need not be the one that wrote the state. All ranks must call this when tensors are sharded.
     """
     alone = not any(isinstance(tensor, DTensor) for tensor in tensors.values())
-    load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=alone)
+    try:
+        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=alone)
+    except _UNREADABLE as error:
+        raise ValueError(f"{path}: damaged, its shards do not make the tensors ({_line(error)})") from None
 
 
 def remove_shards(path: Path) -> None:
@@ -140,9 +150,9 @@ def _complete(temporary: Path, path: Path, files: Mapping[str, str], metadata: M
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(read_bounded(path / MANIFEST))
         written = manifest.pop("sha256")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise ValueError(f"{path}: not a training state, or cut short: no {MANIFEST} that can be read") from None
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{path}: not a training state, its {MANIFEST} does not say so")
@@ -150,7 +160,18 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: version {manifest.get('version')!r}, this hrmcore reads {VERSION}")
     if _digest(manifest) != written:
         raise ValueError(f"{path}: damaged, the checksum of {MANIFEST} is not the one that was written")
+    if not all(is_text(manifest.get(key)) for key in ("files", "metadata")):
+        raise ValueError(f"{path}: damaged, {MANIFEST} lacks files or metadata")
     return dict(manifest)
+
+
+def is_text(values: object) -> bool:
+    """Whether this is an object that holds strings alone."""
+    return isinstance(values, dict) and all(isinstance(value, str) for value in values.values())
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

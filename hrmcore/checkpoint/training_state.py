@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hrmcore.checkpoint.safetensors_writer import write_tensors
 from hrmcore.checkpoint.sharded_state import (
+    is_text,
     read_shards,
     read_shards_metadata,
     remove_shards,
@@ -39,6 +40,7 @@ from hrmcore.checkpoint.sharded_state import (
     verify_shards,
 )
 from hrmcore.durable import replacing, sha256_of
+from hrmcore.limits import MOST_PARSED
 
 FORMAT = "hrmcore-training-state"
 VERSION = "1"
@@ -84,7 +86,7 @@ def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             # Copies: the library's tensors are views of the file.
             return {name: tensors.get_tensor(name).clone() for name in names}, metadata
     except SafetensorError as error:
-        raise ValueError(f"{path}: damaged ({error})") from None
+        raise ValueError(f"{path}: damaged ({' '.join(str(error).split())})") from None
 
 
 def verify(path: Path) -> tuple[list[str], dict[str, str]]:
@@ -122,7 +124,7 @@ def restore(path: Path, tensors: Mapping[str, Tensor]) -> None:
                     found = distribute_tensor(found, tensor.device_mesh, tensor.placements, src_data_rank=None)
                 tensor.copy_(found)
     except SafetensorError as error:
-        raise ValueError(f"{path}: damaged ({error})") from None
+        raise ValueError(f"{path}: damaged ({' '.join(str(error).split())})") from None
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -151,6 +153,19 @@ def find_states(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
+def state_of(folder: Path, step: int | None = None) -> tuple[int, Path]:
+    """Step and path of a run's state after `step`, or of its newest. Raises ValueError, naming those there are."""
+    states = find_states(folder)
+    if not folder.is_dir() or not states:
+        raise ValueError(f"{folder}: {'holds no training state' if folder.is_dir() else 'no such folder'}")
+    for kept, path in states:
+        if step in (None, kept):
+            return kept, path
+    raise ValueError(
+        f"{folder}: no state after step {step}; there are {', '.join(str(s) for s, _ in reversed(states))}"
+    )
+
+
 def find_newest(folder: Path, warn: Any, contents: bool = True) -> tuple[Path, dict[str, str]] | None:
     """Path and metadata of the newest state of a run folder that is whole; None when the folder holds none.
 
@@ -172,10 +187,13 @@ def find_newest(folder: Path, warn: Any, contents: bool = True) -> tuple[Path, d
     return None
 
 
-def remove_old(folder: Path, keep: int, keep_every: int) -> None:
-    """Remove all but the newest `keep` states; those at multiples of `keep_every` steps stay for good (0: none do)."""
+def remove_old(folder: Path, keep: int, keep_every: int, best: int | None = None) -> None:
+    """Remove all but the newest `keep` states and the one after step `best`.
+
+    Those at multiples of `keep_every` steps stay for good (0: none do).
+    """
     for step, path in find_states(folder)[keep:]:
-        if keep_every and step % keep_every == 0:
+        if step == best or (keep_every and step % keep_every == 0):
             continue
         if path.is_dir():
             remove_shards(path)
@@ -219,11 +237,14 @@ class StateWriter:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Copy the tensors as they are now, then write them while the caller goes on."""
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], best: int | None = None
+    ) -> None:
+        """Copy the tensors as they are now, then write them while the caller goes on; the state after `best` stays."""
         self.finish()
         copies = {name: _copy(tensor.detach()) for name, tensor in tensors.items()}
-        self._thread = threading.Thread(target=self._write, args=(step, copies, dict(metadata)), name="state writer")
+        arguments = (step, copies, dict(metadata), best)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="state writer")
         self._thread.start()
 
     def check(self) -> None:
@@ -239,7 +260,7 @@ class StateWriter:
             self._thread = None
         self.check()
 
-    def _write(self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    def _write(self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], best: int | None) -> None:
         try:
             path = state_path(self._folder, step, self._sharded)
             if self._sharded:
@@ -247,7 +268,7 @@ class StateWriter:
             else:
                 save_state(path, tensors, metadata)
             if self._group is None or dist.get_rank(self._group) == 0:
-                remove_old(self._folder, self._keep, self._keep_every)
+                remove_old(self._folder, self._keep, self._keep_every, best)
         except BaseException as error:
             self._error = error
 
@@ -277,13 +298,13 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any], dict[str, str]]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        text = file.read(length) if 8 + length <= size else b""
+        text = file.read(length) if 8 + length <= size and length <= MOST_PARSED else b""
     try:
         entries: dict[str, Any] = json.loads(text)
         metadata: dict[str, str] = entries.pop("__metadata__")
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise ValueError(f"{path}: not a training state, or cut short") from None
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+    if not is_text(metadata) or metadata.get("format") != FORMAT:
         raise ValueError(f"{path}: not a training state, its metadata does not say so")
     if metadata.get("version") != VERSION:
         raise ValueError(f"{path}: version {metadata.get('version')!r}, this hrmcore reads {VERSION}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hrmcore import plots
 from hrmcore.commands.options import printable, typed_text
+from hrmcore.lens_names import token_name, visit_name
 
 if TYPE_CHECKING:
     from hrmcore.lens import Lens
@@ -114,7 +115,7 @@ def _report(model: HRM, tokenizer: Tokenizer, prompt: list[int], args: argparse.
         "prompt": args.prompt,
         "condition": args.condition,
         "answered": tokenizer.decode_answer(answered),
-        "answer": name(tokenizer, seen.answer),
+        "answer": token_name(tokenizer, seen.answer),
         "H_cycles": model.config.H_cycles,
         "L_cycles": model.config.L_cycles,
         "layers": max(model.config.depths),
@@ -126,29 +127,11 @@ def _steps(tokenizer: Tokenizer, seen: Lens) -> list[dict[str, Any]]:
     return [
         {
             "visit": visit_name(step.h, step.stack, step.l),
-            "text": name(tokenizer, step.token),
+            "text": token_name(tokenizer, step.token),
             **dataclasses.asdict(step),
         }
         for step in seen.steps
     ]
-
-
-def visit_name(h: int, stack: str, l: int) -> str:  # noqa: E741
-    """How a visit is called, counted from 1: L1.2 is the second L step of the first H cycle, H1 that cycle's H step."""
-    return f"L{h + 1}.{l + 1}" if stack == "L" else f"H{h + 1}"
-
-
-def name(tokenizer: Tokenizer, token: int) -> str:
-    """A token as a person reads it: framing tokens by their names, white space visible, a part of a character as �."""
-    framing = {"<boq>": tokenizer.boq, "<eoq>": tokenizer.eoq, "<eoa>": tokenizer.eoa}
-    framing |= {f"<{condition}>": index for condition, index in tokenizer.condition_ids.items()}
-    for text, index in framing.items():
-        if token == index:
-            return text
-    if token >= tokenizer.vocab_size:
-        return f"#{token}"  # a row of the head that no word belongs to
-    text = tokenizer.decode([token])
-    return printable(text.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")) or f"#{token}"
 
 
 def table(report: dict[str, Any]) -> str:
@@ -183,7 +166,7 @@ def _watch(model: HRM, tokenizer: Tokenizer, prompt: list[int], most: int, show:
         said: list[str] = []
         for h, l, token, probability in visits(model, [*prompt, *answered], len(prompt)):  # noqa: E741
             visit = visit_name(h, "L" if l < model.config.L_cycles else "H", l)
-            said.append(f"{visit} {name(tokenizer, token)} {probability:.0%}")
+            said.append(f"{visit} {token_name(tokenizer, token)} {probability:.0%}")
             show(printable(tokenizer.decode_answer(answered)), said, False)
         show(printable(tokenizer.decode_answer(answered)), said, True)
         if token in ends:

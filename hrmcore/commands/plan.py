@@ -11,15 +11,27 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hrmcore.config import PRESETS, RECOMPUTE, HRMConfig
-from hrmcore.planner import GPUS, Budget, Device, Horizon, Memory, Plan, Record, Stage, StagePlan, plan
+from hrmcore.config import BASES, PRESETS, RECOMPUTE, HRMConfig, LoraConfig
+from hrmcore.gpus import GPUS, Device
+from hrmcore.planner import (
+    Budget,
+    Horizon,
+    Memory,
+    Plan,
+    Record,
+    Stage,
+    StagePlan,
+    adapter_parameters,
+    plan,
+)
 
 EXAMPLE = """\
 examples:
   hrmcore plan --size XL --tokens 60e9 --gpu H100 --count 16 --utilization 0.38 --price 2
   hrmcore plan checkpoint/ --tokens 1e9 --prompt-tokens 120 --response-tokens 180 --json
   hrmcore plan --size L --stage 20e9:XL --tokens 60e9 --count 8
-  hrmcore plan run.toml --measure      with its [[grow]] stages, for this machine
+  hrmcore plan run.toml --measure      with its [[grow]] stages or its [lora], for this machine
+  hrmcore plan --size XL --lora 16 --base int8 --tokens 1e6 --batch-tokens 512 --measure
 """
 
 
@@ -51,6 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="mean tokens of a response; needed to count head and attention",
     )
+    run.add_argument(
+        "--lora", type=int, metavar="RANK", help="train adapters of this rank over frozen weights, on every projection"
+    )
+    run.add_argument("--base", choices=BASES, help="what the frozen weights are held as (bfloat16); with --lora")
     on = parser.add_argument_group("the hardware")
     where = on.add_mutually_exclusive_group()
     where.add_argument("--gpu", choices=GPUS, help="kind of GPU (H100)")
@@ -68,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
     stages += [_stage(text) for text in args.stage]
     given = {"tokens": args.tokens, "batch_tokens": args.batch_tokens, "recompute": args.recompute}
     settings |= {key: value for key, value in given.items() if value is not None}
+    if lora := _lora(args.lora, args.base):
+        settings["lora"] = lora
     if "tokens" not in settings:
         raise ValueError("say how many --tokens to train on")
     budget = Budget(
@@ -106,6 +124,7 @@ def _stages(name: str) -> tuple[list[Stage], dict[str, Any]]:
             "precision": run_file.precision,
             "horizon": horizon,
             "recompute": run_file.recompute,
+            "lora": run_file.lora,
         }
     from hrmcore.checkpoint.hrm_text import CONFIG_FILE, read_config, resolve
 
@@ -122,6 +141,12 @@ def _stage(text: str) -> Stage:
     if not (name and math.isfinite(tokens)):
         raise ValueError(f"--stage must be TOKENS:SIZE, as in 20e9:XL, got {text!r}")
     return Stage(tokens, name, _stages(name)[0][0].config)
+
+
+def _lora(rank: int | None, base: str | None) -> LoraConfig | None:
+    if rank is None and base is not None:
+        raise ValueError("--base goes with --lora: it says what the frozen weights are held as")
+    return None if rank is None else LoraConfig(rank=rank, alpha=float(rank), base=base or "bfloat16")
 
 
 def _record(prompt: float | None, response: float | None) -> Record | None:
@@ -173,6 +198,8 @@ def as_dict(planned: Plan) -> dict[str, Any]:
         "record": None if budget.record is None else dataclasses.asdict(budget.record),
         "horizon": dataclasses.asdict(budget.horizon),
         "recompute": budget.recompute,
+        "lora": None if budget.lora is None else dataclasses.asdict(budget.lora),
+        "trained_parameters": trained_parameters(planned),
         "stages": [
             {
                 "name": stage.name,
@@ -194,8 +221,9 @@ def table(planned: Plan) -> str:
     budget, flops, memory = planned.budget, planned.flops, planned.memory
     device = budget.device
     counted = "" if budget.record else "  (without head and attention: --prompt-tokens, --response-tokens add them)"
+    trained = f", of adapters {trained_parameters(planned):,}: they alone are trained" if budget.lora else ""
     lines = [
-        ("parameters", f"{planned.stages[-1].parameters:,}"),
+        ("parameters", f"{planned.stages[-1].parameters:,}{trained}"),
         ("tokens", f"{budget.tokens:.3g}"),
         ("FLOPs", f"{flops.total:.3g}, {flops.total / budget.tokens:.3g} a token{counted}"),
     ]
@@ -216,6 +244,12 @@ def table(planned: Plan) -> str:
     lines.append(("memory each", f"{_bytes(memory.peak)}, {step}; {verdict} {_bytes(device.memory)}; of it at most"))
     lines += [(f"  {name}", _bytes(value)) for name, value in _parts(memory).items() if value]
     return "\n".join(f"{name:<14} {text}" for name, text in lines)
+
+
+def trained_parameters(planned: Plan) -> int:
+    """All parameters of the last stage, or those of its adapters."""
+    last, lora = planned.stages[-1], planned.budget.lora
+    return last.parameters if lora is None else adapter_parameters(last.config, lora)
 
 
 def _parts(memory: Memory) -> dict[str, float]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hrmcore.data.prepare import prepare
+from hrmcore.data.prepare import FITTING, prepare
 from hrmcore.data.records import KeyCounts, Rejected
 from hrmcore.data.show import shown
 from hrmcore.data.store import TOKENIZER, Store
@@ -16,19 +17,21 @@ from hrmcore.tokenizer import Tokenizer
 EXAMPLE = """\
 examples:
   hrmcore prepare math.jsonl chat.jsonl --tokenizer tokenizer/ --out store/
-  hrmcore prepare 'data/*.jsonl.gz' --new-tokenizer 32768 --cap chat=100000 --out store/
+  hrmcore prepare 'data/*.jsonl.gz' --new-tokenizer 32768 --cap chat=100000 --weight math=2.5 --out store/
   hrmcore prepare trivia.csv --columns instruction=question,response=answer --new-tokenizer 512 --out store/ --show 3
 
-a file is JSON lines, a JSON array (.json), .csv, .tsv or .parquet, each perhaps .gz, .bz2, .xz or .zst. A record has
+a file is JSON lines, a JSON array (.json), .csv, .tsv, .txt or .parquet, each perhaps .gz, .bz2, .xz or .zst. A
+record has
   {"instruction": "What is 17 + 25?", "response": "42", "condition": "direct"}      the condition may be left out
   {"instruction": ..., "input": ..., "output": ...}     or "prompt" and "completion"
   {"messages": [{"role": "user", "content": ...}, ...]}     or "conversations" with "from" and "value"
+  {"text": ...}     plain text, or a .txt file of it: the loss is on all of it; long ones are cut into pieces
   text under "context" or "input" follows the instruction after a blank line (both: context first); other keys are
   not used; the summary counts and names them. A conversation becomes a record for each assistant turn
 
 to try it:
   for i in $(seq 1000); do echo '{"instruction": "What is '$i' + 1?", "response": "'$((i + 1))'"}'; done > sums.jsonl
-  hrmcore prepare sums.jsonl --new-tokenizer 290 --out store/
+  hrmcore prepare sums.jsonl --new-tokenizer auto --out store/
 """
 
 
@@ -46,11 +49,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--tokenizer", type=Path, metavar="FOLDER", help="a folder with tokenizer.model or tokenizer.json, or a store"
     )
-    which.add_argument("--new-tokenizer", type=int, metavar="SIZE", help="train one of SIZE tokens on the records")
+    which.add_argument(
+        "--new-tokenizer",
+        type=vocabulary_size,
+        metavar="SIZE",
+        help="train one of SIZE tokens on the records; auto: of a size that fits them",
+    )
     parser.add_argument(
         "--columns",
         metavar="NAME=KEY,...",
-        help="which key or column holds instruction, response, context, input, condition or messages",
+        help="which key or column holds instruction, response, context, input, condition, messages or text",
     )
     parser.add_argument("--context", type=int, default=4096, metavar="N", help="longest record in tokens (4096)")
     parser.add_argument(
@@ -59,6 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=N",
         help="keep at most N records of a source; may be repeated",
+    )
+    parser.add_argument(
+        "--weight",
+        action="append",
+        default=[],
+        metavar="NAME=W",
+        help="an epoch sees the records of a source W times, as 2.5 or 0.5, after its cap; may be repeated",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="decides which records a cap keeps (0)")
     parser.add_argument(
@@ -84,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
         context=args.context,
         columns=parse_columns(args.columns or ""),
         caps=parse_caps(args.cap),
+        weights=parse_weights(args.weight),
         seed=args.seed,
         strict=args.strict,
         workers=args.workers,
@@ -100,6 +116,15 @@ def next_step(store: Store) -> list[str]:
         f'next: a run file with train_files = ["{store.folder}"], for `hrmcore train run.toml`;',
         "      `hrmcore train --help` has an example",
     ]
+
+
+def vocabulary_size(text: str) -> int:
+    """A number of tokens, or auto. Raises ArgumentTypeError on anything else."""
+    if text == "auto":
+        return FITTING
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, or auto, got {text!r}")
+    return int(text)
 
 
 def parse_columns(text: str) -> dict[str, str]:
@@ -128,6 +153,23 @@ def parse_caps(texts: Sequence[str]) -> dict[str, int]:
     return caps
 
 
+def parse_weights(texts: Sequence[str]) -> dict[str, float]:
+    """NAME=W texts as a mapping. Raises ValueError on another form or a name that comes twice."""
+    weights: dict[str, float] = {}
+    for text in texts:
+        name, _, number = text.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not name or not math.isfinite(weight):
+            raise ValueError(f"--weight must be NAME=W with W a number, as chat=2.5, got {text!r}")
+        if name in weights:
+            raise ValueError(f"--weight names {name!r} twice")
+        weights[name] = weight
+    return weights
+
+
 def summary(store: Store) -> list[str]:
     """What went into a store and what was left out, as a person reads it."""
     lines = []
@@ -135,11 +177,15 @@ def summary(store: Store) -> list[str]:
         lines.append(f"{name}: {source['kept']} of {source['read']} records kept")
         if conversations := source.get("conversations"):  # stores of before lack it
             lines.append(f"  {conversations} conversations: a record for each answer in them")
+        if texts := source.get("texts"):
+            lines.append(f"  {texts} texts, each in pieces that the context of {store.manifest['context']} takes")
         rejected = Rejected(counts=source["left_out"], examples=source["left_out_examples"])
         keys = KeyCounts()
         keys.joined.update(source.get("joined_keys", {}))  # stores of before lack both
         keys.unused.update(source.get("unused_keys", {}))
         lines += [f"  {line}" for line in [*rejected.report(), *keys.report()]]
+        if weight := source.get("weight"):
+            lines.append(f"  weight {weight:g}: an epoch sees each {weight:g} times")
         if source["beyond_cap"]:
             lines.append(f"  {source['beyond_cap']} left out: beyond the cap of {source['cap']}")
     values = store.manifest

@@ -9,6 +9,7 @@ EXAMPLE = """\
 examples:
   hrmcore train run.toml          start, or resume from the newest state in the run folder
   hrmcore train run.toml --set learning_rate=1e-3 --set out=run2    with other values than the file's
+  hrmcore train run.toml --from-step 500 --set out=run2 --set learning_rate=1e-4    go on from a kept state, elsewhere
   hrmcore train --explain         every key of a run file
   torchrun --nproc-per-node 2 -m hrmcore train run.toml    two processes, which share the batches of the run; with
                                   parallel = "sharded" in the run file, also the model and the optimizer's state
@@ -39,17 +40,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="a key of the run file with another value, as learning_rate=1e-3 or model.head_dim=64; may be repeated",
     )
+    parser.add_argument(
+        "--from-step",
+        type=int,
+        metavar="N",
+        help="begin where the run file's run stood after step N, in another folder: --set out=FOLDER",
+    )
     what.add_argument("--explain", action="store_true", help="print every key of a run file and leave")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train as the run file says; an interrupted run finishes its step and saves its state first."""
-    from hrmcore.train.run_file import explain, read_config
+    from hrmcore.train.explanation import explain
+    from hrmcore.train.run_file import read_config
 
     if args.explain:
         print(explain())
         return 0
     from hrmcore.train.trainer import Trainer
 
-    Trainer(read_config(args.config, args.set)).run()
+    config = read_config(args.config, args.set)
+    Trainer(config, None if args.from_step is None else _start(args, config.out)).run()
     return 0
+
+
+def _start(args: argparse.Namespace, out: str) -> Path:
+    """The state to begin with, in the folder that the run file itself names."""
+    from hrmcore.checkpoint.training_state import state_of
+    from hrmcore.train.run_file import read_config
+
+    own = Path(read_config(args.config).out)
+    if own.resolve() == Path(out).resolve():
+        raise ValueError(f"--from-step goes on in another folder, so that {own} stays as it is; add --set out=FOLDER")
+    return state_of(own, args.from_step)[1]

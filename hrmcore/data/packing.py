@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -146,6 +146,11 @@ def pad(batch: PackedBatch, bucket: Bucket) -> PackedBatch:
     )
 
 
+def _check_room(lengths: np.ndarray, capacity: int) -> None:
+    if len(lengths) and (longest := int(lengths.max())) > capacity:
+        raise ValueError(f"batch_tokens is {capacity}, but a record has {longest} tokens; raise it to at least that")
+
+
 _WINDOW_BATCHES = 32  # records of so many batches are packed together: enough choice to fill every batch
 
 
@@ -157,19 +162,39 @@ def epoch_batches(lengths: np.ndarray, capacity: int, seed: int, epoch: int) -> 
     Records left over at the end of a window open the next one. Raises ValueError when a record is longer than
     `capacity`.
     """
-    if len(lengths) and (longest := int(lengths.max())) > capacity:
-        raise ValueError(f"batch_tokens is {capacity}, but a record has {longest} tokens; raise it to at least that")
+    _check_room(lengths, capacity)
+    windows = _windows(lengths, capacity, seed, epoch, EPOCH_START)
+    return itertools.chain.from_iterable(batches for _, batches in windows)
+
+
+class Bookmark(NamedTuple):
+    """Where a window of an epoch begins: its first batch, its place in the shuffled order, the records left before."""
+
+    batch: int
+    start: int
+    left: tuple[int, ...]
+
+
+EPOCH_START = Bookmark(0, 0, ())
+
+
+def _windows(
+    lengths: np.ndarray, capacity: int, seed: int, epoch: int, bookmark: Bookmark
+) -> Iterator[tuple[Bookmark, list[list[int]]]]:
+    """The windows of an epoch from a bookmark on, each with the batches that it gives."""
     order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
     ends = np.cumsum(lengths[order])
-    start, left = 0, np.empty(0, dtype=order.dtype)
+    number, start, left = bookmark.batch, bookmark.start, np.asarray(bookmark.left, dtype=order.dtype)
     while start < len(order):
+        mark = Bookmark(number, start, tuple(left.tolist()))
         used = ends[start - 1] if start else 0
         stop = int(np.searchsorted(ends, used + _WINDOW_BATCHES * capacity - lengths[left].sum(), side="right"))
         stop = max(stop, start + 1)
         window, start = np.concatenate([left, order[start:stop]]), stop
         batches = _fill(window, lengths, capacity)
         left = np.asarray(batches.pop() if start < len(order) and len(batches) > 1 else [], dtype=order.dtype)
-        yield from batches
+        number += len(batches)
+        yield mark, batches
 
 
 def share(lengths: np.ndarray, records: Sequence[int], rank: int, ranks: int) -> list[int]:
@@ -188,19 +213,19 @@ def share(lengths: np.ndarray, records: Sequence[int], rank: int, ranks: int) ->
 
 
 class Ahead:
-    """A BatchStream of which a thread packs the next batch while the last one is used; `position` as if it did not.
+    """A BatchStream of which a thread packs the next batch while the last one is used.
 
-    Raises in `next` what packing raised. `close` ends the thread.
+    `position` and `bookmark` are as if it did not. Raises in `next` what packing raised. `close` ends the thread.
     """
 
     def __init__(self, stream: BatchStream) -> None:
-        self.position = stream.position
+        self.position, self.bookmark = stream.position, stream.bookmark
         self._stream = stream
         self._packer = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._next = self._packer.submit(self._pack)
 
     def __next__(self) -> PackedBatch:
-        batch, self.position = self._next.result()
+        batch, self.position, self.bookmark = self._next.result()
         self._next = self._packer.submit(self._pack)
         return batch
 
@@ -208,20 +233,30 @@ class Ahead:
         """Wait for the batch under way; no other is packed."""
         self._packer.shutdown(cancel_futures=True)
 
-    def _pack(self) -> tuple[PackedBatch, tuple[int, int]]:
-        return next(self._stream), self._stream.position
+    def _pack(self) -> tuple[PackedBatch, tuple[int, int], Bookmark]:
+        return next(self._stream), self._stream.position, self._stream.bookmark
 
 
 class BatchStream:
     """The packed batches, epoch after epoch without end; `position` is (epoch, batch) of the next one.
 
-    Order and contents depend on the arguments alone: a stream made with the position of another one continues it.
+    Order and contents depend on the arguments alone: a stream made with the position of another one continues it. With
+    that one's `bookmark` it does so at once; without, it works out what lies before in the epoch, seconds for each
+    million of records.
     """
 
     MULTIPLE = 64  # tokens of a batch are rounded up to it, see pack()
 
-    def __init__(self, corpus: Corpus, capacity: int, seed: int, position: tuple[int, int] = (0, 0)) -> None:
+    def __init__(
+        self,
+        corpus: Corpus,
+        capacity: int,
+        seed: int,
+        position: tuple[int, int] = (0, 0),
+        bookmark: Bookmark = EPOCH_START,
+    ) -> None:
         self.position = position
+        self.bookmark = bookmark  # of the window that the next batch lies in, or one before it
         self._corpus = corpus
         self._order = (capacity, seed)
         self._epoch = self._records(position)
@@ -234,6 +269,7 @@ class BatchStream:
         records = next(self._epoch, None)
         if records is None:
             epoch, index = epoch + 1, 0
+            self.bookmark = EPOCH_START
             self._epoch = self._records((epoch, index))
             records = next(self._epoch)
         self.position = (epoch, index + 1)
@@ -241,7 +277,10 @@ class BatchStream:
 
     def _records(self, position: tuple[int, int]) -> Iterator[list[int]]:
         epoch, index = position
-        return itertools.islice(epoch_batches(self._corpus.lengths, *self._order, epoch), index, None)
+        _check_room(self._corpus.lengths, self._order[0])
+        for bookmark, batches in _windows(self._corpus.lengths, *self._order, epoch, self.bookmark):
+            self.bookmark = bookmark
+            yield from batches[max(0, index - bookmark.batch) :]
 
 
 def _fill(window: np.ndarray, lengths: np.ndarray, capacity: int) -> list[list[int]]:

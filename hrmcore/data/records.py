@@ -9,26 +9,35 @@ response and eoa. Imports no torch.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hrmcore.data.shapes import JOINED, PLAIN, Layout, layout_of, plain_records, read_shaped
+from hrmcore.limits import MOST_PARSED
 from hrmcore.tokenizer import Tokenizer
 
-_UNUSED_NAMES = 64  # a file of which every record has keys of its own must not fill the memory
+if TYPE_CHECKING:
+    from hrmcore.engine.chat_template import ChatTemplate
+
+# A file of which every record has keys of its own, or a fault of its own, must not fill the memory.
+_UNUSED_NAMES = 64
+_REASONS = 256
+_REASON_CHARACTERS = 400
 
 
 @dataclass(frozen=True)
 class Record:
-    """One instruction-response pair and where it stands (file:line).
+    """One instruction-response pair and where it stands (file:line). A plain text is the answer to no instruction.
 
-    `joined` are the keys whose text the instruction ends with, `unused` those that nothing is taken from.
+    `joined` are the keys whose text the instruction ends with, `unused` those that nothing is taken from. `messages`
+    are the turns that the instruction renders.
     """
 
     instruction: str
@@ -37,6 +46,12 @@ class Record:
     source: str
     joined: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    messages: tuple[Mapping[str, str], ...] = ()
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is a plain text."""
+        return not self.instruction
 
 
 @dataclass(frozen=True)
@@ -64,6 +79,10 @@ class Rejected:
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, source: str, reason: str) -> None:
+        if len(reason) > _REASON_CHARACTERS:
+            reason = f"{reason[:_REASON_CHARACTERS]}…"
+        if reason not in self.counts and len(self.counts) >= _REASONS:
+            reason = "other reasons"
         self.counts[reason] = self.counts.get(reason, 0) + 1
         if self.counts[reason] <= self.shown_per_reason:
             self.examples.setdefault(reason, []).append(source)
@@ -119,6 +138,8 @@ def parse_record(line: bytes, source: str) -> Record | Fault:
 
 def _parse_json(line: bytes) -> dict[str, Any] | Fault:
     """The object that a JSON line says, or the Fault in it."""
+    if len(line) > MOST_PARSED:
+        return Fault(f"longer than the {MOST_PARSED} bytes that a record may have")
     if not line.strip():
         return Fault("a blank line")
     try:
@@ -152,7 +173,7 @@ def _records_of(values: dict[str, Any], source: str, layout: Layout | None) -> l
 
 def _record(values: dict[str, Any], source: str, layout: Layout, unused: tuple[str, ...]) -> Record:
     """The record of plain values. Raises ValueError, naming the key as the file does."""
-    for name in ("instruction", "response"):
+    for name in ("text",) if layout.text else ("instruction", "response"):
         if not isinstance(values.get(name), str):
             raise ValueError(f"{getattr(layout, name)!r} is missing or not a string")
         if not values[name].strip():
@@ -160,6 +181,8 @@ def _record(values: dict[str, Any], source: str, layout: Layout, unused: tuple[s
     condition = values.get("condition", "direct") or "direct"
     if not isinstance(condition, str):
         raise ValueError(f"{layout.condition!r} is not a string")
+    if layout.text:
+        return Record("", values["text"], condition, source, (), unused)
     joined = []
     for name in JOINED:
         if not isinstance(text := values.get(name) or "", str):
@@ -168,7 +191,7 @@ def _record(values: dict[str, Any], source: str, layout: Layout, unused: tuple[s
             joined.append(name)
     instruction = "\n\n".join([values["instruction"], *(values[name] for name in joined)])
     names = tuple(getattr(layout, name) for name in joined)
-    return Record(instruction, values["response"], condition, source, names, unused)
+    return Record(instruction, values["response"], condition, source, names, unused, values.get("messages", ()))
 
 
 class KeyCounts:
@@ -237,16 +260,49 @@ class Corpus:
         return f"{record} ({self.files[file]}:{line})"
 
 
-def encode(record: Record, tokenizer: Tokenizer, context: int) -> tuple[list[int], int]:
-    """A record's sequence, eoa included, and the length of its prefix.
+def template_of(tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The chat template beside a tokenizer, which `Engine.chat` renders conversations with; None without one."""
+    from hrmcore.engine.chat_template import ChatTemplate
+
+    return ChatTemplate.find(tokenizer.source.parent)
+
+
+def encode(
+    record: Record, tokenizer: Tokenizer, context: int, template: ChatTemplate | None = None
+) -> tuple[list[int], int]:
+    """A record's sequence, eoa included, and the length of its prefix; a conversation's goes through `template`.
 
     Raises ValueError on an unknown condition, a text that is none, or more than `context` input tokens.
     """
-    prompt = tokenizer.prompt(record.instruction, record.condition)
+    if template is not None and record.messages:
+        from hrmcore.engine.chat_template import Conversation
+
+        prompt = Conversation(template, record.messages).ids(tokenizer, record.condition)
+    else:
+        prompt = tokenizer.prompt(record.instruction, record.condition)
     ids = [*prompt, *tokenizer.encode(record.response), tokenizer.eoa]
     if len(ids) - 1 > context:
         raise ValueError(f"longer than the context of {context} tokens; raise it or shorten the record")
     return ids, len(prompt)
+
+
+def encode_pieces(
+    record: Record, tokenizer: Tokenizer, context: int, template: ChatTemplate | None = None
+) -> list[tuple[list[int], int]]:
+    """The sequences of a record, each with the length of its prefix: one, or of a text as many as the context takes.
+
+    A text follows an empty instruction. The pieces of a long one are about equally long, and each of its tokens is
+    predicted once; eoa ends the last. Raises ValueError as `encode` does, but for the length of a text.
+    """
+    if not record.is_text:
+        return [encode(record, tokenizer, context, template)]
+    prompt = [tokenizer.boq, *tokenizer.conditions(record.condition), tokenizer.eoq]
+    ids, room = [*tokenizer.encode(record.response), tokenizer.eoa], context + 1 - len(prompt)
+    if room < 2:
+        raise ValueError(f"the context of {context} tokens has no room for a text; raise it")
+    count = -(-len(ids) // room)
+    bounds = [len(ids) * number // count for number in range(count + 1)]
+    return [([*prompt, *ids[start:stop]], len(prompt)) for start, stop in itertools.pairwise(bounds)]
 
 
 def tokenize(
@@ -257,17 +313,19 @@ def tokenize(
     prefixes: list[int] = []
     files: dict[str, int] = {}
     places: list[tuple[int, int]] = []
+    template = template_of(tokenizer)
     for record in records:
         try:
-            ids, prefix = encode(record, tokenizer, context)
+            encoded = encode_pieces(record, tokenizer, context, template)
         except ValueError as error:
             if strict:
                 raise ValueError(f"{record.source}: {error}") from None
             rejected.add(record.source, str(error))
-        else:
+            continue
+        file, _, line = record.source.rpartition(":")
+        for ids, prefix in encoded:
             pieces.append(np.asarray(ids, dtype=np.int32))
             prefixes.append(prefix)
-            file, _, line = record.source.rpartition(":")
             places.append((files.setdefault(file, len(files)), int(line)))
     if not pieces:
         raise ValueError("no usable record: " + ("; ".join(rejected.report()) or "the files are empty"))

@@ -1,9 +1,10 @@
 """The shapes in which people keep records, and the plain one that each of them becomes. Imports no torch.
 
 A shape is told by its keys: instruction and response; instruction, input and output (Alpaca); prompt and completion;
-`messages` ({"role", "content"}) or `conversations` ({"from", "value"}). A file has one shape, that of its first record.
-A conversation becomes one record for each assistant turn: the turns before it are its instruction, as
-`hrmcore.chat.render` writes them.
+`messages` ({"role", "content"}) or `conversations` ({"from", "value"}); `text`. A file has one shape, that of its first
+record. A conversation becomes one record for each assistant turn: the turns before it are its instruction, as
+`hrmcore.chat.render` writes them, or the chat template beside the tokenizer. A text is the answer to an empty
+instruction.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from typing import Any
 
 from hrmcore.chat import render
 from hrmcore.data.files import Row, read_rows
+from hrmcore.limits import MOST_PARSED
 
 JOINED = ("context", "input")  # keys whose text belongs to the instruction, in this order
-TARGETS = ("instruction", "response", *JOINED, "condition", "messages")  # what --columns may name
+TARGETS = ("instruction", "response", *JOINED, "condition", "messages", "text")  # what --columns may name
 _ROLES = {"human": "user", "gpt": "assistant"}  # of "conversations", beside the usual ones
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which key of a record holds what. `messages` is the key of a conversation, or None."""
+    """Which key of a record holds what. `messages` is the key of a conversation, `text` that of a text, or None."""
 
     instruction: str = "instruction"
     response: str = "response"
@@ -32,16 +34,18 @@ class Layout:
     input: str = "input"
     condition: str = "condition"
     messages: str | None = None
+    text: str | None = None
 
     @property
     def needed(self) -> tuple[str, ...]:
         """The keys that a record must have."""
-        return (self.messages,) if self.messages else (self.instruction, self.response)
+        whole = self.messages or self.text
+        return (whole,) if whole else (self.instruction, self.response)
 
     @property
     def keys(self) -> tuple[str, ...]:
         """All keys that are read."""
-        joined = () if self.messages else (self.context, self.input)
+        joined = () if self.messages or self.text else (self.context, self.input)
         return (*self.needed, *joined, self.condition)
 
     def __str__(self) -> str:
@@ -55,6 +59,7 @@ _KNOWN = (
     Layout(messages="conversations"),
     Layout(response="output"),
     Layout(instruction="prompt", response="completion"),
+    Layout(text="text"),
 )
 
 
@@ -67,8 +72,8 @@ def named_layout(columns: Mapping[str, str]) -> Layout | None:
     """The layout of `--columns`, or None where nothing is named. Raises ValueError on a name that means nothing."""
     if unknown := sorted(set(columns) - set(TARGETS)):
         raise ValueError(f"--columns: {unknown[0]!r} is none of {', '.join(TARGETS)}")
-    if "messages" in columns and {"instruction", "response"} & set(columns):
-        raise ValueError("--columns: name messages, or instruction and response, not both")
+    if len({"messages", "text"} & set(columns)) + bool({"instruction", "response", *JOINED} & set(columns)) > 1:
+        raise ValueError("--columns: name messages, or text, or instruction and response, not two of them")
     return Layout(**columns) if columns else None
 
 
@@ -94,7 +99,7 @@ def read_shaped(path: str | Path, layout: Layout | None = None) -> Iterator[tupl
 
 def _loaded(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line) if len(line) <= MOST_PARSED else None
     except (ValueError, RecursionError):
         return None
 
@@ -105,7 +110,8 @@ def plain_records(values: Mapping[str, Any], layout: Layout | None) -> list[dict
     if layout is None or (own and own != layout and not all(key in values for key in layout.needed)):
         return [_stranger(values, layout, own)]
     if layout.messages is None:
-        names = ("instruction", "response", *JOINED, "condition")
+        names = ("text",) if layout.text else ("instruction", "response", *JOINED)
+        names = (*names, "condition")
         return [{name: values[key] for name in names if (key := getattr(layout, name)) in values}]
     try:
         messages = [_message(number, given) for number, given in enumerate(_listed(values, layout.messages), start=1)]
@@ -173,6 +179,7 @@ def _answers(messages: Sequence[dict[str, str]]) -> Iterator[dict[str, Any] | st
     if not answers:
         raise ValueError("no message of the assistant")
     for place in answers:
-        yield {"instruction": render(messages[begin:place]), "response": messages[place]["content"]}
+        turns = tuple(messages[begin:place])
+        yield {"instruction": render(turns), "response": messages[place]["content"], "messages": turns}
     if messages[-1]["role"] == "user":
         yield f"message {len(messages)} (user): no assistant answers it; the turns before it are used"

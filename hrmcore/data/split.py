@@ -10,18 +10,14 @@ from itertools import chain
 from pathlib import Path
 
 from hrmcore.data.files import expand
-from hrmcore.data.prepare import prepare
+from hrmcore.data.prepare import FITTING, prepare
 from hrmcore.data.puzzles import mixed, puzzle_tokenizer
 from hrmcore.data.records import KeyCounts, Record, Rejected, read_records
 from hrmcore.data.shapes import named_layout
-from hrmcore.data.store import Store
 from hrmcore.durable import new_folder
-from hrmcore.tokenizer import VocabularyError
 
 HELDOUT_SHARE, HELDOUT_MOST = 0.05, 400
 _PUZZLE_SCALE = 0.1  # of the embedded model's records
-# Bytes of text up to which a vocabulary of this size is proposed.
-_VOCABULARIES = ((300_000, 384), (3_000_000, 512), (30_000_000, 1024), (100_000_000, 4096), (1_000_000_000, 16384))
 
 
 @dataclass(frozen=True)
@@ -37,23 +33,23 @@ class Split:
 def split_records(files: Sequence[str], columns: Mapping[str, str], folder: Path, context: int) -> Split:
     """Write the stores `train` and `heldout` of all records into a new folder; without files, of the puzzles.
 
-    Which records are held out follows from the instruction, a conversation's first one: equal questions are never in
-    both parts. `heldout.jsonl` keeps them as records. With less than 20 of them `heldout` may be missing. Raises
-    ValueError as `prepare` does.
+    Which records are held out follows from the instruction, a conversation's first one, or the text:
+    equal questions are never in both parts. `heldout.jsonl` keeps them as records. With less than 20 of them `heldout`
+    may be missing. Raises ValueError as `prepare` does.
     """
     rejected, keys = Rejected(), KeyCounts()
     records = _records(files, columns)
     with new_folder(folder) as made:
-        count = size = 0
+        count = 0
         for record in records(rejected):
             keys.add(record)
-            count, size = count + 1, size + len(record.instruction) + len(record.response)
+            count += 1
         if not count:
             raise ValueError("no usable record: " + ("; ".join(rejected.report()) or "the files are empty"))
         train, heldout = made / "train.jsonl", made / "heldout.jsonl"
         held = _write(records(Rejected()), train, heldout, min(HELDOUT_SHARE, HELDOUT_MOST / count))
         if files:
-            store = _prepare_new(train, made / "train", vocabulary_for(size), context)
+            store = prepare([train], made / "train", new_tokenizer=FITTING, context=context)
         else:
             puzzle_tokenizer([json.loads(line) for line in train.open(encoding="utf-8")], made / "tokenizer")
             store = prepare([train], made / "train", tokenizer=made / "tokenizer", context=context)
@@ -66,11 +62,6 @@ def split_records(files: Sequence[str], columns: Mapping[str, str], folder: Path
             for source in written.manifest["sources"].values():
                 notes += Rejected(counts=source["left_out"], examples=source["left_out_examples"]).report()
     return Split(stores[0].manifest["records"], held, stores[0].manifest["vocab_size"], notes)
-
-
-def vocabulary_for(size: int) -> int:
-    """The vocabulary that is proposed for so much text, in characters."""
-    return next((tokens for most, tokens in _VOCABULARIES if size <= most), 32768)
 
 
 def _records(files: Sequence[str], columns: Mapping[str, str]) -> Callable[[Rejected], Iterator[Record]]:
@@ -91,21 +82,14 @@ def _write(records: Iterable[Record], train: Path, heldout: Path, share: float) 
     with train.open("w", encoding="utf-8") as kept, heldout.open("w", encoding="utf-8") as apart:
         for record in records:
             if record.source != source:  # a conversation's answers stay together
-                digest = hashlib.sha256(record.instruction.encode("utf-8", "surrogatepass")).digest()
+                asked = record.instruction or record.response
+                digest = hashlib.sha256(asked.encode("utf-8", "surrogatepass")).digest()
                 source, chosen = record.source, int.from_bytes(digest[:8], "big") < share * (1 << 64)
             values = {"instruction": record.instruction, "response": record.response, "condition": record.condition}
+            if record.is_text:
+                values = {"text": record.response, "condition": record.condition}
             if not chosen:  # the puzzles' tokenizer goes by task
                 values["task"] = record.source.partition(":")[0]
             (apart if chosen else kept).write(json.dumps(values) + "\n")
             held += chosen
     return held
-
-
-def _prepare_new(records: Path, store: Path, size: int, context: int) -> Store:
-    """A store with a tokenizer of its own, of `size` or the nearest that the records can fill."""
-    try:
-        return prepare([records], store, new_tokenizer=size, context=context)
-    except VocabularyError as refused:
-        if refused.fits is None:
-            raise
-        return prepare([records], store, new_tokenizer=refused.fits, context=context)

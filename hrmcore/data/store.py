@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from hrmcore.data.files import expand
 from hrmcore.data.records import Corpus, KeyCounts, Record, Rejected, read_records, tokenize
 from hrmcore.durable import sha256_of
+from hrmcore.limits import read_bounded
 from hrmcore.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -159,6 +161,15 @@ class TokenWriter:
         del tokens
         self._file.truncate(self._header + end * self._type.itemsize)
 
+    def repeat(self, offsets: np.ndarray, chosen: np.ndarray) -> None:
+        """Add the `chosen` sequences, N booleans, once more. `offsets` (N+1) int64 are those of the first N."""
+        self._file.flush()
+        tokens = np.memmap(self._path, self._type, "r", offset=self._header, shape=(int(offsets[-1]),))
+        self._file.seek(0, os.SEEK_END)
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8)))
+        for first, last in zip(edges[::2], edges[1::2], strict=True):
+            self._file.write(tokens[int(offsets[first]) : int(offsets[last])].tobytes())
+
     def close(self) -> None:
         """Write the header. The file is complete after this, and not before."""
         count = (self._file.seek(0, os.SEEK_END) - self._header) // self._type.itemsize
@@ -192,7 +203,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: not a store (no {MANIFEST}); `hrmcore prepare` writes one")
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(read_bounded(path))
         known = manifest["format"]
         entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -207,8 +218,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def _map(path: Path) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
-        raise ValueError(f"{path}: not an array that a store holds ({error})") from None
+    except (ValueError, EOFError, SyntaxError, TokenError) as error:  # of a header, which is Python
+        raise ValueError(f"{path}: not an array that a store holds ({' '.join(str(error).split())})") from None
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ValueError(f"{path}: not an array that a store holds ({array.dtype}, {array.ndim} dimensions)")
     return np.asarray(array)  # a plain view: slices of a memmap object are slow

@@ -18,11 +18,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from hrmcore.averages import local
 from hrmcore.data.packing import BatchStream, PackedBatch, pack
 from hrmcore.data.records import Corpus
 from hrmcore.distributed.world import World
 from hrmcore.model import HRM, Block
-from hrmcore.optim import local
 
 
 def shard(model: HRM, world: World, precision: str) -> None:

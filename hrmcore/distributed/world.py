@@ -30,11 +30,12 @@ class World:
     def __init__(self, device: str = "cpu") -> None:
         """Meet the other ranks; `device` ("cpu" or "cuda") is what this one computes on.
 
+        Whoever has called torch.distributed.init_process_group before has chosen what the tensors travel over.
         Raises ValueError when the environment names only a part of what that takes, or when there is no such device.
         """
         self.device = _device_of_rank(device)
         self.ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        if self.ranks > 1:
+        if self.ranks > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         self.rank = dist.get_rank() if self.ranks > 1 else 0
 

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from hrmcore.engine.streams import Answer as Answer
     from hrmcore.engine.streams import Finish as Finish
     from hrmcore.engine.streams import Request as Request
+    from hrmcore.engine.streams import Scored as Scored
     from hrmcore.engine.streams import StopFilter as StopFilter
+    from hrmcore.engine.streams import TokenLogprob as TokenLogprob
     from hrmcore.engine.streams import Tokens as Tokens
 
 __getattr__, __dir__ = lazy(
@@ -26,6 +28,6 @@ __getattr__, __dir__ = lazy(
     {
         "async_engine": ["AsyncAnswer", "AsyncEngine", "EngineClosed", "QueueFull"],
         "engine": ["EMBEDDED_MODEL", "Engine", "TextOptions", "load"],
-        "streams": ["Answer", "Finish", "Request", "StopFilter", "Tokens"],
+        "streams": ["Answer", "Finish", "Request", "Scored", "StopFilter", "TokenLogprob", "Tokens"],
     },
 )

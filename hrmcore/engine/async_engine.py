@@ -11,13 +11,14 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hrmcore.engine.chat_template import Conversation
 from hrmcore.engine.engine import Engine, TextOptions
 from hrmcore.engine.sampling import is_integer, is_number, require
-from hrmcore.engine.streams import Answer, Finish, Request
+from hrmcore.engine.streams import Answer, Finish, Request, TokenLogprob
 
 if TYPE_CHECKING:
     from typing import Unpack  # Python 3.11; only type checkers come here
@@ -60,7 +61,12 @@ class AsyncEngine:
         return len(self._open)
 
     def stream(
-        self, prompt: str | Conversation, *, timeout: float | None = None, **options: Unpack[TextOptions]
+        self,
+        prompt: str | Conversation,
+        *,
+        timeout: float | None = None,
+        logprobs: int | None = None,
+        **options: Unpack[TextOptions],
     ) -> AsyncAnswer:
         """Answer a prompt piece by piece, with the options of `Engine.stream`.
 
@@ -68,7 +74,7 @@ class AsyncEngine:
         """
         good = timeout is None or (is_number(timeout) and timeout > 0)
         require(good, "timeout", "above 0, in seconds, or None", timeout)
-        job = _Job(self, self.engine.stream(prompt, **options))
+        job = _Job(self, self.engine.stream(prompt, logprobs=logprobs, **options))
         with self._wake:
             if self._closing:
                 raise EngineClosed("the engine is shutting down")
@@ -89,16 +95,26 @@ class AsyncEngine:
         return "".join([piece async for piece in self.stream(prompt, timeout=timeout, **options)])
 
     def stream_chat(
-        self, messages: Sequence[Mapping[str, str]], *, timeout: float | None = None, **options: Unpack[TextOptions]
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        timeout: float | None = None,
+        **options: Unpack[TextOptions],
     ) -> AsyncAnswer:
         """Answer the last of messages, as `Engine.stream_chat` does."""
-        return self.stream(self.engine.conversation(messages), timeout=timeout, **options)
+        return self.stream(self.engine.conversation(messages, tools), timeout=timeout, **options)
 
     async def chat(
-        self, messages: Sequence[Mapping[str, str]], *, timeout: float | None = None, **options: Unpack[TextOptions]
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        timeout: float | None = None,
+        **options: Unpack[TextOptions],
     ) -> str:
         """Answer the last of messages, as `Engine.chat` does."""
-        return "".join([piece async for piece in self.stream_chat(messages, timeout=timeout, **options)])
+        return "".join([piece async for piece in self.stream_chat(messages, tools, timeout=timeout, **options)])
 
     async def close(self, grace: float = 0.0) -> None:
         """Take no more requests, refuse those that wait, and give those that run `grace` seconds to end.
@@ -135,8 +151,8 @@ class AsyncEngine:
         while self._has_work():
             try:
                 with contextlib.closing(self.engine.decode(self._waiting)) as run:
-                    for job, token in run:
-                        job.take(token)
+                    for step in run:
+                        _deliver([(job, item) for job, token in step for item in job.take(token)])
             except Exception as error:  # such as MemoryError: whoever was being answered learns of it, and others go on
                 with self._wake:
                     begun = self._open - {job for job, _ in self._waiting.copy()}
@@ -157,25 +173,34 @@ class AsyncEngine:
                     self._waiting.remove((job, job.answer.request))
 
 
+@dataclass(frozen=True)
+class _Piece:
+    text: str
+    tokens: int  # with log probabilities, so far
+
+
+_Item = _Piece | BaseException | None  # None: the answer is complete
+
+
 class _Job:
     """One answer between the engine's thread, which fills it, and the caller's event loop, which empties it."""
 
     def __init__(self, home: AsyncEngine, answer: Answer) -> None:
         self.answer = answer
         self.loop = asyncio.get_running_loop()
-        self.pieces: asyncio.Queue[str | BaseException | None] = asyncio.Queue()  # None: the answer is complete
+        self.pieces: asyncio.Queue[_Item] = asyncio.Queue()
         self.timer: asyncio.TimerHandle | None = None
         self._home = home
         self._over = False
 
-    def take(self, token: int | None) -> None:
-        """The engine's next token; None when the request has left."""
+    def take(self, token: int | None) -> list[_Item]:
+        """What the engine's next token brings the caller; None when the request has left."""
+        text = self.answer.flush() if token is None else self.answer.push(token)
+        items: list[_Item] = [_Piece(text, len(self.answer.request.scores))] if text else []
         if token is None:
-            self._deliver(self.answer.flush())
             self._home._forget(self, withdraw=False)
-            self._deliver(None)
-        else:
-            self._deliver(self.answer.push(token))
+            items.append(None)
+        return items
 
     def fail(self, error: BaseException) -> None:
         """End the answer with an error, from any thread."""
@@ -194,24 +219,35 @@ class _Job:
     def _leave(self, last: BaseException | None) -> None:
         self.answer.request.finish = self.answer.request.finish or "closed"
         self._home._forget(self, withdraw=True)
-        self._deliver(last)
+        _deliver([(self, last)])
 
-    def _deliver(self, item: str | BaseException | None) -> None:
-        if item == "":
-            return
-        try:
-            self.loop.call_soon_threadsafe(self._receive, item)
-        except RuntimeError:  # the loop is closed: nobody waits any more
-            self.answer.request.finish = self.answer.request.finish or "closed"
-
-    def _receive(self, item: str | BaseException | None) -> None:
+    def receive(self, item: _Item) -> None:
+        """On the caller's loop: what `take` gave, or an error."""
         if self._over:
             return
         self.pieces.put_nowait(item)
-        if not isinstance(item, str):
+        if not isinstance(item, _Piece):
             self._over = True
             if self.timer is not None:
                 self.timer.cancel()
+
+
+def _deliver(items: Sequence[tuple[_Job, _Item]]) -> None:
+    """Hand each job its item, on its loop, which is woken once: a wake-up costs as much as a small model's step."""
+    loops: dict[asyncio.AbstractEventLoop, list[tuple[_Job, _Item]]] = {}
+    for job, item in items:
+        loops.setdefault(job.loop, []).append((job, item))
+    for loop, batch in loops.items():
+        try:
+            loop.call_soon_threadsafe(_receive, batch)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            for job, _ in batch:
+                job.answer.request.finish = job.answer.request.finish or "closed"
+
+
+def _receive(batch: Sequence[tuple[_Job, _Item]]) -> None:
+    for job, item in batch:
+        job.receive(item)
 
 
 class AsyncAnswer(AsyncIterator[str]):
@@ -220,6 +256,7 @@ class AsyncAnswer(AsyncIterator[str]):
     def __init__(self, job: _Job) -> None:
         self._job = job
         self._over = False
+        self._scored: int | None = 0  # tokens of the pieces so far
 
     @property
     def finish(self) -> Finish | None:
@@ -230,6 +267,20 @@ class AsyncAnswer(AsyncIterator[str]):
     def token_count(self) -> int:
         """Tokens generated so far."""
         return self._job.answer.token_count
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        """The log probabilities of the tokens behind the pieces so far, as `Answer.logprobs`."""
+        return self.logprobs_from(0)
+
+    def logprobs_from(self, first: int) -> list[TokenLogprob]:
+        """Those from the `first` on."""
+        return self._job.answer.logprobs_from(first, self._scored)
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens generated so far: those of the pieces that came, and of some that are to come."""
+        return self._job.answer.ids
 
     @property
     def prompt_tokens(self) -> int:
@@ -244,9 +295,11 @@ class AsyncAnswer(AsyncIterator[str]):
         except BaseException:  # the task was cancelled
             self.close()
             raise
-        if isinstance(item, str):
-            return item
+        if isinstance(item, _Piece):
+            self._scored = item.tokens
+            return item.text
         self._over = True
+        self._scored = None
         if item is None:
             raise StopAsyncIteration
         raise item

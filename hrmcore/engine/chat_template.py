@@ -14,7 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hrmcore.chat import check
+from hrmcore.chat import check, check_tools, render
+from hrmcore.limits import read_bounded
 from hrmcore.tokenizer import Tokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -25,11 +26,20 @@ _MARK = "\ufdd0"  # Unicode sets this code point aside for such a use; no text h
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template: its text, the file that it came from, and the tokens that the tokenizer's configuration names."""
+    """A template: its text, the file that it came from, and the tokens that the tokenizer's configuration names.
+
+    `tool_text` is another one for conversations with tools, where a checkpoint brings two.
+    """
 
     text: str
     source: Path
     tokens: Mapping[str, str] = field(default_factory=dict)
+    tool_text: str | None = None
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether it does anything with tools."""
+        return "tools" in (self.tool_text or self.text)
 
     @classmethod
     def find(cls, folder: Path) -> ChatTemplate | None:
@@ -37,24 +47,24 @@ class ChatTemplate:
         config: Any = {}
         if (path := folder / CONFIG_FILE).is_file():
             try:
-                config = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
+                config = json.loads(_text(path))
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise ValueError(f"{path}: not JSON ({error})") from None
             if not isinstance(config, dict):
                 raise ValueError(f"{path}: not a JSON object")
         tokens = {name: _content(config[name]) for name in config if name.endswith("_token")}
         found = {name: text for name, text in tokens.items() if isinstance(text, str)}
         if (own := folder / TEMPLATE_FILE).is_file():
-            return cls(own.read_text(encoding="utf-8"), own, found)
-        text = config.get("chat_template")
+            return cls(_text(own), own, found)
+        text, tool_text = config.get("chat_template"), None
         if isinstance(text, list):
             named = {entry.get("name"): entry.get("template") for entry in text if isinstance(entry, dict)}
-            text = named.get("default")
-        if text is not None and not isinstance(text, str):
+            text, tool_text = named.get("default"), named.get("tool_use")
+        if not isinstance(text, str | None) or not isinstance(tool_text, str | None):
             raise ValueError(f"{path}: chat_template is no text")
-        return None if text is None else cls(text, path, found)
+        return None if text is None else cls(text, path, found, tool_text)
 
-    def render(self, messages: Sequence[Mapping[str, str]], **variables: Any) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The text of a conversation. Raises ValueError when the template fails or refuses it, and without jinja2."""
         try:
             import jinja2
@@ -68,31 +78,38 @@ class ChatTemplate:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        environment.filters["tojson"] = lambda value, **given: json.dumps(value, **{"ensure_ascii": False, **given})
         environment.globals.update(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
         given = {**self.tokens, **variables, "messages": messages, "add_generation_prompt": True}
         try:
-            return environment.from_string(self.text).render(given)
+            text = self.tool_text if self.tool_text and given.get("tools") else self.text
+            return environment.from_string(text).render(given)
         except Exception as error:  # a template may do anything that the sandbox allows
             raise ValueError(f"{self.source}: {type(error).__name__}: {error}") from None
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages that go through a template. Raises ValueError as `hrmcore.chat.check` does."""
+    """Messages, and the tools that may be called, on their way through a template. Raises ValueError as `check` does.
+
+    Both are in OpenAI's form, but for the arguments of a call: they are an object, as transformers gives them.
+    """
 
     template: ChatTemplate
-    messages: Sequence[Mapping[str, str]]
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
-        check(self.messages)
+        check(self.messages, tools=True)
+        if self.tools is not None:
+            check_tools(self.tools)
 
     def ids(self, tokenizer: Tokenizer, condition: str) -> list[int]:
         """The bidirectional prefix: the template's text, its control tokens as such; it may use `condition`."""
         tokenizer.conditions(condition)
         controls = {token: index for token, index in tokenizer.control_tokens().items() if len(token) > 1}
-        marked = [{**message, "content": _mark(message["content"], controls)} for message in self.messages]
-        text = self.template.render(marked, condition=condition)
+        messages, tools = _marked(list(self.messages), controls), _marked(self.tools, controls)
+        text = self.template.render(messages, condition=condition, tools=tools)
         if not text.strip():
             raise ValueError(f"{self.template.source}: the chat template gave no text")
         ids: list[int] = []
@@ -104,12 +121,50 @@ class Conversation:
         return ids
 
 
+def conversation(
+    template: ChatTemplate | None, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+) -> str | Conversation:
+    """The prompt that messages become: through a checkpoint's own template, without one through `hrmcore.chat.render`.
+
+    Raises ValueError on messages that are none, and on tools without a template.
+    """
+    tools = tools or None
+    if template is not None and tools is not None and not template.knows_tools:
+        raise ValueError("tools are not known to this model's chat template")
+    if template is not None:
+        return Conversation(template, messages, tools)
+    if tools is not None:
+        raise ValueError("tools need a model that brings a chat template, and this one does not")
+    return render(messages)
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str | Conversation, condition: str) -> list[int]:
+    """The bidirectional prefix that a prompt becomes. Raises ValueError as `Tokenizer.prompt` and a template do."""
+    return prompt.ids(tokenizer, condition) if isinstance(prompt, Conversation) else tokenizer.prompt(prompt, condition)
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_bounded(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
+
+
 def _content(token: Any) -> Any:
     return token.get("content") if isinstance(token, dict) else token
 
 
 def _any(tokens: Mapping[str, int]) -> str:
     return "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or "(?!)"
+
+
+def _marked(value: Any, controls: Mapping[str, int]) -> Any:
+    """The same JSON with every text marked."""
+    if isinstance(value, str):
+        return _mark(value, controls)
+    if isinstance(value, Mapping):
+        return {_marked(key, controls): _marked(inner, controls) for key, inner in value.items()}
+    return [_marked(inner, controls) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _mark(text: str, controls: Mapping[str, int]) -> str:

@@ -21,6 +21,7 @@ from hrmcore.engine.runner import DTYPES, PAGE, Interrupted, Rows
 from hrmcore.positions import rotary_table, xpos_log_decay
 from hrmcore.tokenizer import TOKENIZER_FILES
 
+_CACHED_BYTES = 32 << 20
 _MOST_TOGETHER = 64  # sequences, each of which may hold a page that is not full
 
 
@@ -28,8 +29,8 @@ class CpuRunner:
     """Sequences over packed weights. Their logits are bit-identical at any batch size and on any number of threads.
 
     `cache_bytes` is the room for the keys and values of all open sequences. It is raised where it could not hold one
-    sequence as long as the context; a page for each of 64 sequences comes on top. A call that does not fit raises
-    MemoryError. `kv_dtype` None is float32 beside float32 weights and bfloat16 beside all others.
+    sequence as long as the context; a page for each of 64 sequences comes on top, and a context for `layers`. A call
+    that does not fit raises MemoryError. `kv_dtype` None is float32 beside float32 weights and bfloat16 beside others.
     """
 
     def __init__(
@@ -40,7 +41,8 @@ class CpuRunner:
         self.parameters = config.parameters
         kv_dtype = kv_dtype or ("float32" if dtype == "float32" else "bfloat16")
         page_bytes = _C.page_bytes(kv_dtype, config.cache_slots, config.num_attention_heads, config.head_dim)
-        pages = max(cache_bytes // page_bytes, -(-config.context // PAGE)) + _MOST_TOGETHER
+        longest = -(-config.context // PAGE)
+        pages = max(cache_bytes // page_bytes, longest) + _MOST_TOGETHER + longest
         self.cache_bytes_per_token = page_bytes // PAGE
         assert config.embedding_scale is not None  # HRMConfig fills it in
         self.core = _C.Engine(
@@ -63,6 +65,9 @@ class CpuRunner:
             log_decay=log_decay(config),
             window=config.attention_window,
         )
+        # A window gives back what one would have to go back to. Weights that the processor's cache holds make a step's
+        # time grow with its rows, so that guesses cost what they save.
+        self.verifies = config.attention_window == 0 and self.core.weight_bytes > _CACHED_BYTES
 
     @classmethod
     def from_checkpoint(
@@ -128,18 +133,42 @@ class CpuRunner:
         A long prefill, or the wait for another thread's, calls `stop` several times a second and raises Interrupted
         when it returns True. Ctrl-C raises KeyboardInterrupt. Either way, none of the new sequences stays open.
         """
-        prefixes = [prefix if self.config.prefix_lm else 0 for prefix in prefix_lengths]
-        handles = [self.core.open(prefix) for prefix in prefixes]
+        prefill = self.begin(prompts, prefix_lengths)
         try:
-            return handles, self._advance(handles, prompts, stop)
+            rows = prefill.advance(None, stop)
+            assert rows is not None
+            return prefill.handles, rows
         except BaseException:
-            for handle in handles:
-                self.close(handle)
+            prefill.close()
             raise
+
+    def begin(self, prompts: Sequence[Sequence[int]], prefix_lengths: Sequence[int]) -> SlicedPrefill:
+        """`open` in slices, cut between the halves of a layer's visit: the bits are the same."""
+        return SlicedPrefill(self.core, prompts, [n if self.config.prefix_lm else 0 for n in prefix_lengths])
+
+    def keep(self, handle: int) -> int:
+        """What a sequence holds now, to be forked and closed. Costs nothing: it shares the pages."""
+        kept: int = self.core.keep(handle)
+        return kept
+
+    def fork(self, kept: int) -> int:
+        """A new sequence that holds what was kept. Copies a page at most; waits for the step that is under way."""
+        handle: int = self.core.fork(kept)
+        return handle
 
     def step(self, handles: Sequence[int], tokens: Sequence[int]) -> Rows:
         """Append one token to each of these sequences; returns the logits (S, V) float32 that follow."""
         return self._advance(handles, [[token] for token in tokens])
+
+    def verify(self, handles: Sequence[int], tokens: Sequence[Sequence[int]]) -> Rows:
+        """Append some tokens to each of these sequences; the logits after every one, with the bits of `step`."""
+        rows: Rows = np.empty((sum(map(len, tokens)), self.config.vocab_size), np.float32)
+        self.core.step(handles, tokens, rows, True)
+        return rows
+
+    def rewind(self, handle: int, length: int) -> None:
+        """Take back a sequence's last tokens, so that `length` are left."""
+        self.core.rewind(handle, length)
 
     def close(self, handle: int) -> None:
         """Release what a sequence holds; at the end of the step, when it is in one. Never waits for a step."""
@@ -155,6 +184,17 @@ class CpuRunner:
         finally:
             self.close(handle)
 
+    def layers(self, ids: Sequence[int], prefix_length: int, stop: Callable[[], bool] | None = None) -> Rows:
+        """The logits (cache_slots, V) float32 after the last token, read after each layer of each visit."""
+        handle = self.core.open(prefix_length if self.config.prefix_lm else 0)
+        try:
+            logits = np.empty((self.config.cache_slots, self.config.vocab_size), np.float32)
+            if not self.core.step([handle], [ids], logits, False, stop, every_layer=True):
+                raise Interrupted
+            return logits
+        finally:
+            self.close(handle)
+
     def _advance(
         self, handles: Sequence[int], ids: Sequence[Sequence[int]], stop: Callable[[], bool] | None = None
     ) -> Rows:
@@ -162,6 +202,39 @@ class CpuRunner:
         if not self.core.step(handles, ids, logits, False, stop):
             raise Interrupted
         return logits
+
+
+class SlicedPrefill:
+    """New sequences in the core, and the step that reads their prompts."""
+
+    def __init__(self, core: _C.Engine, prompts: Sequence[Sequence[int]], prefixes: Sequence[int]) -> None:
+        self._core = core
+        self.handles = [core.open(prefix) for prefix in prefixes]
+        try:
+            self._rows: Rows = np.empty((len(prompts), core.vocab_size), np.float32)
+            self.step: _C.Step | None = core.begin(self.handles, prompts)
+        except BaseException:
+            self._close_all()
+            raise
+
+    def advance(self, tokens: int | None, stop: Callable[[], bool] | None = None) -> Rows | None:
+        """The next slice: the work of a step of so many tokens, rounded down to halves of a layer, one at least."""
+        assert self.step is not None  # and in no variable, which the traceback of an error would keep
+        done = self.step.run(self._rows, self.step.tokens if tokens is None else tokens, stop)
+        if done is None:
+            raise Interrupted
+        if done:
+            self.step = None  # or its sequences would be in a step still
+        return self._rows if done else None
+
+    def close(self) -> None:
+        """Give it up. A slice that is under way on another thread ends first."""
+        self.step = None
+        self._close_all()
+
+    def _close_all(self) -> None:
+        for handle in self.handles:
+            self._core.close(handle)
 
 
 def _windowed(config: HRMConfig, attention_window: int | None) -> HRMConfig:

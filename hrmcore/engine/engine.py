@@ -11,24 +11,25 @@ import functools
 import re
 import sys
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hrmcore import _C
-from hrmcore.chat import render
 from hrmcore.checkpoint.hrm_text import CONFIG_FILE, resolve
 from hrmcore.config import WINDOW_MULTIPLE, HRMConfig
-from hrmcore.engine.chat_template import ChatTemplate, Conversation
+from hrmcore.engine.chat_template import ChatTemplate, Conversation, conversation, prompt_ids
 from hrmcore.engine.cpu_runner import CpuRunner
 from hrmcore.engine.packed_file import PACKED_FILE
-from hrmcore.engine.runner import DTYPES, Interrupted
-from hrmcore.engine.sampling import Sampler, Sampling, is_integer, require, sample
-from hrmcore.engine.streams import Answer, Request, StopFilter, Tokens
-from hrmcore.tokenizer import NoFramingError, PieceDecoder, Tokenizer
+from hrmcore.engine.prefills import Prefills
+from hrmcore.engine.runner import DTYPES
+from hrmcore.engine.sampling import Sampler, Sampling, is_integer, require
+from hrmcore.engine.scheduler import Key, Limits, Scheduler
+from hrmcore.engine.streams import Answer, Request, Scored, StopFilter, Tokens
+from hrmcore.tokenizer import NoFramingError, Tokenizer
 
 if TYPE_CHECKING:
     from typing import Unpack  # Python 3.11; only type checkers come here
@@ -44,8 +45,8 @@ MAX_BATCH = 64
 CACHE_BUDGET = 4 << 30  # bytes
 PREFILL_TOKENS = 4096  # in one packed prefill; a longer prompt goes alone
 
-
-Key = TypeVar("Key")  # what a caller knows a request by
+KEPT_BUDGET = CACHE_BUDGET // 8  # of them, for the prefills of instructions that may be asked again
+MOST_LOGPROBS = 20  # as in OpenAI's protocol
 
 
 class TextOptions(TypedDict, total=False):
@@ -129,6 +130,7 @@ class Engine:
         self.source = source
         self._runner = runner
         self._why_no_tokenizer = why_no_tokenizer or f"{source} has no tokenizer"
+        self._prefills = Prefills(runner, KEPT_BUDGET // runner.cache_bytes_per_token)
 
     @property
     def config(self) -> HRMConfig:
@@ -150,6 +152,11 @@ class Engine:
         """How many answers hold a part of the KV cache now: begun, and neither ended nor closed."""
         return self._runner.open_sequences
 
+    @property
+    def reused_prefills(self) -> int:
+        """How many requests began with the prefill of an equal instruction instead of one of their own."""
+        return self._prefills.reused
+
     def text_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises ValueError saying what is missing when there is none that frames a prompt."""
         if self.tokenizer is None:
@@ -157,28 +164,60 @@ class Engine:
         return self.tokenizer
 
     @overload
-    def generate(self, prompt: str, **options: Unpack[TextOptions]) -> str: ...  # type: ignore[overload-overlap]
+    def generate(  # type: ignore[overload-overlap]
+        self, prompt: str | Conversation, *, logprobs: None = None, **options: Unpack[TextOptions]
+    ) -> str: ...
 
     @overload
-    def generate(self, prompt: Sequence[str], **options: Unpack[TextOptions]) -> list[str]: ...
+    def generate(
+        self, prompt: Sequence[str | Conversation], *, logprobs: None = None, **options: Unpack[TextOptions]
+    ) -> list[str]: ...
 
-    def generate(self, prompt: str | Sequence[str], **options: Unpack[TextOptions]) -> str | list[str]:
+    @overload
+    def generate(  # type: ignore[overload-overlap]
+        self, prompt: str | Conversation, *, logprobs: int, **options: Unpack[TextOptions]
+    ) -> Scored: ...
+
+    @overload
+    def generate(
+        self, prompt: Sequence[str | Conversation], *, logprobs: int, **options: Unpack[TextOptions]
+    ) -> list[Scored]: ...
+
+    def generate(
+        self,
+        prompt: str | Conversation | Sequence[str | Conversation],
+        *,
+        logprobs: int | None = None,
+        **options: Unpack[TextOptions],
+    ) -> str | list[str] | Scored | list[Scored]:
         """Answer one prompt, or many in one batch, in their order. Takes the options of `stream`.
 
-        Every prompt of a batch gets the answer that it would get alone, with the same seed.
+        Every prompt of a batch gets the answer that it would get alone, with the same seed. With `logprobs` an answer
+        is a Scored: text, finish and logprobs.
         """
-        if isinstance(prompt, str):
-            return "".join(self.stream(prompt, **options))
-        answers = []
-        for index, text in enumerate(prompt):
-            try:
-                answers.append(self.stream(text, **options))
-            except ValueError as error:
-                raise ValueError(f"prompt {index}: {error}") from None
+        if isinstance(prompt, str | Conversation):
+            answers = [self.stream(prompt, logprobs=logprobs, **options)]
+        else:
+            answers = self._begin_all(prompt, logprobs, options)
         pieces: list[list[str]] = [[] for _ in answers]
         for index, token in self._decode([answer.request for answer in answers]):
             pieces[index].append(answers[index].push(token))
-        return ["".join([*parts, answer.flush()]) for parts, answer in zip(pieces, answers, strict=True)]
+        texts = ["".join([*parts, answer.flush()]) for parts, answer in zip(pieces, answers, strict=True)]
+        if logprobs is None:
+            return texts[0] if isinstance(prompt, str | Conversation) else texts
+        scored = [Scored(text, a.finish, a.logprobs) for text, a in zip(texts, answers, strict=True)]
+        return scored[0] if isinstance(prompt, str | Conversation) else scored
+
+    def _begin_all(
+        self, prompts: Sequence[str | Conversation], logprobs: int | None, options: TextOptions
+    ) -> list[Answer]:
+        answers = []
+        for index, text in enumerate(prompts):
+            try:
+                answers.append(self.stream(text, logprobs=logprobs, **options))
+            except ValueError as error:
+                raise ValueError(f"prompt {index}: {error}") from None
+        return answers
 
     def stream(
         self,
@@ -193,33 +232,57 @@ class Engine:
         repetition_penalty: float = 1.0,
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
+        logprobs: int | None = None,
     ) -> Answer:
         """Answer a prompt piece by piece. Pieces are whole characters; `.close()` cancels.
 
         The answer ends where the model ends it, before the first `stop` string, after max_new_tokens, or at the end of
         the context; `.finish` says which. Temperature 0 is greedy. The same seed gives the same answer.
+
+        `logprobs` (0 to 20) asks for the log probability of each token, and of so many of the most probable ones in its
+        place: `.logprobs`.
         """
         tokenizer = self.text_tokenizer()
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         stops = _check_stop(stop)
-        if isinstance(prompt, Conversation):
-            ids = prompt.ids(tokenizer, condition)
-        else:
-            ids = tokenizer.prompt(_check_text(prompt), condition)
+        known = logprobs is None or (is_integer(logprobs) and 0 <= logprobs <= MOST_LOGPROBS)
+        require(known, "logprobs", f"a whole number from 0 to {MOST_LOGPROBS}, or None", logprobs)
+        ids = self.prompt_ids(prompt, condition)
         request = self._request(ids, len(ids), max_new_tokens, sampling, ignore_eos=False)
-        return Answer(Tokens(request, self._follow(request)), PieceDecoder(tokenizer), StopFilter(stops))
+        request.top = logprobs
+        return Answer(Tokens(request, self._follow(request)), tokenizer, StopFilter(stops))
 
-    def chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[TextOptions]) -> str:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: Unpack[TextOptions],
+    ) -> str:
         """Answer the last of messages ({"role", "content"}), which become a prompt as `conversation` says."""
-        return "".join(self.stream_chat(messages, **options))
+        return "".join(self.stream_chat(messages, tools, **options))
 
-    def stream_chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[TextOptions]) -> Answer:
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: Unpack[TextOptions],
+    ) -> Answer:
         """`chat`, piece by piece as `stream` gives them."""
-        return self.stream(self.conversation(messages), **options)
+        return self.stream(self.conversation(messages, tools), **options)
 
-    def conversation(self, messages: Sequence[Mapping[str, str]]) -> str | Conversation:
-        """The prompt that messages become: through the checkpoint's own chat template, else `hrmcore.chat.render`."""
-        return render(messages) if self._template is None else Conversation(self._template, messages)
+    def conversation(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> str | Conversation:
+        """The prompt that messages become: through the checkpoint's own chat template, else `hrmcore.chat.render`.
+
+        Only such a template takes `tools`, in OpenAI's form.
+        """
+        return conversation(self._template, messages, tools)
+
+    def prompt_ids(self, prompt: str | Conversation, condition: str = "direct") -> list[int]:
+        """The tokens that a prompt becomes, all of which see each other both ways."""
+        require(isinstance(prompt, str | Conversation), "prompt", "text or a list of texts", prompt)
+        return prompt_ids(self.text_tokenizer(), prompt, condition)
 
     @functools.cached_property
     def _template(self) -> ChatTemplate | None:
@@ -256,6 +319,20 @@ class Engine:
 
         known = self._check_ids(ids)
         return torch.from_numpy(self._runner.logits(known, _check_prefix(prefix_length, len(known))))
+
+    def layers(
+        self,
+        ids: Sequence[int] | Tensor | NDArray[np.integer],
+        prefix_length: int | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> NDArray[np.float32]:
+        """What the head would read after the last of ids (T), after each layer of each visit: (cache_slots, V) float32.
+
+        The order is that of `hrmcore.lens_names.places`; the last row is the last of `logits`. `prefix_length` is as in
+        `tokens`. `stop` is asked several times a second; when it returns True, Interrupted is raised.
+        """
+        known = self._check_ids(ids)
+        return self._runner.layers(known, _check_prefix(prefix_length, len(known)), stop)
 
     def _request(
         self, ids: list[int], prefix_length: int, max_new_tokens: int, sampling: Sampling, ignore_eos: bool
@@ -298,79 +375,20 @@ class Engine:
     def _decode(self, requests: Sequence[Request]) -> Generator[tuple[int, int], None, None]:
         """Decode requests together, yielding (index, token) as tokens come. Closing the generator ends all requests."""
         with contextlib.closing(self.decode(deque(enumerate(requests)))) as run:
-            for index, token in run:
-                if token is not None:
-                    yield index, token
+            for step in run:
+                for index, token in step:
+                    if token is not None:
+                        yield index, token
 
-    def decode(self, waiting: deque[tuple[Key, Request]]) -> Generator[tuple[Key, int | None], None, None]:
-        """Decode what waits, yielding (key, token) as tokens come and (key, None) once a request has left.
+    def decode(self, waiting: deque[tuple[Key, Request]]) -> Generator[list[tuple[Key, int | None]], None, None]:
+        """Decode what waits, yielding (key, token) of each step's tokens and (key, None) of requests that have left.
 
         Requests join as others leave; other threads may append to `waiting` and remove from it meanwhile. Anyone may
         end a request by setting its `finish`, from any thread: it leaves before the next step, soon when it is in a
         long prefill, and without a word when it has not begun. Closing the generator ends all that have.
         """
-        active: list[tuple[Key, Request]] = []
-        try:
-            while waiting or active:
-                tokens: list[int] = []
-                joining = self._admit(waiting, active)
-                if active:
-                    running = [request for _, request in active]
-                    rows = self._runner.step([r.handle for r in running], [r.last for r in running])
-                    tokens += sample([r.sampler for r in running], rows)
-                if joining:
-                    fresh = [request for _, request in joining]
-                    try:
-                        rows = self._open(fresh)
-                        active += joining
-                        tokens += sample([r.sampler for r in fresh], rows)
-                    except Interrupted:
-                        waiting.extendleft(reversed(joining))
-                for (key, request), token in zip(active, tokens, strict=True):
-                    if not request.finish and request.take(token):
-                        yield key, token
-                for entry in [entry for entry in active if entry[1].finish]:
-                    active.remove(entry)
-                    self._runner.close(entry[1].handle)
-                    yield entry[0], None
-        finally:
-            for _, request in active:
-                self._runner.close(request.handle)
-
-    def _open(self, requests: Sequence[Request]) -> NDArray[np.float32]:
-        """Prefill requests; raises Interrupted when one of them is ended meanwhile."""
-
-        def stop() -> bool:
-            return any(request.finish for request in requests)
-
-        prompts, prefixes = [r.ids for r in requests], [r.prefix_length for r in requests]
-        handles, rows = self._runner.open(prompts, prefixes, stop)
-        for request, handle in zip(requests, handles, strict=True):
-            request.handle = handle
-        return rows
-
-    def _admit(
-        self, waiting: deque[tuple[Key, Request]], active: Sequence[tuple[Key, Request]]
-    ) -> list[tuple[Key, Request]]:
-        """Take from the queue what fits beside the active requests; at least one when there are none."""
-        budget = CACHE_BUDGET // self._runner.cache_bytes_per_token - sum(r.most_tokens for _, r in active)
-        prefill = PREFILL_TOKENS
-        admitted: list[tuple[Key, Request]] = []
-        while waiting and len(active) + len(admitted) < MAX_BATCH:
-            try:
-                entry = waiting.popleft()
-            except IndexError:  # another thread has withdrawn the last one
-                break
-            request = entry[1]
-            if request.finish:
-                continue
-            budget -= request.most_tokens
-            prefill -= len(request.ids)
-            if (budget < 0 and (active or admitted)) or (prefill < 0 and admitted):
-                waiting.appendleft(entry)
-                break
-            admitted.append(entry)
-        return admitted
+        limits = Limits(MAX_BATCH, CACHE_BUDGET // self._runner.cache_bytes_per_token, PREFILL_TOKENS)
+        return Scheduler(self._runner, waiting, limits, self._prefills).run()
 
 
 def _check_device(device: str) -> None:
@@ -384,11 +402,6 @@ def _check_prefix(prefix_length: int | None, length: int) -> int:
     expected = f"between 0 and the {length} tokens given"
     require(is_integer(prefix_length) and 0 <= prefix_length <= length, "prefix_length", expected, prefix_length)
     return int(prefix_length)
-
-
-def _check_text(prompt: str) -> str:
-    require(isinstance(prompt, str), "prompt", "text or a list of texts", prompt)
-    return prompt
 
 
 def _check_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -5,8 +5,9 @@ Shapes: T tokens, S sequences, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,24 @@ DTYPES = ("float32", "bfloat16", "int8", "int4")
 PAGE: int = _C.page_tokens
 
 Rows = NDArray[np.float32]
+
+
+class Prefill(Protocol):
+    """New sequences while their prompts are read; once all is done, `handles` names them."""
+
+    handles: list[int]
+
+    def advance(self, tokens: int | None, stop: Callable[[], bool] | None = None) -> Rows | None:
+        """Do a part of the work; the logits (S, V) float32 after the last tokens once all is done, else None.
+
+        The part is about as much as a step of so many tokens is; None is all. A runner may call `stop` meanwhile; when
+        it returns True, the runner raises Interrupted. After an error only `close` may be called.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give the prefill up and close its sequences; for one that is not done."""
+        ...
 
 
 class Runner(Protocol):
@@ -63,6 +82,18 @@ class Runner(Protocol):
         """
         ...
 
+    def begin(self, prompts: Sequence[Sequence[int]], prefix_lengths: Sequence[int]) -> Prefill:
+        """`open` in parts, between which other sequences may advance. The logits are the same."""
+        ...
+
+    def keep(self, handle: int) -> int:
+        """What a sequence holds now, to be forked and closed, under a handle of its own. It does not count as open."""
+        ...
+
+    def fork(self, kept: int) -> int:
+        """A new sequence that holds what was kept: its logits are what those of the first would be."""
+        ...
+
     def step(self, handles: Sequence[int], tokens: Sequence[int]) -> Rows:
         """Append one token to each of these sequences; returns the logits (S, V) float32 that follow, in their order.
 
@@ -77,6 +108,47 @@ class Runner(Protocol):
     def logits(self, ids: Sequence[int], prefix_length: int) -> Rows:
         """The logits (T, V) float32 after every token of one sequence, which leaves nothing open."""
         ...
+
+    def layers(self, ids: Sequence[int], prefix_length: int, stop: Callable[[], bool] | None = None) -> Rows:
+        """The logits (cache_slots, V) float32 after the last token of one sequence, which leaves nothing open.
+
+        As the head would read them after each layer of each visit, if the recurrence ended there; the last row is the
+        model's. `stop` is as in `open`.
+        """
+        ...
+
+
+@runtime_checkable
+class Verifier(Protocol):
+    """A runner whose logits have the same bits however many tokens a sequence advances by, and which can go back.
+
+    `verifies` says whether this one does.
+    """
+
+    verifies: bool
+
+    def verify(self, handles: Sequence[int], tokens: Sequence[Sequence[int]]) -> Rows:
+        """Append some tokens to each of these sequences; the logits float32 after every one, sequence by sequence."""
+        ...
+
+    def rewind(self, handle: int, length: int) -> None:
+        """Take back a sequence's last tokens, so that `length` are left; never any that it was opened with."""
+        ...
+
+
+class WholePrefill:
+    """The prefill of a runner that does it in one piece, whatever part is asked for."""
+
+    def __init__(self, runner: Runner, prompts: Sequence[Sequence[int]], prefix_lengths: Sequence[int]) -> None:
+        self.handles: list[int] = []
+        self._open = functools.partial(runner.open, prompts, prefix_lengths)
+
+    def advance(self, tokens: int | None, stop: Callable[[], bool] | None = None) -> Rows | None:
+        self.handles, rows = self._open(stop)
+        return rows
+
+    def close(self) -> None:
+        pass  # a call that raises leaves nothing open
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: someone asked for it

@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 
 from hrmcore import _C
 
+# The natural logarithm of a token's probability: of the one that was drawn, then of the most probable ones.
+Scores = list[tuple[int, float]]
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -69,6 +72,21 @@ def sample(samplers: Sequence[Sampler], logits: NDArray[np.float32]) -> list[int
     """
     tokens: list[int] = _C.sample([sampler.core for sampler in samplers], logits)
     return tokens
+
+
+def score(tokens: Sequence[int], tops: Sequence[int | None], logits: NDArray[np.float32]) -> list[Scores | None]:
+    """The log probabilities of tokens drawn from rows of logits (S, V), each with the `top` most probable; None: none.
+
+    They are those of the model: before repetition penalty, temperature and filters.
+    """
+    found: list[Scores | None] = [None] * len(tokens)
+    asked = {row: top for row, top in enumerate(tops) if top is not None}
+    if asked:
+        rows = list(asked)
+        scores = _C.log_probabilities(logits[rows], [tokens[row] for row in rows], list(asked.values()))
+        for row, pairs in zip(rows, scores, strict=True):
+            found[row] = pairs
+    return found
 
 
 def require(ok: bool, name: str, expected: str, value: object) -> None:

@@ -2,15 +2,44 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from hrmcore.engine.sampling import Sampler
-from hrmcore.tokenizer import PieceDecoder
+from hrmcore.engine.drafts import Drafts
+from hrmcore.engine.sampling import Sampler, Scores
+from hrmcore.tokenizer import PieceDecoder, Tokenizer
 
 # Why an answer is over: the model ended it, a stop string, max_new_tokens, the end of the context, close().
 Finish = Literal["end", "stop", "length", "context", "closed"]
+
+Instruction = tuple[int, tuple[int, ...]]  # the length of the prefix, and all tokens
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """A token, the text that it stands for, and the natural logarithm of its probability."""
+
+    token: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True)
+class TokenLogprob(TokenScore):
+    """A token of an answer; `top` are the most probable ones in its place, in descending order."""
+
+    top: tuple[TokenScore, ...]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A whole answer: its text, why it is over, and the log probabilities of its tokens."""
+
+    text: str
+    finish: Finish | None
+    logprobs: list[TokenLogprob]
 
 
 @dataclass(eq=False)
@@ -23,6 +52,9 @@ class Request:
     at_limit: Finish
     ends: frozenset[int]
     sampler: Sampler
+    top: int | None = None  # log probabilities to report beside that of each token; None: not even that
+    scores: list[Scores] = field(default_factory=list)
+    answer: list[int] = field(default_factory=list)
     handle: int = -1
     last: int = -1
     count: int = 0
@@ -33,13 +65,26 @@ class Request:
         """How many tokens the sequence can come to hold."""
         return len(self.ids) + self.limit
 
-    def take(self, token: int) -> bool:
+    @functools.cached_property
+    def drafts(self) -> Drafts:
+        """Guesses of what comes next."""
+        return Drafts(self.ids)
+
+    @functools.cached_property
+    def instruction(self) -> Instruction:
+        """What must be equal for two requests to share a prefill."""
+        return self.prefix_length, tuple(self.ids)
+
+    def take(self, token: int, scores: Scores | None = None) -> bool:
         """Append the next token; False when it is the one that ends the answer."""
         self.last = token
         if self.last in self.ends:
             self.finish = "end"
             return False
+        if scores is not None:
+            self.scores.append(scores)
         self.count += 1
+        self.answer.append(token)
         if self.count == self.limit:
             self.finish = self.at_limit
         return True
@@ -75,12 +120,16 @@ class Tokens(Iterator[int]):
 class Answer(Iterator[str]):
     """The pieces of one answer, as they come. `finish` tells why it is over (None while it is not)."""
 
-    def __init__(self, tokens: Tokens, decoder: PieceDecoder, stops: StopFilter) -> None:
+    def __init__(self, tokens: Tokens, tokenizer: Tokenizer, stops: StopFilter) -> None:
         self.request = tokens.request
+        self.ids: list[int] = []  # the tokens generated so far
         self._tokens = tokens
-        self._decoder = decoder
+        self._tokenizer = tokenizer
+        self._decoder = PieceDecoder(tokenizer)
         self._stops = stops
         self._flushed = False
+        self._starts: list[int] = []  # of each token: characters of text before it
+        self._decoded = self._shown = 0  # characters
 
     @property
     def finish(self) -> Finish | None:
@@ -91,6 +140,26 @@ class Answer(Iterator[str]):
     def token_count(self) -> int:
         """Tokens generated so far."""
         return self.request.count
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        """The log probabilities of the tokens generated so far, if they were asked for.
+
+        They are those of the model, before repetition penalty, temperature and filters. The token that ends the answer,
+        and tokens of a stop string alone, are not among them.
+        """
+        return self.logprobs_from(0)
+
+    def logprobs_from(self, first: int, last: int | None = None) -> list[TokenLogprob]:
+        """Those from the `first` on, up to the `last`."""
+        scores = self.request.scores[:last]
+        if self._stops.stopped:
+            scores = scores[: sum(start < self._shown for start in self._starts)]
+        return [self._logprob(one) for one in scores[first:]]
+
+    def _logprob(self, scores: Scores) -> TokenLogprob:
+        drawn, *top = [TokenScore(token, self._tokenizer.token_text(token), value) for token, value in scores]
+        return TokenLogprob(drawn.token, drawn.text, drawn.logprob, tuple(top))
 
     def __next__(self) -> str:
         for token in self._tokens:
@@ -107,7 +176,11 @@ class Answer(Iterator[str]):
 
     def push(self, token: int) -> str:
         """The text that may be shown after this token; sets `finish` when a stop string is complete."""
-        return self._pass(self._decoder.push(token))
+        self.ids.append(token)
+        self._starts.append(self._decoded)
+        text = self._decoder.push(token)
+        self._decoded += len(text)
+        return self._pass(text)
 
     def flush(self) -> str:
         """What was held back, once no token follows."""
@@ -118,6 +191,7 @@ class Answer(Iterator[str]):
 
     def _pass(self, text: str) -> str:
         text = self._stops.push(text)
+        self._shown += len(text)
         if self._stops.stopped:
             self.request.finish = "stop"
         return text

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from hrmcore.config import HRMConfig
-from hrmcore.engine.runner import PAGE, Rows
+from hrmcore.engine.runner import PAGE, Prefill, Rows, WholePrefill
+from hrmcore.lens import look
 from hrmcore.model import HRM, Layout
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -41,6 +43,7 @@ class _Pool:
         shape = (config.cache_slots, 2, 0, config.num_attention_heads, config.head_dim)
         self.kv = torch.empty(shape, dtype=dtype, device=device)
         self._free: list[int] = []  # highest page first, so that a lone sequence gets neighbouring pages
+        self._shared: Counter[int] = Counter()  # pages that several sequences hold: how many hold them beyond the first
 
     def reserve(self, sequence: _Sequence, length: int) -> None:
         """Give a sequence enough pages for this many tokens."""
@@ -49,9 +52,22 @@ class _Pool:
             self._grow(missing)
         sequence.pages += [self._free.pop() for _ in range(missing)]
 
+    def copy(self, sequence: _Sequence) -> _Sequence:
+        """A sequence that holds the same: the full pages are shared, the last one is copied if it is not full."""
+        full = sequence.length // PAGE
+        copied = _Sequence(sequence.prefix, sequence.length, sequence.pages[:full])
+        self._shared.update(copied.pages)
+        self.reserve(copied, sequence.length)
+        if full * PAGE < sequence.length:
+            old, new = sequence.pages[full] * PAGE, copied.pages[full] * PAGE
+            self.kv[:, :, new : new + PAGE] = self.kv[:, :, old : old + PAGE]
+        return copied
+
     def release(self, sequence: _Sequence) -> None:
         """Take a sequence's pages back."""
-        self._free = sorted([*self._free, *sequence.pages], reverse=True)
+        last = [page for page in sequence.pages if not self._shared[page]]
+        self._shared.subtract(page for page in sequence.pages if self._shared[page])
+        self._free = sorted([*self._free, *last], reverse=True)
         sequence.pages = []
 
     def _grow(self, pages: int) -> None:
@@ -91,12 +107,16 @@ class _CacheView:
 
 
 def one_at_a_time(method: Method) -> Method:
-    """A runner's method that waits until no other thread is in one."""
+    """A runner's method that waits until no other thread is in one, and raises MemoryError when torch has no memory."""
 
     @functools.wraps(method)
     def locked(self: TorchRunner, *arguments: Any) -> Any:
         with self._lock:
-            return method(self, *arguments)
+            try:
+                return method(self, *arguments)
+            except torch.OutOfMemoryError:
+                pass  # the error holds on to the call's tensors: it goes before another one is raised
+        raise MemoryError(f"{self._device} has no memory for this step; close requests, or take shorter ones")
 
     return cast(Method, locked)
 
@@ -114,6 +134,7 @@ class TorchRunner:
         self._device = model.lm_head.weight.device
         self._pool = _Pool(self.config, dtype, self._device)
         self._sequences: dict[int, _Sequence] = {}
+        self._kept: dict[int, _Sequence] = {}
         self._handles = itertools.count()
         self._lock = threading.RLock()
 
@@ -143,13 +164,31 @@ class TorchRunner:
                 self.close(handle)
             raise
 
+    def begin(self, prompts: Sequence[Sequence[int]], prefix_lengths: Sequence[int]) -> Prefill:
+        return WholePrefill(self, prompts, prefix_lengths)
+
+    @one_at_a_time
+    @torch.inference_mode()
+    def keep(self, handle: int) -> int:
+        kept = next(self._handles)
+        self._kept[kept] = self._pool.copy(self._sequences[handle])
+        return kept
+
+    @one_at_a_time
+    @torch.inference_mode()
+    def fork(self, kept: int) -> int:
+        handle = next(self._handles)
+        self._sequences[handle] = self._pool.copy(self._kept[kept])
+        return handle
+
     @one_at_a_time
     def step(self, handles: Sequence[int], tokens: Sequence[int]) -> Rows:
         return self._advance([self._sequences[handle] for handle in handles], [[token] for token in tokens])
 
     @one_at_a_time
     def close(self, handle: int) -> None:
-        self._pool.release(self._sequences.pop(handle))
+        found = self._kept if handle in self._kept else self._sequences
+        self._pool.release(found.pop(handle))
 
     def reserve(self, handles: Sequence[int], tokens: int) -> None:
         """Give each of these sequences pages for so many more tokens."""
@@ -167,6 +206,10 @@ class TorchRunner:
     @torch.inference_mode()
     def logits(self, ids: Sequence[int], prefix_length: int) -> Rows:
         return self._model(torch.tensor([list(ids)], device=self._device), prefix_length)[0].cpu().numpy()
+
+    @one_at_a_time
+    def layers(self, ids: Sequence[int], prefix_length: int, stop: Callable[[], bool] | None = None) -> Rows:
+        return look(self._model, ids, prefix_length).logits.cpu().numpy()
 
     @torch.inference_mode()
     def _advance(self, sequences: Sequence[_Sequence], added: Sequence[Sequence[int]]) -> Rows:

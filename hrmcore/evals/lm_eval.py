@@ -8,6 +8,7 @@ Needs the extra `evals`.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,17 +18,21 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
+from hrmcore.engine.chat_template import Conversation
 from hrmcore.engine.engine import load
 
 MAX_GEN_TOKS = 256  # where a task does not say; lm-eval's own default
+_TURNS = "\ufdd1"  # begins a context that holds turns; Unicode sets it aside for such a use
 
 
 @register_model("hrmcore")
 class HRMCoreLM(LM):
     """A context is the instruction, read in both directions; a continuation is the response to it.
 
-    The white space between the two is left out: framing tokens stand there, and no response in training began with
-    white space. A context too long for the model loses its beginning.
+    The instruction is rendered as the server renders it: a lone user message, or with lm-eval's --apply_chat_template
+    all turns, through the checkpoint's own chat template where it brings one (`Engine.conversation`). The white space
+    between context and continuation is left out: framing tokens stand there, and no response in training began with
+    white space. A context too long for the model loses the beginning of its last message.
     """
 
     def __init__(
@@ -49,13 +54,22 @@ class HRMCoreLM(LM):
         self._engine = load(path, dtype=dtype, threads=threads)
         self._tokenizer = self._engine.text_tokenizer()
         self._condition = condition
-        self._opening = [self._tokenizer.boq, *self._tokenizer.conditions(condition)]
+        self._opening = [self._tokenizer.boq, *self._tokenizer.conditions(condition), self._tokenizer.eoq]
         self._context = self._engine.config.context
 
     @property
     def tokenizer_name(self) -> str:
         """What the tokenised requests depend on."""
         return str(self._tokenizer.source)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The turns of a conversation as one context, which the methods below render as the server does."""
+        return _TURNS + json.dumps(chat_history, ensure_ascii=False)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """What lm-eval records of the template: where it is from."""
+        prompt = self._engine.conversation([{"role": "user", "content": "?"}])
+        return "hrmcore.chat.render" if isinstance(prompt, str) else prompt.template.text
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """For each (context, continuation): its log-probability (nats), and whether greedy decoding gives it."""
@@ -70,7 +84,7 @@ class HRMCoreLM(LM):
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """For each (text,): its log-probability (nats) as the response to an empty instruction, in windows if long."""
         found = []
-        opening = self._prompt("", 0)
+        opening = self._opening
         width = self._context - len(opening)
         for request in tqdm(requests, disable=disable_tqdm):
             ids = self._tokenizer.encode(request.args[0])
@@ -91,7 +105,8 @@ class HRMCoreLM(LM):
         with tqdm(total=len(requests), disable=disable_tqdm) as bar:
             for group in alike.values():
                 options = _generation_options(requests[group[0]].args[1])
-                texts = [self._fitted(requests[index].args[0], options["max_new_tokens"]) for index in group]
+                room = max(1, self._context - options["max_new_tokens"])
+                texts = [self._fitted(requests[index].args[0], room)[0] for index in group]
                 given = self._engine.generate(texts, condition=self._condition, **options)
                 for index, answer in zip(group, given, strict=True):
                     answers[index] = answer
@@ -100,23 +115,24 @@ class HRMCoreLM(LM):
         return answers
 
     def _prompt(self, context: str, response_length: int) -> list[int]:
-        """The framed context, cut at its beginning so that the response fits behind it."""
-        room = self._context - response_length + 1 - len(self._opening) - 1
-        if room < 0:
+        """The framed context, cut so that the response fits behind it."""
+        room = self._context - response_length + 1
+        if room < len(self._opening):
             raise ValueError(f"a continuation of {response_length} tokens exceeds the context of {self._context}")
-        ids = self._tokenizer.encode(context)
-        return [*self._opening, *ids[max(0, len(ids) - room) :], self._tokenizer.eoq]
+        return self._fitted(context, room)[1] if context.strip() else self._opening
 
-    def _fitted(self, context: str, max_new_tokens: int) -> str:
-        """A context as text, cut at its beginning until the answer fits behind it."""
-        most = max(1, self._context - max_new_tokens - len(self._opening) - 1)
-        ids = self._tokenizer.encode(context)
-        kept = most
-        while len(ids) > most and kept:
-            context = self._tokenizer.decode(ids[-kept:])
-            ids = self._tokenizer.encode(context)
-            kept -= 1  # a cut text may take more tokens than the piece it was cut from
-        return context
+    def _fitted(self, context: str, room: int) -> tuple[str | Conversation, list[int]]:
+        """The prompt of a context in at most `room` tokens, and its tokens: its last message loses its beginning."""
+        turns = json.loads(context[1:]) if context.startswith(_TURNS) else [{"role": "user", "content": context}]
+        prompt = self._engine.conversation(turns)
+        ids = self._engine.prompt_ids(prompt, self._condition)
+        kept = self._tokenizer.encode(turns[-1]["content"]) if len(ids) > room else []
+        while len(ids) > room and len(kept) > 1:
+            kept = kept[min(len(ids) - room, len(kept) - 1) :]  # a cut text may take more tokens than it was cut from
+            cut = {**turns[-1], "content": self._tokenizer.decode(kept)}
+            prompt = self._engine.conversation([*turns[:-1], cut])
+            ids = self._engine.prompt_ids(prompt, self._condition)
+        return prompt, ids
 
     def _score(self, known: list[int], predicted: Sequence[int], prefix: int | None = None) -> tuple[float, bool]:
         """Log-probability of the predicted tokens after the known ones, and whether each is the greedy token."""

@@ -16,7 +16,7 @@ BATCH = 64  # prompts handed over together; the engine decodes as many at a time
 
 
 class EngineRunner:
-    """Our engine: prompts are framed as the model was trained on them, and decoded in batches."""
+    """Our engine: a prompt is a conversation of one message, rendered as when it is served, decoded in batches."""
 
     def __init__(self, path: str | None, dtype: str, threads: int | None, max_new_tokens: int) -> None:
         from hrmcore.engine.engine import load
@@ -24,16 +24,17 @@ class EngineRunner:
         self._engine = load(path, dtype=dtype, threads=threads)
         self._max_new_tokens = max_new_tokens
         self.name = str(path or "the embedded model")
-        self._tokenizer = self._engine.text_tokenizer()
+        self._engine.text_tokenizer()
 
     def answer(self, prompts: Sequence[str], condition: str) -> list[str | None]:
         engine = self._engine
         answers: list[str | None] = [None] * len(prompts)
         context = engine.config.context
-        lengths = [len(self._tokenizer.prompt(prompt, condition)) for prompt in prompts]
+        asked = [engine.conversation([{"role": "user", "content": prompt}]) for prompt in prompts]
+        lengths = [len(engine.prompt_ids(prompt, condition)) for prompt in asked]
         fitting = [index for index, length in enumerate(lengths) if length < context]
         for chosen in _batches(fitting):
-            texts = [prompts[index] for index in chosen]
+            texts = [asked[index] for index in chosen]
             given = engine.generate(texts, condition=condition, max_new_tokens=self._max_new_tokens)
             for index, answer in zip(chosen, given, strict=True):
                 answers[index] = answer
@@ -60,9 +61,11 @@ class TransformersRunner:
         self._framing = None
         if model.config.model_type == "hrm_text":
             from hrmcore.checkpoint.hrm_text import resolve
+            from hrmcore.engine.chat_template import ChatTemplate
             from hrmcore.tokenizer import Tokenizer
 
             self._framing = Tokenizer.load(resolve(path))
+            self._template = ChatTemplate.find(resolve(path))
         else:
             self._tokenizer = _pretrained(transformers.AutoTokenizer, path)
 
@@ -78,10 +81,12 @@ class TransformersRunner:
         return answers
 
     def _encode(self, prompt: str, condition: str) -> list[int]:
+        messages = [{"role": "user", "content": prompt}]
         if self._framing is not None:
-            return self._framing.prompt(prompt, condition)
+            from hrmcore.engine.chat_template import conversation, prompt_ids
+
+            return prompt_ids(self._framing, conversation(self._template, messages, None), condition)
         if self._tokenizer.chat_template:
-            messages = [{"role": "user", "content": prompt}]
             prompt = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             return list(self._tokenizer(prompt, add_special_tokens=False)["input_ids"])
         return list(self._tokenizer(prompt)["input_ids"])

@@ -25,7 +25,7 @@ from hrmcore.durable import new_folder
 from hrmcore.growth.operators import GROWTH_KEY, Growth, state_metadata
 from hrmcore.tokenizer import tokenizer_files
 
-OPTIMIZERS = ("adamw", "adamatan2", "sophia-g", "sophia-h")
+OPTIMIZERS = ("adamw", "adamatan2", "adamatan2-paper", "sophia-g", "sophia-h")
 
 
 def grow_files(source: str | Path, out: str | Path, sizes: Mapping[str, int], **options: Any) -> Growth:

@@ -225,7 +225,8 @@ class Growth:
         if not isinstance(optimizer, AdamW | AdamAtan2 | Sophia):
             known = "AdamW, AdamAtan2 and Sophia of hrmcore.optim"
             raise ValueError(f"grow: {type(optimizer).__name__} is an unknown optimizer; known are {known}")
-        options: dict[str, Any] = dict(optimizer.defaults)
+        # torch adds an option of its own to the defaults of an optimizer that has loaded a state_dict.
+        options = {name: value for name, value in optimizer.defaults.items() if name != "differentiable"}
         if isinstance(optimizer, Sophia):
             options["variant"] = optimizer.variant
         larger = type(optimizer)(self._groups(optimizer, model, bigger), **options)
@@ -234,7 +235,7 @@ class Growth:
             origin = _lookup(old, self.source(name))
             if origin is not None and optimizer.state.get(origin):
                 larger.state[parameter] = {
-                    key: value.clone() if key == "step" else self.tensor(name, value, key).to(value.device)
+                    key: value.clone() if key == "step" else self.tensor(name, value, key).to(value.device, value.dtype)
                     for key, value in optimizer.state[origin].items()
                 }
         return larger

@@ -79,9 +79,11 @@ def _cross_entropy(hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor
 
 @torch.library.custom_op("hrmcore::cross_entropy_backward", mutates_args=(), device_types=DEVICES)
 def _cross_entropy_backward(
-    hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, lse: Tensor, grad: Tensor
+    hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, lse: Tensor, grad: Tensor, to_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+    """The gradients of hidden and of weight; the latter is empty unless `to_weight`, which a frozen head is spared."""
+    grad_hidden = torch.zeros_like(hidden)
+    grad_weight = weight.new_zeros(weight.shape if to_weight else (0,), dtype=torch.float32)
     rounded, scale = weight.to(hidden.dtype), grad.detach().float().reshape(1)
     for part, states, logits in _chunks(hidden, rounded, rows):
         count = part.stop - part.start
@@ -89,7 +91,8 @@ def _cross_entropy_backward(
         _C.cross_entropy_backward(*map(to_dlpack, operands), stream_of(hidden))
         logits[count:] = 0
         grad_hidden[rows[part]] = torch.mm(logits, rounded)[:count]
-        gemm_weight_backward_(grad_weight, False, logits, states)
+        if to_weight:
+            gemm_weight_backward_(grad_weight, False, logits, states)
     return grad_hidden, grad_weight.to(weight.dtype)
 
 
@@ -145,9 +148,9 @@ def _(hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor) -> tuple[Te
 
 @_cross_entropy_backward.register_fake
 def _(
-    hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, lse: Tensor, grad: Tensor
+    hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, lse: Tensor, grad: Tensor, to_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(hidden), weight.new_empty(weight.shape)
+    return torch.empty_like(hidden), weight.new_empty(weight.shape if to_weight else (0,))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -155,8 +158,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(*inputs, output[1])
 
 
-def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, None, None]:
-    return *_cross_entropy_backward(*ctx.saved_tensors, grad), None, None
+def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor | None, None, None]:
+    to_weight = ctx.needs_input_grad[1]
+    grad_hidden, grad_weight = _cross_entropy_backward(*ctx.saved_tensors, grad, to_weight)
+    return grad_hidden, grad_weight if to_weight else None, None, None
 
 
 _cross_entropy.register_autograd(_backward, setup_context=_save)

@@ -10,10 +10,11 @@ import contextlib
 import hashlib
 import hmac
 import json
+import re
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,19 @@ from starlette.types import Receive, Scope, Send
 
 from hrmcore.engine.async_engine import AsyncAnswer, AsyncEngine, EngineClosed, QueueFull
 from hrmcore.engine.chat_template import Conversation
+from hrmcore.engine.streams import TokenLogprob
+from hrmcore.serving.lens import Looks, parse_lens
 from hrmcore.serving.metrics import Metrics
 from hrmcore.serving.protocol import OPTIONS, Asked, Refused, Writer, parse, usage
+from hrmcore.serving.waits import deadline, unless_gone
 
 MOST_BODY = 1 << 20  # bytes
 _DRAINED = 16 << 20  # bytes of a body that is too large are read, so that the client gets to read why
 BODY_SECONDS = 30.0
+_NAMED = {*OPTIONS, "messages", "tools", "answer"}  # what the engine's complaints begin with
 
 PAGE = Path(__file__).parent / "page"
-_PAGE_FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
+_PAGE_FILES = {"/": "index.html"} | {f"/{name}": name for name in ("page.css", "page.js", "lens.js", "picture.js")}
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -62,6 +67,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self.started = int(time.time())
+        self.looks = Looks(self.served)
         self._digests = [hashlib.sha256(key.encode()).digest() for key in self.keys]
 
     def check_key(self, request: Request) -> None:
@@ -81,11 +87,11 @@ class Service:
         try:
             prompts: list[str | Conversation] = [*asked.prompts]
             if asked.messages is not None:
-                prompts = [self.served.engine.conversation(asked.messages)]
+                prompts = [self.served.engine.conversation(asked.messages, asked.tools)]
             for prompt in prompts:
                 for choice in range(asked.n):
                     options = asked.choice_options(choice)
-                    answers.append(self.served.stream(prompt, timeout=self.timeout, **options))
+                    answers.append(self.served.stream(prompt, timeout=self.timeout, logprobs=asked.logprobs, **options))
         except (ValueError, QueueFull, EngineClosed) as error:
             close_all(answers)
             raise refusal(error, ValueError) from None
@@ -113,6 +119,7 @@ def make_app(service: Service) -> Starlette:
         _route(service, "/v1/models/{name:path}", model, "GET"),
         _route(service, "/v1/chat/completions", chat_completions, "POST"),
         _route(service, "/v1/completions", completions, "POST"),
+        _route(service, "/v1/lens", lens, "POST"),
         _route(service, "/metrics", metrics, "GET"),
         _route(service, "/health", health, "GET", keyed=False),
         _route(service, "/page.json", about, "GET", keyed=False),
@@ -212,7 +219,9 @@ async def metrics(service: Service, request: Request) -> Response:
         "hrmcore_answers_waiting": ("Answers that wait to begin.", service.served.waiting),
         "hrmcore_sequences_open": ("Answers that hold a part of the KV cache.", service.served.engine.open_requests),
     }
-    return Response(service.metrics.text(gauges), media_type="text/plain; version=0.0.4")
+    reused = service.served.engine.reused_prefills
+    counted = {"hrmcore_prefills_reused_total": ("Answers that began with the prefill of an equal prompt.", reused)}
+    return Response(service.metrics.text(gauges, counted), media_type="text/plain; version=0.0.4")
 
 
 async def about(service: Service, request: Request) -> Response:
@@ -241,6 +250,17 @@ async def completions(service: Service, request: Request) -> Response:
     return await _complete(service, request, chat=False)
 
 
+async def lens(service: Service, request: Request) -> Response:
+    """POST /v1/lens: how one token of an answer formed."""
+    asked = parse_lens(await read_body(request), service.model)
+    try:
+        ids, prompt = asked.ids(service.served.engine)
+    except ValueError as error:
+        raise refusal(error, ValueError) from None
+    seen = await unless_gone(request, service.looks.look(asked, ids, prompt, service.timeout))
+    return respond({"model": service.model, **seen})
+
+
 async def _complete(service: Service, request: Request, chat: bool) -> Response:
     started = time.monotonic()
     asked = parse(await read_body(request), chat, service.model)
@@ -249,11 +269,12 @@ async def _complete(service: Service, request: Request, chat: bool) -> Response:
     if asked.stream:
         return _Events(_events(service, asked, answers, writer, started), answers)
     try:
-        texts = await _unless_gone(request, _all(answers, service, started))
+        texts = await unless_gone(request, _all(answers, service, started))
     finally:
         close_all(answers)
     used = service.count(asked, answers, time.monotonic() - started)
-    return respond(writer.whole([(text, a.finish) for text, a in zip(texts, answers, strict=True)], used))
+    said = [(text, a.ids, a.finish, a.logprobs) for text, a in zip(texts, answers, strict=True)]
+    return respond(writer.whole(said, used))
 
 
 async def read_body(request: Request) -> bytes:
@@ -263,7 +284,7 @@ async def read_body(request: Request) -> bytes:
         raise Refused(415, "the Content-Type must be application/json")
     body, size = [], 0
     try:
-        async with _deadline(BODY_SECONDS):
+        async with deadline(BODY_SECONDS):
             async for part in request.stream():
                 size += len(part)
                 if size <= MOST_BODY:
@@ -277,28 +298,6 @@ async def read_body(request: Request) -> bytes:
     return b"".join(body)
 
 
-@contextlib.asynccontextmanager
-async def _deadline(seconds: float) -> AsyncIterator[None]:
-    """`asyncio.timeout`, which Python 3.10 lacks. Raises TimeoutError."""
-    task, loop, late = asyncio.current_task(), asyncio.get_running_loop(), False
-    assert task is not None
-
-    def cancel() -> None:
-        nonlocal late
-        late = True
-        task.cancel()
-
-    timer = loop.call_later(seconds, cancel)
-    try:
-        yield
-    except asyncio.CancelledError:
-        if late:
-            raise TimeoutError from None
-        raise
-    finally:
-        timer.cancel()
-
-
 async def _join(service: Service, answer: AsyncAnswer, started: float) -> str:
     pieces: list[str] = []
     async for piece in answer:
@@ -310,26 +309,6 @@ async def _join(service: Service, answer: AsyncAnswer, started: float) -> str:
 
 async def _all(answers: Sequence[AsyncAnswer], service: Service, started: float) -> list[str]:
     return await asyncio.gather(*(_join(service, answer, started) for answer in answers))
-
-
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, list[str]]) -> list[str]:
-    """Await work, unless the client leaves first; then raise ClientDisconnect."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks: list[asyncio.Task[Any]] = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
-            raise ClientDisconnect
-        texts: list[str] = tasks[0].result()
-        return texts
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class _Events(StreamingResponse):
@@ -351,18 +330,25 @@ async def _events(
     service: Service, asked: Asked, answers: Sequence[AsyncAnswer], writer: Writer, started: float
 ) -> AsyncIterator[bytes]:
     fresh = set(range(len(answers)))
+    told = [0] * len(answers)  # token ids that the chunks brought
+
+    def untold(index: int) -> list[int]:
+        ids = answers[index].ids[told[index] :]
+        told[index] += len(ids)
+        return ids
+
     try:
         for index in range(len(answers)):
             if chunk := writer.begin(index):
                 yield _event(chunk)
-        async for index, piece in _merged(answers):
+        async for index, piece, scored in _merged(answers):
             if piece is None:
-                yield _event(writer.end(index, answers[index].finish))
+                yield _event(writer.end(index, untold(index), answers[index].finish, scored))
                 continue
             if index in fresh:
                 fresh.discard(index)
                 service.metrics.first_token.add(time.monotonic() - started)
-            yield _event(writer.piece(index, piece))
+            yield _event(writer.piece(index, piece, untold(index), scored))
             await asyncio.sleep(0)  # the loop may learn that the client has gone, however many pieces are there
     except Exception as error:
         yield _event(refusal(error).body)
@@ -373,27 +359,32 @@ async def _events(
     yield b"data: [DONE]\n\n"
 
 
-async def _merged(answers: Sequence[AsyncAnswer]) -> AsyncIterator[tuple[int, str | None]]:
-    """(index, piece) as pieces come, and (index, None) at the end of each answer."""
-    pieces: asyncio.Queue[tuple[int, str | Exception | None]] = asyncio.Queue()
+async def _merged(
+    answers: Sequence[AsyncAnswer],
+) -> AsyncIterator[tuple[int, str | None, list[TokenLogprob]]]:
+    """(index, piece, log probabilities of its tokens) as pieces come; a piece is None at the end of each answer."""
+    pieces: asyncio.Queue[tuple[int, str | Exception | None, list[TokenLogprob]]] = asyncio.Queue()
 
     async def pump(index: int) -> None:
+        answer, sent = answers[index], 0
         try:
-            async for piece in answers[index]:
-                pieces.put_nowait((index, piece))
-            pieces.put_nowait((index, None))
+            async for piece in answer:
+                scored = answer.logprobs_from(sent)
+                sent += len(scored)
+                pieces.put_nowait((index, piece, scored))
+            pieces.put_nowait((index, None, answer.logprobs_from(sent)))
         except Exception as error:
-            pieces.put_nowait((index, error))
+            pieces.put_nowait((index, error, []))
 
     tasks = [asyncio.ensure_future(pump(index)) for index in range(len(answers))]
     try:
         running = len(answers)
         while running:
-            index, piece = await pieces.get()
+            index, piece, scored = await pieces.get()
             if isinstance(piece, Exception):
                 raise piece
             running -= piece is None
-            yield index, piece
+            yield index, piece, scored
     finally:
         for task in tasks:
             task.cancel()
@@ -432,8 +423,9 @@ def refusal(error: Exception, caller: type[Exception] | tuple[()] = ()) -> Refus
     if isinstance(error, caller):
         message = str(error)
         code = "context_length_exceeded" if "room in the context" in message else None
-        named = message.partition(" ")[0]
-        return Refused(400, message[:1000], named if named in OPTIONS else None, code)
+        named = re.match(r"\w*", message)
+        assert named is not None
+        return Refused(400, message[:1000], named[0] if named[0] in _NAMED else None, code)
     traceback.print_exception(error, file=sys.stderr)
     return Refused(500, "the server failed on this request; its log says why")
 

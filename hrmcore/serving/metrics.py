@@ -40,8 +40,8 @@ class Metrics:
         self.first_token = Histogram()
         self.answer = Histogram()
 
-    def text(self, gauges: Mapping[str, tuple[str, int]]) -> str:
-        """Everything; a gauge is its name, its help and its value."""
+    def text(self, gauges: Mapping[str, tuple[str, int]], counted: Mapping[str, tuple[str, int]]) -> str:
+        """Everything; a gauge is its name, its help and its value, and so is what others have counted."""
         lines = [
             "# HELP hrmcore_requests_total Requests, by route and status.",
             "# TYPE hrmcore_requests_total counter",
@@ -51,6 +51,7 @@ class Metrics:
         counters = {
             "hrmcore_prompt_tokens_total": ("Tokens of prompts whose answers ended.", self.prompt_tokens),
             "hrmcore_completion_tokens_total": ("Tokens generated.", self.completion_tokens),
+            **counted,
         }
         for kind, values in (("counter", counters), ("gauge", gauges)):
             for name, (described, value) in values.items():

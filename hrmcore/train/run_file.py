@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +14,10 @@ from typing import Any
 from hrmcore.checkpoint.hrm_text import read_config as read_checkpoint_config
 from hrmcore.checkpoint.hrm_text import resolve
 from hrmcore.checkpoint.training_state import is_state, read_metadata
-from hrmcore.config import RECOMPUTE, HRMConfig, Range
+from hrmcore.config import RECOMPUTE, HRMConfig, LoraConfig, Range
 from hrmcore.data.store import MANIFEST, TOKENIZER, tokenizer_of
 from hrmcore.growth.stages import GrowStage, growths_of, read_stages
+from hrmcore.limits import read_bounded
 from hrmcore.tokenizer import Tokenizer, tokenizer_files
 from hrmcore.train.metrics import SINKS
 
@@ -30,26 +30,14 @@ else:
 # does not list has no meaning for it.
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamatan2": {"learning_rate": 1e-3, "betas": (0.9, 0.95)},
+    "adamatan2-paper": {"learning_rate": 1e-3, "betas": (0.9, 0.95)},
     "adamw": {"learning_rate": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8},
     "sophia-g": {"learning_rate": 2e-4, "betas": (0.965, 0.99), "eps": 1e-12, "rho": 0.04, "curvature_every": 10},
     "sophia-h": {"learning_rate": 2e-4, "betas": (0.965, 0.99), "eps": 1e-12, "rho": 0.04, "curvature_every": 10},
 }
 
 
-# The headings of `hrmcore train --explain`, in their order; each key names its own.
-GROUPS = (
-    "required",
-    "data",
-    "model",
-    "schedule",
-    "optimizer",
-    "precision and devices",
-    "checkpoints and states",
-    "growth",
-    "validation and logging",
-)
-
-
+_MOST_BYTES = 1 << 17  # of a run file: Python's reader of TOML takes a thousand bytes for a key
 _STEPS = 1 << 40
 _COUNTED = "no run comes so far"
 _FLOAT = "steps are taken in float32"
@@ -79,6 +67,7 @@ RANGES: dict[str, Range] = {
     "keep": Range(1, _STEPS, _COUNTED),
     "keep_every": Range(0, _STEPS, _COUNTED),
     "eval_every": Range(1, _STEPS, _COUNTED),
+    "patience": Range(0, _STEPS, _COUNTED),
     "check_records": Range(0, (1 << 31) - 1, "no file has as many"),
     "sample_answers": Range(0, (1 << 31) - 1, "no file has as many"),
 }
@@ -93,7 +82,7 @@ def _key(group: str, explanation: str, default: Any = dataclasses.MISSING) -> An
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything a run depends on; the fields' explanations are what `hrmcore train --explain` prints.
+    """Everything a run depends on; hrmcore/train/explanation.py prints the fields' explanations.
 
     A field whose default follows the optimizer is None until then, and stays None where the optimizer does not use it.
     """
@@ -121,6 +110,9 @@ class TrainConfig:
     init_from: str | None = _key(
         "model", "begin with these weights: an hrm_text checkpoint or a training state, which brings the [model]", None
     )
+    lora: LoraConfig | None = _key(  # noqa: RUF009
+        "model", "a [lora] table: train adapters over the frozen weights of init_from, see below", None
+    )
     warmup_steps: int = _key("schedule", "steps over which the learning rate rises linearly from 0", 100)
     schedule: str = _key(
         "schedule", "learning rate after the warm-up: 'constant', or 'cosine' to 0 at the end", "cosine"
@@ -132,7 +124,12 @@ class TrainConfig:
     )
     horizon_last: int = _key("schedule", "gradient horizon K once it has risen", 5)
     horizon_fraction: float = _key("schedule", "fraction of the steps over which K rises", 0.2)
-    optimizer: str = _key("optimizer", f"one of {', '.join(OPTIMIZERS)}", "adamatan2")
+    optimizer: str = _key(
+        "optimizer",
+        f"one of {', '.join(OPTIMIZERS)}; adamatan2 steps as HRM-Text's own trainer does, adamatan2-paper as its paper "
+        "writes it",
+        "adamatan2",
+    )
     learning_rate: float = _key("optimizer", "peak learning rate", None)
     betas: tuple[float, float] = _key(
         "optimizer",
@@ -149,6 +146,11 @@ class TrainConfig:
     grad_clip: float = _key("optimizer", "norm above which the gradients are scaled down to it", 1.0)
     ema: float = _key(
         "optimizer", "decay of the averaged weights that are validated and exported; 0: no average", 0.9999
+    )
+    ema_dtype: str = _key(
+        "optimizer",
+        "the averaged weights are kept in 'float32' or, at half the memory and rounded at random, in 'bfloat16'",
+        "float32",
     )
     on_nonfinite: str = _key(
         "optimizer",
@@ -188,6 +190,12 @@ class TrainConfig:
         "growth", "stages at which the model grows, each a [[grow]] table: see below", ()
     )
     eval_every: int = _key("validation and logging", "steps between validations on heldout_files", 500)
+    patience: int = _key(
+        "validation and logging",
+        "validations without a better heldout_loss after which the run ends; the state of the best one is kept and "
+        "exported; 0: the run takes all its steps, and the last is exported",
+        0,
+    )
     check_records: int = _key(
         "validation and logging", "validation records of which greedy answers are checked as well; 0: none", 64
     )
@@ -219,6 +227,7 @@ class TrainConfig:
             )
         self._choose("schedule", ("constant", "cosine"))
         self._choose("precision", ("float32", "bfloat16"))
+        self._choose("ema_dtype", ("float32", "bfloat16"))
         self._choose("device", ("cpu", "cuda"))
         self._choose("parallel", ("data", "sharded"))
         self._choose("recompute", RECOMPUTE)
@@ -227,6 +236,8 @@ class TrainConfig:
         if self.parallel == "sharded" and (self.grow or self.optimizer == "sophia-h"):
             who = "[[grow]]" if self.grow else "sophia-h"
             raise ValueError(f"train config: {who} works on whole parameters; set parallel = 'data'")
+        if self.parallel == "sharded" and self.ema_dtype != "float32":
+            raise ValueError("train config: sharded averages are kept in float32; set ema_dtype = 'float32'")
         self._choose("on_nonfinite", ("stop", "skip"))
         self._hold("log", set(self.log) <= set(SINKS) and len(set(self.log)) == len(self.log), f"some of {SINKS}")
         if self.horizon_first > self.horizon_last:
@@ -234,9 +245,29 @@ class TrainConfig:
                 "train config: horizons must satisfy horizon_first <= horizon_last, "
                 f"got {self.horizon_first} and {self.horizon_last}"
             )
+        if self.patience and not self.heldout_files:
+            raise ValueError("train config: patience waits for a better validation; name heldout_files")
         if not self.train_files:
             raise ValueError("train config: train_files is empty")
         growths_of(self.grow, self.model, self.seed)  # each of them must be possible
+        if self.lora is not None:
+            self._check_lora()
+
+    def _check_lora(self) -> None:
+        if self.init_from is None:
+            raise ValueError("train config: [lora] needs init_from: the checkpoint whose weights are frozen")
+        if is_state(self.init_from):
+            raise ValueError(f"train config: [lora] needs a checkpoint as init_from; {self.init_from} is a state")
+        if self.grow or self.parallel == "sharded":
+            who = "[[grow]] tables" if self.grow else "parallel = 'sharded'"
+            raise ValueError(f"train config: [lora] leaves the weights as they are; remove {who}")
+        if self.recompute != "sublayer" or self.cuda_graphs:
+            who = "cuda_graphs" if self.recompute == "sublayer" else f"recompute = {self.recompute!r}"
+            raise ValueError(f"train config: [lora] computes and launches as a run does by default; remove {who}")
+        if (Path(self.out) / "checkpoint").resolve() == Path(self.init_from).resolve():
+            raise ValueError(
+                f"train config: the merged model would replace init_from, {self.init_from}; name another out"
+            )
 
     def _follow_optimizer(self) -> None:
         defaults = OPTIMIZERS[self.optimizer]
@@ -289,7 +320,7 @@ def read_config(path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
     """
     path = Path(path)
     try:
-        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = tomllib.loads(read_bounded(path, _MOST_BYTES).decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not TOML ({error})") from None
     for change in changes:
@@ -298,6 +329,9 @@ def read_config(path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
         return _config_from(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+_TABLES = ("model", "lora", "grow")  # keys of TrainConfig that a run file writes as tables
 
 
 def _change(values: dict[str, Any], change: str) -> None:
@@ -311,9 +345,10 @@ def _change(values: dict[str, Any], change: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text.strip()
     table, name = values, key
-    if key.startswith("model."):
-        table, name = values.setdefault("model", {}), key.removeprefix("model.")
-    if not isinstance(table, dict) or name in ("model", "grow"):
+    for prefix in ("model", "lora"):
+        if key.startswith(f"{prefix}."):
+            table, name = values.setdefault(prefix, {}), key.removeprefix(f"{prefix}.")
+    if not isinstance(table, dict) or name in _TABLES:
         raise ValueError(f"--set {key}: name one key, as learning_rate or model.head_dim")
     table[name] = value
 
@@ -323,11 +358,13 @@ def _config_from(values: Mapping[str, Any]) -> TrainConfig:
     if unknown := sorted(set(values) - set(fields)):
         raise ValueError(f"unknown key {unknown[0]!r}; the keys are {', '.join(sorted(fields))}")
     checked = {
-        name: _typed(name, str(fields[name].type), value)
-        for name, value in values.items()
-        if name not in ("model", "grow")
+        name: _typed(name, str(fields[name].type), value) for name, value in values.items() if name not in _TABLES
     }
     checked["grow"] = read_stages(values.get("grow", []))
+    if (lora := values.get("lora")) is not None:
+        if not isinstance(lora, dict):
+            raise ValueError("lora must be a table")
+        checked["lora"] = LoraConfig.from_dict(lora)
     if found := _found_tokenizer(checked):
         checked.setdefault("tokenizer", found)
     required = {name for name, f in fields.items() if f.default is dataclasses.MISSING} - {"model"}
@@ -367,8 +404,11 @@ def _model_config(table: Any, init_from: str | None, tokenizer: Tokenizer) -> HR
     if table is not None:
         raise ValueError(f"{init_from} brings the model's shape; remove [model]")
     if is_state(init_from):
+        metadata = read_metadata(init_from)
+        if "lora" in metadata:
+            raise ValueError(f"{init_from}: holds adapters alone; name the checkpoint/ that its run wrote")
         try:
-            config = HRMConfig.from_dict(json.loads(read_metadata(init_from)["model_config"]))
+            config = HRMConfig.from_dict(json.loads(metadata["model_config"]))
         except (KeyError, TypeError) as error:
             raise ValueError(f"{init_from}: its metadata has no model_config ({error})") from None
     else:
@@ -393,71 +433,3 @@ def _typed(name: str, annotation: str, value: Any) -> Any:
     elif type(value).__name__ == expected:
         return value
     raise ValueError(f"{name} must be of type {expected}, got {value!r}")
-
-
-def explain() -> str:
-    """Every key of a run file by heading, with its type, default and meaning."""
-    fields = [f for f in dataclasses.fields(TrainConfig) if f.name != "model"]
-    lines = ["A run file is TOML: these keys, then the table [model], then any number of [[grow]] tables."]
-    lines.append("Each line has a key, its type, its default ('-': none) and its meaning.")
-    for group in GROUPS:
-        lines += ["", group]
-        lines += _described([f for f in fields if f.metadata["group"] == group])
-    lines += ["", "defaults that follow the optimizer ('-': it has no such key)", *_optimizer_defaults()]
-    filled_in = ("vocab_size", "eos_token_id", "pad_token_id")
-    lines += ["", f"[model]  required without init_from; {', '.join(filled_in)} follow the tokenizer"]
-    lines += _described([f for f in dataclasses.fields(HRMConfig) if f.name not in filled_in])
-    lines += ["", "[[grow]]  the model grows at at_tokens; sizes that are left out stay as they are"]
-    lines += _described(dataclasses.fields(GrowStage))
-    return "\n".join(lines)
-
-
-_COLUMNS = (26, 18, 13)  # characters of name, type and default
-
-
-def _described(fields: Sequence[dataclasses.Field[Any]]) -> list[str]:
-    lines = []
-    for f in fields:
-        cells = zip((f"  {f.name}", _type(f), _default(f)), _COLUMNS, strict=True)
-        head = "".join(f"{cell:<{width}}" for cell, width in cells)
-        meaning = textwrap.wrap(f.metadata["explain"], _WIDTH - sum(_COLUMNS), break_on_hyphens=False)
-        lines += [head + meaning[0], *(" " * sum(_COLUMNS) + line for line in meaning[1:])]
-    return lines
-
-
-_WIDTH = 120  # characters of a line
-_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "true or false"}
-
-
-def _type(f: dataclasses.Field[Any]) -> str:
-    """The type of a key in the words of TOML."""
-    annotation = str(f.type).removesuffix(" | None")
-    if annotation.startswith("tuple[GrowStage"):
-        return "tables"
-    if annotation.startswith("tuple[float"):
-        return "[number, number]"
-    if annotation.startswith("tuple[str"):
-        return "[string, ...]"
-    return _TYPES[annotation]
-
-
-def _default(f: dataclasses.Field[Any]) -> str:
-    """The default of a key as TOML; "-" where leaving it out is something else than any value."""
-    if f.default is dataclasses.MISSING:
-        return "required"
-    if any(f.name in own for own in OPTIMIZERS.values()):
-        return "see below"
-    return "-" if f.default is None else _toml(f.default)
-
-
-def _toml(value: Any) -> str:
-    return json.dumps(list(value) if isinstance(value, tuple) else value)
-
-
-def _optimizer_defaults() -> list[str]:
-    widths = (_COLUMNS[0], *(16 for _ in OPTIMIZERS))
-    names = [f.name for f in dataclasses.fields(TrainConfig) if any(f.name in own for own in OPTIMIZERS.values())]
-    rows = [["", *OPTIMIZERS]]
-    for name in names:
-        rows.append([f"  {name}", *(_toml(own[name]) if name in own else "-" for own in OPTIMIZERS.values())])
-    return ["".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import numpy as np
 
 from hrmcore import machine, planner
-from hrmcore.config import HRMConfig
+from hrmcore.config import HRMConfig, LoraConfig
 from hrmcore.data.packing import PackedBatch
 from hrmcore.data.records import Corpus
 from hrmcore.distributed.world import World
@@ -17,26 +16,40 @@ from hrmcore.train.run_file import TrainConfig
 
 
 class Throughput:
-    """The speed of a run's steps, and the share of all ranks' peak FLOP/s that they reach (MFU)."""
+    """The speed of a run's steps, and the share of all ranks' peak FLOP/s that they reach (MFU).
 
-    def __init__(self, world: World, precision: str) -> None:
+    The peak is the best of several measurements: one may fall into a moment in which other programs want the
+    processor. It is taken again at the steps 1, 2, 4, 8, … and whenever a step seems faster than it.
+    """
+
+    def __init__(self, world: World, precision: str, lora: LoraConfig | None = None) -> None:
         self._world = world
         self._precision = precision
+        self._lora = lora
+        self._steps = 0
+        self._peak = 0.0
 
     def of(self, model: HRMConfig, horizon: int, batches: Sequence[PackedBatch], seconds: float) -> dict[str, float]:
         """The figures of one step over the batches of all ranks, as the metrics name them."""
         pairs = sum(visible_pairs(batch, model.prefix_lm) for batch in batches)
-        flops = planner.training_flops(model, horizon, tokens_of(batches), supervised_of(batches), pairs)
+        counts = tokens_of(batches), supervised_of(batches), pairs
+        flops = planner.training_flops(model, horizon, *counts, self._lora)
+        rate = flops.total / seconds / self._world.ranks
         return {
             "tokens_per_second": tokens_of(batches) / seconds,
             "flops": flops.total,
-            "mfu": flops.total / seconds / (self._world.ranks * self._peak),
+            "mfu": rate / self._peak_beside(rate),
             "memory": machine.peak_memory(self._world.device),
         }
 
-    @functools.cached_property
-    def _peak(self) -> float:
-        return machine.peak_flops(self._precision, device=str(self._world.device))
+    def _peak_beside(self, rate: float) -> float:
+        """The peak of a rank, after a step of `rate` FLOP/s; a step that was faster than any measurement is one."""
+        self._steps += 1
+        power_of_two = self._steps & (self._steps - 1) == 0
+        if power_of_two or rate > self._peak:
+            measured = machine.peak_flops(self._precision, device=str(self._world.device))
+            self._peak = max(self._peak, measured, rate)
+        return self._peak
 
 
 def tokens_of(batches: Sequence[PackedBatch]) -> int:
@@ -60,15 +73,22 @@ def visible_pairs(batch: PackedBatch, prefix_lm: bool) -> float:
 
 def memory_needed(config: TrainConfig, largest: HRMConfig, corpus: Corpus, world: World) -> str:
     """One line on the memory of a step of the run's `largest` model, to be said before any of it is allocated."""
+    adapters = planner.adapter_parameters(largest, config.lora) if config.lora else 0
+    trained = f", and {adapters / 1e6:.2f} M of adapters, which alone are trained" if adapters else ""
     supervised = float((corpus.lengths - corpus.prefix + 1).sum() / corpus.lengths.sum())
     tokens = -(-config.batch_tokens // world.ranks)
     holders = world.ranks if config.parallel == "sharded" else 1
-    need = planner.memory(largest, config.horizon_last, tokens, supervised, holders, config.precision, config.recompute)
-    average = need.weights if config.ema else 0.0
-    state = need.weights + need.optimizer + average
+    of_step = largest, config.horizon_last, tokens, supervised
+    if config.lora:
+        need, kept = planner.adapted_memory(*of_step, config.precision, config.lora), 4.0 * adapters
+    else:
+        need = planner.memory(*of_step, holders, config.precision, config.recompute)
+        kept = need.weights
+    average = kept * (0.5 if config.ema_dtype == "bfloat16" else 1.0) if config.ema else 0.0
+    state = kept + need.optimizer + average
     more = "more" if world.device.type == "cpu" else "of main memory"
     return (
-        f"{planner.parameters(largest) / 1e6:.2f} M parameters; about {(need.peak + average) / 1e9:.2f} GB at "
+        f"{planner.parameters(largest) / 1e6:.2f} M parameters{trained}; about {(need.peak + average) / 1e9:.2f} GB at "
         f"a step's peak, torch and the data aside, and {state / 1e9:.2f} GB {more} while a state is written; "
         f"{machine.available_memory(world.device) / 1e9:.2f} GB are free"
     )

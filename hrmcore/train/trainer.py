@@ -13,16 +13,14 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 from hrmcore import optim
-from hrmcore.checkpoint.hrm_text import save_model
-from hrmcore.checkpoint.training_state import StateWriter, find_newest, lock
-from hrmcore.data.packing import Ahead, BatchStream, PackedBatch, epoch_batches, pack, share
+from hrmcore.checkpoint.training_state import StateWriter, find_newest, lock, read_metadata, verify
+from hrmcore.data.packing import Ahead, BatchStream, Bookmark, PackedBatch, epoch_batches, pack, share
 from hrmcore.data.records import Corpus
 from hrmcore.data.store import load_corpus
 from hrmcore.distributed import fsdp
@@ -30,8 +28,9 @@ from hrmcore.distributed.world import World
 from hrmcore.growth.stages import GrowthSchedule
 from hrmcore.model import HRM
 from hrmcore.tokenizer import Tokenizer
-from hrmcore.train import curvature, resume, validation
+from hrmcore.train import curvature, export, fault, resume, validation
 from hrmcore.train.captured import CapturedSteps
+from hrmcore.train.early_stopping import EarlyStopping
 from hrmcore.train.heartbeat import Heartbeat
 from hrmcore.train.interruption import Interruption, StepAbandoned
 from hrmcore.train.metrics import Metrics, shown
@@ -39,18 +38,18 @@ from hrmcore.train.resume import Progress
 from hrmcore.train.run_file import TrainConfig, ema_decay, horizon, learning_rate
 from hrmcore.train.throughput import Throughput, growth_flops, memory_needed, supervised_of, tokens_of
 
-_SAMPLE_TOKENS = 48  # the most of an answer that is shown while a run goes on
-
 
 class Trainer:
     """One run: model, optimizer, data position. `run()` trains to the end and exports the checkpoint.
 
-    It holds the run folder's lock until `run` or `close` ends. Raises BlockingIOError when another run holds the lock.
-    Under torchrun each process makes a Trainer: together they compute what one alone would, and only rank 0 writes.
+    It holds the run folder's lock until `run` or `close` ends. A run without a state of its own begins where the state
+    at the path `start` stands, if one is given. Raises BlockingIOError when another run holds the lock. Under torchrun
+    each process makes a Trainer: together they compute what one alone would, and only rank 0 writes.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, start: Path | None = None) -> None:
         self.config = config
+        self._start = start
         self.out = Path(config.out)
         self.world = World(config.device)
         self._held = contextlib.ExitStack()
@@ -81,19 +80,23 @@ class Trainer:
         if self._sharded:
             fsdp.shard(self.model, self.world, config.precision)
         self.optimizer = make_optimizer(config, self.model)
-        self._throughput = Throughput(self.world, config.precision)
+        self._throughput = Throughput(self.world, config.precision, config.lora)
         self._begin_at(Progress(step=0, tokens=0, skipped=0, typical_loss=None, position=(0, 0)))
         self._saved = -1  # the step of the newest state
+        self._stopping = EarlyStopping(config.patience)
         sharded = config.parallel == "sharded"  # of one process, too: the state is a folder with one shard
         group = self.world.group() if sharded else None
         self._writer = StateWriter(self.out, config.keep, config.keep_every, sharded, group)
         with self.world.main_first():  # it compares checksums and sets damaged states aside
             newest = find_newest(self.out, self._say, contents=self.world.is_main)
+        if newest is None and self._start is not None:
+            newest = self._start, (verify(self._start)[1] if self.world.is_main else read_metadata(self._start))
         if newest:
             self._resume(*newest)
         self.world.assert_same_on_all_ranks(repr(config) + json.dumps(self._metadata()))
         self._metrics: Metrics | None = None
         if self.world.is_main:
+            resume.keep_tokenizer(config.tokenizer, self.out)
             self._metrics = Metrics(self.out, self.step, config.log, dataclasses.asdict(config))
             self._held.callback(self._metrics.close)
         self._heart.rest()
@@ -113,13 +116,13 @@ class Trainer:
         """Stand where a run stood; the stream of batches goes on from there."""
         self.step, self.tokens, self.skipped = progress.step, progress.tokens, progress.skipped
         self.typical_loss = progress.typical_loss  # a running mean
-        self._stream = self._stream_at(progress.position)
+        self._stream = self._stream_at(progress.position, progress.bookmark)
 
-    def _stream_at(self, position: tuple[int, int]) -> BatchStream | Ahead:
+    def _stream_at(self, position: tuple[int, int], bookmark: Bookmark) -> BatchStream | Ahead:
         """Beside a GPU the next batch is packed while it computes."""
         if isinstance(before := getattr(self, "_stream", None), Ahead):
             before.close()
-        stream = BatchStream(self.corpus, self.config.batch_tokens, self.config.seed, position)
+        stream = BatchStream(self.corpus, self.config.batch_tokens, self.config.seed, position, bookmark)
         return Ahead(stream) if self.world.device.type == "cuda" else stream
 
     def run(self) -> None:
@@ -134,7 +137,7 @@ class Trainer:
                 self._heart.at("writing a state")
                 self.save()
                 self._writer.finish()
-                if self.step < self.config.steps:
+                if self.step < self.config.steps and not self._stopping.exhausted:
                     raise KeyboardInterrupt
                 self._heart.at("writing the checkpoint")
                 self.export()
@@ -143,9 +146,9 @@ class Trainer:
 
     def _train(self) -> None:
         config = self.config
-        is_main, asked = self.world.is_main, self._interruption.asked
+        is_main, asked, stopping = self.world.is_main, self._interruption.asked, self._stopping
         with tqdm(total=config.steps, initial=self.step, unit="step", disable=None if is_main else True) as bar:
-            while self.step < config.steps and not self.world.sum(asked.is_set()):
+            while self.step < config.steps and not stopping.exhausted and not self.world.sum(asked.is_set()):
                 self._heart.at(f"step {self.step + 1} of {config.steps}")
                 try:
                     metrics = self._train_step()
@@ -158,13 +161,21 @@ class Trainer:
                     self._heart.at(f"validation after step {self.step}")
                     metrics |= self.evaluate()
                     self._show_answers()
+                better = due and config.patience > 0 and self._judge(metrics)
                 if self._metrics is not None:
                     self._metrics.record(metrics)
                 bar.update()
                 bar.set_postfix_str(shown(metrics))
                 self._writer.check()
-                if self.step % config.save_every == 0 or (config.keep_every and self.step % config.keep_every == 0):
+                kept = config.keep_every and self.step % config.keep_every == 0
+                if better or kept or self.step % config.save_every == 0:
                     self.save()
+        if stopping.exhausted:
+            self._say(f"no better validation in {stopping.waited}: the best was that after step {stopping.step}")
+
+    def _judge(self, metrics: Mapping[str, float]) -> bool:
+        """Whether this validation is the best so far; every rank hears the main one's loss."""
+        return self._stopping.judge(self.step, self.world.sum(metrics["heldout_loss"] if self.world.is_main else 0.0))
 
     def close(self) -> None:
         """Wait for the state under way and give the run folder back."""
@@ -176,13 +187,25 @@ class Trainer:
             self._held.close()
 
     def export(self) -> None:
-        """Write the averaged weights (bfloat16) and the tokenizer as an hrm_text checkpoint; rank 0 does."""
-        folder, tokenizer, half = self.out / "checkpoint", self.config.tokenizer, torch.bfloat16
-        with self._averaged():
-            model = fsdp.gathered(self.model, self.world, half) if self._sharded else self.model
-            if self.world.is_main and model is not None:
-                # The run file asked for xPos, if this is xPos; the checkpoint says so, and hrmcore loads it.
-                save_model(model, folder, dtype=half, tokenizer_folder=tokenizer, allow_xpos=True)
+        """Write the averaged weights as an hrm_text checkpoint, with [lora] adapter/ as well; rank 0 does.
+
+        With `patience` they are those of the best validation.
+        """
+        folder, best = self.out / "checkpoint", self._stopping.best
+        if best is not None and not export.has_state(self.out, best):
+            self._say(f"{self.out}: the state after step {best}, the best, is gone; the last is exported")
+            best = None
+        if best is None or best == self.step:
+            with self._averaged():
+                model = fsdp.gathered(self.model, self.world, torch.bfloat16) if self._sharded else self.model
+                if self.world.is_main and model is not None:
+                    export.write_checkpoint(self.config, model, self.out)
+        elif self.world.is_main:
+            model = export.model_after(self.config, self.out, best, self.model)
+            export.write_checkpoint(self.config, model, self.out)
+            self._say(f"{folder}: of step {best}, the best validation")
+        if self.config.lora:
+            self._say(f"{self.out / 'adapter'}: the adapter, for peft; it is merged into the model")
         self._say(f"{folder}: the model, for hrmcore generate, eval, inspect and grow")
         self._say(f"next: hrmcore repl {folder}")
 
@@ -203,20 +226,12 @@ class Trainer:
         count = self.config.sample_answers
         if self.validation is None or not count:
             return
-        corpus, eoa = self.validation, self.tokenizer.eoa
-        chosen = np.unique(np.linspace(0, len(corpus) - 1, count).astype(np.int64)).tolist()
         with self._precision(), self._averaged():
-            answers = validation.greedy_answers(self.model, corpus, chosen, _SAMPLE_TOKENS, eoa)
-        samples = []
-        for record, answer in zip(chosen, answers, strict=True):
-            sequence = corpus.tokens[corpus.offsets[record] : corpus.offsets[record + 1]].tolist()
-            prefix = int(corpus.prefix[record])
-            parts = {"instruction": sequence[:prefix], "expected": sequence[prefix:], "answer": answer}
-            samples.append({"step": self.step} | {k: self.tokenizer.decode_answer(part) for k, part in parts.items()})
-        for sample in samples:
-            said, expected, asked = (
-                validation.shortened(str(sample[key])) for key in ("answer", "expected", "instruction")
-            )
+            answers = validation.sample_answers(self.model, self.validation, count, self.tokenizer)
+        samples: list[dict[str, Any]] = [{"step": self.step, **answer} for answer in answers]
+        for answer in answers:
+            keys = ("answer", "expected", "instruction")
+            said, expected, asked = (validation.shortened(answer[key]) for key in keys)
             self._say(f"step {self.step}: {asked} -> {said}" + ("" if said == expected else f" (expected {expected})"))
         if self._metrics is not None:
             self._metrics.record_samples(samples)
@@ -226,7 +241,7 @@ class Trainer:
     def _train_step(self) -> dict[str, float]:
         """Growth where it is due, gradients, then the update, or none if a figure is faulty; returns the metrics."""
         grown = self._grow() if self.growing.due(self.tokens) else {}
-        started, position = time.perf_counter(), self._stream.position
+        started, position, bookmark = time.perf_counter(), self._stream.position, self._stream.bookmark
         batches = [next(self._stream) for _ in range(self.config.accumulate)]
         rate, k = self._follow_schedules()
         try:
@@ -235,10 +250,10 @@ class Trainer:
                 loss, norm, scale = self._backward(batches, k)
         except StepAbandoned:
             self.optimizer.zero_grad(set_to_none=True)
-            self._stream = self._stream_at(position)
+            self._stream = self._stream_at(position, bookmark)
             raise
-        if fault := self._fault(loss, norm):
-            self._skip_or_stop(batches, fault)
+        if wrong := fault.wrong(loss, norm, self.config.spike_factor, self.typical_loss):
+            self._skip_or_stop(batches, wrong)
         else:
             self._update(batches, k, scale)
             self.typical_loss = loss if self.typical_loss is None else 0.98 * self.typical_loss + 0.02 * loss
@@ -368,53 +383,29 @@ class Trainer:
         self._sum_gradients()
         sophia.update_hessian()
 
-    def _fault(self, loss: float, norm: float) -> str | None:
-        """What is wrong with a step's figures; None when nothing is."""
-        if not math.isfinite(loss):
-            return "the loss is not finite"
-        if not math.isfinite(norm):
-            return "the gradient is not finite"
-        limit, typical = self.config.spike_factor, self.typical_loss
-        if limit and typical is not None and loss > limit * typical:
-            return f"the loss {loss:.4g} is more than {limit:g} times the usual {typical:.4g}"
-        return None
-
-    def _skip_or_stop(self, batches: Sequence[PackedBatch], fault: str) -> None:
+    def _skip_or_stop(self, batches: Sequence[PackedBatch], what: str) -> None:
         """Count a faulty step or curvature sample, or raise FloatingPointError that says where it may come from."""
         if self.config.on_nonfinite == "skip":
             self.skipped += 1
             return
         records = [record for batch in batches for record in batch.records]
         guilty = [record for record in records if not math.isfinite(self._loss_of(record))]
+        rate, largest = self.config.learning_rate, fault.largest_weight(self.model, self.world)
+        causes = fault.causes(records, guilty, self.corpus.describe, rate, largest)
         raise FloatingPointError(
-            f"step {self.step}: {fault}; {self._causes(records, guilty)}; the states before are intact"
+            f"step {self.step}: {what}; {causes}; {self._first_op(batches, guilty)}the states before are intact"
         )
 
-    def _causes(self, records: Sequence[int], guilty: Sequence[int]) -> str:
-        """Where a fault may come from: the records whose own loss is not finite, the learning rate, the weights."""
-        named = guilty or records
-        shown = ", ".join(self.corpus.describe(record) for record in named[:20]) + ("…" if len(named) > 20 else "")
-        largest = self._largest_weight()
-        weights = f"the largest weight is {largest:.3g}" if math.isfinite(largest) else "a weight is not finite"
-        rate = f"learning_rate is {self.config.learning_rate:g}, {weights}"
-        if 0 < len(guilty) < len(records):
-            return (
-                f"it comes from the records {shown}; mend or remove them, or set on_nonfinite = 'skip'; "
-                f"if they are sound, the rate may be too high or the weights spoilt: {rate}"
-            )
-        who = f"all {len(records)} records have it" if guilty else "no record has it by itself"
-        return (
-            f"{who}, so look at the rate and the weights first: {rate}; a lower learning_rate, a longer warmup_steps "
-            f"or another init_from may help; the records are {shown}"
-        )
-
-    def _largest_weight(self) -> float:
-        """The largest magnitude of a weight, infinite if one is not finite."""
-        largest = 0.0
-        for parameter in self.model.parameters():
-            if (weight := optim.local(parameter.detach())).numel():
-                largest = max(largest, float(weight.abs().max().nan_to_num(math.inf)))
-        return max(self.world.sum(largest if rank == self.world.rank else 0.0) for rank in range(self.world.ranks))
+    def _first_op(self, batches: Sequence[PackedBatch], guilty: Sequence[int]) -> str:
+        """Which op first gives what is not finite, on a guilty record or the batch; not for shards, which are parts."""
+        if self._sharded:
+            return ""
+        shares = [pack(self.corpus, guilty[:1])] if guilty else self._shares(batches[:1])
+        if not shares:
+            return ""
+        with self._precision():
+            op = fault.first_op(self.model, shares[0], horizon(self.config, self.step))
+        return f"{op}; " if op else ""
 
     def _loss_of(self, record: int) -> float:
         with torch.no_grad(), self._precision():
@@ -453,21 +444,28 @@ class Trainer:
             return
         self._saved = self.step
         if self.world.is_main or self._sharded:
-            self._writer.save(self.step, self._tensors(), self._metadata())
+            self._writer.save(self.step, self._tensors(), self._metadata(), self._stopping.best)
 
     def _tensors(self) -> dict[str, Tensor]:
         return resume.tensors_of(self.model, self.optimizer)
 
     def _metadata(self) -> dict[str, str]:
-        progress = Progress(self.step, self.tokens, self.skipped, self.typical_loss, self._stream.position)
-        return resume.metadata_of(progress, self.config, self.growing.metadata(), self._fingerprint)
+        stream = self._stream
+        progress = Progress(self.step, self.tokens, self.skipped, self.typical_loss, stream.position, stream.bookmark)
+        more = self.growing.metadata() | self._stopping.metadata()
+        return resume.metadata_of(progress, self.config, more, self._fingerprint)
 
     def _resume(self, path: Path, metadata: Mapping[str, str]) -> None:
-        resume.check_same_run(path, metadata, self.config.optimizer, self._fingerprint)
+        config = resume.as_trained(self.config, metadata)
+        resume.check_same_run(path, metadata, config.optimizer, self._fingerprint)
+        if config != self.config:
+            self.config, self.optimizer = config, make_optimizer(config, self.model)
+            self._say(f"{path}: was trained with the paper's form of AdamAtan2, and the run goes on with it")
         self._catch_up(path, metadata)
         resume.restore_tensors(path, self._tensors())
         self._begin_at(Progress.read(metadata))
-        self._saved = self.step
+        if path != self._start:  # of another folder, where the best state would be, too
+            self._stopping, self._saved = EarlyStopping.read(self.config.patience, metadata), self.step
         self._say(f"going on after step {self.step} of {self.config.steps}, where {path} stands")
 
     def _catch_up(self, path: Path, metadata: Mapping[str, str]) -> None:
@@ -488,10 +486,12 @@ def make_optimizer(config: TrainConfig, model: HRM) -> optim.Sophia | optim.Adam
         "betas": config.betas,
         "weight_decay": config.weight_decay,
         "ema": config.ema or None,
+        "ema_dtype": getattr(torch, config.ema_dtype),
     }
     parameters = model.parameters()
-    if config.optimizer == "adamatan2":
-        return optim.AdamAtan2(parameters, **options)
+    if config.optimizer.startswith("adamatan2"):
+        form = "paper" if config.optimizer == "adamatan2-paper" else "hrm-text"
+        return optim.AdamAtan2(parameters, **options, form=form)
     options["eps"] = config.eps
     if config.optimizer == "adamw":
         return optim.AdamW(parameters, **options)

@@ -19,7 +19,7 @@ import pytest
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[2]
-NEEDS_GPU = ["cubins", "memcheck", "racecheck", "synccheck"]
+NEEDS_GPU = ["cubins", "memcheck", "racecheck", "synccheck", "initcheck"]
 
 
 @pytest.fixture
@@ -68,6 +68,8 @@ def test_every_check_runs_or_says_why_not(tmp_path: Path, checklist: ModuleType)
     greedy = by_name["greedy_tokens"]["figures"]
     assert greedy["tokens"] == 3
     assert greedy["same_where_decided"] == greedy["decided"] >= 2
+    assert by_name["soak"]["figures"]["cancelled"] > 10
+    assert by_name["ranks"]["figures"]["backends"] == ["gloo", "gloo"]
     assert by_name["graph_against_fused_step"]["figures"]["batch_32"] == "same bits"
 
 
@@ -96,8 +98,11 @@ def test_a_wrong_fragment_layout(
     checklist: ModuleType, checks: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One register of A with its halves exchanged. (In A and B at once the product would be the same.)"""
+    assert failures(checklist, capsys, "one_hot_mma", "halves") == {}
     right, first = checks._pairs, iter([True])
-    monkeypatch.setattr(checks, "_pairs", lambda *halves: right(*(halves[::-1] if next(first, False) else halves)))
+    monkeypatch.setattr(
+        checks, "_pairs", lambda *halves: right(*(halves[1::-1] if next(first, False) else halves[:2]), halves[2])
+    )
     assert "registers over all products are wrong" in failures(checklist, capsys, "one_hot_mma")["one_hot_mma"]
 
 
@@ -237,3 +242,57 @@ def test_the_cubins_of_a_gpu(checks: ModuleType) -> None:
     assert {gpu: checks.chosen(paths, *gpu) for gpu in targets} == targets
     with pytest.raises(checks.WrongError, match="no cubin for sm_75; there are sm_80, sm_90, sm_100, sm_120"):
         checks.chosen(paths, 7, 5)
+
+
+@pytest.fixture
+def endurance(checks: ModuleType) -> ModuleType:
+    return importlib.import_module("bench.gpu.endurance")
+
+
+def test_a_soak_counts_wrong_answers_and_memory_that_grows(
+    checklist: ModuleType,
+    checks: ModuleType,
+    endurance: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(endurance, "FEW_REQUESTS", 10)
+    monkeypatch.setattr(endurance, "TOKENS", 4)
+    monkeypatch.setattr(endurance, "MAX_BATCH", 4)
+    here = checks.Here(True, Path())
+    figures = endurance.soak(here)
+    assert figures["requests"] >= 14
+    with monkeypatch.context() as patch:
+        held = iter([{"host": 0}, {"host": endurance.GROWN_HOST + 1}])
+        patch.setattr(endurance, "memory", lambda device: next(held))
+        with pytest.raises(checks.WrongError, match="memory grew by"):
+            endurance.soak(here)
+    with monkeypatch.context() as patch:
+        patch.setattr(endurance.Soak, "fill", lambda soak: soak.alone.__setitem__(slice(None), ["?"] * 12))
+        with pytest.raises(checks.WrongError, match=r"\d+ of \d+ answers are not what the prompt gets alone"):
+            endurance.soak(here)
+
+
+def test_no_memory_that_nobody_notices(
+    checks: ModuleType, endurance: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = checks.Here(True, Path())
+    with endurance.no_memory(here), pytest.raises(endurance.torch.OutOfMemoryError):
+        endurance.torch.zeros(3)
+    assert endurance.expect_memory_error("it", lambda: [][0], IndexError) == "list index out of range"
+    with pytest.raises(checks.WrongError, match="it: there was no memory, and no error came"):
+        endurance.expect_memory_error("it", lambda: None, MemoryError)
+    monkeypatch.setattr(endurance, "_NoMemory", endurance.contextlib.nullcontext)
+    with pytest.raises(checks.WrongError, match="a prefill: there was no memory, and no error came"):
+        endurance.out_of_memory(here)
+
+
+def test_a_rank_that_fails_says_why(checks: ModuleType, endurance: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(checks.WrongError, match=r"(?s)1 processes over gloo: .*No such file") as error:
+        endurance.run_ranks(tmp_path / "none.toml", 1, "gloo", "cpu")
+    assert "none.toml" in str(error.value)
+
+
+def test_the_decode_step_under_the_sanitizers(checks: ModuleType, models: ModuleType) -> None:
+    here = checks.Here(True, Path())
+    assert models.every_small_step(here) == 2 * len(models.MMA_DTYPES) * 2

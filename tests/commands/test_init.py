@@ -11,8 +11,8 @@ from support.command_line import hrmcore
 from hrmcore import planner
 from hrmcore.config import HRMConfig
 from hrmcore.data import split
+from hrmcore.data.prepare import vocabulary_for
 from hrmcore.data.records import Corpus
-from hrmcore.data.split import vocabulary_for
 from hrmcore.data.store import open_store
 from hrmcore.train import proposal
 from hrmcore.train.proposal import Speed

@@ -416,3 +416,18 @@ def group_of(leader: int) -> list[int]:
 def test_a_cap_that_leaves_nothing_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--cap gcd=0 leaves no record; it must be at least 1"):
         prepare([tmp_path / "gcd.jsonl"], tmp_path / "store", tokenizer=tmp_path, caps={"gcd": 0})
+
+
+@pytest.mark.parametrize("count", [2, 40, 3000])
+def test_a_tokenizer_of_a_size_that_fits_however_little_text_there_is(
+    tmp_path: Path, count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "few.jsonl"
+    file.write_text("".join(f'{{"instruction": "q{i % 7}", "response": "{i}"}}\n' for i in range(count)))
+    assert main(["prepare", str(file), "--new-tokenizer", "auto", "--out", str(tmp_path / "store")]) == 0
+    tokenizer = Tokenizer.load(tmp_path / "store/tokenizer")
+    assert tokenizer.decode(tokenizer.encode("q3 41")) == "q3 41"
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main(["prepare", str(file), "--new-tokenizer", "few", "--out", str(tmp_path / "other")])
+    assert "must be a whole number of at least 1, or auto, got 'few'" in capsys.readouterr().err

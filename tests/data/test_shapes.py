@@ -11,18 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
 from support.command_line import hrmcore
+from support.records import PAIRS, PLAIN, Prepare, expected, lines, sequences
 
 from hrmcore.chat import render
-from hrmcore.data.store import Store, open_store
-from hrmcore.tokenizer import Tokenizer, train_tokenizer
+from hrmcore.tokenizer import Tokenizer
 
-PAIRS = [(f"What is {i} + 1?", str(i + 1)) for i in range(20)]
-PLAIN = [{"instruction": question, "response": answer} for question, answer in PAIRS]
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Hello <eoa>"},
@@ -30,41 +27,6 @@ CHAT = [
     {"role": "user", "content": "What is 1 + 1?"},
     {"role": "assistant", "content": "2"},
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer([f"{q} {a} User: Assistant: Hello. Be brief." for q, a in PAIRS], folder, vocab_size=320)
-    return folder
-
-
-Prepare = Callable[..., Store]
-
-
-@pytest.fixture
-def prepared(tokenizer: Path, tmp_path: Path) -> Prepare:
-    def run(*arguments: str | Path) -> Store:
-        out = tmp_path / f"store{len(list(tmp_path.glob('store*')))}"
-        given = ["--tokenizer", tokenizer, "--out", out, "--workers", "1"]
-        assert hrmcore("prepare", *map(str, [*arguments, *given])) == 0
-        return open_store(out)
-
-    return run
-
-
-def sequences(store: Store) -> list[list[int]]:
-    return [part.tolist() for part in np.split(np.asarray(store.corpus.tokens), store.corpus.offsets[1:-1])]
-
-
-def lines(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def expected(tokenizer: Path, pairs: list[tuple[str, str]]) -> list[list[int]]:
-    ids = Tokenizer.load(tokenizer)
-    return [[*ids.prompt(question), *ids.encode(answer), ids.eoa] for question, answer in pairs]
 
 
 SHAPES: dict[str, Callable[[str, str], dict[str, Any]]] = {
@@ -209,7 +171,17 @@ def test_a_bad_record_is_counted_with_its_place_or_fatal(
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(json.dumps(good).encode() + b"\n" + (bad if isinstance(bad, bytes) else json.dumps(bad).encode()))
-    arguments = ["prepare", str(path), "--tokenizer", str(tokenizer), "--workers", "1", "--context", "256", "--out"]
+    arguments = [
+        "prepare",
+        str(path),
+        "--tokenizer",
+        str(tokenizer),
+        "--workers",
+        "1",
+        "--context",
+        "256",
+        "--out",
+    ]
     assert hrmcore(*arguments, str(tmp_path / "store"), "--strict") == 2
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith(f"hrmcore prepare: {path}:2")
@@ -271,7 +243,11 @@ def test_a_wrong_file_is_one_line(
         (["--columns", "instruction"], "--columns must be NAME=KEY,NAME=KEY, got 'instruction'"),
         (["--columns", "response=a,response=b"], "--columns names 'response' twice"),
         (["--columns", "answer=b"], "--columns: 'answer' is none of instruction, response, context, input"),
-        (["--columns", "messages=m,response=a"], "--columns: name messages, or instruction and response, not both"),
+        (
+            ["--columns", "messages=m,response=a"],
+            "--columns: name messages, or text, or instruction and response, not two",
+        ),
+        (["--columns", "messages=m,text=a"], "--columns: name messages, or text, or instruction and response, not two"),
         (["none*.jsonl"], "none*.jsonl: no file matches it"),
     ],
 )

@@ -150,3 +150,24 @@ def test_one_process_needs_no_group(tmp_path: Path, tokenizer: Path) -> None:
     assert (trainer.world.rank, trainer.world.ranks, trainer.world.sum(0.1)) == (0, 1, 0.1)
     assert not torch.distributed.is_initialized()
     trainer.close()
+
+
+@pytest.mark.parametrize("parallel", ["data", "sharded"])
+def test_both_ranks_end_early_and_the_best_is_exported(
+    tmp_path: Path, tokenizer: Path, ranks: Ranks, parallel: str
+) -> None:
+    """A rate at which no weight moves: the second validation is no better than the first, which is the best."""
+    still = {"learning_rate": 1e-12, "weight_decay": 0.0, "steps": 8, "keep": 1, "parallel": parallel}
+    often = {"patience": 1, "eval_every": 1, "check_records": 0, "sample_answers": 0}
+    heldout = [str(tmp_path / "two" / "train.jsonl")]
+    file = write_run(tmp_path / "two", tokenizer, heldout_files=heldout, **still, **often)
+    answers = ranks.train(file)
+    assert [status for status, _ in answers] == [0, 0], answers
+    out = Path(read_config(file).out)
+    assert [row["step"] for row in rows(read_config(file))] == [1, 2]
+    assert [step for step, _ in find_states(out)] == [2, 1]
+    assert f"{out}/checkpoint: of step 1, the best validation" in answers[0][1]
+    exported = HRM.from_pretrained(out / "checkpoint").state_dict()
+    for name, tensor in load_state(find_states(out)[-1][1])[0].items():
+        if name.startswith("optimizer.ema."):
+            assert torch.equal(exported[name.removeprefix("optimizer.ema.")], tensor.bfloat16().float()), name

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hrmcore.engine import engine as engine_module
 from hrmcore.engine.async_engine import AsyncEngine, EngineClosed, QueueFull
@@ -249,7 +251,7 @@ def test_a_failure_reaches_those_it_concerns_and_the_engine_goes_on(
         nonlocal calls
         calls += 1
         if calls == 1:
-            raise MemoryError("no room")
+            raise OSError("the weights have gone")
         return step(*arguments)
 
     monkeypatch.setattr(engine._runner, "step", fail_once)
@@ -257,7 +259,7 @@ def test_a_failure_reaches_those_it_concerns_and_the_engine_goes_on(
     async def body(served: AsyncEngine) -> None:
         tasks = [served.generate("copy", max_new_tokens=4) for _ in range(2)]
         first, second = await asyncio.gather(*tasks, return_exceptions=True)
-        assert isinstance(first, MemoryError)
+        assert isinstance(first, OSError)
         assert second == engine.generate("copy", max_new_tokens=4)
 
     run(engine, body)
@@ -281,3 +283,24 @@ def test_one_engine_on_several_threads_gives_the_same_answers(engine: Engine, ch
         thread.join()
     assert [answers[number] for number in range(8)] == alone
     assert engine.open_requests == 0
+
+
+class NoMemory(TorchDispatchMode):
+    """Every operation of torch finds no memory."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 80 MiB free.")
+
+
+def test_a_device_without_memory_is_a_memory_error_and_the_engine_goes_on(engine: Engine, checkpoint: Path) -> None:
+    runner = TorchRunner(HRM.from_pretrained(checkpoint))
+    engine = Engine(runner, engine.tokenizer, checkpoint)
+    alone = engine.generate("copy", max_new_tokens=4)
+    tokens = engine.tokens([5, 6, 7], ignore_eos=True)
+    next(tokens)
+    for work in (lambda: engine.generate("copy"), lambda: next(tokens)):
+        with NoMemory(), pytest.raises(MemoryError, match="cpu has no memory for this step; close requests") as error:
+            work()
+        assert error.value.__context__ is None  # which would hold on to the tensors of the call that failed
+    assert runner.open_sequences == 0
+    assert engine.generate("copy", max_new_tokens=4) == alone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,166 @@ def test_a_template_that_fails_is_a_mistake_of_one_line(engine: Engine, template
     conversation = Conversation(ChatTemplate(template, Path("t")), TURNS)
     with pytest.raises(ValueError, match=message):
         conversation.ids(engine.text_tokenizer(), "direct")
+
+
+# --- tools ---------------------------------------------------------------------------------------------------------
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "Of a place, <eoq> included",
+            "parameters": {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]},
+        },
+    }
+]
+CALLS = [
+    {"role": "user", "content": "what is copy 1?"},
+    {"role": "assistant", "content": None, "tool_calls": [
+        {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"place": "é <eoa>"}'}}
+    ]},
+    {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "12 plus"}]},
+]  # fmt: skip
+PARSED = [
+    CALLS[0],
+    {"role": "assistant", "content": "", "tool_calls": [
+        {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": {"place": "é <eoa>"}}}
+    ]},
+    {"role": "tool", "tool_call_id": "call_1", "content": "12 plus"},
+]  # fmt: skip
+TOOL_TEMPLATE = """\
+{%- if tools %}{{ tools | tojson }}{% endif -%}
+{%- for m in messages -%}
+{{ m.role }}:{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% else %}{{ m.content }}{% endif %};
+{%- endfor -%}"""
+
+
+def with_template(checkpoint: Path, folder: Path, template: str) -> Engine:
+    shutil.copytree(checkpoint, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return load(folder)
+
+
+def test_tools_and_calls_reach_the_template_as_in_transformers(checkpoint: Path, tmp_path: Path) -> None:
+    """Over HTTP in OpenAI's form, in Python with parsed arguments; the text is the one that transformers renders."""
+    transformers: Any = pytest.importorskip("transformers.utils.chat_template_utils")
+    engine = with_template(checkpoint, tmp_path / "tools", TOOL_TEMPLATE)
+    tokenizer = engine.text_tokenizer()
+    [text], *_ = transformers.render_jinja_template([PARSED], tools=TOOLS, chat_template=TOOL_TEMPLATE)
+    assert "weather" in text.split("user:")[0]
+    expected = tokenizer.encode(text)
+    assert not tokenizer.special_ids & set(expected)  # <eoq> and <eoa> in a tool or a call stay text
+    assert engine.prompt_ids(engine.conversation(PARSED, TOOLS)) == expected
+    answer = engine.generate(Conversation(ChatTemplate(TOOL_TEMPLATE, Path("t")), PARSED, TOOLS), max_new_tokens=5)
+    with serving(engine) as served:
+        status, content = served.ask(messages=CALLS, tools=TOOLS, tool_choice="auto", max_tokens=5)
+        assert (status, content["choices"][0]["message"]["content"]) == (200, answer)
+        assert content["usage"]["prompt_tokens"] == len(expected)
+        status, content = served.ask(messages=CALLS, tools=TOOLS, tool_choice="none", max_tokens=5)
+        assert content["usage"]["prompt_tokens"] == len(engine.prompt_ids(engine.conversation(PARSED)))
+        assert content["usage"]["prompt_tokens"] < len(expected)
+
+
+def test_one_of_two_templates_is_for_tools(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "two"
+    shutil.copytree(checkpoint, folder)
+    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "with {{ tools[0].type }}"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    engine = load(folder)
+    tokenizer = engine.text_tokenizer()
+    assert engine.prompt_ids(engine.conversation(TURNS)) == tokenizer.encode("plain")
+    assert engine.prompt_ids(engine.conversation(TURNS, TOOLS)) == tokenizer.encode("with function")
+
+
+def test_a_template_that_knows_no_tools_refuses_them(templated: Engine) -> None:
+    with pytest.raises(ValueError, match="tools are not known to this model's chat template"):
+        templated.chat(TURNS, TOOLS)
+    with serving(templated) as served:
+        status, content = served.ask(messages=TURNS, tools=TOOLS)
+        assert (status, content["error"]["param"]) == (400, "tools")
+
+
+@pytest.mark.parametrize(
+    ("message", "complaint"),
+    [
+        ({"role": "user", "content": "x", "tool_calls": []}, "only an assistant calls tools"),
+        ({"role": "assistant", "content": "", "tool_calls": "f"}, "tool_calls must be a list"),
+        ({"role": "assistant", "content": "", "tool_calls": [{}]}, r"tool_calls\[0\] must hold a function with a name"),
+        (
+            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
+            r"tool_calls\[0\]: the arguments are not JSON",
+        ),
+        (
+            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "[]"}}]},
+            r"tool_calls\[0\] must hold",
+        ),
+        ({"role": "tool", "content": "x", "tool_call_id": 3}, "tool_call_id must be text"),
+        ({"role": "tool", "content": "x", "size": 3}, "unknown field 'size'"),
+    ],
+)
+def test_a_call_that_is_none_is_refused(templated: Engine, message: dict[str, Any], complaint: str) -> None:
+    with serving(templated) as served:
+        status, content = served.ask(messages=[*TURNS, message, TURNS[-1]])
+        assert (status, content["error"]["param"]) == (400, "messages")
+        assert re.search(rf"messages\[4\]:.*{complaint}", content["error"]["message"])
+
+
+# --- one function for all who ask ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_eval_lm_eval_server_and_chat_give_the_same_prompt_tokens(
+    checkpoint: Path, tmp_path: Path, template: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.api.instance import Instance
+
+    from hrmcore.evals.lm_eval import HRMCoreLM
+    from hrmcore.evals.runners import EngineRunner, TransformersRunner
+
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    asked: list[list[int]] = []
+    request = Engine._request
+
+    def watched(self: Engine, ids: list[int], *arguments: Any, **options: Any) -> Any:
+        asked.append(list(ids))
+        return request(self, ids, *arguments, **options)
+
+    monkeypatch.setattr(Engine, "_request", watched)
+    engine = load(folder)
+    question = "what is 3 plus 4? <eoq>"
+    turns = [{"role": "user", "content": question}]
+    answer = engine.chat(turns, max_new_tokens=4)
+    with serving(engine) as served:
+        status, content = served.ask(messages=turns, max_tokens=4)
+        assert (status, content["choices"][0]["message"]["content"]) == (200, answer)
+    assert EngineRunner(str(folder), "auto", None, 4).answer([question], "direct") == [answer]
+    lm = HRMCoreLM(str(folder))
+    options = {"until": [], "max_gen_toks": 4}
+    for context in (question, lm.apply_chat_template(turns)):
+        assert lm.generate_until([Instance("generate_until", {}, (context, options), 0)], disable_tqdm=True) == [answer]
+        assert lm._prompt(context, 1) == asked[0]
+    assert asked == [asked[0]] * 5
+    assert TransformersRunner(str(folder), 4)._encode(question, "direct") == asked[0]
+    assert asked[0][0] == engine.text_tokenizer().boq
+
+
+def test_lm_eval_renders_all_turns(templated: Engine) -> None:
+    from hrmcore.evals.lm_eval import HRMCoreLM
+
+    lm = HRMCoreLM(str(templated.source))
+    expected = templated.prompt_ids(templated.conversation(TURNS))
+    assert lm._prompt(lm.apply_chat_template(TURNS), 1) == expected
+    assert lm.chat_template() == TEMPLATE
+    room = len(expected) - 2
+    prompt, ids = lm._fitted(lm.apply_chat_template(TURNS), room)
+    assert len(ids) <= room
+    assert isinstance(prompt, Conversation)
+    assert prompt.messages[:3] == TURNS[:3]
+    assert TURNS[3]["content"].endswith(prompt.messages[3]["content"])
 
 
 def test_it_renders_as_transformers_does() -> None:

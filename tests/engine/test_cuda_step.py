@@ -129,7 +129,7 @@ def test_quantised_weights_are_those_of_the_cpu_engine(dtype: str, tmp_path: Pat
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
 def test_whole_stages_and_rings_of_any_depth_give_the_same_bits(dtype: str, tmp_path: Path) -> None:
-    """Shares of a warp from part of a stage to several whole ones, rings of 3, 7 and 11 stages, keys at full width."""
+    """Shares of a warp from part of a stage to several whole ones, rings of three depths, keys at full width."""
     shape = {"hidden_size": 128, "intermediate_size": 2320, "num_attention_heads": 2, "head_dim": 128}
     shape |= {"num_layers_per_stack": 1, "H_cycles": 1, "L_cycles": 1}
     model, rounded = random_model(**shape), random_model(**shape)
@@ -151,14 +151,20 @@ def test_whole_stages_and_rings_of_any_depth_give_the_same_bits(dtype: str, tmp_
     assert distance(results[0], theirs) < TOLERANCE
 
 
-def test_the_bits_are_the_same_in_both_forms_and_for_every_schedule_grid_and_batch(tmp_path: Path) -> None:
-    model = random_model(num_layers_per_stack=1, H_cycles=1, L_cycles=2)
+@pytest.mark.parametrize(
+    ("dtype", "changes"), [("bfloat16", {}), ("int8", {"num_attention_heads": 1, "head_dim": 128})]
+)
+def test_the_bits_are_the_same_in_both_forms_and_for_every_schedule_grid_and_batch(
+    dtype: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """With the kernel for any shape, and with that for head_dim 128, whose splits lie apart in some of these grids."""
+    model = random_model(num_layers_per_stack=1, H_cycles=1, L_cycles=2, **changes)
     requests = Requests(model, [300, 64, 127, 1, 63, 20, 128, 5], tmp_path)
     tokens = torch.arange(8, dtype=torch.int32)
 
     def run(form: Form, blocks: int, chosen: slice = slice(None)) -> tuple[Tensor, Tensor]:
         kv = requests.kv.clone()
-        step = CudaStep(model, form, blocks)
+        step = CudaStep(model, form, blocks, dtype)
         with emulated_cuda():
             return step(tokens[chosen], requests.positions[chosen], requests.tables[chosen], kv), kv
 
@@ -169,8 +175,9 @@ def test_the_bits_are_the_same_in_both_forms_and_for_every_schedule_grid_and_bat
                 assert torch.equal(again[0], logits)
                 assert torch.equal(again[1].view(torch.int16), kv.view(torch.int16))  # rows not yet written are noise
     assert torch.equal(run("persistent", 3, slice(2, 3))[0], logits[2:3])
-    _, theirs = requests.advance(CudaStep(model, "persistent", 2), tokens.tolist())
-    assert distance(logits, theirs) < TOLERANCE
+    if dtype == "bfloat16":  # int8's weights are not the engine's here: the test above has those
+        _, theirs = requests.advance(CudaStep(model, "persistent", 2), tokens.tolist())
+        assert distance(logits, theirs) < TOLERANCE
 
 
 def test_the_graph_form_is_captured_once_a_shape_and_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

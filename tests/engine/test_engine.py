@@ -24,7 +24,7 @@ from hrmcore import _C
 from hrmcore.config import HRMConfig
 from hrmcore.engine.cpu_runner import CpuRunner, convert
 from hrmcore.engine.engine import Engine, load
-from hrmcore.engine.runner import PAGE, Rows
+from hrmcore.engine.runner import PAGE, Prefill
 from hrmcore.engine.streams import StopFilter
 from hrmcore.engine.torch_runner import TorchRunner
 from hrmcore.model import HRM
@@ -226,11 +226,16 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._watched, name)
 
-    def open(self, prompts: Sequence[Sequence[int]], *rest: Any) -> tuple[list[int], Rows]:
-        opened = self._watched.open(prompts, *rest)
+    def begin(self, prompts: Sequence[Sequence[int]], *rest: Any) -> Prefill:
+        begun = self._watched.begin(prompts, *rest)
         self.held = max(self.held, self._watched.open_sequences)
         self.prefill = max(self.prefill, sum(map(len, prompts)))
-        return opened
+        return begun
+
+    def fork(self, kept: int) -> int:
+        handle = self._watched.fork(kept)
+        self.held = max(self.held, self._watched.open_sequences)
+        return handle
 
 
 @pytest.mark.parametrize(

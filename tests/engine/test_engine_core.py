@@ -22,7 +22,7 @@ from hrmcore.ops.rope import rope_table
 pytestmark = [pytest.mark.native, pytest.mark.usefixtures("one_thread")]
 
 # The sets whose kernels differ most from the plain ones, as far as this processor has them.
-WIDE_ISAS = [isa for isa in ("vnni", "amx") if isa in _C.supported_isas()] or _C.supported_isas()[-1:]
+WIDE_ISAS = [isa for isa in ("vnni", "bf16", "amx") if isa in _C.supported_isas()] or _C.supported_isas()[-1:]
 
 SHAPES = {
     # heads x head_dim != width, widths that fill no panel, every cycle count
@@ -168,10 +168,16 @@ def packed_weights(engine: _C.Engine, model: HRM) -> dict[str, Tensor]:
     return weights
 
 
+def takes_tiles(isa: str, dtype: str) -> bool:
+    """Whether the rows of a prefix meet their weights in tiles: on the matrix unit, or with AVX-512 BF16."""
+    return dtype != "float32" if isa == "amx" else isa == "bf16" and dtype == "bfloat16"
+
+
 class Unit(NamedTuple):
-    """What the matrix unit computes with, in the first rows."""
+    """What the tiles compute with, in the first rows."""
 
     rows: int
+    attention_rows: int  # of these
     weights: dict[str, Tensor]
     activations: Callable[[Tensor], Tensor]
 
@@ -179,13 +185,14 @@ class Unit(NamedTuple):
 def unit_of(model: HRM, packed: dict[str, Tensor], dtype: str, rows: int) -> Unit:
     names = [name for name in packed if name.endswith("proj.weight")]
     if dtype == "bfloat16":
-        return Unit(rows, {name: bfloat16(packed[name]) for name in names}, bfloat16)
+        attention_rows = rows if _C.isa() == "amx" else 0
+        return Unit(rows, attention_rows, {name: bfloat16(packed[name]) for name in names}, bfloat16)
     weights = {}
     for name in names:
         weight = model.state_dict()[name]
         scales = int8_scales(weight) if dtype == "int8" else int4_scales(weight, packed[name])
         weights[name] = one_scale(packed[name], scales, dtype)
-    return Unit(rows, weights, unit_activations)
+    return Unit(rows, rows, weights, unit_activations)
 
 
 def one_scale(packed: Tensor, scale: Tensor, dtype: str) -> Tensor:
@@ -217,10 +224,10 @@ def emulate(
 ) -> Tensor:
     """HRM in float64 from the formulas of the paper, with what meets a weight and what is cached rounded as asked.
 
-    The first rows are the matrix unit's, if there is one: its own weights and activations in the stacks. The queries
-    and the weights of the keys are bfloat16 there, if what is cached is rounded.
+    The first rows are the tiles', if there is a unit that takes them: its own weights and activations in the stacks. On
+    the matrix unit the queries and the weights of the keys are bfloat16, if what is cached is rounded.
     """
-    rounded_rows = 0 if unit is None else unit.rows
+    rounded_rows = 0 if unit is None else unit.attention_rows
     eps, heads, dim, length = config.rms_norm_eps, config.num_attention_heads, config.head_dim, len(ids)
     cos, sin = rope_table(length, dim, config.rope_theta).double()[:, None].chunk(2, -1)
     last = torch.arange(1, length + 1).clamp(min=prefix)
@@ -317,19 +324,26 @@ def test_sequences_are_as_near_an_emulation_as_rounding_allows(
     model = make_model(shape)
     engine = make_engine(model, dtype, kv_dtype)
     ids, weights = some_ids(model.config, 67), packed_weights(engine, model)
-    unit = unit_of(model, weights, dtype, 20) if isa == "amx" and dtype != "float32" else None
+    unit = unit_of(model, weights, dtype, 20) if takes_tiles(isa, dtype) else None
     emulated = emulate(model.config, weights, ids, 20, activations, round_kv, unit)
     cost = distance(emulated, emulate(model.config, weights, ids, 20, same, same))
     assert distance(all_logits(engine, ids, 20), emulated) < max(1.5 * cost, 5e-6)
 
 
-@pytest.mark.skipif("amx" not in _C.supported_isas(), reason="the processor has no matrix unit")
+TILED = [(isa, *packing) for isa in _C.supported_isas() for packing in PACKINGS if takes_tiles(isa, packing[0])]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("dtype", "kv_dtype", "activations", "round_kv"), PACKINGS[1:])
+@pytest.mark.parametrize(("isa", "dtype", "kv_dtype", "activations", "round_kv"), TILED, indirect=["isa"])
 def test_the_first_prefix_token_equals_an_emulation(
-    shape: str, dtype: str, kv_dtype: str, activations: Callable[[Tensor], Tensor], round_kv: Callable[[Tensor], Tensor]
+    shape: str,
+    dtype: str,
+    kv_dtype: str,
+    activations: Callable[[Tensor], Tensor],
+    round_kv: Callable[[Tensor], Tensor],
+    isa: str,
 ) -> None:
-    """On the matrix unit, exact but for a rare value that float32 and float64 round to different sides."""
+    """In tiles, exact but for a rare value that float32 and float64 round to different sides."""
     model = make_model(shape)
     engine = make_engine(model, dtype, kv_dtype)
     tokens = some_ids(model.config, 40)

@@ -70,6 +70,24 @@ def test_stop_is_asked_and_obeyed(runner: CpuRunner) -> None:
     assert runner.core.cache_pages_used == 0
 
 
+def test_a_look_into_the_layers_is_stopped_and_leaves_nothing(runner: CpuRunner) -> None:
+    with pytest.raises(Interrupted):
+        runner.layers(PROMPT, len(PROMPT), lambda: True)
+    assert (runner.open_sequences, runner.core.cache_pages_used) == (0, 0)
+    rows = runner.layers(PROMPT, len(PROMPT), lambda: False)
+    assert np.array_equal(rows[-1], runner.logits(PROMPT, len(PROMPT))[-1])
+
+
+def test_layers_are_of_one_request(runner: CpuRunner) -> None:
+    handles = [runner.core.open(0), runner.core.open(0)]
+    logits = np.empty((CONFIG.cache_slots, CONFIG.vocab_size), np.float32)
+    for requests, every_row in ((handles, False), (handles[:1], True)):
+        with pytest.raises(ValueError, match="every_layer must be of one request"):
+            runner.core.step(requests, [[1]] * len(requests), logits, every_row, every_layer=True)
+    with pytest.raises(ValueError, match="logits"):
+        runner.core.step(handles[:1], [[1]], logits[:1], False, every_layer=True)
+
+
 def test_a_step_that_was_stopped_may_be_repeated(runner: CpuRunner) -> None:
     core = runner.core
     request, logits = core.open(len(PROMPT)), np.empty((1, CONFIG.vocab_size), np.float32)

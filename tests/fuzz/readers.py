@@ -1,64 +1,83 @@
-"""Every reader of a file that a person may give, with a whole file to begin from. Used by test_readers.py and run.py.
+"""Every reader of what a person may give: a file, or a request to the server. Used by test_readers.py and run.py.
 
-A reader may raise ValueError, FileNotFoundError or another OSError, in one line. Anything else is a fault: another
-exception, more than five seconds, a signal. What was found that way stands in FOUND.
+A reader may raise ValueError, FileNotFoundError or another OSError, in one line, or MemoryError with a message.
+Anything else is a fault: another exception, more than five seconds, a signal, or more memory than `allowed` says. What
+was found that way stands in found.py.
 """
 
 from __future__ import annotations
 
+import asyncio
+import bz2
 import contextlib
+import functools
+import gzip
 import hashlib
 import json
+import lzma
 import random
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
+import pyarrow
+from fuzz.files import RECORDS, zstandard
+from fuzz.mutations import Mutation, in_json, in_json_lines, in_packed, in_protobuf, in_safetensors, mutated
 
-from hrmcore.checkpoint.hrm_text import Arrays, read_config, save_model
-from hrmcore.checkpoint.training_state import load_state, read_metadata, save_state
-from hrmcore.config import HRMConfig
+from hrmcore.checkpoint.hrm_text import Arrays, read_config
+from hrmcore.checkpoint.training_state import load_state, read_metadata
 from hrmcore.data.records import Record, Rejected, read_records
-from hrmcore.data.store import open_store
-from hrmcore.engine.cpu_runner import convert
+from hrmcore.data.store import open_store, verify
+from hrmcore.engine.async_engine import AsyncEngine
+from hrmcore.engine.chat_template import ChatTemplate, Conversation
 from hrmcore.engine.engine import load
 from hrmcore.engine.packed_file import PACKED_FILE
+from hrmcore.limits import MOST_PARSED
 from hrmcore.model import HRM
-from hrmcore.tokenizer import Tokenizer, train_tokenizer
+from hrmcore.serving.app import Service, make_app
+from hrmcore.tokenizer import Tokenizer
 from hrmcore.train.run_file import read_config as read_run_file
 
 SECONDS = 5.0
-TEXTS = [f"what is {i} plus {j}? é{i} copy {i} {j}" for i in range(20) for j in range(20)]
-RUN = """
-train_files = ["{folder}/train.jsonl"]
-tokenizer = "{folder}"
-out = "{folder}/out"
-steps = 12
-betas = [0.9, 0.95]
-[model]
-hidden_size = 32
-intermediate_size = 64
-num_layers_per_stack = 1
-num_attention_heads = 2
-head_dim = 16
-[[grow]]
-at_tokens = 100
-hidden_size = 64
-"""
+
+# What a reader may take besides four times its file. 48 bytes for each that is parsed at once: hrmcore/limits.py. The
+# table of rotations, which a configuration asks for, is made of four others of its size. And what is the same for every
+# file: pages of libraries that are touched for the first time, stacks, free lists.
+PARSED = 48
+SAME = 32 << 20
 
 
-HUGE = RUN.replace("hidden_size = 64", f"hidden_size = {10**400}").encode()
+def _as_they_are(data: bytes) -> bytes:
+    return data
 
 
 @dataclass(frozen=True)
 class Reader:
-    """The file in the folder of `make_files`, what reads it, and whether its own checksum is to be mended."""
+    """The file in the folder of `make_files` and what reads it.
+
+    `inside` breaks what the file means, beside `mutated`, which breaks its bytes; both get the file `unpacked`. `sign`
+    makes a file of what they give: packs it again, or mends its checksums. `asks` is what else its content asks for.
+    """
 
     file: str
     read: Callable[[Path], object]
-    sign: Callable[[bytes], bytes] = bytes
+    inside: Mutation = mutated
+    unpack: Callable[[bytes], bytes] = _as_they_are
+    sign: Callable[[bytes], bytes] = _as_they_are
+    asks: Callable[[Path], int] = lambda folder: 0
+
+    def broken(self, whole: bytes, chance: random.Random) -> bytes:
+        """A file that is not whole any more."""
+        if chance.random() < 0.2:
+            return mutated(whole, chance)
+        return self.sign(chance.choice([mutated, self.inside])(self.unpack(whole), chance))
+
+    def allowed(self, size: int, folder: Path) -> int:
+        """Bytes of memory that reading a file of this size may take at most."""
+        parsed = MOST_PARSED if self.unpack is not _as_they_are else min(size, MOST_PARSED)
+        return 4 * size + PARSED * parsed + SAME + self.asks(folder)
 
 
 def _signed_pack(data: bytes) -> bytes:
@@ -84,79 +103,200 @@ def _signed_state(data: bytes) -> bytes:
     return data
 
 
+def _signed_manifest(data: bytes) -> bytes:
+    """A sharded state's manifest with its own checksum, where it can be read."""
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        manifest = json.loads(data)
+        del manifest["sha256"]
+        digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        return json.dumps({**manifest, "sha256": digest}).encode()
+    return data
+
+
 def _read_all(folder: Path) -> None:
     arrays = Arrays(folder)
     for name in arrays:
         assert arrays[name].shape
 
 
+def _load(folder: Path) -> None:
+    engine = load(folder)
+    with contextlib.suppress(ArithmeticError):  # finite weights, but their products are not
+        list(engine.tokens([1, 2, 3], max_new_tokens=2, ignore_eos=True))
+
+
+def _rotations(folder: Path) -> int:
+    """Four tables of the rotations that the configuration of the checkpoint in the folder asks for."""
+    with contextlib.suppress(ValueError, OSError):
+        config = read_config(folder)
+        return 4 * 4 * config.context * config.head_dim
+    return 0
+
+
+def _packed_rotations(folder: Path) -> int:
+    with contextlib.suppress(ValueError, OSError):
+        from hrmcore.engine.packed_file import read_header
+
+        config = read_header(folder / "packed" / PACKED_FILE).config
+        return 4 * 4 * config.context * config.head_dim
+    return 0
+
+
 def _use_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer.load(folder)
     tokenizer.decode(tokenizer.prompt("what is 3 plus 4? é")[:50])
+    tokenizer.control_tokens()
 
 
-def _read_records(folder: Path) -> None:
-    assert all(isinstance(record, Record) for record in read_records(folder / "train.jsonl", Rejected()))
+def _use_template(folder: Path) -> None:
+    messages = [{"role": "user", "content": "copy <boq>"}, {"role": "assistant", "content": "7"}]
+    template = ChatTemplate.find(folder)
+    if template is not None:
+        Conversation(template, [*messages, messages[0]]).ids(Tokenizer.load(folder.parent), "direct")
+
+
+def _records(name: str) -> Callable[[Path], None]:
+    def read(folder: Path) -> None:
+        assert all(isinstance(record, Record) for record in read_records(folder / "records" / name, Rejected()))
+
+    return read
+
+
+def _read_store(folder: Path) -> None:
+    open_store(folder / "store")
+    verify(folder / "store")
+
+
+def _arrays_of_a_store(folder: Path) -> None:
+    """As if the manifest had been written of what lies there now."""
+    manifest = folder / "store/manifest.json"
+    whole = manifest.read_bytes()
+    values = json.loads(whole)
+    for name, entry in values["files"].items():
+        data = (folder / "store" / name).read_bytes()
+        entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    try:
+        manifest.write_text(json.dumps(values))
+        _read_store(folder)
+    finally:
+        manifest.write_bytes(whole)
+
+
+SHARDS = "step-00000003"
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
+
+
+def _shards(folder: Path) -> None:
+    """As if the manifest had been written of what lies there now."""
+    manifest = folder / SHARDS / "state.json"
+    whole = manifest.read_bytes()
+    values = json.loads(whole)
+    values["files"] = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in (folder / SHARDS).iterdir()
+        if path != manifest
+    }
+    try:
+        manifest.write_bytes(_signed_manifest(json.dumps(values).encode()))
+        load_state(folder / SHARDS)
+    finally:
+        manifest.write_bytes(whole)
+
+
+@functools.cache
+def _application(folder: Path) -> Any:
+    return make_app(Service(AsyncEngine(load(folder)), "small"))
+
+
+def _request(name: str, path: str) -> Callable[[Path], None]:
+    """The server's answer to a body: one that is refused is a ValueError."""
+
+    async def ask(application: Any, body: bytes) -> tuple[int, bytes]:
+        sent: list[dict[str, Any]] = []
+        parts = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> dict[str, Any]:
+            if not parts:
+                await asyncio.Event().wait()
+            return parts.pop()
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b""}
+        scope |= {"headers": [(b"content-type", b"application/json")], "root_path": "", "scheme": "http"}
+        await application({**scope, "asgi": {"version": "3.0"}, "http_version": "1.1"}, receive, send)
+        return sent[0]["status"], b"".join(message.get("body", b"") for message in sent)
+
+    def read(folder: Path) -> None:
+        status, said = asyncio.run(ask(_application(folder), (folder / name).read_bytes()))
+        assert status < 500, f"{status}: {said!r}"
+        if status != 200:
+            raise ValueError(json.loads(said)["error"]["message"])
+        assert b"server_error" not in said, said
+
+    return read
+
+
+_PACKING: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]] = {
+    ".gz": (gzip.decompress, gzip.compress),
+    ".bz2": (bz2.decompress, bz2.compress),
+    ".xz": (lzma.decompress, lzma.compress),
+    ".zst": (lambda data: pyarrow.input_stream(pyarrow.BufferReader(data), compression="zstd").read(), zstandard),
+}
+_INSIDE = {".jsonl": in_json_lines, ".json": in_json}
+
+
+def _record_reader(name: str) -> Reader:
+    path = Path(name)
+    unpack, pack = _PACKING.get(path.suffix, (_as_they_are, _as_they_are))
+    kind = (path.with_suffix("") if path.suffix in _PACKING else path).suffix
+    return Reader(f"records/{name}", _records(name), _INSIDE.get(kind, mutated), unpack, pack)
 
 
 READERS: dict[str, Reader] = {
-    "config": Reader("config.json", read_config),
-    "safetensors": Reader("model.safetensors", _read_all),
-    "load": Reader("model.safetensors", load),
-    "index": Reader("sharded/model.safetensors.index.json", lambda folder: _read_all(folder / "sharded")),
-    "packed": Reader(f"packed/{PACKED_FILE}", lambda folder: load(folder / "packed"), _signed_pack),
-    "sentencepiece": Reader("tokenizer.model", _use_tokenizer),
-    "tokenizer_json": Reader("json/tokenizer.json", lambda folder: _use_tokenizer(folder / "json")),
-    "records": Reader("train.jsonl", _read_records),
+    "config": Reader("config.json", read_config, in_json),
+    "config_load": Reader("config.json", _load, in_json, asks=_rotations),
+    "generation_config": Reader("generation_config.json", read_config, in_json),
+    "safetensors": Reader("model.safetensors", _read_all, in_safetensors),
+    "load": Reader("model.safetensors", _load, in_safetensors, asks=_rotations),
+    "model": Reader("model.safetensors", HRM.from_pretrained, in_safetensors, asks=_rotations),
+    "index": Reader("sharded/model.safetensors.index.json", lambda folder: _read_all(folder / "sharded"), in_json),
+    "packed": Reader(
+        f"packed/{PACKED_FILE}",
+        lambda folder: _load(folder / "packed"),
+        in_packed,
+        sign=_signed_pack,
+        asks=_packed_rotations,
+    ),
+    "sentencepiece": Reader("tokenizer.model", _use_tokenizer, in_protobuf),
+    "tokenizer_json": Reader("json/tokenizer.json", lambda folder: _use_tokenizer(folder / "json"), in_json),
+    "template": Reader("chat/chat_template.jinja", lambda folder: _use_template(folder / "chat")),
+    "template_config": Reader("named/tokenizer_config.json", lambda folder: _use_template(folder / "named"), in_json),
+    **{name: _record_reader(name) for name in RECORDS},
     "run_file": Reader("run.toml", lambda folder: read_run_file(folder / "run.toml")),
-    "state": Reader("state.safetensors", lambda folder: load_state(folder / "state.safetensors"), _signed_state),
-    "metadata": Reader("state.safetensors", lambda folder: read_metadata(folder / "state.safetensors"), _signed_state),
-    "manifest": Reader("store/manifest.json", lambda folder: open_store(folder / "store")),
+    "state": Reader(
+        "state.safetensors",
+        lambda folder: load_state(folder / "state.safetensors"),
+        in_safetensors,
+        sign=_signed_state,
+    ),
+    "metadata": Reader(
+        "state.safetensors",
+        lambda folder: read_metadata(folder / "state.safetensors"),
+        in_safetensors,
+        sign=_signed_state,
+    ),
+    "shards": Reader(f"{SHARDS}/{SHARD}", _shards, in_safetensors),
+    "shards_manifest": Reader(
+        f"{SHARDS}/state.json", lambda folder: load_state(folder / SHARDS), in_json, sign=_signed_manifest
+    ),
+    "manifest": Reader("store/manifest.json", _read_store, in_json),
+    "tokens": Reader("store/tokens.npy", _arrays_of_a_store),
+    "offsets": Reader("store/offsets.npy", _arrays_of_a_store),
+    "chat": Reader("chat.json", _request("chat.json", "/v1/chat/completions"), in_json),
+    "completions": Reader("completion.json", _request("completion.json", "/v1/completions"), in_json),
 }
-
-# What was found, before it was mended.
-FOUND: dict[str, list[bytes]] = {
-    "config": [b"[" * 100_000, b'{"H_cycles": 2305843009213693952}', b"{}"],
-    "packed": [
-        b"HRMPACK\0\1\0\0\0" + struct.pack("<I32s", 9999, bytes(32)) + text.ljust(200)
-        for text in (b"[]", b"1", b"null", b"[" * 5000, b'{"config": {}, "dtype": [], "bytes": -1, "checksum": NaN}')
-    ],
-    "records": [b'{"instruction": ' + b"[" * 100_000 + b"\n"],
-    "tokenizer_json": [b'{"model": {"type": "WordLevel", "vocab": {"<boq>": 0, "<eoq>": 1, "<eoa>": 2}}}'],
-    "run_file": [b"seed = " + b"[" * 5000, b"learning_rate = " + b"9" * 400, b"betas = [nan, nan]", HUGE],
-    "state": [(100_000).to_bytes(8, "little") + b"[" * 100_000, b"", b"\0" * 8],
-    "manifest": [b"[" * 100_000, b'{"format": 1, "files": {"tokens.npy": {"bytes": "1", "sha256": 1}}}'],
-}
-
-
-def make_files(folder: Path) -> None:
-    """One whole file for each reader."""
-    from tokenizers import Tokenizer as Json
-    from tokenizers import models, pre_tokenizers
-
-    from hrmcore.data.prepare import prepare
-
-    tokenizer = train_tokenizer(TEXTS, folder, vocab_size=300)
-    torch.manual_seed(0)
-    model = HRM(HRMConfig(tokenizer.vocab_size, 32, 48, 1, 2, 16, max_position_embeddings=128))
-    save_model(model, folder)
-    convert(folder, folder / "packed", "int8")
-    save_model(model, folder / "sharded")
-    names = json.loads((folder / "sharded/model.safetensors").read_bytes()[8:].split(b"}}", 1)[0] + b"}}")
-    names.pop("__metadata__", None)
-    index = {"weight_map": dict.fromkeys(names, "all.safetensors")}
-    (folder / "sharded/model.safetensors").rename(folder / "sharded/all.safetensors")
-    (folder / "sharded/model.safetensors.index.json").write_text(json.dumps(index))
-    words = ["<boq>", "<eoq>", "<eoa>", "<direct>", "what", "is", "3", "?", "[UNK]"]
-    (folder / "json").mkdir()
-    spoken = Json(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    spoken.pre_tokenizer = pre_tokenizers.Whitespace()
-    spoken.save(str(folder / "json/tokenizer.json"))
-    lines = [json.dumps({"instruction": text, "response": "7"}) for text in TEXTS[:50]]
-    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "run.toml").write_text(RUN.format(folder=folder))
-    save_state(folder / "state.safetensors", {"model.w": torch.ones(3, 4)}, {"step": "3", "model_config": "{}"})
-    prepare([folder / "train.jsonl"], folder / "store", tokenizer=folder, context=128, workers=1)
 
 
 def try_reader(name: str, folder: Path, data: bytes) -> str | None:
@@ -167,8 +307,9 @@ def try_reader(name: str, folder: Path, data: bytes) -> str | None:
     try:
         path.write_bytes(data)
         reader.read(folder)
-    except (ValueError, OSError) as error:
-        if isinstance(error, UnicodeError) or not str(error).strip():
+    except (ValueError, OSError, MemoryError) as error:
+        said = str(error)
+        if isinstance(error, UnicodeError) or not said.strip() or "\n" in said:
             return f"{type(error).__name__}: {error}"
         return None
     except BaseException as error:
@@ -178,42 +319,6 @@ def try_reader(name: str, folder: Path, data: bytes) -> str | None:
     finally:
         path.write_bytes(whole)
     return None
-
-
-_NUMBERS = ["-1", "0", "1e39", "NaN", "Infinity", "-Infinity", str(1 << 31), str(1 << 61), str(1 << 63), "1" * 400]
-_VALUES = [*_NUMBERS, "null", "true", "[]", "{}", '""', '"x"', "[" * 3000, '"\\ud800"', "[[1]]", '{"a": 1}']
-
-
-def mutated(whole: bytes, chance: random.Random) -> bytes:
-    """A file that differs from a whole one in a few places: bytes, numbers, values, or pieces of it."""
-    data = bytearray(whole)
-    for _ in range(chance.choice([1, 1, 1, 2, 3, 8])):
-        at = chance.randrange(len(data) + 1) if chance.random() < 0.5 else chance.randrange(min(len(data), 2000) + 1)
-        kind = chance.randrange(6)
-        if kind == 0 and data:
-            data[min(at, len(data) - 1)] = chance.randrange(256)
-        elif kind == 1:
-            del data[at : at + chance.choice([1, 2, 8, 100, 1 << 20])]
-        elif kind == 2:
-            data[at:at] = bytes(chance.randrange(256) for _ in range(chance.choice([1, 4, 8])))
-        elif kind == 3:
-            start = chance.randrange(len(data) + 1)
-            data[at:at] = data[start : start + chance.choice([1, 16, 200])]
-        else:
-            _replace_value(data, chance)
-    return bytes(data)
-
-
-def _replace_value(data: bytearray, chance: random.Random) -> None:
-    """What stands behind a colon or an equals sign, in a text or a header, becomes another value."""
-    places = [i for i, byte in enumerate(data[:20_000]) if byte in b":="]
-    if not places:
-        return
-    start = chance.choice(places) + 1
-    end = start
-    while end < len(data) and data[end] not in b",}\n":
-        end += 1
-    data[start:end] = chance.choice(_VALUES).encode()
 
 
 def describe(value: object) -> str:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from langchain_openai import ChatOpenAI
 from support.served import MODEL, Served, serving
 
 from hrmcore.chat import render
-from hrmcore.engine.engine import Engine
+from hrmcore.engine.engine import Engine, load
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -116,8 +123,8 @@ def test_completions(client: openai.OpenAI, engine: Engine) -> None:
 
 
 def test_errors_are_the_client_s_exceptions(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="logprobs is not supported"):
-        client.chat.completions.create(model=MODEL, messages=user("copy"), logprobs=True)
+    with pytest.raises(openai.BadRequestError, match="logit_bias is not supported"):
+        client.chat.completions.create(model=MODEL, messages=user("copy"), logit_bias={"5": 1})
     with pytest.raises(openai.NotFoundError, match="there is no model 'gpt'"):
         client.chat.completions.create(model="gpt", messages=user("copy"))
 
@@ -166,7 +173,6 @@ def test_our_own_evaluator(served: Served, engine: Engine) -> None:
 
 
 def test_lm_eval(served: Served, engine: Engine) -> None:
-    pytest.importorskip("tenacity")
     from lm_eval.api.instance import Instance
     from lm_eval.models.openai_completions import LocalChatCompletion
 
@@ -183,7 +189,95 @@ def test_lm_eval(served: Served, engine: Engine) -> None:
 
 
 def test_langchain(served: Served, engine: Engine) -> None:
-    langchain = pytest.importorskip("langchain_openai")
-    model = langchain.ChatOpenAI(base_url=served.url, api_key="none", model=MODEL, max_tokens=6, temperature=0)
+    model = ChatOpenAI(base_url=served.url, api_key="none", model=MODEL, max_tokens=6, temperature=0)
     assert model.invoke(QUESTIONS[0]).content == engine.generate(QUESTIONS[0], max_new_tokens=6)
     assert "".join(piece.content for piece in model.stream(QUESTIONS[0])) == model.invoke(QUESTIONS[0]).content
+
+
+def test_langchain_leaves_in_the_middle(served: Served) -> None:
+    model = ChatOpenAI(base_url=served.url, api_key="none", model=MODEL, max_tokens=1900, temperature=0)
+    pieces = model.stream("copy")
+    assert next(pieces) is not None
+    pieces.close()
+    served.settle()
+
+
+TOOL_TEMPLATE = (
+    "{{ tools | tojson }}{% for m in messages %}{{ m.role }}: {{ m.content or m.tool_calls | tojson }};{% endfor %}"
+)
+
+
+def test_tools_of_the_clients_reach_the_model(checkpoint: Path, tmp_path: Path) -> None:
+    """A tool that LangChain derives from a function, and a call of it in the history, as the template sees them."""
+    from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
+
+    def weather(place: str) -> str:
+        """Tell the weather of a place."""
+        return place
+
+    folder = tmp_path / "tools"
+    shutil.copytree(checkpoint, folder)
+    (folder / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+    engine = load(folder)
+    call = {"name": "weather", "args": {"place": "copy"}, "id": "call_1"}
+    turns = [HumanMessage("what is 3?"), AIMessage("", tool_calls=[call]), ToolMessage("12", tool_call_id="call_1")]
+    described = {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}
+    function = {"name": "weather", "description": "Tell the weather of a place.", "parameters": described}
+    parsed = [
+        {"role": "user", "content": "what is 3?"},
+        {"role": "assistant", "content": "", "tool_calls": [
+            {"type": "function", "id": "call_1", "function": {"name": "weather", "arguments": {"place": "copy"}}}]},
+        {"role": "tool", "content": "12", "tool_call_id": "call_1"},
+    ]  # fmt: skip
+    tools = [{"type": "function", "function": function}]
+    with serving(engine) as served:
+        model = ChatOpenAI(base_url=served.url, api_key="none", model=MODEL, max_tokens=6, temperature=0)
+        answer = model.bind_tools([weather]).invoke(turns)
+    assert answer.content == engine.chat(parsed, tools, max_new_tokens=6)
+    assert answer.usage_metadata["input_tokens"] == len(engine.prompt_ids(engine.conversation(parsed, tools)))
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+def test_curl(served: Served, engine: Engine) -> None:
+    def curl(*arguments: str, body: object) -> str:
+        command = ["curl", "--silent", "--show-error", "--json", json.dumps(body), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+    url = f"{served.url}/chat/completions"
+    body = {"messages": user(QUESTIONS[0]), "max_tokens": 6}
+    expected = engine.generate(QUESTIONS[0], max_new_tokens=6)
+    assert json.loads(curl(url, body=body))["choices"][0]["message"]["content"] == expected
+    lines = curl("--no-buffer", url, body={**body, "stream": True}).splitlines()
+    events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == expected
+    assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert curl("--output", "/dev/null", "--write-out", "%{http_code}", url, body={}) == "400"
+
+
+@pytest.mark.slow
+def test_the_command_of_lm_eval(served: Served, engine: Engine, tmp_path: Path) -> None:
+    """`lm_eval --model local-chat-completions`, on a task whose first answer is the model's own."""
+    said = engine.generate(QUESTIONS[0], max_new_tokens=6, stop="\n\n")
+    documents = [{"question": QUESTIONS[0], "answer": said}, {"question": QUESTIONS[1], "answer": "no such answer"}]
+    (tmp_path / "documents.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    (tmp_path / "toy.yaml").write_text(f"""task: toy
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{tmp_path / "documents.jsonl"}"}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{max_gen_toks: 6, until: ["\\n\\n"]}}
+metric_list: [{{metric: exact_match}}]
+""")
+    arguments = ["--model", "local-chat-completions", "--apply_chat_template", "--tasks", "toy"]
+    arguments += [
+        "--model_args",
+        f"model={MODEL},base_url={served.url}/chat/completions,num_concurrent=2,max_retries=1",
+    ]
+    arguments += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out")]
+    quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "lm_eval", "run", *arguments]
+    subprocess.run(command, capture_output=True, text=True, timeout=300, check=True, env=quiet)
+    [results] = (tmp_path / "out").rglob("results*.json")
+    assert json.loads(results.read_text())["results"]["toy"]["exact_match,none"] == 0.5

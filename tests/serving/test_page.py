@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.browser import CHROMIUM, Browser
+from support.browser import CONTRASTS, Browser
 from support.served import Served, serving
 
 from hrmcore.engine.engine import Engine
@@ -29,15 +29,6 @@ def served(engine: Engine) -> Iterator[Served]:
     with serving(engine, samples=SAMPLES) as served:
         yield served
         served.settle()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium")
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
 
 
 @pytest.fixture
@@ -127,28 +118,3 @@ def test_it_can_be_read(page: Browser, served: Served, tmp_path: Path, dark: boo
     assert ratios
     assert min(ratio for _, ratio in ratios) >= 4.5, sorted(ratios, key=lambda pair: pair[1])[:5]
     page.picture(tmp_path / "page.png")
-
-
-# The contrast (WCAG 2) of each element that shows text of its own: [name, ratio].
-CONTRASTS = """(() => {
-  const parts = (color) => color.match(/[\\d.]+/g).map(Number);
-  const light = (color) => {
-    const linear = (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-    const [r, g, b] = parts(color).map((v) => linear(v / 255));
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const behind = (node) => {
-    for (; node; node = node.parentElement) {
-      const color = getComputedStyle(node).backgroundColor;
-      if (parts(color)[3] !== 0) return color;
-    }
-  };
-  const found = [];
-  for (const node of document.body.querySelectorAll("*")) {
-    const own = [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim());
-    if (!own || !node.getClientRects().length) continue;
-    const [a, b] = [light(getComputedStyle(node).color), light(behind(node))].sort((x, y) => y - x);
-    found.push([node.tagName + "." + node.className, (a + 0.05) / (b + 0.05)]);
-  }
-  return found;
-})()"""

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Builds hrmcore with sanitizers and runs what each of them is for. Needs GCC and an environment that make has set up.
 #   tests/soak/instrumented.sh asan             the tests marked `native`, then leaks.py under LeakSanitizer
-#   tests/soak/instrumented.sh tsan [BATCHES]   stress.py: batches of requests that are cancelled at random
+#   tests/soak/instrumented.sh tsan [BATCHES [SECONDS]]   stress.py: batches of requests that are cancelled at random;
+#                                               crowd.py: eight threads and an event loop on one engine
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 root=$PWD
@@ -47,7 +48,8 @@ case $preset in
   tsan)
     # Without address space randomisation, because ThreadSanitizer knows only some layouts. Nothing is suppressed.
     preloaded=(libtsan.so libstdc++.so.6)
-    TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1 \
-      instrumented setarch -R venv/bin/python "$root/tests/soak/stress.py" "${2:-200}" 2
+    export TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1
+    instrumented setarch -R venv/bin/python "$root/tests/soak/stress.py" "${2:-200}" 2
+    instrumented setarch -R venv/bin/python "$root/tests/soak/crowd.py" "${3:-300}"
     ;;
 esac

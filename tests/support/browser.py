@@ -113,3 +113,32 @@ class Browser:
         self._process.wait(20)
         os.close(self._commands)
         os.close(self._messages)
+
+
+# The contrast (WCAG 2.2, 1.4.3) of each element that shows text of its own: [name, ratio]. A text in a picture names
+# the colour that it lies on.
+CONTRASTS = """(() => {
+  const parts = (color) => color.startsWith("#") ? color.slice(1).match(/../g).map((two) => parseInt(two, 16))
+    : color.match(/[\\d.]+/g).map(Number);
+  const light = (color) => {
+    const linear = (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    const [r, g, b] = parts(color).map((v) => linear(v / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (node) => {
+    for (; node; node = node.parentElement) {
+      const color = getComputedStyle(node).backgroundColor;
+      if (parts(color)[3] !== 0) return color;
+    }
+  };
+  const found = [];
+  for (const node of document.body.querySelectorAll("*")) {
+    const own = [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim());
+    if (!own || !node.getClientRects().length) continue;
+    const drawn = node.closest("[data-on]"), style = getComputedStyle(node);
+    const pair = drawn ? [style.fill, drawn.dataset.on] : [style.color, behind(node)];
+    const [a, b] = pair.map(light).sort((x, y) => y - x);
+    found.push([node.tagName + "." + (drawn ? node.textContent : node.className), (a + 0.05) / (b + 0.05)]);
+  }
+  return found;
+})()"""

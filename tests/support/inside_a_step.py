@@ -47,8 +47,11 @@ def filled(config: HRMConfig, threads: int = 2) -> CpuRunner:
     return runner
 
 
-def prefill(runner: CpuRunner, act: Callable[[], None]) -> None:
-    """A long prefill, inside which `act` runs once; its answer must be what it is without."""
+def prefill(runner: CpuRunner, act: Callable[[], None], kept_pages: int = 0) -> None:
+    """A long prefill, inside which `act` runs once; its answer must be what it is without.
+
+    `kept_pages` are those that an engine keeps of what it has answered.
+    """
     acted = []
 
     def stop() -> bool:
@@ -61,7 +64,7 @@ def prefill(runner: CpuRunner, act: Callable[[], None]) -> None:
     assert acted, "the prefill was too short to be asked"
     assert np.array_equal(rows[0], runner.logits(PROMPT, len(PROMPT))[-1])
     runner.close(handle)
-    assert (runner.open_sequences, runner.core.cache_pages_used) == (0, 0)
+    assert (runner.open_sequences, runner.core.cache_pages_used) == (0, kept_pages)
 
 
 def handler_closes() -> None:
@@ -70,7 +73,7 @@ def handler_closes() -> None:
     other = Engine(runner, None, Path()).tokens([1, 2, 3], ignore_eos=True)
     next(other)
     signal.signal(signal.SIGALRM, lambda *_: other.close())
-    prefill(runner, lambda: signal.raise_signal(signal.SIGALRM))
+    prefill(runner, lambda: signal.raise_signal(signal.SIGALRM), kept_pages=1)
 
 
 def handler_closes_between_two_questions() -> None:
@@ -98,7 +101,7 @@ def collector_finalises() -> None:
         next(cycle[1])  # type: ignore[call-overload]
 
     use_and_forget()
-    prefill(runner, lambda: [gc.collect(), None][1])
+    prefill(runner, lambda: [gc.collect(), None][1], kept_pages=1)
 
 
 def stop_closes_its_own_request() -> None:
@@ -187,6 +190,24 @@ def everything_else_works() -> None:
         thread.join()
 
 
+def emulated_kernels_work() -> None:
+    """The tests' emulator of CUDA makes one launch at a time, of this thread and of others."""
+    runner, x, y = filled(CONFIG), np.ones((8, 64), np.float32), np.empty((8, 64), np.float32)
+    _C.emulate_cuda(str(Path(_C.__file__).with_name("_C_emulated.so")))
+    enough = threading.Event()
+
+    def launch() -> None:
+        while not enough.is_set():
+            _C.rms_norm_forward(x, None, np.empty_like(y), None, 1e-6)
+
+    thread = threading.Thread(target=launch)
+    thread.start()
+    prefill(runner, lambda: _C.rms_norm_forward(x, None, y, None, 1e-6))
+    enough.set()
+    thread.join()
+    assert np.allclose(y, 1)
+
+
 @contextlib.contextmanager
 def held(runner: CpuRunner) -> Iterator[None]:
     """Another thread stays in a step of the runner, until the context ends and the step is given up."""
@@ -240,6 +261,7 @@ CASES = (
     another_thread_opens_and_closes,
     steps_inside_are_refused,
     everything_else_works,
+    emulated_kernels_work,
     a_step_that_waits_can_be_interrupted,
     a_forked_child_goes_on,
 )

@@ -17,6 +17,7 @@ BATCH_TOKENS = 50
 KINDS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "SophiaG": (Sophia, {"variant": "G", "lr": 0.01, "betas": (0.9, 0.97), "rho": 0.5, "weight_decay": 0.3}),
     "AdamAtan2": (AdamAtan2, {"lr": 0.01, "weight_decay": 0.3}),
+    "AdamAtan2Paper": (AdamAtan2, {"lr": 0.01, "weight_decay": 0.3, "form": "paper"}),
     "AdamW": (AdamW, {"lr": 0.01, "weight_decay": 0.3, "eps": 1e-5}),
 }
 

@@ -19,10 +19,10 @@ import sys
 from torch import Tensor
 
 from hrmcore import machine
+from hrmcore.averages import local
 from hrmcore.cli import main
 from hrmcore.data.packing import PackedBatch
 from hrmcore.model import HRM
-from hrmcore.optim import local
 from hrmcore.train.trainer import Trainer
 
 machine.peak_flops = lambda precision, device: 1e12

@@ -65,8 +65,9 @@ def traffic(
     cache = sum(
         4 * attention * (position + 1 - PAGE * first) for position, first in zip(positions, first_pages, strict=True)
     )
-    attended = sum(attention // 8 * (16 if n == 1 else 20 * n) for n in splits)
-    once_attended = sum(2 * attention * n + (0 if n == 1 else 4 * heads * n) for n in splits)
+    joined = [MAX_SPLITS if n > MAX_SPLITS // 2 else MAX_SPLITS // 2 for n in splits]  # read, some of them twice
+    attended = sum(attention // 8 * (20 * n + 4 * max(0, n - MAX_SPLITS // 2) if apart else 16) for n in joined)
+    once_attended = sum(2 * attention * n + 4 * heads * n * apart for n in splits)
     added_to = 2 * 4 * batch * width  # the stream, by o and by down
     per_layer = (
         sum(splits) * heads * (warps * 32 * d + 4 * d)  # each warp reads the queries of its keys

@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.command_line import hrmcore
 from support.runs import rewrite
 
+from hrmcore import machine
 from hrmcore.checkpoint.training_state import find_states
+from hrmcore.model import HRM
+from hrmcore.ops import sublayers
 from hrmcore.optim import Sophia
 from hrmcore.train.run_file import (
     read_config,
@@ -125,3 +129,54 @@ def test_a_spike_is_skipped_or_stops(run_file: Path) -> None:
     with pytest.raises(FloatingPointError, match=r"the loss [\d.]+ is more than 2 times the usual [\d.]+; "):
         trainer._train_step()
     trainer.close()
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("_swiglu", "the loss is not finite; .*hrmcore::mlp_sublayer in visit 1 of L_module.layers.0; "),
+        ("_gemm_rows_backward", "the gradient is not finite; .*hrmcore::mlp_sublayer_backward in backward; "),
+    ],
+)
+def test_a_nan_at_the_second_step_names_the_op(
+    trainer: Trainer, function: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the second step on an op of ours gives a NaN, in its forward or its backward, from what is sound."""
+    trainer._train_step()
+    sound = getattr(sublayers, function)
+
+    def spoiled(*operands: Any) -> torch.Tensor:
+        out = sound(*operands)
+        out.view(-1)[0] = torch.nan
+        return out
+
+    monkeypatch.setattr(sublayers, function, spoiled)
+    with pytest.raises(FloatingPointError, match=f"step 1: {said}the states before are intact"):
+        trainer._train_step()
+
+
+def test_a_weight_that_is_not_finite_is_named(trainer: Trainer) -> None:
+    poison(trainer)
+    with pytest.raises(FloatingPointError, match=r"; the weight embed_tokens.weight is not finite; the states before"):
+        trainer._train_step()
+
+
+def test_no_memory_on_the_device_is_one_line_and_the_run_goes_on(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, calls = HRM.loss, iter(range(100))
+
+    def loss(self: HRM, *arguments: Any, **options: Any) -> Any:
+        if next(calls) == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 80 MiB free.")
+        return plain(self, *arguments, **options)
+
+    monkeypatch.setattr(machine, "peak_flops", lambda precision, device: 1e12)
+    monkeypatch.setattr(HRM, "loss", loss)
+    assert hrmcore("train", str(run_file)) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("hrmcore train: out of memory; ")
+    assert [step for step, _ in find_states(run_file.parent / "out")] == [4]
+    monkeypatch.setattr(HRM, "loss", plain)
+    assert hrmcore("train", str(run_file)) == 0
+    assert find_states(run_file.parent / "out")[0][0] == 12

@@ -10,13 +10,12 @@ from support.runs import rewrite
 
 from hrmcore.cli import main
 from hrmcore.commands.plot import read_metrics
-from hrmcore.config import HRMConfig
+from hrmcore.config import HRMConfig, LoraConfig
 from hrmcore.growth.stages import GrowStage
+from hrmcore.train.explanation import GROUPS, explain
 from hrmcore.train.run_file import (
-    GROUPS,
     RANGES,
     TrainConfig,
-    explain,
     read_config,
 )
 
@@ -76,15 +75,21 @@ def test_every_number_of_a_run_file_has_a_range() -> None:
 def test_explain_says_what_every_key_means() -> None:
     lines = explain().splitlines()
     assert max(map(len, lines)) <= 120
-    model, grow = (next(i for i, line in enumerate(lines) if line.startswith(head)) for head in ("[model]", "[[grow]]"))
-    tables = (TrainConfig, lines[:model]), (HRMConfig, lines[model:grow]), (GrowStage, lines[grow:])
+    heads = ("[model]", "[[grow]]", "[lora]")
+    model, grow, lora = (next(i for i, line in enumerate(lines) if line.startswith(head)) for head in heads)
+    tables = (
+        *((TrainConfig, lines[:model]), (HRMConfig, lines[model:grow])),
+        *((GrowStage, lines[grow:lora]), (LoraConfig, lines[lora:])),
+    )
     for table, told in tables:
         for f in dataclasses.fields(table):
             if f.name not in ("model", "vocab_size", "eos_token_id", "pad_token_id"):
                 first = next(number for number, line in enumerate(told) if line.startswith(f"  {f.name} "))
                 key, kind, *rest = " ".join(line.strip() for line in told[first : first + 4]).split()
                 assert key == f.name
-                assert kind in ("string", "integer", "number", "true", "[string,", "[number,", "tables"), f.name
+                assert kind in ("string", "integer", "number", "true", "[string,", "[number,", "tables", "table"), (
+                    f.name
+                )
                 assert " ".join(f.metadata["explain"].split()) in " ".join(rest), f.name
                 if f.default is dataclasses.MISSING:
                     assert " required " in told[first], f.name

@@ -32,7 +32,7 @@ from hrmcore.train.run_file import (
 from hrmcore.train.throughput import visible_pairs
 from hrmcore.train.trainer import Trainer
 
-RATES = {"adamatan2": 3e-3, "adamw": 3e-3, "sophia-g": 1e-3, "sophia-h": 1e-3}
+RATES = {"adamatan2": 3e-3, "adamatan2-paper": 3e-3, "adamw": 3e-3, "sophia-g": 1e-3, "sophia-h": 1e-3}
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,10 @@
 // The chat page: asks /v1/chat/completions and shows the answer as it streams. No library, nothing from elsewhere.
-"use strict";
+import { element, lensButton } from "./lens.js";
 
 const find = (id) => document.getElementById(id);
 const form = find("composer"), log = find("log"), question = find("question");
 const turns = []; // what was said: {role, content}
 let running = null; // the AbortController of the answer that streams
-
-function element(name, text, kind) {
-  const made = document.createElement(name);
-  if (text !== undefined) made.textContent = text;
-  if (kind) made.className = kind;
-  return made;
-}
 
 function addTurn(role, text) {
   const article = element("article", undefined, role);
@@ -29,6 +22,7 @@ function request(text) {
     messages: [],
     stream: true,
     stream_options: { include_usage: true },
+    return_token_ids: true,
     condition: find("condition").value || undefined,
   };
   for (const name of ["temperature", "top_p", "max_tokens", "seed"]) {
@@ -58,10 +52,13 @@ async function* events(response) {
   }
 }
 
-async function stream(text, shown) {
-  const headers = { "Content-Type": "application/json" };
-  if (find("key").value) headers.Authorization = `Bearer ${find("key").value}`;
-  const options = { method: "POST", headers, body: JSON.stringify(request(text)), signal: running.signal };
+function headers() {
+  const key = find("key").value;
+  return { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
+}
+
+async function stream(asked, shown, ids) {
+  const options = { method: "POST", headers: headers(), body: JSON.stringify(asked), signal: running.signal };
   const started = performance.now();
   const response = await fetch("v1/chat/completions", options);
   if (!response.ok) throw new Error((await response.json()).error.message);
@@ -71,6 +68,7 @@ async function stream(text, shown) {
     if (event.usage) tokens = event.usage.completion_tokens;
     for (const choice of event.choices) {
       const piece = choice.delta.content || "";
+      ids.push(...(choice.token_ids || []));
       if (piece) {
         first ??= performance.now() - started;
         const below = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
@@ -90,14 +88,14 @@ async function stream(text, shown) {
 async function ask(text) {
   find("samples").hidden = true;
   addTurn("user", text);
-  const shown = addTurn("assistant", "");
+  const shown = addTurn("assistant", ""), asked = request(text), ids = [];
   let failed = false;
   shown.article.classList.add("waiting");
   running = new AbortController();
   find("send").hidden = true;
   find("stop").hidden = false;
   try {
-    shown.note.textContent = await stream(text, shown);
+    shown.note.textContent = await stream(asked, shown, ids);
   } catch (error) {
     failed = error.name !== "AbortError";
     shown.note.textContent = failed ? error.message : "stopped";
@@ -105,6 +103,10 @@ async function ask(text) {
   }
   shown.note.hidden = false;
   shown.article.classList.remove("waiting");
+  if (ids.length) {
+    const { messages, condition } = asked;
+    shown.article.append(lensButton(shown.article, { messages, condition }, ids, headers));
+  }
   if (!failed && shown.article.isConnected) { // a new chat may have begun meanwhile
     turns.push({ role: "user", content: text }, { role: "assistant", content: shown.body.textContent });
   }

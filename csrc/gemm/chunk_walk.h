@@ -1,14 +1,14 @@
-// The order in which a GEMM on AMX takes its weights; for kernels of the instruction set `amx`.
+// The order in which a GEMM in tiles takes its weights.
 #pragma once
 
-#include "gemm/amx_gemm.h"
 #include "gemm/prefetch.h"
+#include "gemm/tile_gemm.h"
 
 namespace hrmcore::HRMCORE_ISA {
 
 // A step is a chunk of a panel: all panels of the first chunk come first, then those of the next.
 struct ChunkWalk {
-  const AmxGemm& args;
+  const TileGemm& args;
   std::int64_t panels = args.panel_end - args.panel_begin;
   std::int64_t steps = args.x.chunks() * panels;
 

@@ -1,6 +1,6 @@
-#include "gemm/amx_tiles.h"
+#include "gemm/row_tiles.h"
 
-#include "gemm/amx_unit.h"
+#include "gemm/lanes.h"
 
 namespace hrmcore::HRMCORE_ISA {
 namespace {

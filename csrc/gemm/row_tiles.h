@@ -1,5 +1,5 @@
-// Rows of activations as AMX reads them, and what happens to them between two GEMMs. T tokens, D width, F ffn
-// width.
+// Rows of activations as a GEMM on AMX reads them, and one on AVX-512 BF16 (in bfloat16), and what happens to
+// them between two GEMMs. T tokens, D width, F ffn width.
 //
 // A tile is 16 rows of 64 bytes, 1 KiB in one piece: 32 columns in bfloat16 or 64 in int8; 16 rows are a
 // band. The tiles that a GEMM reads together lie together, the last chunk with what is left:
@@ -17,6 +17,8 @@ namespace hrmcore {
 constexpr std::int64_t band_rows = 16;
 constexpr std::int64_t tile_line_bytes = 64;
 constexpr std::int64_t tile_bytes = band_rows * tile_line_bytes;
+constexpr std::int64_t panel_tiles = panel_rows / band_rows;
+constexpr std::int64_t tile_floats = band_rows * band_rows;
 // Half a panel of a chunk stays in the first-level cache while the bands of x stream past it.
 constexpr std::int64_t tile_chunk_columns = 256;
 constexpr std::int64_t tile_chunk_groups = tile_chunk_columns / group_columns;
@@ -92,9 +94,9 @@ struct SwigluTiles {
   std::int64_t first_row, first_chunk;  // of y
 };
 
-HRMCORE_DECLARE_AMX_KERNEL(normalise_tiles, NormaliseTiles)
-HRMCORE_DECLARE_AMX_KERNEL(round_tiles, RoundTiles)
-HRMCORE_DECLARE_AMX_KERNEL(unload_tiles, UnloadTiles)
-HRMCORE_DECLARE_AMX_KERNEL(swiglu_tiles, SwigluTiles)
+HRMCORE_DECLARE_TILE_KERNEL(normalise_tiles, NormaliseTiles)
+HRMCORE_DECLARE_TILE_KERNEL(round_tiles, RoundTiles)
+HRMCORE_DECLARE_TILE_KERNEL(unload_tiles, UnloadTiles)
+HRMCORE_DECLARE_TILE_KERNEL(swiglu_tiles, SwigluTiles)
 
 }  // namespace hrmcore

@@ -1,0 +1,42 @@
+// Packed weights times rows of activations in tiles: on AMX, the processor's matrix unit, or on AVX-512 BF16.
+// The rows of a prefix take this way: they come by the hundred, and always all in one step, so a row's
+// arithmetic follows from its position.
+//
+//   sums[t][r] = sum over k of w[r][k] * x[t][k]
+//
+//   tile_gemm_bf16  bf16 weights, bfloat16 activations; each sum is one chain of float32 additions in order
+//                   of k
+//   tile_gemm_int8  int8 and int4 weights, int8 activations with a scale for each row and chunk of 256
+//                   columns; AMX only. A group of 32 weights cannot have a scale of its own there, so it is
+//                   brought to the largest of its row's in the chunk, rounded anew to int8. The integer
+//                   product of a chunk is exact, then one fused multiply-add of it with both scales, in
+//                   order of the chunks.
+//
+// Both are batch-invariant by construction.
+//
+// Moves the weights once per call; 2 R K FLOPs a row. Limit: 1,024 FLOPs a cycle on AMX, in int8 twice that;
+// 64 on AVX-512 BF16 where it multiplies 32 pairs a cycle (Zen 4), twice what float32 gets there.
+#pragma once
+
+#include "core/isa.h"
+#include "gemm/row_tiles.h"
+#include "gemm/weight_layout.h"
+
+namespace hrmcore {
+
+struct TileGemm {
+  PackedMatrix weights;
+  std::int64_t panel_begin, panel_end;
+  TileRows x;
+  std::int64_t band_begin, band_end;
+  float* sums;         // [panels][bands][4 tiles][16][16], written, 64-byte aligned
+  std::byte* scratch;  // tile_scratch_bytes, private to the thread, 64-byte aligned
+};
+
+// Two chunks of a panel in bfloat16: one is widened while the other is multiplied. int8 takes less.
+constexpr std::int64_t tile_scratch_bytes = 2 * tile_chunk_groups * group_columns * panel_rows * 2;
+
+HRMCORE_DECLARE_TILE_KERNEL(tile_gemm_bf16, TileGemm)
+HRMCORE_DECLARE_AMX_KERNEL(tile_gemm_int8, TileGemm)
+
+}  // namespace hrmcore
