@@ -225,7 +225,7 @@ def test_a_failure_is_not_taken_for_a_mistake(
     quick: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(error: Exception) -> None:
-        monkeypatch.setattr("hrmcore.engine.engine.sample", lambda *_: (_ for _ in ()).throw(error))
+        monkeypatch.setattr("hrmcore.engine.scheduler.sample", lambda *_: (_ for _ in ()).throw(error))
 
     fail(ArithmeticError("NaN"))
     assert hrmcore("generate", "x", *quick) == 1

@@ -58,8 +58,7 @@ class ChatTemplate:
             return cls(_text(own), own, found)
         text, tool_text = config.get("chat_template"), None
         if isinstance(text, list):
-            named = {entry.get("name"): entry.get("template") for entry in text if isinstance(entry, dict)}
-            text, tool_text = named.get("default"), named.get("tool_use")
+            text, tool_text = (_named(text, name) for name in ("default", "tool_use"))
         if not isinstance(text, str | None) or not isinstance(tool_text, str | None):
             raise ValueError(f"{path}: chat_template is no text")
         return None if text is None else cls(text, path, found, tool_text)
@@ -141,6 +140,12 @@ def conversation(
 def prompt_ids(tokenizer: Tokenizer, prompt: str | Conversation, condition: str) -> list[int]:
     """The bidirectional prefix that a prompt becomes. Raises ValueError as `Tokenizer.prompt` and a template do."""
     return prompt.ids(tokenizer, condition) if isinstance(prompt, Conversation) else tokenizer.prompt(prompt, condition)
+
+
+def _named(templates: Sequence[Any], name: str) -> Any:
+    """The last template of that name in a list of them, or None."""
+    found = [entry.get("template") for entry in templates if isinstance(entry, dict) and entry.get("name") == name]
+    return found[-1] if found else None
 
 
 def _text(path: Path) -> str:

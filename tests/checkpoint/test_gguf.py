@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -187,14 +188,19 @@ def test_names_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixt
 # llama-cpp-python` brings it.
 
 
+@functools.cache
+def _silence() -> Any:
+    """What llama.cpp calls with its messages; kept, for it calls after a test, too."""
+    return pytest.importorskip("llama_cpp").llama_log_callback(lambda level, text, data: None)
+
+
 class Llama:
     """A GGUF file in llama.cpp: float32 keys and values, no fused attention, one batch a prompt."""
 
     def __init__(self, path: Path) -> None:
         self.lib = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
         lib = self.lib
-        self._quiet = lib.llama_log_callback(lambda level, text, data: None)
-        lib.llama_log_set(self._quiet, ctypes.c_void_p(0))
+        lib.llama_log_set(_silence(), ctypes.c_void_p(0))
         lib.llama_backend_init()
         self.model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
         assert self.model, "llama.cpp does not load the file"
