@@ -17,7 +17,7 @@ from support.command_line import hrmcore
 from torch.utils.flop_counter import FlopCounterMode
 
 from hrmcore.commands.plan import measure
-from hrmcore.config import PRESETS, RECOMPUTE, HRMConfig, default_intermediate_size
+from hrmcore.config import PRESETS, RECOMPUTE, HRMConfig, LoraConfig, default_intermediate_size
 from hrmcore.data.packing import PackedBatch
 from hrmcore.gpus import GPUS, Device
 from hrmcore.model import HRM, grad_visits
@@ -473,3 +473,9 @@ def test_a_plan_tells_what_recomputing_saves(capsys: pytest.CaptureFixture[str])
     assert needed[0] < 0.6 * needed[1]
     assert hrmcore("plan", *arguments, "--recompute", "visit") == 0
     assert "in bfloat16, recompute visit; fits in 80.0 GB" in capsys.readouterr().out
+
+
+def test_adapters_are_planned_as_they_are_trained() -> None:
+    Budget(1e9, GPUS["H100"], lora=LoraConfig())
+    with pytest.raises(ValueError, match="adapters are planned with recompute 'sublayer' alone, got 'visit'"):
+        Budget(1e9, GPUS["H100"], lora=LoraConfig(), recompute="visit")

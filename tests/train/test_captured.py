@@ -204,6 +204,23 @@ def test_batches_are_packed_ahead_in_the_same_order_and_the_position_is_that_of_
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 
 
+def test_a_stream_goes_on_where_one_that_packed_ahead_was_left() -> None:
+    """Position and bookmark, across several windows and an epoch's end, are those of the batches that were taken."""
+    records, tokens = corpus(1500), 512
+    plain, packed = BatchStream(records, tokens, 0), Ahead(BatchStream(records, tokens, 0))
+    expected, places = [], []
+    for _ in range(150):
+        places.append((packed.position, packed.bookmark))
+        expected.append(next(plain).records)
+        assert next(packed).records == expected[-1]
+    packed.close()
+    assert {position[0] for position, _ in places} == {0, 1}
+    assert len({bookmark for _, bookmark in places}) > 3
+    for number in range(0, 150, 7):
+        again = BatchStream(records, tokens, 0, *places[number])
+        assert [next(again).records for _ in expected[number : number + 40]] == expected[number : number + 40]
+
+
 def test_what_packing_raised_is_raised_by_next() -> None:
     stream = Ahead(BatchStream(corpus(), 8, 0))  # a record is longer
     with pytest.raises(ValueError, match="raise it to at least that"):

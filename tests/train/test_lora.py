@@ -374,6 +374,14 @@ WRONG_RUNS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: rewrite(path, "seed = 7", 'seed = 7\nparallel = "sharded"'),
         "train config: [lora] leaves the weights as they are; remove parallel = 'sharded'",
     ),
+    "recompute": (
+        lambda path: rewrite(path, "seed = 7", 'seed = 7\nrecompute = "visit"'),
+        "train config: [lora] computes and launches as a run does by default; remove recompute = 'visit'",
+    ),
+    "graphs": (
+        lambda path: rewrite(path, "seed = 7", 'seed = 7\ndevice = "cuda"\ncuda_graphs = true'),
+        "train config: [lora] computes and launches as a run does by default; remove cuda_graphs",
+    ),
 }
 
 
