@@ -12,7 +12,7 @@ from support.elsewhere import DEVICE, another_device, inner_of
 from support.emulator import emulated_cuda
 from support.runs import write_run
 
-from hrmcore import optim
+from hrmcore import operands, optim
 from hrmcore.checkpoint.training_state import find_states, load_state
 from hrmcore.cli import main
 from hrmcore.distributed import world as distributed
@@ -79,8 +79,8 @@ def test_every_tensor_is_on_the_device(
     with monkeypatch.context() as patch, another_device():
         patch.setattr(distributed, "_device_of_rank", lambda device: DEVICE)
         patch.setattr(curvature, "generator_of", lambda seed, step, rank=0, device=None: draw(seed, step, rank))
-        patch.setattr(optim, "_check_tensor", lambda what, number, tensor: inner_of(tensor))
-        patch.setattr(optim, "to_dlpack", lambda tensor: torch.utils.dlpack.to_dlpack(inner_of(tensor)))
+        patch.setattr(optim, "check_tensor", lambda what, number, tensor: inner_of(tensor))
+        patch.setattr(operands, "to_dlpack", lambda tensor: torch.utils.dlpack.to_dlpack(inner_of(tensor)))
         interrupted = Trainer(read_config(files[1]))
         interrupted._train_step()
         assert "grown_parameters" in interrupted._train_step()
@@ -106,8 +106,8 @@ def test_a_step_waits_for_the_device_once(
     with monkeypatch.context() as patch, another_device() as waits:
         patch.setattr(distributed, "_device_of_rank", lambda device: DEVICE)
         patch.setattr(curvature, "generator_of", lambda seed, step, rank=0, device=None: draw(seed, step, rank))
-        patch.setattr(optim, "_check_tensor", lambda what, number, tensor: inner_of(tensor))
-        patch.setattr(optim, "to_dlpack", lambda tensor: torch.utils.dlpack.to_dlpack(inner_of(tensor)))
+        patch.setattr(optim, "check_tensor", lambda what, number, tensor: inner_of(tensor))
+        patch.setattr(operands, "to_dlpack", lambda tensor: torch.utils.dlpack.to_dlpack(inner_of(tensor)))
         trainer = Trainer(read_config(path))
         waits.clear()
         trainer._train_step()
