@@ -109,6 +109,7 @@ def adam_atan2_paper_step(
     weight_decay: float,
     eps: float,
     ema_decay: float,
+    grad_scale: Tensor | None,
     stream: int = 0,
 ) -> None: ...
 def adam_atan2_step(
@@ -125,6 +126,7 @@ def adam_atan2_step(
     weight_decay: float,
     eps: float,
     ema_decay: float,
+    grad_scale: Tensor | None,
     stream: int = 0,
 ) -> None: ...
 def adamw_step(
@@ -141,6 +143,7 @@ def adamw_step(
     weight_decay: float,
     eps: float,
     ema_decay: float,
+    grad_scale: Tensor | None,
     stream: int = 0,
 ) -> None: ...
 def attention_backward(
@@ -160,7 +163,7 @@ def attention_backward(
     grad_gate: Output,
     log_decay: Tensor | None,
     window: int,
-    tiles: Output | None,
+    tiles: Tensor | None,
     ungated: Output | None,
     row_terms: Output | None,
     stream: int = 0,
@@ -177,8 +180,19 @@ def attention_forward(
     lse: Output,
     log_decay: Tensor | None,
     window: int,
-    tiles: Output | None,
+    tiles: Tensor | None,
     stream: int = 0,
+) -> None: ...
+def attention_table(
+    *,
+    offsets: Tensor,
+    key_offsets: Tensor,
+    prefix: Tensor,
+    query_rows: int,
+    key_rows: int,
+    window: int,
+    tiles: Output,
+    stream: int,
 ) -> None: ...
 def cross_entropy_backward(logits: Output, targets: Tensor, lse: Tensor, scale: Tensor, stream: int = 0) -> None: ...
 def cross_entropy_forward(logits: Tensor, targets: Tensor, losses: Output, lse: Output, stream: int = 0) -> None: ...
@@ -292,6 +306,7 @@ def sophia_step(
     batch_tokens: float,
     eps: float,
     ema_decay: float,
+    grad_scale: Tensor | None,
     stream: int = 0,
 ) -> None: ...
 def stream_copy(source: Tensor, target: Output) -> None: ...

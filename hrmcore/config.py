@@ -16,6 +16,9 @@ PRESETS: dict[str, dict[str, int]] = {
     "XXL": {"num_layers_per_stack": 36, "hidden_size": 1792, "num_attention_heads": 14},
 }
 
+# What the backward pass of a training step computes again: nothing, norms and SwiGLU's outputs, or every visit but the
+# last as well (HRM.loss).
+RECOMPUTE = ("none", "sublayer", "visit")
 
 MAX_POSITIONS = 1 << 20  # the table of rotations is held whole: 0.5 GB at this length and head_dim 128
 XPOS_POSITIONS = 65536  # the most tokens of an xPos model's sequence: up to here its arithmetic is tested

@@ -94,6 +94,10 @@ class FrozenEmbedding(nn.Module):
 class AdaptedBlock(Block):
     """A block whose four projections are frozen and adapted."""
 
+    def matrices(self) -> list[Tensor]:
+        """None: frozen ones are cast where they are used, and factors are float32 until then."""
+        return []
+
     def _attention(self, normed: Tensor, stream: Tensor, context: ForwardContext) -> Tensor:
         gqkv, o = self._projection("gqkv_proj"), self._projection("o_proj")
         half = Half(
@@ -106,7 +110,7 @@ class AdaptedBlock(Block):
         )
         return adapted_attention(normed, stream, half, [*gqkv.factors(), *o.factors()])
 
-    def _mlp(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def _mlp(self, x: Tensor, residual: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
         gate_up, down = self._projection("gate_up_proj"), self._projection("down_proj")
         half = Half(gate_up.projection(), down.projection(), self.config.rms_norm_eps)
         return adapted_mlp(x, residual, half, [*gate_up.factors(), *down.factors()])

@@ -10,12 +10,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from hrmcore.config import HRMConfig
+from hrmcore.config import RECOMPUTE, HRMConfig
 from hrmcore.ops.attention import PackedMask, attention
 from hrmcore.ops.backend import reference_active, require_cuda
 from hrmcore.ops.cross_entropy import check_rows, cross_entropy, rows_filled, sample_targets
@@ -24,6 +25,7 @@ from hrmcore.ops.rms_norm_inject import rms_norm_inject
 from hrmcore.ops.rope import rope, rope_table, xpos_log_decay
 from hrmcore.ops.sublayers import attention_sublayer, mlp_sublayer
 from hrmcore.ops.swiglu import swiglu
+from hrmcore.ops.weights import SharedWeights, Weight
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -72,6 +74,7 @@ class Layout:
     offsets: Tensor  # (S+1) int32
     prefix: Tensor  # (S) int32
     positions: Tensor  # (T) int32, counted from each sequence's first token
+    longest: int | None = None  # tokens of the longest sequence, if the host knows it; else xPos reads the positions
 
     @classmethod
     def of(
@@ -86,7 +89,9 @@ class Layout:
         offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         runs = [torch.arange(s, s + n, dtype=torch.int32) for s, n in zip(starts, lengths, strict=True)]
         positions = torch.cat(runs) if runs else torch.empty(0, dtype=torch.int32)
-        return cls(*(x.to(device) for x in (offsets, torch.tensor(prefix, dtype=torch.int32), positions)))
+        longest = max((s + n for s, n in zip(starts, lengths, strict=True)), default=0)
+        prefixes = torch.tensor(prefix, dtype=torch.int32)
+        return cls(offsets.to(device), prefixes.to(device), positions.to(device), longest)
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,8 @@ class ForwardContext:
     cache: Cache | None = None
     slot: int = 0  # the cache's slot of the layer that runs next
     rows: Tensor | None = None  # (R) int64: the tokens whose final state is wanted; None: all of them
+    weights: SharedWeights | None = None  # the blocks' matrices as all visits share them; None: each takes its own
+    keep: bool = False  # norms and SwiGLU's output are kept for backward, not computed again
 
     @classmethod
     def of(
@@ -113,6 +120,10 @@ class ForwardContext:
         key_offsets = None if cache is None else cache.key_offsets
         mask = PackedMask(layout.offsets, layout.prefix, key_offsets, tables.log_decay, window)
         return cls(layout.positions, tables.table, mask, cache, rows=rows)
+
+    def weight(self, parameter: Tensor) -> Tensor | Weight:
+        """A block's matrix as its products take it."""
+        return parameter if self.weights is None else self.weights.of(parameter)
 
     def at(self, slot: int, last: bool) -> ForwardContext:
         """For the layer, or the visit, that begins at this slot; `rows` reach the last one alone."""
@@ -157,16 +168,22 @@ class Block(nn.Module):
 
     def _fused(self, normed: Tensor, stream: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """The same without a cache, in two ops that keep less for backward; of `rows` alone from the MLP on."""
-        return self._mlp(*_chosen(self._attention(normed, stream, context), stream, context.rows))
+        attended, stream = _chosen(self._attention(normed, stream, context), stream, context.rows)
+        return self._mlp(attended, stream, context)
+
+    def matrices(self) -> list[Tensor]:
+        """Those that `ForwardContext.weights` has of this block."""
+        return list(self.parameters())
 
     def _attention(self, normed: Tensor, stream: Tensor, context: ForwardContext) -> Tensor:
-        gqkv, o, rotation = self.gqkv_proj.weight, self.o_proj.weight, (context.table, context.positions)
+        gqkv, o = map(context.weight, (self.gqkv_proj.weight, self.o_proj.weight))
         heads, eps = self.config.num_attention_heads, self.config.rms_norm_eps
-        return attention_sublayer(normed, stream, gqkv, o, heads, eps, rotation, context.mask)
+        rotation = context.table, context.positions
+        return attention_sublayer(normed, stream, gqkv, o, heads, eps, rotation, context.mask, context.keep)
 
-    def _mlp(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        gate_up, down = self.gate_up_proj.weight, self.down_proj.weight
-        return mlp_sublayer(x, residual, gate_up, down, self.config.rms_norm_eps)
+    def _mlp(self, x: Tensor, residual: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        gate_up, down = map(context.weight, (self.gate_up_proj.weight, self.down_proj.weight))
+        return mlp_sublayer(x, residual, gate_up, down, self.config.rms_norm_eps, context.keep)
 
 
 def _chosen(x: Tensor, residual: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -201,6 +218,22 @@ class Stack(nn.Module):
         return state, Opened(*following)
 
 
+def _visit(
+    stack: Stack, opened: Opened, injection: Tensor | None, context: ForwardContext, again: bool
+) -> tuple[Tensor, Opened | None]:
+    """One visit of a stack, of which, to be computed `again`, only what it began with is kept."""
+    if not again:
+        return cast(tuple[Tensor, Opened | None], stack(opened, injection, context))
+
+    def run(normed: Tensor, stream: Tensor, injection: Tensor) -> Any:
+        return stack(Opened(normed, stream), injection, context)
+
+    return cast(
+        tuple[Tensor, Opened],
+        checkpoint(run, *opened, injection, use_reentrant=False, preserve_rng_state=False),
+    )
+
+
 def grad_visits(H_cycles: int, L_cycles: int, horizon: int | None) -> set[tuple[int, int]]:
     """The (h, l) visits that carry gradient, l = L_cycles standing for H, when the gradient horizon is `horizon`.
 
@@ -227,6 +260,7 @@ class HRM(nn.Module):
     def __init__(self, config: HRMConfig) -> None:
         super().__init__()
         self.config = config
+        self.shares_weights = True  # over the visits of a pass; not where a block's weights are gathered when it runs
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         l_layers, h_layers = config.depths
         self.L_module = Stack(config, l_layers)
@@ -261,6 +295,14 @@ class HRM(nn.Module):
             truncated_normal_(parameter, 1 / math.sqrt(parameter.shape[1]))
         truncated_normal_(self.z_L_init, 1.0)
 
+    def _reach(self, layout: Layout) -> None:
+        """Under xPos make the tables longer where a sequence is longer than they are."""
+        if self.xpos_log_decay is None or len(self.rope_table) >= self.config.context:
+            return
+        longest = int(layout.positions.max()) + 1 if layout.longest is None else layout.longest
+        if longest > len(self.rope_table):
+            self.reset_positions(min(2 * longest, self.config.context))
+
     def reset_positions(self, length: int) -> None:
         """Make the tables for sequences of up to `length` tokens."""
         table, log_decay = Positions.of(self.config, length)
@@ -275,36 +317,46 @@ class HRM(nn.Module):
         cache: Cache | None = None,
         horizon: int | None = None,
         rows: Tensor | None = None,
+        recompute: str = "sublayer",
     ) -> Iterator[tuple[int, int, Tensor]]:
         """Run the recurrence over packed ids (T), yielding (h, l, state (T, D)) after each visit; l = L_cycles is H.
 
         Visits outside the gradient horizon run without autograd and keep nothing. Every visit begins with z_L + z_H and
         returns the new z_L or z_H. One op closes a visit and opens the next, except at the edge of the horizon. With
-        `rows` (R) int64 the last state holds these tokens alone, (R, D).
+        `rows` (R) int64 the last state holds these tokens alone, (R, D). `recompute` is as in `loss`.
         """
         config = self.config
         visits = [(h, l) for h in range(config.H_cycles) for l in range(config.L_cycles + 1)]  # noqa: E741
         with_grad = grad_visits(config.H_cycles, config.L_cycles, horizon) if torch.is_grad_enabled() else set()
-        if self.xpos_log_decay is not None and (length := int(layout.positions.max()) + 1) > len(self.rope_table):
-            self.reset_positions(min(2 * length, config.context))
+        self._reach(layout)
         tables = Positions(self.rope_table, self.xpos_log_decay)
         context = ForwardContext.of(layout, tables, config.attention_window, cache, rows)
         z_H = self.embed_tokens(ids) * config.embedding_scale
         if torch.is_autocast_enabled(z_H.device.type):
             z_H = z_H.to(torch.get_autocast_dtype(z_H.device.type))
         z_L = self.z_L_init.to(z_H.dtype).expand_as(z_H)
+        if cache is None and not reference_active():
+            weights = SharedWeights(self._matrices(), z_H.dtype) if self.shares_weights else None
+            mask = context.mask.with_tiles(z_H)
+            context = replace(context, mask=mask, weights=weights, keep=recompute == "none")
         opened, slot = None, 0
         for (h, l), following in zip(visits, [*visits[1:], None], strict=True):  # noqa: E741
             opens = following is not None and (following in with_grad) == ((h, l) in with_grad)
             with torch.set_grad_enabled((h, l) in with_grad):
                 opened = opened or Opened(*rms_norm(z_L, z_H, config.rms_norm_eps))
                 at_visit = context.at(slot, last=following is None)
+                again = recompute == "visit" and opens and (h, l) in with_grad  # backward begins with the last one
                 if l < config.L_cycles:
-                    z_L, opened = self.L_module(opened, z_H if opens else None, at_visit)
+                    z_L, opened = _visit(self.L_module, opened, z_H if opens else None, at_visit, again)
                 else:
-                    z_H, opened = self.H_module(opened, z_L if opens else None, at_visit)
+                    z_H, opened = _visit(self.H_module, opened, z_L if opens else None, at_visit, again)
             slot += config.depths[l == config.L_cycles]
             yield h, l, z_L if l < config.L_cycles else z_H
+
+    def _matrices(self) -> list[Tensor]:
+        """Those that the blocks share over their visits, each once."""
+        blocks = [*self.L_module.layers, *self.H_module.layers]
+        return list(dict.fromkeys(matrix for block in blocks for matrix in cast(Block, block).matrices()))
 
     def hidden(
         self,
@@ -313,9 +365,10 @@ class HRM(nn.Module):
         cache: Cache | None = None,
         horizon: int | None = None,
         rows: Tensor | None = None,
+        recompute: str = "sublayer",
     ) -> Tensor:
         """The final H state (T, D) of packed ids (T), or of `rows` (R) of them alone, (R, D)."""
-        for _, _, state in self.states(ids, layout, cache, horizon, rows):
+        for _, _, state in self.states(ids, layout, cache, horizon, rows, recompute):
             final = state
         return final
 
@@ -330,42 +383,70 @@ class HRM(nn.Module):
         layout = Layout.of([length] * batch, prefix, device=ids.device)
         return self.lm_head(self.hidden(ids.reshape(-1), layout)).float().view(batch, length, -1)
 
-    def loss(self, batch: PackedBatch, horizon: int | None = None, sampler: torch.Generator | None = None) -> Tensor:
+    def loss(
+        self,
+        batch: PackedBatch,
+        horizon: int | None = None,
+        sampler: torch.Generator | None = None,
+        recompute: str = "sublayer",
+    ) -> Tensor:
         """Summed cross-entropy (float32, nats) over the supervised tokens of a packed batch on any device.
 
         With a `sampler`, the labels are drawn from the model's own distribution: the squared gradient of that loss is
-        Sophia-G's curvature.
+        Sophia-G's curvature. `recompute` is what backward computes again instead of finding it in memory: "none", norms
+        and SwiGLU's outputs ("sublayer"), or besides these every visit but the last ("visit"); the gradients are the
+        same bits. Raises ValueError on another word.
         """
-        batch = self._brought(batch)
-        final, rows = self._supervised_states(batch, horizon)
+        if recompute not in RECOMPUTE:
+            raise ValueError(f"recompute must be one of {RECOMPUTE}, got {recompute!r}")
+        batch, longest = self._brought(batch)
+        final, rows = self._supervised_states(batch, longest, horizon, recompute)
         head, targets = self.lm_head.weight, batch.targets
         if sampler is not None:
             targets = sample_targets(final, head, rows, sampler)
         return cross_entropy(final, head, rows, targets)
 
+    def padded_loss(self, batch: PackedBatch, horizon: int | None = None, recompute: str = "sublayer") -> Tensor:
+        """`loss` of a batch that `hrmcore.data.packing.pad` has filled up and that lies on the model's device.
+
+        The host reads nothing of it and every shape follows from the bucket: one CUDA graph serves all such batches.
+        Nothing is checked; under xPos the tables must reach as far as the sequences.
+        """
+        prefix = batch.prefix if self.config.prefix_lm else torch.zeros_like(batch.prefix)
+        layout = Layout(batch.offsets, prefix, batch.positions, longest=0)
+        states = self.hidden(batch.ids, layout, horizon=horizon, rows=batch.supervised, recompute=recompute)
+        rows = torch.arange(len(batch.targets), device=batch.targets.device)
+        return cross_entropy(states, self.lm_head.weight, rows, batch.targets)
+
     @torch.no_grad()
     def greedy_tokens(self, batch: PackedBatch) -> Tensor:
         """The most probable token (R) int64 after each supervised position of a packed batch, on any device."""
-        final, supervised = self._supervised_states(self._brought(batch))
+        final, supervised = self._supervised_states(*self._brought(batch))
         return torch.cat([self.lm_head(final[rows]).argmax(-1) for rows in supervised.split(_ROWS)])
 
-    def _brought(self, batch: PackedBatch) -> PackedBatch:
-        """A batch on the model's device, its rows checked where they lie: a batch from the host costs no wait."""
-        check_rows(batch.supervised, len(batch.ids))
-        return batch.to(self.lm_head.weight.device)
+    def _brought(self, batch: PackedBatch) -> tuple[PackedBatch, int | None]:
+        """A batch on the model's device, and under xPos the tokens of its longest sequence.
 
-    def _supervised_states(self, batch: PackedBatch, horizon: int | None = None) -> tuple[Tensor, Tensor]:
+        What must be read of it is read where it lies: a batch from the host costs no wait.
+        """
+        check_rows(batch.supervised, len(batch.ids))
+        longest = None if self.xpos_log_decay is None else int(batch.offsets.diff().max())
+        return batch.to(self.lm_head.weight.device), longest
+
+    def _supervised_states(
+        self, batch: PackedBatch, longest: int | None, horizon: int | None = None, recompute: str = "sublayer"
+    ) -> tuple[Tensor, Tensor]:
         """Final states, and the rows of the supervised tokens in them; the last MLP skips the other tokens."""
         prefix = batch.prefix if self.config.prefix_lm else torch.zeros_like(batch.prefix)
-        layout, rows = Layout(batch.offsets, prefix, batch.positions), batch.supervised
+        layout, rows = Layout(batch.offsets, prefix, batch.positions, longest), batch.supervised
         multiple = rows_filled(len(batch.ids) // 16)  # at most 16 row counts: oneDNN keeps some 4 MB for each
         filled = -(-max(1, len(rows)) // multiple) * multiple
         if filled >= len(batch.ids):
-            return self.hidden(batch.ids, layout, horizon=horizon), rows
+            return self.hidden(batch.ids, layout, horizon=horizon, recompute=recompute), rows
         chosen = torch.cat(
             [rows, rows.new_zeros(filled - len(rows))]
         )  # filled up with token 0, whose state is not read
-        states = self.hidden(batch.ids, layout, horizon=horizon, rows=chosen)
+        states = self.hidden(batch.ids, layout, horizon=horizon, rows=chosen, recompute=recompute)
         return states, torch.arange(len(rows), device=rows.device)
 
     @classmethod

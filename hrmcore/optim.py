@@ -24,12 +24,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
-from torch.utils.dlpack import to_dlpack
 
 from hrmcore import _C
 from hrmcore.averages import exchanged, local, move_rounded
+from hrmcore.operands import check_options, check_tensor, run_kernel
 
 __all__ = ["AdamAtan2", "AdamW", "Sophia"]
+
+_COUNTERS = 32  # of clipped coordinates: blocks on a GPU that added to a single one would queue for it
 
 
 @dataclass
@@ -42,6 +44,7 @@ class _Batch:
     parameters: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
     states: list[dict[str, Any]] = field(default_factory=list)
+    grad_scale: Tensor | None = None  # (1) float32 on the device; None is 1
 
     def of_states(self, key: str) -> list[Any]:
         return [state[key] for state in self.states]
@@ -68,13 +71,13 @@ class _Fused(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own. Raises ValueError on an option or a parameter that cannot work."""
-        _check_options({**self.defaults, **param_group})
+        check_options({**self.defaults, **param_group})
         first = sum(len(group["params"]) for group in self.param_groups)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             for number, parameter in enumerate(group["params"], first):
-                _check_tensor("parameter", number, parameter)
+                check_tensor("parameter", number, parameter)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -83,16 +86,19 @@ class _Fused(torch.optim.Optimizer):
                 self._start(parameter, group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: Tensor | None = None) -> Any:
         """Update every parameter that has a gradient; returns the result of `closure`, which runs first.
 
-        Raises ValueError, before anything has changed, on a gradient or an option that cannot work.
+        Gradients count as if multiplied by `grad_scale`, (1) float32 on any device: clipping them takes no pass of its
+        own, and nobody waits for the factor. Raises ValueError, before anything has changed, on a gradient or an option
+        that cannot work.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for batch in self._ready():
+            batch.grad_scale = None if grad_scale is None else grad_scale.to(batch.device)
             averages = self._averages(batch)
             fused = averages if batch.group["ema_dtype"] == torch.float32 else [None] * len(averages)
             self._update(batch, fused)
@@ -142,14 +148,14 @@ class _Fused(torch.optim.Optimizer):
         batches: list[_Batch] = []
         number = -1
         for group in self.param_groups:
-            _check_options(group)
+            check_options(group)
             by_device: dict[torch.device, _Batch] = {}
             for parameter in group["params"]:
                 number += 1
                 if (gradient := parameter.grad) is None:
                     continue
-                _check_tensor("parameter", number, parameter)
-                _check_tensor("the gradient of parameter", number, gradient)
+                check_tensor("parameter", number, parameter)
+                check_tensor("the gradient of parameter", number, gradient)
                 batch = by_device.setdefault(parameter.device, _Batch(group, parameter.device))
                 batch.numbers.append(number)
                 batch.parameters.append(parameter)
@@ -238,7 +244,7 @@ class Sophia(_Fused):
     @property
     def clipped(self) -> tuple[int, int]:
         """The coordinates, of this process's shards, that the last step clipped, and all that it stepped."""
-        return int(sum(count.item() for count in self._clipped.values())), self._counted
+        return sum(int(count.sum()) for count in self._clipped.values()), self._counted
 
     @property
     def clipped_fraction(self) -> float:
@@ -246,7 +252,13 @@ class Sophia(_Fused):
         clipped, counted = self.clipped
         return clipped / counted if counted else math.nan
 
-    def step(self, closure: Callable[[], Any] | None = None, *, batch_tokens: int | None = None) -> Any:
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        grad_scale: Tensor | None = None,
+        batch_tokens: int | None = None,
+    ) -> Any:
         """One step. `batch_tokens`, for variant G, stands for the optimizer's own in this step alone.
 
         Raises ValueError, before anything has changed, when neither is there for G, or as the optimizer itself does.
@@ -256,7 +268,7 @@ class Sophia(_Fused):
         self._step_tokens = batch_tokens
         self._clipped.clear()
         self._counted = 0
-        return super().step(closure)
+        return super().step(closure, grad_scale=grad_scale)
 
     def _tokens_of_step(self, tokens: int | None) -> int:
         """B of a step, from what it or the group was given."""
@@ -273,8 +285,8 @@ class Sophia(_Fused):
     def _update(self, batch: _Batch, averages: Sequence[Tensor | None]) -> None:
         group = batch.group
         if batch.device not in self._clipped:
-            self._clipped[batch.device] = torch.zeros(1, dtype=torch.int64, device=batch.device)
-        _run(
+            self._clipped[batch.device] = torch.zeros(_COUNTERS, dtype=torch.int64, device=batch.device)
+        run_kernel(
             _C.sophia_step,
             batch.device,
             batch.numbers,
@@ -291,6 +303,7 @@ class Sophia(_Fused):
             self._tokens_of_step(group["batch_tokens"] if self._step_tokens is None else self._step_tokens),
             group["eps"],
             group["ema"] or 0.0,
+            batch.grad_scale,
         )
         self._counted += sum(local(parameter).numel() for parameter in batch.parameters)
 
@@ -313,14 +326,14 @@ class Sophia(_Fused):
         for sample in samples:
             hessians = [self._state(parameter, sample.group)["hessian"] for parameter in sample.parameters]
             device, b2 = sample.parameters[0].device, sample.group["betas"][1]
-            _run(_C.sophia_curvature, device, sample.numbers, hessians, sample.probes, sample.hvps, b2)
+            run_kernel(_C.sophia_curvature, device, sample.numbers, hessians, sample.probes, sample.hvps, b2)
 
     def _gauss_newton(self) -> list[_Sample]:
         return [_Sample(b.group, b.numbers, b.parameters, b.gradients, b.gradients) for b in self._ready()]
 
     def _hutchinson(self, loss: Tensor, generator: torch.Generator | None) -> list[_Sample]:
         for group in self.param_groups:
-            _check_options(group)
+            check_options(group)
         everything = [(group, p) for group in self.param_groups for p in group["params"]]
         if any(isinstance(p, DTensor) for _, p in everything):
             raise ValueError("variant H needs whole parameters and these are sharded; variant G works on shards")
@@ -345,12 +358,13 @@ class Sophia(_Fused):
     @torch.no_grad()
     def _refuse_nonfinite(self, samples: Sequence[_Sample]) -> None:
         """Raise FloatingPointError when a product probe ⊙ hvp is not finite, on this rank or another."""
-        faulty = [
-            number
+        entries = [
+            (number, (local(probe) * local(hvp)).isfinite().all())
             for sample in samples
             for number, probe, hvp in zip(sample.numbers, sample.probes, sample.hvps, strict=True)
-            if not (local(probe) * local(hvp)).isfinite().all()
         ]
+        finite = torch.stack([flag.to(entries[0][1].device) for _, flag in entries]).tolist() if entries else []
+        faulty = [number for (number, _), sound in zip(entries, finite, strict=True) if not sound]
         if self._on_any_rank(bool(faulty)):
             where = f"parameter {faulty[0]}" if faulty else "another rank's shards"
             raise FloatingPointError(f"the curvature sample is not finite in {where}")
@@ -431,7 +445,7 @@ class AdamW(_Fused):
 
 def _run_adam(kernel: Callable[..., None], batch: _Batch, averages: Sequence[Tensor | None], eps: float) -> None:
     group = batch.group
-    _run(
+    run_kernel(
         kernel,
         batch.device,
         batch.numbers,
@@ -446,55 +460,5 @@ def _run_adam(kernel: Callable[..., None], batch: _Batch, averages: Sequence[Ten
         group["weight_decay"],
         eps,
         group["ema"] or 0.0,
+        batch.grad_scale,
     )
-
-
-def _run(kernel: Callable[..., None], device: torch.device, numbers: list[int], *operands: object) -> None:
-    """Call a kernel on tensors, lists of tensors and numbers, in the order of the device's stream."""
-    exported = [_exported(operand) for operand in operands]
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            kernel(numbers, *exported, stream=torch.cuda.current_stream().cuda_stream)
-    else:
-        kernel(numbers, *exported)
-
-
-def _exported(operand: Any) -> Any:
-    if isinstance(operand, list):
-        return [_exported(entry) for entry in operand]
-    return to_dlpack(local(operand)) if isinstance(operand, Tensor) else operand
-
-
-def _check_tensor(what: str, number: int, tensor: Tensor) -> None:
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{what} {number} must be dense, got layout {tensor.layout}")
-    if tensor.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"{what} {number} must be on the CPU or CUDA, got {tensor.device}")
-    if tensor.dtype != torch.float32:
-        raise ValueError(f"{what} {number} must be float32, got {tensor.dtype}")
-    if not tensor.is_contiguous():
-        shape = tuple(tensor.shape)
-        raise ValueError(f"{what} {number} must be contiguous, got shape {shape} with strides {tensor.stride()}")
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    """Raise ValueError, naming the option, on a number with which no step makes sense."""
-    for name, allowed, expected in (
-        ("lr", lambda x: 0 <= x < math.inf, "at least 0"),
-        ("weight_decay", lambda x: 0 <= x < math.inf, "at least 0"),
-        ("rho", lambda x: 0 < x < math.inf, "above 0"),
-        ("eps", lambda x: 1e-30 <= x < math.inf, "at least 1e-30"),  # it divides, in float32
-        ("betas", lambda x: len(x) == 2 and all(0 <= beta < 1 for beta in x), "two numbers in [0, 1)"),
-        ("ema", lambda x: x is None or 0 <= x < 1, "None or in [0, 1)"),
-        ("ema_dtype", lambda x: x in (torch.float32, torch.bfloat16), "torch.float32 or torch.bfloat16"),
-        ("form", lambda x: x in ("hrm-text", "paper"), "'hrm-text' or 'paper'"),
-    ):
-        if name in options and not _holds(allowed, options[name]):
-            raise ValueError(f"{name} must be {expected}, got {options[name]!r}")
-
-
-def _holds(allowed: Callable[[Any], bool], value: Any) -> bool:
-    try:
-        return bool(allowed(value))
-    except TypeError:
-        return False

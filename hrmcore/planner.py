@@ -14,32 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import mul
 
-from hrmcore.config import HRMConfig, LoraConfig
-
-
-@dataclass(frozen=True)
-class Device:
-    """One accelerator, or one machine: `peak` in dense bfloat16 FLOP/s, `memory` in bytes."""
-
-    name: str
-    peak: float
-    memory: float
-
-
-GPUS = {
-    device.name: device
-    for device in (
-        # Peaks are bfloat16 tensor core rates without sparsity, accumulated in float32. A rate stated with sparsity is
-        # halved, one in FP8 halved again, in FP4 once more; so does float32 accumulation on GeForce.
-        Device("A100", 312e12, 80e9),  # NVIDIA A100 Tensor Core GPU data sheet, A100 80GB SXM
-        Device("H100", 989.4e12, 80e9),  # NVIDIA H100 Tensor Core GPU architecture white paper, SXM5: half of 1,978.9
-        Device("H200", 989.4e12, 141e9),  # NVIDIA H200 Tensor Core GPU data sheet, SXM: half of 1,979
-        # NVIDIA DGX B200 data sheet, an eighth: 72 PFLOPS in FP8 with sparsity, 1,440 GB
-        Device("B200", 2250e12, 180e9),
-        Device("RTX4090", 165.2e12, 24e9),  # NVIDIA Ada GPU architecture white paper
-        Device("RTX5090", 209.5e12, 32e9),  # NVIDIA RTX Blackwell white paper: 3,352 TFLOPS in FP4 with sparsity
-    )
-}
+from hrmcore.config import HRMConfig, LoraConfig, default_intermediate_size
+from hrmcore.gpus import Device
 
 LOGITS_AT_ONCE = 1 << 23  # the most that a chunk of hrmcore.ops.cross_entropy holds
 PRECISIONS = {"bfloat16": 2, "float32": 4}  # bytes of an activation
@@ -194,66 +170,99 @@ class Memory:
     peak: float
 
 
-def activation_elements(config: HRMConfig, layers: int) -> int:
+def activation_elements(config: HRMConfig, layers: int, recompute: str = "sublayer") -> int:
     """Numbers per token that one visit with gradient, of a stack of `layers` layers, keeps; log-sum-exps not counted.
 
     Every block keeps the inputs of both norms (2·D), the gqkv projection, rotated in place, with the attention's output
     (5·A), and the gate_up projection (2·F); the stack's last norm keeps its output or its input (D). The rest is
-    computed again. The last visit of all keeps its last 2·D and 2·F for supervised tokens alone, see `memory`.
+    computed again, but with `recompute` "none" both norms' outputs (2·D) and SwiGLU's (F) are kept, too. The last visit
+    of all keeps its last 2·D and 2·F, or 3·D and 3·F, for supervised tokens alone, see `memory`.
     """
     width, attention, ffn = config.hidden_size, config.attention_width, config.intermediate_size
-    return layers * (2 * width + 5 * attention + 2 * ffn) + width
+    more = 2 * width + ffn if recompute == "none" else 0
+    return layers * (2 * width + 5 * attention + 2 * ffn + more) + width
 
 
 def memory(
-    config: HRMConfig, horizon: int | None, batch_tokens: int, supervised: float, ranks: int, precision: str
+    config: HRMConfig,
+    horizon: int | None,
+    batch_tokens: int,
+    supervised: float,
+    ranks: int,
+    precision: str,
+    recompute: str = "sublayer",
 ) -> Memory:
     """What a training step of `batch_tokens` tokens a rank holds, in bytes; `supervised` is the share with loss.
 
     Weights, gradients and the optimizer's two moments are float32. Each visit with gradient keeps its activations in
-    the precision of the arithmetic and, per head, a float32 log-sum-exp. One rank in bfloat16 casts one weight at a
-    time, the head's being the largest; several ranks gather them all. The head holds one chunk of logits and, in
-    float32, the gradient of its weight; attention sums the gradients of keys and values in float32.
+    the precision of the arithmetic and, per head, a float32 log-sum-exp; with `recompute` "visit" only the last one
+    does, the others what they began with. One rank in bfloat16 casts the blocks' weights once a step, and the head's
+    where it is used; several ranks gather them all. The head holds one chunk of logits and, in float32, the gradient of
+    its weight; attention sums the gradients of keys and values in float32 on the CPU.
     """
     width = PRECISIONS[precision]
     count, head = parameters(config), config.vocab_size * config.hidden_size
-    h_stack, both = config.depths[1] * layer_weights(config), _layers(config) * layer_weights(config)
-    l_visit, h_visit = _visits(config, batch_tokens, width)
+    layer = layer_weights(config)
+    h_stack, both = config.depths[1] * layer, _layers(config) * layer
+    l_visit, h_visit = _visits(config, batch_tokens, width, recompute)
     # The last block's MLP and the last norm see supervised tokens alone. Backward does them first, then that block's
     # attention: its gradients of the gqkv projection and of the attention's output are added to what is still kept.
-    last_mlp = 2 * width * batch_tokens * (config.hidden_size + config.intermediate_size)
+    copies = 3 if recompute == "none" else 2
+    last_mlp = copies * width * batch_tokens * (config.hidden_size + config.intermediate_size)
     unneeded = (1 - supervised) * last_mlp
     last_visit = h_visit - unneeded
-    activations = sum(map(mul, backward_visits(config, horizon), (l_visit, h_visit))) - unneeded
+    l_count, h_count = backward_visits(config, horizon)
+    if recompute == "visit":
+        others: float = width * batch_tokens * config.hidden_size * _states_kept(config, l_count, h_count)
+    else:
+        others = l_count * l_visit + (h_count - 1) * h_visit
     work = batch_tokens * config.attention_width * (5 * width + (8 if precision == "bfloat16" else 0))
     logits = width * min(batch_tokens * supervised * config.vocab_size, LOGITS_AT_ONCE)
-    casts = width * head if ranks == 1 and precision == "bfloat16" else 0
+    casts = width * (both + head) if ranks == 1 and precision == "bfloat16" else 0
     gathered = width * count if ranks > 1 else 0
-    kept, gradient = activations, 4 / ranks
+    kept, gradient = others + last_visit, 4 / ranks
     # Backward goes through the visits one by one, an H first and then an L. It frees what a visit kept as it allocates
     # the gradient of the stack's weights; the other visits of that stack add to that gradient.
-    most = max(
-        kept + logits + casts + gradient * head,
-        kept - supervised * last_mlp + work + gradient * (head + layer_weights(config)),
-        kept - last_visit + gradient * (head + h_stack),
-        kept - last_visit - l_visit + gradient * (head + both),
+    moments = [
+        kept + logits + gradient * head,
+        kept - supervised * last_mlp + work + gradient * (head + layer),
+        others + gradient * (head + h_stack),
         gradient * count,
-    )
+    ]
+    if recompute == "visit":  # one of the others is there again in full while backward begins with its last MLP
+        more = width * batch_tokens * (config.hidden_size + 3 * config.intermediate_size)
+        moments.append(others + l_visit + more + gradient * (head + h_stack))
+        if l_count + h_count > 2:
+            again = max(l_visit, h_visit if h_count > 1 else 0)
+            moments.append(others + again + more + gradient * (head + both))
+    else:
+        moments.append(others - l_visit + gradient * (head + both))
     return Memory(
         weights=4 * count / ranks,
         cast=casts + gathered,
         optimizer=8 * count / ranks,
         gradients=gradient * count,
-        activations=activations,
+        activations=kept,
         logits=logits,
-        peak=12 * count / ranks + gathered + most,
+        peak=12 * count / ranks + casts + gathered + max(moments),
     )
 
 
-def _visits(config: HRMConfig, batch_tokens: int, width: int) -> tuple[float, float]:
-    """Bytes that a visit of L, and one of H, keeps for backward."""
+def _states_kept(config: HRMConfig, l_count: int, h_count: int) -> int:
+    """Tensors (T, D) that all visits with gradient but the last, an H, keep when they are computed again.
+
+    Each keeps the stream that it began with and its norm, and the state of the other stack, which the visits of L in
+    one cycle share.
+    """
+    states = h_count - 1 + math.ceil(l_count / config.L_cycles)
+    return 2 * (l_count + h_count - 1) + states
+
+
+def _visits(config: HRMConfig, batch_tokens: int, width: int, recompute: str = "sublayer") -> tuple[float, float]:
+    """Bytes that a visit of L, and one of H, keeps for backward where it is not computed again."""
     l_visit, h_visit = (
-        batch_tokens * (width * activation_elements(config, layers) + 4 * layers * config.num_attention_heads)
+        batch_tokens
+        * (width * activation_elements(config, layers, recompute) + 4 * layers * config.num_attention_heads)
         for layers in config.depths
     )
     return l_visit, h_visit
@@ -294,6 +303,32 @@ def adapted_memory(
     )
 
 
+def widest(
+    config: HRMConfig, device: Device, horizon: int | None, batch_tokens: int, supervised: float, recompute: str
+) -> HRMConfig:
+    """The widest model with the depth, the cycles and the head_dim of `config` that a device trains.
+
+    In bfloat16 on one device, with an average of the weights, a step's peak within its memory; the ffn is the default
+    of the width. Raises ValueError where not even one head fits.
+    """
+
+    def of_heads(heads: int) -> HRMConfig:
+        width = heads * config.head_dim
+        ffn = default_intermediate_size(width)
+        return config.replace(num_attention_heads=heads, hidden_size=width, intermediate_size=ffn)
+
+    def fits(heads: int) -> bool:
+        need = memory(of_heads(heads), horizon, batch_tokens, supervised, 1, "bfloat16", recompute)
+        return need.peak + need.weights <= device.memory
+
+    if not fits(1):
+        raise ValueError(f"{device.name}: its memory does not take a model of one head")
+    heads = 1
+    while fits(heads + 1):
+        heads += 1
+    return of_heads(heads)
+
+
 @dataclass(frozen=True)
 class Stage:
     """A part of a growing run: from `start` tokens on, the model is `config`, called `name`."""
@@ -316,6 +351,7 @@ class Budget:
     precision: str = "bfloat16"
     record: Record | None = None
     horizon: Horizon = Horizon()
+    recompute: str = "sublayer"
     lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
@@ -328,6 +364,8 @@ class Budget:
             raise ValueError(f"utilization must be above 0 and at most 1, got {self.utilization:g}")
         if self.price is not None and not 0 <= self.price < math.inf:
             raise ValueError(f"price must be 0 or more dollars a device-hour, got {self.price:g}")
+        if self.lora is not None and self.recompute != "sublayer":
+            raise ValueError(f"adapters are planned with recompute 'sublayer' alone, got {self.recompute!r}")
 
     def hours(self, flops: float) -> float:
         """Wall-clock hours that this number of FLOPs takes on all devices."""
@@ -410,7 +448,7 @@ def _plan_stage(stage: Stage, end: float, budget: Budget) -> StagePlan:
     lora = budget.lora
     of_step = stage.config, deepest, budget.batch_tokens, supervised
     if lora is None:
-        needed = memory(*of_step, budget.count, budget.precision)
+        needed = memory(*of_step, budget.count, budget.precision, budget.recompute)
     else:
         needed = adapted_memory(*of_step, budget.precision, lora)
     return StagePlan(

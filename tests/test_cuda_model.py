@@ -61,6 +61,19 @@ def test_the_loss_and_every_gradient_are_those_of_the_cpu(one_thread, changes, d
     assert max(error(*pair) for pair in zip(found, expected, strict=True)) <= allowed
 
 
+def test_one_table_of_tiles_serves_a_whole_step(one_thread, monkeypatch):
+    """Every layer of every visit, forward and backward, goes by the table that the pass began with."""
+    made, model, packed = [], toy(num_layers_per_stack=2), batch()
+    table = attention._C.attention_table
+    monkeypatch.setattr(
+        attention._C, "attention_table", lambda **given: [made.append(given["query_rows"]), table(**given)]
+    )
+    with emulated_cuda():
+        loss_and_gradients(model, torch.bfloat16, packed)
+        loss_and_gradients(model, torch.float32, packed)  # whose kernels take none
+    assert made == [94]
+
+
 def test_logits_are_those_of_the_cpu(one_thread):
     model, ids = toy(), torch.arange(22).view(2, 11)
     with torch.no_grad():
@@ -98,21 +111,22 @@ def test_every_operand_of_a_kernel_is_where_the_inputs_are(monkeypatch):
         monkeypatch.setattr(page, "_C", recorder)
         monkeypatch.setattr(page, "to_dlpack", lambda x: x)
         monkeypatch.setattr(page, "stream_of", lambda x: "stream")
-    monkeypatch.setattr(cross_entropy, "_check_operands", lambda *operands: None)  # it reads the rows
     monkeypatch.setattr(attention, "runs_on_cuda", lambda x: True)
     model = toy(**XPOS).bfloat16().to("meta")
     packed, block = batch().to(torch.device("meta")), model.L_module.layers[0]
     x = torch.empty(len(packed.ids), 24, dtype=torch.bfloat16, device="meta")
     gqkv, o, gate_up, down = block.parameters()
-    positional = (model.rope_table, packed.positions, packed.offsets, packed.prefix, model.xpos_log_decay, 64)
+    positional = (model.rope_table, packed.positions, packed.offsets, packed.prefix, model.xpos_log_decay, None, 64)
     rms_norm._add_rms_norm._init_fn(x, x, 1e-6)
     rms_norm._rms_norm_backward._init_fn(x, x, x, 1e-6)
-    _, *kept = sublayers._attention_sublayer._init_fn(x, x, gqkv, o, 2, 1e-6, *positional)
-    sublayers._attention_sublayer_backward._init_fn(x, *kept, gqkv, o, *positional, 1e-6, x)
+    _, *kept = sublayers._attention_sublayer._init_fn(x, gqkv, o, 2, *positional)
+    sums = torch.empty_like(gqkv), torch.empty_like(o), True, False
+    sublayers._attention_sublayer_backward._init_fn(x, None, *kept, gqkv, o, *positional, 1e-6, x, *sums)
     state, _, *kept = rms_norm_inject._rms_norm_inject._init_fn(x, x, x, 1e-6)
     rms_norm_inject._rms_norm_inject_backward._init_fn(state, *kept, x, x, x, 1e-6, True)
-    _, *kept = sublayers._mlp_sublayer._init_fn(x, x, gate_up, down, 1e-6)
-    sublayers._mlp_sublayer_backward._init_fn(*kept, gate_up, down, 1e-6, x, None)
+    _, u, ab, *_ = sublayers._mlp_sublayer._init_fn(x, x, gate_up, down, 1e-6)
+    sums = torch.empty_like(gate_up), torch.empty_like(down), True, False
+    sublayers._mlp_sublayer_backward._init_fn(u, ab, None, None, gate_up, down, 1e-6, x, None, *sums)
     rows = (x, model.lm_head.weight, packed.supervised, packed.targets)
     _, lse = cross_entropy._cross_entropy._init_fn(*rows)
     cross_entropy._cross_entropy_backward._init_fn(*rows, lse, torch.tensor(1.0, device="meta"), True)

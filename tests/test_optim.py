@@ -127,7 +127,7 @@ def test_the_angle_is_exact_everywhere(backend: str) -> None:
     angle = torch.atan2(0.5 * m.double(), (0.999 * v.double()).sqrt())
     for step in (_C.adam_atan2_step, _C.adam_atan2_paper_step):
         operands = [[x] for x in (p.zero_(), torch.zeros_like(m), m.clone(), v.clone(), None)]
-        step([0], *operands, [100_000], 1.0, 0.5, 0.999, 0.0, 0.0, 0.0)
+        step([0], *operands, [100_000], 1.0, 0.5, 0.999, 0.0, 0.0, 0.0, None)
         assert ((-p.double() - angle) / angle).abs().max() <= 4e-7
 
 
@@ -179,14 +179,40 @@ def test_many_parameters_in_one_call_are_as_each_alone(backend: str, kind: str) 
         assert optimizer.clipped_fraction * sum(count for _, count in fractions) == pytest.approx(clipped, rel=1e-12)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_scaled_on_the_way(backend: str, kind: str) -> None:
+    """By a power of two, which rounds nothing: the same bits as from gradients that were scaled before."""
+    states = []
+    for scaled in (False, True):
+        params = parameters()
+        optimizer = make(kind, params, ema=0.5)
+        for p, gradient in zip(params, gradients(0), strict=True):
+            p.grad = gradient if scaled else 0.25 * gradient
+        scale = {"grad_scale": torch.tensor([0.25])} if scaled else {}
+        optimizer.step(**scale | ({"batch_tokens": BATCH_TOKENS} if isinstance(optimizer, Sophia) else {}))
+        states.append([*params, *(x for p in params for x in optimizer.state[p].values())])
+        if scaled:
+            assert all(torch.equal(p.grad, g) for p, g in zip(params, gradients(0), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+def test_a_wrong_scale_is_refused() -> None:
+    params = parameters()
+    optimizer = make("AdamW", params)
+    params[0].grad = torch.zeros_like(params[0])
+    for wrong in (torch.ones(2), torch.ones(1, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="grad_scale must be"):
+            optimizer.step(grad_scale=wrong)
+
+
 def test_lists_of_other_lengths_are_refused() -> None:
     one = [torch.ones(2)]
     with pytest.raises(ValueError, match="sophia_curvature: probe must be a list of 1, got 2"):
         _C.sophia_curvature([0], one, one + one, one, 0.9)
     with pytest.raises(ValueError, match="adamw_step: steps must be a list of 1, got 0"):
-        _C.adamw_step([0], one, one, one, one, [None], [], 0.1, 0.9, 0.9, 0.0, 1e-8, 0.0)
+        _C.adamw_step([0], one, one, one, one, [None], [], 0.1, 0.9, 0.9, 0.0, 1e-8, 0.0, None)
     with pytest.raises(ValueError, match="parameter 7: adam_step: grad must be a tensor, got None"):
-        _C.adamw_step([7], one, [None], one, one, [None], [1], 0.1, 0.9, 0.9, 0.0, 1e-8, 0.0)
+        _C.adamw_step([7], one, [None], one, one, [None], [1], 0.1, 0.9, 0.9, 0.0, 1e-8, 0.0, None)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,13 +17,13 @@ from support.command_line import hrmcore
 from torch.utils.flop_counter import FlopCounterMode
 
 from hrmcore.commands.plan import measure
-from hrmcore.config import PRESETS, HRMConfig
+from hrmcore.config import PRESETS, RECOMPUTE, HRMConfig, LoraConfig, default_intermediate_size
 from hrmcore.data.packing import PackedBatch
+from hrmcore.gpus import GPUS, Device
 from hrmcore.model import HRM, grad_visits
 from hrmcore.ops import cross_entropy
 from hrmcore.ops.backend import reference_ops
 from hrmcore.planner import (
-    GPUS,
     Budget,
     Horizon,
     Record,
@@ -34,6 +34,7 @@ from hrmcore.planner import (
     parameters,
     plan,
     training_flops,
+    widest,
 )
 from hrmcore.train.run_file import TrainConfig, horizon, read_config
 
@@ -137,9 +138,10 @@ def test_flops_are_those_that_torch_counts(horizon_k: int | None, cycles: tuple[
     assert min(dataclasses.astuple(expected)) > 0.01 * expected.total  # every part is large enough to be seen
 
 
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("horizon_k", [2, 5])
-def test_activations_are_what_autograd_keeps(horizon_k: int, precision: str) -> None:
+@pytest.mark.parametrize("horizon_k", [2, 5, 8])
+def test_activations_are_what_autograd_keeps(horizon_k: int, precision: str, recompute: str) -> None:
     """The kernels' saved tensors of a real step, each storage once, without weights and without the head's."""
     shape = config(vocab_size=16, hidden_size=64, head_dim=16, num_layers_per_stack=3)
     packed = batch(shape, [128] * 8, [64] * 8)
@@ -158,8 +160,9 @@ def test_activations_are_what_autograd_keeps(horizon_k: int, precision: str) -> 
 
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-        model.loss(packed, horizon=horizon_k)
-    estimate = memory(shape, horizon_k, len(packed.ids), 0.5, 1, precision)
+        loss = model.loss(packed, horizon=horizon_k, recompute=recompute)
+    loss.backward()  # for a visit's own tensors are kept when it is computed again, and not by these hooks
+    estimate = memory(shape, horizon_k, len(packed.ids), 0.5, 1, precision, recompute)
     assert estimate.activations == pytest.approx(sum(kept.values()), rel=0.02)
 
 
@@ -210,14 +213,14 @@ def train(model, sequences, steps):
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for _ in range(steps):
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16, cache_enabled=False):
-            loss = model.loss(batch, horizon=5) / len(batch.targets)
+            loss = model.loss(batch, horizon=5, recompute=recompute) / len(batch.targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
 torch.set_num_threads(1)
 _C.set_num_threads(1)
-shape, sequences, bfloat16 = json.loads(sys.argv[1])
+shape, sequences, bfloat16, recompute = json.loads(sys.argv[1])
 config = HRMConfig.from_dict(shape)
 train(HRM(config.replace(hidden_size=64, num_attention_heads=1, head_dim=64, num_layers_per_stack=1)), 1, 1)
 before = peak()
@@ -228,9 +231,14 @@ print(peak() - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("precision", "recompute"),
+    [("float32", "sublayer"), ("bfloat16", "sublayer"), ("bfloat16", "none"), ("float32", "visit")],
+)
 @pytest.mark.parametrize(("width", "vocabulary", "sequences"), [(128, 512, 64), (512, 8000, 8)])
-def test_the_peak_is_that_of_a_real_step(width: int, vocabulary: int, sequences: int, precision: str) -> None:
+def test_the_peak_is_that_of_a_real_step(
+    width: int, vocabulary: int, sequences: int, precision: str, recompute: str
+) -> None:
     """Two steps in a process of their own: first mostly activations, then mostly weights.
 
     The C allocator is told to give freed blocks back: what it would keep for itself is up to it, not to the model.
@@ -242,12 +250,12 @@ def test_the_peak_is_that_of_a_real_step(width: int, vocabulary: int, sequences:
         num_attention_heads=width // 64,
         head_dim=64,
     )
-    arguments = json.dumps([shape.to_dict(), sequences, precision == "bfloat16"])
+    arguments = json.dumps([shape.to_dict(), sequences, precision == "bfloat16", recompute])
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(
         [sys.executable, "-c", PEAK, arguments], capture_output=True, text=True, check=True, env=environment
     )
-    estimate = memory(shape, 5, 64 * sequences, 0.5, 1, precision)
+    estimate = memory(shape, 5, 64 * sequences, 0.5, 1, precision, recompute)
     assert estimate.peak == pytest.approx(int(done.stdout), rel=0.1)
 
 
@@ -427,3 +435,47 @@ def test_horizons_are_checked() -> None:
     for impossible in [(1, 5, 0.2), (5, 2, 0.2), (2, 5, 1.5)]:
         with pytest.raises(ValueError, match="horizon"):
             Horizon(*impossible)
+
+
+def test_the_largest_model_of_an_80_gb_card_is_the_one_that_the_guide_states() -> None:
+    """One head more does not fit; what is computed again buys width. An H200 measured 70 GB for the 1B step, K = 5."""
+    guide = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    device, shape, found = GPUS["H100"], HRMConfig.preset("XL"), []
+    assert device.memory == 80e9
+    for recompute in RECOMPUTE:
+        wide = widest(shape, device, 5, 16_384, 0.5, recompute)
+        need = memory(wide, 5, 16_384, 0.5, 1, "bfloat16", recompute)
+        assert need.peak + need.weights <= device.memory
+        width = (wide.num_attention_heads + 1) * wide.head_dim
+        more = wide.replace(
+            num_attention_heads=wide.num_attention_heads + 1,
+            hidden_size=width,
+            intermediate_size=default_intermediate_size(width),
+        )
+        need = memory(more, 5, 16_384, 0.5, 1, "bfloat16", recompute)
+        assert need.peak + need.weights > device.memory
+        found.append(parameters(wide))
+        [line] = [line for line in guide.splitlines() if line.startswith(f'| `"{recompute}"` |')]
+        assert line.endswith(f"| {parameters(wide) / 1e9:.2f} B parameters |")
+    assert found == sorted(found)
+    with pytest.raises(ValueError, match="a GPU of nothing: its memory does not take a model of one head"):
+        widest(shape, Device("a GPU of nothing", 1.0, 1e6), 5, 16_384, 0.5, "visit")
+
+
+def test_a_plan_tells_what_recomputing_saves(capsys: pytest.CaptureFixture[str]) -> None:
+    """And says it where it is not the usual."""
+    arguments = ["--size", "XL", "--tokens", "60e9", "--batch-tokens", "16384"]
+    needed = [
+        planned(capsys, *arguments, "--recompute", word)["memory_bytes_per_gpu"]
+        for word in ("visit", "sublayer", "none")
+    ]
+    assert needed == sorted(needed)
+    assert needed[0] < 0.6 * needed[1]
+    assert hrmcore("plan", *arguments, "--recompute", "visit") == 0
+    assert "in bfloat16, recompute visit; fits in 80.0 GB" in capsys.readouterr().out
+
+
+def test_adapters_are_planned_as_they_are_trained() -> None:
+    Budget(1e9, GPUS["H100"], lora=LoraConfig())
+    with pytest.raises(ValueError, match="adapters are planned with recompute 'sublayer' alone, got 'visit'"):
+        Budget(1e9, GPUS["H100"], lora=LoraConfig(), recompute="visit")

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -159,15 +160,16 @@ void def_on_cpu(py::module_& m, const char* op, Kernel<Args> kernel, const Field
 // The same for a kernel of CUDA alone, whose arguments Python must name.
 template <class Args, class... Fields>
 void def_on_cuda(py::module_& m, const char* op, const Fields&... fields) {
+  const char* first = std::get<0>(std::tie(fields.name...));
   m.def(
       op,
-      [op, fields...](const typename Fields::Passed&... values, std::uintptr_t stream) {
+      [op, first, fields...](const typename Fields::Passed&... values, std::uintptr_t stream) {
         DlpackArgs operands(op);
         Args args{};
         (fill(args, fields, values, operands), ...);
         check(args);
         if (operands.device() == Device::cpu && !emulating_cuda()) {
-          reject(op, "tokens", "on a CUDA device", "a tensor on the CPU");
+          reject(op, first, "on a CUDA device", "a tensor on the CPU");
         }
         run_on_cuda(operands, stream, args);
       },

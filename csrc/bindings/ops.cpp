@@ -27,7 +27,7 @@ void bind_attention(py::module_& m) {
          input("key_offsets", &Forward::key_offsets), input("prefix", &Forward::prefix),
          output("out", &Forward::out), output("lse", &Forward::lse),
          optional("log_decay", &Forward::log_decay), input("window", &Forward::window),
-         optional_output("tiles", &Forward::tiles));
+         optional("tiles", &Forward::tiles));
   using Backward = AttentionBackward;
   def_op(m, "attention_backward", attention_backward, input("q", &Backward::q), input("k", &Backward::k),
          input("v", &Backward::v), input("gate", &Backward::gate), input("offsets", &Backward::offsets),
@@ -36,8 +36,13 @@ void bind_attention(py::module_& m) {
          output("grad_q", &Backward::grad_q), output("grad_k", &Backward::grad_k),
          output("grad_v", &Backward::grad_v), output("grad_gate", &Backward::grad_gate),
          optional("log_decay", &Backward::log_decay), input("window", &Backward::window),
-         optional_output("tiles", &Backward::tiles), optional_output("ungated", &Backward::ungated),
+         optional("tiles", &Backward::tiles), optional_output("ungated", &Backward::ungated),
          optional_output("row_terms", &Backward::row_terms));
+  using Table = AttentionTable;
+  def_on_cuda<Table>(m, "attention_table", input("offsets", &Table::offsets),
+                     input("key_offsets", &Table::key_offsets), input("prefix", &Table::prefix),
+                     input("query_rows", &Table::query_rows), input("key_rows", &Table::key_rows),
+                     input("window", &Table::window), output("tiles", &Table::tiles));
 }
 
 void bind_cross_entropy(py::module_& m) {
@@ -58,7 +63,8 @@ void bind_adam(py::module_& m, const char* op, Kernel<AdamStep> kernel) {
                 list("emas", "ema", &StepTensors::ema), list("steps", "steps", &StepTensors::step),
                 input("lr", &AdamStep::lr), input("beta1", &AdamStep::beta1),
                 input("beta2", &AdamStep::beta2), input("weight_decay", &AdamStep::weight_decay),
-                input("eps", &AdamStep::eps), input("ema_decay", &AdamStep::ema_decay));
+                input("eps", &AdamStep::eps), input("ema_decay", &AdamStep::ema_decay),
+                optional("grad_scale", &AdamStep::grad_scale));
 }
 
 void bind_optim(py::module_& m) {
@@ -68,7 +74,8 @@ void bind_optim(py::module_& m) {
                 output("clipped", &SophiaStep::clipped), input("lr", &SophiaStep::lr),
                 input("beta1", &SophiaStep::beta1), input("weight_decay", &SophiaStep::weight_decay),
                 input("rho", &SophiaStep::rho), input("batch_tokens", &SophiaStep::batch_tokens),
-                input("eps", &SophiaStep::eps), input("ema_decay", &SophiaStep::ema_decay));
+                input("eps", &SophiaStep::eps), input("ema_decay", &SophiaStep::ema_decay),
+                optional("grad_scale", &SophiaStep::grad_scale));
   def_optimizer(m, "sophia_curvature", sophia_curvature,
                 list("hessians", "hessian", &CurvatureTensors::hessian),
                 list("probes", "probe", &CurvatureTensors::probe),

@@ -1,3 +1,5 @@
+#include <limits>
+
 #include "ops/attention_tiles.h"
 
 namespace hrmcore {
@@ -74,6 +76,11 @@ void check_log_decay(const char* op, const TensorView& log_decay, std::int64_t h
   }
 }
 
+void check_window(const char* op, std::int64_t window) {
+  if (window < 0 || window % 64 != 0)
+    reject(op, "window", "a multiple of 64, or 0 for none", std::to_string(window));
+}
+
 // The fields that forward and backward share, under the same names.
 template <class Args>
 void check_inputs(const char* op, const Args& args) {
@@ -94,8 +101,7 @@ void check_inputs(const char* op, const Args& args) {
   Check(op, "lse", args.lse).cpu_or_cuda().rank(2).dtype({DType::f32}).last_contiguous();
   Check(op, "lse", args.lse).size(0, args.q.shape[0], "T").size(1, args.q.shape[1], "H");
   if (args.log_decay.data != nullptr) check_log_decay(op, args.log_decay, head_dim);
-  if (args.window < 0 || args.window % 64 != 0)
-    reject(op, "window", "a multiple of 64, or 0 for none", std::to_string(args.window));
+  check_window(op, args.window);
 }
 
 void check_table(const char* op, const TensorView& tiles, std::int64_t lines) {
@@ -141,6 +147,22 @@ void check(const AttentionBackward& args) {
   Check(op, "row_terms", args.row_terms).cpu_or_cuda().rank(3).dtype({DType::f32}).contiguous();
   Check(op, "row_terms", args.row_terms).size(0, 2, "2").size(1, args.q.shape[1], "H");
   Check(op, "row_terms", args.row_terms).size(2, args.q.shape[0], "T");
+}
+
+void check(const AttentionTable& args) {
+  const char* op = "attention_table";
+  for (const std::int64_t rows : {args.query_rows, args.key_rows}) {
+    constexpr std::int64_t most = std::numeric_limits<std::int32_t>::max();
+    if (rows < 0 || rows > most) reject(op, "rows", "from 0 to 2^31 - 1", std::to_string(rows));
+  }
+  check_offsets(op, "offsets", args.offsets, args.query_rows);
+  check_offsets(op, "key_offsets", args.key_offsets, args.key_rows);
+  check_sequences(op, args.offsets, args.key_offsets, args.prefix);
+  check_window(op, args.window);
+  const std::int64_t sequences = args.prefix.shape[0];
+  Check(op, "tiles", args.tiles).cpu_or_cuda();
+  check_table(op, args.tiles,
+              lines_of_table(args.query_rows, sequences) + lines_of_table(args.key_rows, sequences));
 }
 #endif
 

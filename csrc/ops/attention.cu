@@ -292,7 +292,6 @@ static_assert(mma_shared_bytes(128) <= most_shared_bytes && sums_bytes<128> <= m
 
 const char* launch_mma(const AttentionForward& args, bool wide, void* stream) {
   if (!args.tiles.given()) return "bfloat16 on CUDA needs `tiles`";
-  if (const char* error = launch_fill_table(args, false, stream)) return error;
   return with_columns(args.q, wide, args.log_decay.given(), [&](auto columns, auto wideness, auto xpos) {
     const LaunchShape shape{grid_of_table(args.q, args.prefix), mma_threads, mma_shared_bytes(columns())};
     return launch(forward_mma<columns(), wideness(), xpos()>, shape, args, stream);

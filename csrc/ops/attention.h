@@ -41,7 +41,7 @@ struct AttentionForward {
   TensorView lse;          // (T, H) float32, written
   TensorView log_decay;    // (d / 2) float32 in [-0.5, 0], or none
   std::int64_t window;     // a multiple of 64; 0 is none
-  TensorView tiles;        // (N, 8) int32, overwritten; bfloat16 on CUDA only. N: see lines_of_table
+  TensorView tiles;        // (N, 8) int32, from attention_table; bfloat16 on CUDA only
 };
 
 struct AttentionBackward {
@@ -53,8 +53,8 @@ struct AttentionBackward {
   TensorView grad_gate;  // (T, H, d), written
   TensorView log_decay;  // as in the forward
   std::int64_t window;
-  // What bfloat16 on CUDA writes for itself; None elsewhere.
-  TensorView tiles;      // (N, 8) int32: a table over queries, then one over keys
+  // What bfloat16 on CUDA needs besides; None elsewhere.
+  TensorView tiles;      // as in the forward
   TensorView ungated;    // (T, H, d): grad_out * sigmoid(gate); may be grad_out itself
   TensorView row_terms;  // (2, H, T) float32: lse / log 2, then delta
 };
@@ -65,8 +65,18 @@ constexpr std::int64_t lines_of_table(std::int64_t rows, std::int64_t sequences)
   return rows / tile_rows + sequences;
 }
 
+// Which 64 rows of which sequence each block takes, those that visit most rows first: a table over queries, then
+// one over keys. It depends on the mask alone, so that one serves all calls of a step. CUDA only.
+struct AttentionTable {
+  TensorView offsets, key_offsets, prefix;  // as in the forward
+  std::int64_t query_rows, key_rows;        // T, Tk
+  std::int64_t window;
+  TensorView tiles;  // (N, 8) int32, written; N is lines_of_table of T and that of Tk together
+};
+
 void check(const AttentionForward& args);
 void check(const AttentionBackward& args);
+void check(const AttentionTable& args);
 HRMCORE_DECLARE_KERNEL(attention_forward, AttentionForward)
 HRMCORE_DECLARE_KERNEL(attention_backward, AttentionBackward)
 

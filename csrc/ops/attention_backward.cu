@@ -557,7 +557,6 @@ int stages_of_keys() {
 const char* launch_mma(const AttentionBackward& args, bool wide, void* stream) {
   if (!args.tiles.given() || !args.ungated.given() || !args.row_terms.given())
     return "bfloat16 on CUDA needs `tiles`, `ungated` and `row_terms`";
-  if (const char* error = launch_fill_table(args, true, stream)) return error;
   return with_columns(args.q, wide, args.log_decay.given(), [&](auto columns, auto wideness, auto xpos) {
     constexpr int width = columns();
     const LaunchShape queries{grid_of_table(args.q, args.prefix), mma_threads, bytes_of_queries<width>};

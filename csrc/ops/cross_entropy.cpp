@@ -15,8 +15,8 @@ void check_logits(const char* op, const TensorView& logits, const TensorView& ta
   if (targets.device != Device::cpu) return;  // a row whose target is outside has a NaN loss there
   for (std::int64_t row = 0; row < rows; ++row) {
     const std::int64_t target = targets.as<std::int64_t>()[row];
-    if (target < 0 || target >= vocabulary) {
-      reject(op, "targets", "in [0, " + std::to_string(vocabulary) + "), the vocabulary (V)",
+    if (target != no_target && (target < 0 || target >= vocabulary)) {
+      reject(op, "targets", "in [0, " + std::to_string(vocabulary) + "), the vocabulary (V), or -1",
              std::to_string(target) + " in row " + std::to_string(row));
     }
   }
@@ -100,9 +100,15 @@ void forward_rows(const CrossEntropyForward& args, std::int64_t begin, std::int6
   const std::int64_t width = args.logits.shape[1];
   for (std::int64_t r = begin; r < end; ++r) {
     const T* row = row_of<T>(args.logits, r);
+    const std::int64_t target = args.targets.as<std::int64_t>()[r];
+    if (target == no_target) {
+      args.losses.as<double>()[r] = 0;
+      args.lse.as<float>()[r] = 0;
+      continue;
+    }
     const float top = largest(row, width);
     const double above = __builtin_log(sum_of_exponentials(row, width, top));
-    const float chosen = value_of(row + args.targets.as<std::int64_t>()[r]);
+    const float chosen = value_of(row + target);
     args.losses.as<double>()[r] = above + (static_cast<double>(top) - static_cast<double>(chosen));
     args.lse.as<float>()[r] = static_cast<float>(above + static_cast<double>(top));
   }
@@ -116,6 +122,11 @@ void backward_rows(const CrossEntropyBackward& args, std::int64_t begin, std::in
     T* row = row_of<T>(args.logits, r);
     const float lse = args.lse.as<float>()[r];
     const std::int64_t target = args.targets.as<std::int64_t>()[r];
+    if (target == no_target) {
+      for_columns(width, [&](std::int64_t c, auto, auto put)
+                             __attribute__((always_inline)) { put(row + c, vfloat{}); });
+      continue;
+    }
     const std::int64_t aligned = target / lanes * lanes;  // the vector that holds the target
     const std::int64_t count = width - aligned < lanes ? width - aligned : lanes;
     vfloat hit = exp(load_part(row + aligned, count) - lse) * scale;

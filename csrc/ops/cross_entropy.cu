@@ -4,7 +4,7 @@
 
 // A block a row. Forward reads it twice, for its maximum and for the sum of exponentials, the second time
 // from cache; a thread adds up its columns in float32, the threads' sums are added in float64. Targets are
-// not read on the host: one outside of the vocabulary gives a NaN loss and a gradient of NaNs.
+// not read on the host: -1 gives no loss and a gradient of zeros, another one outside of the vocabulary NaNs.
 
 namespace hrmcore::cuda {
 namespace {
@@ -34,6 +34,13 @@ __global__ void __launch_bounds__(threads) forward(CrossEntropyForward args) {
   const std::int64_t row = blockIdx.x, width = args.logits.shape[1];
   const std::int64_t first = static_cast<std::int64_t>(threadIdx.x) * n;
   const T* logits = args.logits.as<T>() + row * args.logits.strides[0];
+  const std::int64_t target = load_one(args.targets.as<std::int64_t>() + row);
+  if (target == no_target) {
+    if (threadIdx.x != 0) return;
+    store_packed<1>(args.losses.as<double>() + row, Packed<double, 1>{{0.0}});
+    store<1>(args.lse.as<float>() + row, {{0.0f}});
+    return;
+  }
   float highest = -__builtin_inff();
   for (std::int64_t c = first; c < width; c += threads * n) {
     const Floats<n> x = load<n>(logits + c);
@@ -53,7 +60,6 @@ __global__ void __launch_bounds__(threads) forward(CrossEntropyForward args) {
                    [](double a, double b) { return a + b; });
   if (threadIdx.x != 0) return;
   const double above = log(total);
-  const std::int64_t target = load_one(args.targets.as<std::int64_t>() + row);
   const bool inside = target >= 0 && target < width;
   const float chosen = inside ? load<1>(logits + target)[0] : not_a_number();
   const double loss = above + (static_cast<double>(top) - static_cast<double>(chosen));
@@ -72,7 +78,10 @@ __global__ void __launch_bounds__(threads) backward(CrossEntropyBackward args) {
   for (std::int64_t c = static_cast<std::int64_t>(threadIdx.x) * n; c < width; c += threads * n) {
     Floats<n> x = load<n>(logits + c);
 #pragma unroll
-    for (int i = 0; i < n; ++i) x[i] = (expf(x[i] - lse) - (c + i == target ? 1.0f : 0.0f)) * scale;
+    for (int i = 0; i < n; ++i) {
+      const float slope = (expf(x[i] - lse) - (c + i == target ? 1.0f : 0.0f)) * scale;
+      x[i] = target == no_target ? 0.0f : slope;
+    }
     store<n>(logits + c, x);
   }
 }

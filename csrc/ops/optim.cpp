@@ -23,6 +23,11 @@ void check_tensors(const char* op, const StepTensors& tensors, const char* secon
   if (tensors.ema.given()) check_like(op, "ema", tensors.ema, tensors.param, "param");
 }
 
+void check_scale(const char* op, const TensorView& scale) {
+  if (!scale.given()) return;
+  Check(op, "grad_scale", scale).cpu_or_cuda().dtype({DType::f32}).rank(1).size(0, 1, "one number");
+}
+
 // Runs f on every parameter's tensors; what it rejects is said with that parameter's number.
 template <class Args, class F>
 void check_each(const Args& args, const F& f) {
@@ -41,7 +46,9 @@ void check_each(const Args& args, const F& f) {
 void check(const SophiaStep& args) {
   const char* op = "sophia_step";
   check_each(args, [op](const StepTensors& tensors) { check_tensors(op, tensors, "hessian"); });
-  Check(op, "clipped", args.clipped).cpu_or_cuda().dtype({DType::i64}).rank(1).size(0, 1, "one count");
+  Check(op, "clipped", args.clipped).cpu_or_cuda().dtype({DType::i64}).rank(1).contiguous();
+  if (args.clipped.shape[0] < 1) reject(op, "clipped", "of at least one count", "none");
+  check_scale(op, args.grad_scale);
 }
 
 void check(const SophiaCurvature& args) {
@@ -59,6 +66,7 @@ void check(const AdamStep& args) {
     check_tensors(op, tensors, "exp_avg_sq");
     if (tensors.step < 1) reject(op, "step", "at least 1", std::to_string(tensors.step));
   });
+  check_scale(op, args.grad_scale);
 }
 #endif
 
@@ -98,6 +106,10 @@ HRMCORE_INLINE void for_pieces(const Tensors* tensors, std::int64_t count, const
       }
     });
   }
+}
+
+HRMCORE_INLINE float scale_of(const TensorView& grad_scale) {
+  return grad_scale.given() ? *grad_scale.as<float>() : 1.0f;
 }
 
 HRMCORE_INLINE float* from(const TensorView& tensor, std::int64_t element) {
@@ -174,7 +186,7 @@ HRMCORE_INLINE std::int64_t sum_counts(vint counts) {
 template <class Direction>
 HRMCORE_INLINE void adam_step(const AdamStep& args, const Direction& direction) {
   const float m_share = static_cast<float>(1 - args.beta1), v_share = static_cast<float>(1 - args.beta2);
-  const float lr = static_cast<float>(args.lr);
+  const float lr = static_cast<float>(args.lr), grad_scale = scale_of(args.grad_scale);
   const Mover weights = mover(args);
   for_pieces(args.tensors, args.count, [&](const StepTensors& t, std::int64_t first, std::int64_t elements) {
     const double steps = static_cast<double>(t.step);
@@ -185,7 +197,7 @@ HRMCORE_INLINE void adam_step(const AdamStep& args, const Direction& direction) 
     const float* grad = from(t.grad, first);
     for_columns(elements, [&](std::int64_t c, auto get, auto put) __attribute__((always_inline)) {
       ahead(c, grad, exp_avg, exp_avg_sq, param);
-      const vfloat g = get(grad + c), m_old = get(exp_avg + c), v_old = get(exp_avg_sq + c);
+      const vfloat g = get(grad + c) * grad_scale, m_old = get(exp_avg + c), v_old = get(exp_avg_sq + c);
       const vfloat m = m_old + m_share * (g - m_old), v = v_old + v_share * (g * g - v_old);
       const vfloat by = lr * direction(m, m_scale, square_root(v) * root_scale);
       move(weights, param, ema, c, by, get, put);
@@ -200,7 +212,7 @@ HRMCORE_INLINE void adam_step(const AdamStep& args, const Direction& direction) 
 void sophia_step(const SophiaStep& args) noexcept {
   const float m_share = static_cast<float>(1 - args.beta1);
   const float h_scale = static_cast<float>(args.rho * args.batch_tokens);
-  const float lr = static_cast<float>(args.lr);
+  const float lr = static_cast<float>(args.lr), grad_scale = scale_of(args.grad_scale);
   const vfloat one = splat(1.0f), eps = splat(static_cast<float>(args.eps));
   const Mover weights = mover(args);
   for_pieces(args.tensors, args.count, [&](const StepTensors& t, std::int64_t first, std::int64_t elements) {
@@ -210,7 +222,7 @@ void sophia_step(const SophiaStep& args) noexcept {
     for_columns(elements, [&](std::int64_t c, auto get, auto put) __attribute__((always_inline)) {
       ahead(c, grad, hessian, exp_avg, param);
       const vfloat m_old = get(exp_avg + c);
-      const vfloat m = m_old + m_share * (get(grad + c) - m_old);
+      const vfloat m = m_old + m_share * (get(grad + c) * grad_scale - m_old);
       const vfloat ratio = m / max(eps, h_scale * get(hessian + c));
       counts -= (vint)(absolute(ratio) >= one);
       const vfloat by = lr * min(one, max(-one, ratio));  // in this order a NaN is passed on

@@ -13,6 +13,7 @@ namespace hrmcore::cuda {
 namespace {
 
 constexpr int threads = 256;
+constexpr int warps = threads / 32;
 constexpr std::int64_t chunk = 16 * threads;
 constexpr int most_tensors = 48;  // keeps the parameters below CUDA's 4 KB
 
@@ -31,7 +32,9 @@ struct Numbers {
   float lr, decay, ema_share, m_share, second_share;
   float h_scale;  // rho batch_tokens
   float eps;
+  const float* grad_scale;  // null: 1
   unsigned long long* clipped;
+  unsigned int counters;  // of `clipped`: blocks add to them in turn
 };
 
 struct Step {
@@ -46,16 +49,18 @@ enum class Rule : int { adamw, adam_atan2, adam_atan2_paper, sophia, curvature }
 // The elements of this block: those of one tensor from `begin` to `end`.
 struct Chunk {
   float* const* data;
-  float m_scale, root_scale;
+  float m_scale, root_scale, grad_scale;
   std::int64_t begin, end;
 };
 
-__device__ __forceinline__ Chunk chunk_of_block(const Tensors& tensors) {
+__device__ __forceinline__ Chunk chunk_of_block(const Step& args) {
+  const Tensors& tensors = args.tensors;
   int t = 0;
   while (t + 1 < tensors.count && blockIdx.x >= tensors.first_block[t + 1]) ++t;
   const std::int64_t begin = (blockIdx.x - tensors.first_block[t]) * chunk;
   const std::int64_t end = begin + chunk < tensors.elements[t] ? begin + chunk : tensors.elements[t];
-  return {tensors.data[t], tensors.m_scale[t], tensors.root_scale[t], begin, end};
+  const float grad_scale = args.numbers.grad_scale == nullptr ? 1.0f : load_one(args.numbers.grad_scale);
+  return {tensors.data[t], tensors.m_scale[t], tensors.root_scale[t], grad_scale, begin, end};
 }
 
 template <int n>
@@ -72,10 +77,18 @@ __device__ __forceinline__ void move(const Numbers& by, float* const* data, std:
   store<n>(data[ema] + i, average);
 }
 
+template <int n>
+__device__ __forceinline__ Floats<n> scaled_gradient(const Chunk& mine, std::int64_t i) {
+  Floats<n> g = load<n>(mine.data[grad] + i);
+#pragma unroll
+  for (int k = 0; k < n; ++k) g[k] *= mine.grad_scale;
+  return g;
+}
+
 template <Rule rule, int n>
 __device__ __forceinline__ void adam(const Numbers& by, const Chunk& mine, std::int64_t i) {
   float* const* data = mine.data;
-  const Floats<n> g = load<n>(data[grad] + i);
+  const Floats<n> g = scaled_gradient<n>(mine, i);
   Floats<n> m = load<n>(data[exp_avg] + i), v = load<n>(data[second] + i), direction;
 #pragma unroll
   for (int k = 0; k < n; ++k) {
@@ -98,8 +111,9 @@ __device__ __forceinline__ void adam(const Numbers& by, const Chunk& mine, std::
 
 // Returns how many of the elements were clipped.
 template <int n>
-__device__ __forceinline__ int sophia(const Numbers& by, float* const* data, std::int64_t i) {
-  const Floats<n> g = load<n>(data[grad] + i), h = load<n>(data[second] + i);
+__device__ __forceinline__ int sophia(const Numbers& by, const Chunk& mine, std::int64_t i) {
+  float* const* data = mine.data;
+  const Floats<n> g = scaled_gradient<n>(mine, i), h = load<n>(data[second] + i);
   Floats<n> m = load<n>(data[exp_avg] + i), direction;
   int clipped = 0;
 #pragma unroll
@@ -127,7 +141,7 @@ __device__ __forceinline__ void curve(const Numbers& by, float* const* data, std
 
 template <Rule rule, int n>
 __device__ __forceinline__ int update(const Numbers& by, const Chunk& mine, std::int64_t i) {
-  if constexpr (rule == Rule::sophia) return sophia<n>(by, mine.data, i);
+  if constexpr (rule == Rule::sophia) return sophia<n>(by, mine, i);
   if constexpr (rule == Rule::curvature) {
     curve<n>(by, mine.data, i);
   } else if constexpr (rule != Rule::sophia) {
@@ -136,10 +150,23 @@ __device__ __forceinline__ int update(const Numbers& by, const Chunk& mine, std:
   return 0;
 }
 
+// One addition a block: a warp each, to one number, would be a queue of their own beside the step's bytes.
+__device__ __forceinline__ void add_to_count(const Numbers& by, int clipped) {
+  const SharedArray<int> sums = shared_array<int>(0);
+  clipped = warp_sum(clipped);
+  if (threadIdx.x % 32 == 0) sums[static_cast<int>(threadIdx.x / 32)] = clipped;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int warp = 1; warp < warps; ++warp) clipped += sums[warp];
+  if (clipped > 0) {
+    atomicAdd(by.clipped + blockIdx.x % by.counters, static_cast<unsigned long long>(clipped));
+  }
+}
+
 // n: elements of one access, every tensor being aligned to it.
 template <Rule rule, int n>
 __global__ void __launch_bounds__(threads) step(Step args) {
-  const Chunk mine = chunk_of_block(args.tensors);
+  const Chunk mine = chunk_of_block(args);
   int clipped = 0;
   for (std::int64_t i = mine.begin + threadIdx.x * n; i < mine.end; i += threads * n) {
     if (i + n <= mine.end) {
@@ -149,10 +176,7 @@ __global__ void __launch_bounds__(threads) step(Step args) {
     }
   }
   if constexpr (rule == Rule::sophia) {
-    clipped = warp_sum(clipped);
-    if (threadIdx.x % 32 == 0 && clipped > 0) {
-      atomicAdd(args.numbers.clipped, static_cast<unsigned long long>(clipped));
-    }
+    add_to_count(args.numbers, clipped);
   }
 }
 
@@ -182,7 +206,8 @@ const char* launch_step(const Step& args, void* stream) {
       wide = wide && reinterpret_cast<std::uintptr_t>(data) % 16 == 0;
     }
   }
-  const LaunchShape shape{dim3(args.tensors.first_block[args.tensors.count]), threads};
+  const LaunchShape shape{dim3(args.tensors.first_block[args.tensors.count]), threads,
+                          rule == Rule::sophia ? warps * sizeof(int) : 0};
   return wide ? launch(step<rule, 4>, shape, args, stream) : launch(step<rule, 1>, shape, args, stream);
 }
 
@@ -205,6 +230,7 @@ Numbers common(const Args& args) {
   by.ema_share = static_cast<float>(1 - args.ema_decay);
   by.m_share = static_cast<float>(1 - args.beta1);
   by.eps = static_cast<float>(args.eps);
+  by.grad_scale = args.grad_scale.given() ? args.grad_scale.template as<float>() : nullptr;
   return by;
 }
 
@@ -228,6 +254,7 @@ HRMCORE_DEVICE_KERNEL(sophia_step, hrmcore::SophiaStep) {
   Numbers by = common(args);
   by.h_scale = static_cast<float>(args.rho * args.batch_tokens);
   by.clipped = args.clipped.as<unsigned long long>();
+  by.counters = static_cast<unsigned int>(args.clipped.shape[0]);
   return run<Rule::sophia>(args.count, by, stream,
                            [&args](std::int64_t i, Tensors& tensors) { add(tensors, args.tensors[i]); });
 }

@@ -12,6 +12,8 @@
 //   adam_atan2_step:   the same with p -= lr atan2(m, sqrt(v')) / (1 - beta1^step)
 //   adam_atan2_paper_step:  the same with p -= lr atan2(m', sqrt(v'))
 //
+// Where `grad_scale` is given, g is the gradient times it: clipping by the norm takes no pass of its own.
+//
 // All tensors float32 and contiguous, those of one parameter of one shape. Arithmetic in float32, the numbers
 // above folded in float64. The moments move by differences because beta m + (1 - beta) g, its two factors
 // rounded apart, has a wrong fixed point. A NaN is passed on. The numbers are checked by hrmcore/optim.py.
@@ -49,7 +51,8 @@ struct CurvatureTensors {
 struct SophiaStep {
   const StepTensors* tensors;
   std::int64_t count;
-  TensorView clipped;  // (1) int64: the number of elements whose ratio reached 1 is added to it
+  TensorView clipped;     // (C) int64, C >= 1: elements whose ratio reached 1 are added, each to one of these
+  TensorView grad_scale;  // (1) float32, or left out: 1
   double lr, beta1, weight_decay, rho, batch_tokens, eps, ema_decay;
 };
 
@@ -62,6 +65,7 @@ struct SophiaCurvature {
 struct AdamStep {
   const StepTensors* tensors;
   std::int64_t count;
+  TensorView grad_scale;  // (1) float32, or left out: 1
   double lr, beta1, beta2, weight_decay;
   double eps;  // of adamw_step alone
   double ema_decay;

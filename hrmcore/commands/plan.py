@@ -11,11 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hrmcore.config import BASES, PRESETS, HRMConfig, LoraConfig
+from hrmcore.config import BASES, PRESETS, RECOMPUTE, HRMConfig, LoraConfig
+from hrmcore.gpus import GPUS, Device
 from hrmcore.planner import (
-    GPUS,
     Budget,
-    Device,
     Horizon,
     Memory,
     Plan,
@@ -50,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-tokens", type=int, metavar="N", help="tokens of a step on one GPU; memory depends on it (8192)"
     )
     run.add_argument(
+        "--recompute", choices=RECOMPUTE, help="what backward computes again; memory depends on it (sublayer)"
+    )
+    run.add_argument(
         "--prompt-tokens",
         type=float,
         metavar="N",
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     """Print what the run would cost."""
     stages, settings = _stages(args.size or args.model)
     stages += [_stage(text) for text in args.stage]
-    given = {"tokens": args.tokens, "batch_tokens": args.batch_tokens}
+    given = {"tokens": args.tokens, "batch_tokens": args.batch_tokens, "recompute": args.recompute}
     settings |= {key: value for key, value in given.items() if value is not None}
     if lora := _lora(args.lora, args.base):
         settings["lora"] = lora
@@ -121,6 +123,7 @@ def _stages(name: str) -> tuple[list[Stage], dict[str, Any]]:
             "batch_tokens": run_file.batch_tokens,
             "precision": run_file.precision,
             "horizon": horizon,
+            "recompute": run_file.recompute,
             "lora": run_file.lora,
         }
     from hrmcore.checkpoint.hrm_text import CONFIG_FILE, read_config, resolve
@@ -194,6 +197,7 @@ def as_dict(planned: Plan) -> dict[str, Any]:
         "precision": budget.precision,
         "record": None if budget.record is None else dataclasses.asdict(budget.record),
         "horizon": dataclasses.asdict(budget.horizon),
+        "recompute": budget.recompute,
         "lora": None if budget.lora is None else dataclasses.asdict(budget.lora),
         "trained_parameters": trained_parameters(planned),
         "stages": [
@@ -235,7 +239,8 @@ def table(planned: Plan) -> str:
         scratch = f"{planned.from_scratch.total:.3g} FLOPs, {_time(budget.hours(planned.from_scratch.total))}"
         lines.append(("from scratch", f"{scratch}; growing saves {saved:.0%}"))
     verdict = "fits in" if memory.peak <= device.memory else "does not fit in"
-    step = f"a step of {budget.batch_tokens:,} tokens in {budget.precision}"
+    again = "" if budget.recompute == "sublayer" else f", recompute {budget.recompute}"
+    step = f"a step of {budget.batch_tokens:,} tokens in {budget.precision}{again}"
     lines.append(("memory each", f"{_bytes(memory.peak)}, {step}; {verdict} {_bytes(device.memory)}; of it at most"))
     lines += [(f"  {name}", _bytes(value)) for name, value in _parts(memory).items() if value]
     return "\n".join(f"{name:<14} {text}" for name, text in lines)

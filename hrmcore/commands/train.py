@@ -51,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train as the run file says; an interrupted run finishes its step and saves its state first."""
-    from hrmcore.train.run_file import explain, read_config
+    from hrmcore.train.explanation import explain
+    from hrmcore.train.run_file import read_config
 
     if args.explain:
         print(explain())

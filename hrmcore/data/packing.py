@@ -8,8 +8,9 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -33,9 +34,21 @@ class PackedBatch:
     records: tuple[int, ...]  # which records these are
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same batch with its tensors on a device."""
-        moved = {name: x.to(device) for name, x in vars(self).items() if name != "records"}
+        """The same batch with its tensors on a device; to a GPU they go without a wait, through pinned memory."""
+        move = _bring if device.type == "cuda" else _move
+        moved: dict[str, Any] = {name: move(x, device) for name, x in vars(self).items() if name != "records"}
         return replace(self, **moved)
+
+
+def _move(x: Tensor, device: torch.device) -> Tensor:
+    return x.to(device)
+
+
+def _bring(x: Tensor, device: torch.device) -> Tensor:
+    """From pageable memory torch would wait for the copy, and so for all that the device has still to do."""
+    if x.device.type != "cpu":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def pack(corpus: Corpus, records: Sequence[int], multiple: int = 1) -> PackedBatch:
@@ -70,6 +83,66 @@ def pack(corpus: Corpus, records: Sequence[int], multiple: int = 1) -> PackedBat
         supervised=torch.from_numpy(np.concatenate(supervised, dtype=np.int64)),
         targets=torch.from_numpy(np.concatenate(targets, dtype=np.int64)),
         records=tuple(int(record) for record in records),
+    )
+
+
+_PIECE = 64  # tokens of a padding sequence: a tile of attention
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The sizes that `pad` fills a batch up to, so that many batches have one shape."""
+
+    tokens: int  # T
+    sequences: int  # S
+    supervised: int  # R
+
+    @classmethod
+    def of(cls, batch: PackedBatch, batch_tokens: int) -> Bucket:
+        """The smallest that holds a batch of a stream of `batch_tokens`: T in eighths of that, R in sixteenths of T."""
+        tokens = _up(len(batch.ids), _up(batch_tokens, 8 * _PIECE) // 8)
+        pieces = -(-(tokens - len(batch.ids)) // _piece(batch))
+        sequences = max(16, len(batch.prefix) + pieces)
+        supervised = _up(max(1, len(batch.supervised)), _up(max(1, tokens // 16), _PIECE))
+        return cls(tokens, 1 << (sequences - 1).bit_length(), supervised)
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _piece(batch: PackedBatch) -> int:
+    return min(_PIECE, int(batch.offsets.diff().max()))  # no longer than what the model takes
+
+
+def pad(batch: PackedBatch, bucket: Bucket) -> PackedBatch:
+    """A batch filled up to the sizes of a bucket, for `HRM.padded_loss`: that is the batch's loss, but for rounding.
+
+    Tokens 0 in unsupervised sequences of at most 64, empty sequences, and positions 0 whose target is NO_TARGET. Raises
+    ValueError when the batch does not fit.
+    """
+    import torch
+
+    from hrmcore.ops.cross_entropy import NO_TARGET
+
+    tokens, piece = bucket.tokens - len(batch.ids), _piece(batch)
+    lengths = [piece] * (tokens // piece) + [tokens % piece] * (tokens % piece > 0)
+    empty = bucket.sequences - len(batch.prefix) - len(lengths)
+    rows = bucket.supervised - len(batch.supervised)
+    if min(tokens, empty, rows) < 0:
+        have = Bucket(len(batch.ids), len(batch.prefix), len(batch.supervised))
+        raise ValueError(f"the batch does not fit: {have} in {bucket}")
+    lengths += [0] * empty
+    ends = batch.offsets[-1] + torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    positions = [torch.arange(length, dtype=torch.int32) for length in lengths]
+    return PackedBatch(
+        ids=torch.cat([batch.ids, batch.ids.new_zeros(tokens)]),
+        offsets=torch.cat([batch.offsets, ends]),
+        prefix=torch.cat([batch.prefix, batch.prefix.new_zeros(len(lengths))]),
+        positions=torch.cat([batch.positions, *positions]),
+        supervised=torch.cat([batch.supervised, batch.supervised.new_zeros(rows)]),
+        targets=torch.cat([batch.targets, batch.targets.new_full((rows,), NO_TARGET)]),
+        records=batch.records,
     )
 
 
@@ -137,6 +210,31 @@ def share(lengths: np.ndarray, records: Sequence[int], rank: int, ranks: int) ->
         if least == rank:
             chosen.add(record)
     return [record for record in records if record in chosen]
+
+
+class Ahead:
+    """A BatchStream of which a thread packs the next batch while the last one is used.
+
+    `position` and `bookmark` are as if it did not. Raises in `next` what packing raised. `close` ends the thread.
+    """
+
+    def __init__(self, stream: BatchStream) -> None:
+        self.position, self.bookmark = stream.position, stream.bookmark
+        self._stream = stream
+        self._packer = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._next = self._packer.submit(self._pack)
+
+    def __next__(self) -> PackedBatch:
+        batch, self.position, self.bookmark = self._next.result()
+        self._next = self._packer.submit(self._pack)
+        return batch
+
+    def close(self) -> None:
+        """Wait for the batch under way; no other is packed."""
+        self._packer.shutdown(cancel_futures=True)
+
+    def _pack(self) -> tuple[PackedBatch, tuple[int, int], Bookmark]:
+        return next(self._stream), self._stream.position, self._stream.bookmark
 
 
 class BatchStream:

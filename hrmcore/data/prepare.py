@@ -5,15 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,18 +16,10 @@ import numpy as np
 from tqdm import tqdm
 
 from hrmcore.data.files import Row, expand, is_json_lines, source_name
-from hrmcore.data.records import (
-    Fault,
-    KeyCounts,
-    Record,
-    Rejected,
-    encode_pieces,
-    parse_records,
-    read_records,
-    template_of,
-)
+from hrmcore.data.records import KeyCounts, Rejected, read_records
 from hrmcore.data.shapes import Layout, named_layout, read_shaped
 from hrmcore.data.store import TOKENIZER, Store, TokenWriter, open_store, tokenizer_of, write_index, write_manifest
+from hrmcore.data.tokenising import Lines, mapper
 from hrmcore.durable import new_folder, sha256_of
 from hrmcore.limits import MOST_PARSED
 from hrmcore.tokenizer import Tokenizer, VocabularyError, tokenizer_files, train_tokenizer
@@ -295,35 +281,9 @@ def stratified(strata: np.ndarray, count: int, rng: np.random.Generator) -> np.n
     return np.sort(order[bounds[:-1] + (rng.random(count) * np.diff(bounds)).astype(np.int64)])
 
 
-# --- tokenising in parallel --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Lines:
-    """Consecutive rows of a file."""
-
-    path: Path
-    rows: list[Row]
-    layout: Layout | None
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """What became of such lines, in their order."""
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    prefix: np.ndarray
-    conditions: list[str]
-    rejected: list[tuple[int, Fault]]  # with the line's number
-    keys: KeyCounts
-    conversations: int
-    texts: int
-
-
 def _tokenise(
     paths: Sequence[Path],
-    batches: Iterator[_Lines],
+    batches: Iterator[Lines],
     sources: Mapping[str, _Source],
     conditions: list[str],
     writer: TokenWriter,
@@ -339,7 +299,7 @@ def _tokenise(
     known_size = all(map(is_json_lines, paths))  # of the lines that will be read
     total = sum(path.stat().st_size for path in paths) if known_size else None
     with (
-        _mapper(tokenizer, context, workers) as ordered_map,
+        mapper(tokenizer, context, workers) as ordered_map,
         tqdm(total=total, desc="tokenising", unit="B", unit_scale=True, disable=None) as bar,
     ):
         for batch, encoded in ordered_map(batches):
@@ -370,13 +330,13 @@ def _tokenise(
     return _Index.joined(parts)
 
 
-def _batches(paths: Sequence[Path], sources: Mapping[str, _Source], layout: Layout | None) -> Iterator[_Lines]:
+def _batches(paths: Sequence[Path], sources: Mapping[str, _Source], layout: Layout | None) -> Iterator[Lines]:
     """The files' rows in batches; a file's size and checksum join its source when its last row is read."""
     for path in paths:
         digest, size, whole = hashlib.sha256(), 0, is_json_lines(path)
         everything = read_shaped(path, layout)
         while rows := list(_take(everything)):
-            yield _Lines(path, [row for row, _ in rows], rows[-1][1])
+            yield Lines(path, [row for row, _ in rows], rows[-1][1])
             for row, _ in rows:
                 digest.update(row.line)
                 size += len(row.line)
@@ -394,109 +354,3 @@ def _take(rows: Iterator[tuple[Row, Layout | None]]) -> Iterator[tuple[Row, Layo
         size += len(shaped[0].line)
         if size >= _BATCH_BYTES:
             return
-
-
-class _Encoder:
-    """Turns lines into ids; the same in this process and in a worker."""
-
-    def __init__(self, tokenizer: Path, context: int) -> None:
-        self._tokenizer = Tokenizer.load(tokenizer)
-        self._template = template_of(self._tokenizer)
-        self._context = context
-
-    def __call__(self, batch: _Lines) -> _Encoded:
-        tokens: list[int] = []
-        lengths: list[int] = []
-        prefix: list[int] = []
-        conditions: list[str] = []
-        rejected: list[tuple[int, Fault]] = []
-        keys = KeyCounts()
-        conversations = texts = 0
-        for number, line in batch.rows:
-            records = parse_records(line, f"{batch.path}:{number}", batch.layout)
-            is_conversation = batch.layout is not None and batch.layout.messages is not None
-            conversations += is_conversation and any(isinstance(record, Record) for record in records)
-            for record in records:
-                if not isinstance(record, Record):
-                    rejected.append((number, record))
-                    continue
-                try:
-                    pieces = encode_pieces(record, self._tokenizer, self._context, self._template)
-                except ValueError as error:
-                    rejected.append((number, Fault(str(error))))
-                    continue
-                keys.add(record)
-                texts += record.is_text
-                for ids, length in pieces:
-                    tokens += ids
-                    lengths.append(len(ids))
-                    prefix.append(length)
-                    conditions.append(record.condition)
-        arrays = [np.asarray(values, dtype=np.int32) for values in (tokens, lengths, prefix)]
-        return _Encoded(arrays[0], arrays[1], arrays[2], conditions, rejected, keys, conversations, texts)
-
-
-_OrderedMap = Callable[[Iterator[_Lines]], Iterator[tuple[_Lines, _Encoded]]]
-
-
-@contextmanager
-def _mapper(tokenizer: Path, context: int, workers: int) -> Iterator[_OrderedMap]:
-    """A map over batches that keeps their order: here, or in as many processes as there are workers."""
-    if workers == 1:
-        encoder = _Encoder(tokenizer, context)
-        yield lambda batches: ((batch, encoder(batch)) for batch in batches)
-        return
-    # spawn: forking a process that runs threads, as torch and tqdm do, can deadlock the child
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer, context))
-    try:
-        with _ctrl_c_ignored():
-            for _ in range(workers):
-                pool.submit(os.getpid)  # anything: a task too many for the processes there are starts another
-        yield lambda batches: _ahead(pool, batches, 3 * workers)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _ahead(pool: ProcessPoolExecutor, batches: Iterator[_Lines], depth: int) -> Iterator[tuple[_Lines, _Encoded]]:
-    """Results in the order of the batches, at most `depth` of them under way: memory stays small."""
-    waiting: deque[tuple[_Lines, Future[_Encoded]]] = deque()
-    for batch in batches:
-        waiting.append((batch, pool.submit(_encode_in_worker, batch)))
-        if len(waiting) >= depth:
-            done, future = waiting.popleft()
-            yield done, future.result()
-    for done, future in waiting:
-        yield done, future.result()
-
-
-@contextmanager
-def _ctrl_c_ignored() -> Iterator[None]:
-    """Processes that start meanwhile ignore Ctrl-C from their first moment: it is for the parent, which ends them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-_worker_encoder: _Encoder
-
-
-def _start_worker(tokenizer: Path, context: int) -> None:
-    global _worker_encoder
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-    _worker_encoder = _Encoder(tokenizer, context)
-
-
-def _leave_with_parent() -> None:
-    """A worker whose parent was killed would wait for it forever."""
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)
-
-
-def _encode_in_worker(batch: _Lines) -> _Encoded:
-    return _worker_encoder(batch)

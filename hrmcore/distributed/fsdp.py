@@ -31,6 +31,7 @@ def shard(model: HRM, world: World, precision: str) -> None:
     With `precision` bfloat16 the blocks' weights are gathered in it and their gradients summed in float32. The
     embedding and the head stay float32, as they do in one process. An optimizer must be made after this.
     """
+    model.shares_weights = False
     mesh = init_device_mesh(model.lm_head.weight.device.type, (world.ranks,))
     # Casting inputs would round the table of rotations as well.
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -56,14 +57,11 @@ def reshard(model: HRM) -> None:
             module.reshard()
 
 
-def clip_gradients(parameters: Iterable[Tensor], limit: float, world: World) -> float:
-    """Scale gradients down to the norm `limit` over all ranks' shards; returns the norm that they had."""
+def gradient_norm(parameters: Iterable[Tensor], world: World) -> float:
+    """The norm of the gradients over all ranks' shards."""
     gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    norm = math.sqrt(world.sum(sum(float(torch.linalg.vector_norm(gradient)) ** 2 for gradient in gradients)))
-    if (scale := limit / (norm + 1e-6)) < 1:  # as torch's clip_grad_norm_ has it
-        for gradient in gradients:
-            gradient.mul_(scale)
-    return norm
+    norms = torch.stack(torch._foreach_norm(gradients)).tolist() if gradients else []
+    return math.sqrt(world.sum(sum(norm**2 for norm in norms)))
 
 
 def dummy_batch(corpus: Corpus, batch: PackedBatch) -> PackedBatch:

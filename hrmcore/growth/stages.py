@@ -10,6 +10,7 @@ from typing import Any
 
 from hrmcore import optim, planner
 from hrmcore.config import HRMConfig
+from hrmcore.gpus import GPUS
 from hrmcore.growth.operators import SIZES, Growth, growth_under_way, state_metadata
 from hrmcore.model import HRM
 
@@ -183,6 +184,6 @@ class GrowthSchedule:
         stages = [
             planner.Stage(start, str(n), shape) for n, (start, shape) in enumerate(zip(starts, shapes, strict=True))
         ]
-        budget = planner.Budget(tokens, planner.GPUS["H100"], record=record, horizon=horizon)
+        budget = planner.Budget(tokens, GPUS["H100"], record=record, horizon=horizon)
         planned = planner.plan(stages, budget)
         return planned.flops.total, planned.from_scratch.total

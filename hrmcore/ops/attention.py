@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,16 +34,28 @@ class PackedMask:
     key_offsets: Tensor | None = None  # (S + 1) int32: the same as offsets for key rows; None: keys lie as queries do
     log_decay: Tensor | None = None  # (d/2) float32 in [-0.5, 0], as `xpos_log_decay` makes them; None: no decay
     window: int = 0  # a multiple of 64; 0: no window
+    tiles: Tensor | None = None  # (N, 8) int32, from `with_tiles`; None: each call that needs a table makes its own
 
     @property
-    def flat(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]:
-        """The fields in their order, for the schemas of torch.library, which take tensors and numbers alone."""
-        return self.offsets, self.prefix, self.key_offsets, self.log_decay, self.window
+    def flat(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int]:
+        """The fields in an order of their own, for torch.library's schemas, which take tensors and numbers alone."""
+        return self.offsets, self.prefix, self.key_offsets, self.log_decay, self.tiles, self.window
 
     def to(self, device: torch.device) -> PackedMask:
-        """The same on a device."""
+        """The same on a device, without tiles."""
         key_offsets, log_decay = (None if x is None else x.to(device) for x in (self.key_offsets, self.log_decay))
         return PackedMask(self.offsets.to(device), self.prefix.to(device), key_offsets, log_decay, self.window)
+
+    def with_tiles(self, x: Tensor, keys: int | None = None) -> PackedMask:
+        """The same with the table of tiles that the bfloat16 kernels of CUDA go by; itself where none is needed.
+
+        x: (T, ...), of the dtype and the device that attention will have; `keys` is Tk, by default T. The table depends
+        on the mask alone: made once for a batch, it serves every layer of every visit, forward and backward.
+        """
+        if self.tiles is not None or not _needs_workspace(x):
+            return self
+        keys = len(x) if keys is None else keys
+        return replace(self, tiles=_attention_table(*_offsets(self), len(x), keys, self.window))
 
     def sequences(self) -> Iterator[tuple[slice, slice, int]]:
         """The query rows, the key rows and the prefix of each sequence. Waits for the device."""
@@ -97,7 +109,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, mask: PackedMask) -
     """
     if reference_active():
         return attention_ref(q, k, v, gate, mask)
-    return _attention(q, k, v, gate, *mask.flat)[0]
+    return _attention(q, k, v, gate, *mask.with_tiles(q, len(k)).flat)[0]
 
 
 # The launches: every call of the kernels, for the ops of this page and of sublayers.py
@@ -107,10 +119,11 @@ Operands = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v, gate
 
 def launch_forward(operands: Operands, mask: PackedMask) -> tuple[Tensor, Tensor]:
     """Run the forward kernel; returns the output (T, H, d) and the log-sum-exps of the scores (T, H) float32."""
-    q = operands[0]
+    q, k = operands[:2]
+    mask = mask.with_tiles(q, len(k))
     results = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
     exported = map(to_dlpack, (*operands, *_offsets(mask), *results))
-    _C.attention_forward(*exported, *_form(mask), *forward_workspace(operands, mask), stream_of(q))
+    _C.attention_forward(*exported, *_form(mask), stream_of(q))
     return results
 
 
@@ -128,9 +141,10 @@ def launch_backward(
     """
     grad_q, grad_k, grad_v, grad_gate = grads
     grad_out = grad_out.contiguous()
-    workspace = backward_workspace(operands, mask, grad_out if overwrite else None)
+    mask = mask.with_tiles(operands[0], len(operands[1]))
+    workspace = backward_workspace(operands[0], grad_out if overwrite else None)
     sums = grad_k, grad_v
-    if grad_k.dtype != torch.float32 and workspace[0] is None:
+    if grad_k.dtype != torch.float32 and mask.tiles is None:
         sums = grad_k.new_empty(grad_k.shape, dtype=torch.float32), grad_v.new_empty(grad_v.shape, dtype=torch.float32)
     inputs = *operands, *_offsets(mask), *results, grad_out
     exported = map(to_dlpack, (*inputs, grad_q, *sums, grad_gate))
@@ -140,38 +154,55 @@ def launch_backward(
         grad_v.copy_(sums[1])
 
 
-def forward_workspace(operands: Operands, mask: PackedMask) -> tuple[Any]:
-    """What the forward kernel of CUDA writes for itself in bfloat16; None for others."""
-    q = operands[0]
-    return (to_dlpack(_table(mask, len(q))) if _needs_workspace(q) else None,)
-
-
-def backward_workspace(operands: Operands, mask: PackedMask, ungated: Tensor | None = None) -> tuple[Any, Any, Any]:
-    """The same of the backward kernels: a table of tiles, dO (T, H, d), and two numbers a row and head."""
-    q, k = operands[:2]
+def backward_workspace(q: Tensor, ungated: Tensor | None = None) -> tuple[Any, Any]:
+    """What the bfloat16 backward of CUDA writes for itself: dO (T, H, d), and two numbers a row and head."""
     if not _needs_workspace(q):
-        return None, None, None
+        return None, None
     ungated = torch.empty(q.shape, dtype=q.dtype, device=q.device) if ungated is None else ungated
     row_terms = torch.empty((2, q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
-    return to_dlpack(_table(mask, len(q), len(k))), to_dlpack(ungated), to_dlpack(row_terms)
+    return to_dlpack(ungated), to_dlpack(row_terms)
 
 
 def _needs_workspace(q: Tensor) -> bool:
     return q.dtype == torch.bfloat16 and runs_on_cuda(q)
 
 
-def _table(mask: PackedMask, *rows: int) -> Tensor:
-    """(N, 8) int32: a line for each tile of 64 rows that S sequences of any lengths can have."""
-    lines = sum(count // 64 + len(mask.prefix) for count in rows)
-    return torch.empty((lines, 8), dtype=torch.int32, device=mask.offsets.device)
-
-
 def _offsets(mask: PackedMask) -> tuple[Tensor, Tensor, Tensor]:
     return mask.offsets, mask.offsets if mask.key_offsets is None else mask.key_offsets, mask.prefix
 
 
-def _form(mask: PackedMask) -> tuple[Any, int]:
-    return None if mask.log_decay is None else to_dlpack(mask.log_decay), mask.window
+def _form(mask: PackedMask) -> tuple[Any, int, Any]:
+    log_decay, tiles = (None if x is None else to_dlpack(x) for x in (mask.log_decay, mask.tiles))
+    return log_decay, mask.window, tiles
+
+
+@torch.library.custom_op("hrmcore::attention_table", mutates_args=(), device_types=DEVICES)
+def _attention_table(
+    offsets: Tensor, key_offsets: Tensor, prefix: Tensor, query_rows: int, key_rows: int, window: int
+) -> Tensor:
+    tiles = _empty_table(prefix, query_rows, key_rows)
+    _C.attention_table(
+        offsets=to_dlpack(offsets),
+        key_offsets=to_dlpack(key_offsets),
+        prefix=to_dlpack(prefix),
+        query_rows=query_rows,
+        key_rows=key_rows,
+        window=window,
+        tiles=to_dlpack(tiles),
+        stream=stream_of(offsets),
+    )
+    return tiles
+
+
+@_attention_table.register_fake
+def _(offsets: Tensor, key_offsets: Tensor, prefix: Tensor, query_rows: int, key_rows: int, window: int) -> Tensor:
+    return _empty_table(prefix, query_rows, key_rows)
+
+
+def _empty_table(prefix: Tensor, *rows: int) -> Tensor:
+    """(N, 8) int32: a line for each tile of 64 rows that S sequences of any lengths can have."""
+    lines = sum(count // 64 + len(prefix) for count in rows)
+    return torch.empty((lines, 8), dtype=torch.int32, device=prefix.device)
 
 
 @torch.library.custom_op("hrmcore::attention", mutates_args=(), device_types=DEVICES)
@@ -184,9 +215,10 @@ def _attention(
     prefix: Tensor,
     key_offsets: Tensor | None,
     log_decay: Tensor | None,
+    tiles: Tensor | None,
     window: int,
 ) -> tuple[Tensor, Tensor]:
-    return launch_forward((q, k, v, gate), PackedMask(offsets, prefix, key_offsets, log_decay, window))
+    return launch_forward((q, k, v, gate), PackedMask(offsets, prefix, key_offsets, log_decay, window, tiles))
 
 
 @torch.library.custom_op("hrmcore::attention_backward", mutates_args=(), device_types=DEVICES)
@@ -202,9 +234,10 @@ def _attention_backward(
     prefix: Tensor,
     key_offsets: Tensor | None,
     log_decay: Tensor | None,
+    tiles: Tensor | None,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mask = PackedMask(offsets, prefix, key_offsets, log_decay, window)
+    mask = PackedMask(offsets, prefix, key_offsets, log_decay, window, tiles)
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), gate.new_empty(gate.shape)
     launch_backward((q, k, v, gate), mask, (out, lse), grad_out, grads)
     return grads
@@ -228,7 +261,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     operands, mask = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-    return *_attention_backward(*operands, grad_out, *mask, ctx.window), *5 * [None]
+    return *_attention_backward(*operands, grad_out, *mask, ctx.window), *6 * [None]
 
 
 _attention.register_autograd(_backward, setup_context=_save)

@@ -18,9 +18,11 @@ from torch.utils.dlpack import to_dlpack
 
 from hrmcore import _C
 from hrmcore.ops.backend import DEVICES, reference_active, stream_of
+from hrmcore.ops.weights import gemm_weight_backward_
 
 CHUNK_ELEMENTS = 1 << 23  # the most logits that exist at one time on the CPU; 32 MiB in float32
 CHUNK_ROWS_ON_CUDA = 2048  # each chunk adds to the head's whole gradient: fewer, larger ones add less
+NO_TARGET = -1  # of a row that has no loss
 ROW_MULTIPLE = 64  # a GEMM's rows are padded to it: oneDNN (bfloat16) compiles a kernel for each new shape
 
 
@@ -30,16 +32,17 @@ def cross_entropy_ref(hidden: Tensor, weight: Tensor, rows: Tensor, targets: Ten
     At least float32, a scalar.
     """
     logits = F.linear(hidden[rows], weight.to(hidden.dtype))
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(exact, targets, ignore_index=NO_TARGET, reduction="sum")
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
     """Summed cross-entropy, in nats, of the tokens that follow `rows`; a float32 scalar.
 
     hidden: (T, D) float32 or bfloat16; weight: (V, D), rounded to hidden's dtype for the products; rows: (R) int64,
-    strictly rising, in [0, T); targets: (R) int64 in [0, V). Sums in float64. Backward computes the logits again: only
-    one chunk of them exists at any time. Raises ValueError on a wrong dtype or shape, and on the CPU on a wrong row or
-    target.
+    strictly rising, in [0, T); targets: (R) int64 in [0, V), or NO_TARGET where a row has no loss. Sums in float64.
+    Backward computes the logits again: only one chunk of them exists at any time. Raises ValueError on a wrong dtype or
+    shape, and on the CPU on a wrong row or target.
     """
     if reference_active():
         return cross_entropy_ref(hidden, weight, rows, targets)
@@ -56,7 +59,9 @@ def sample_targets(hidden: Tensor, weight: Tensor, rows: Tensor, generator: torc
     with torch.no_grad():
         for part, _, logits in _chunks(hidden, weight.to(hidden.dtype), rows):
             chances = logits[: part.stop - part.start].float().softmax(-1)
-            targets[part] = torch.multinomial(chances, 1, generator=generator)[:, 0]
+            # As torch.multinomial draws one of each row, but that on CUDA would wait for its checks of the chances.
+            times = torch.empty_like(chances).exponential_(1, generator=generator)
+            targets[part] = chances.div_(times).argmax(-1)
     return targets
 
 
@@ -86,12 +91,8 @@ def _cross_entropy_backward(
         _C.cross_entropy_backward(*map(to_dlpack, operands), stream_of(hidden))
         logits[count:] = 0
         grad_hidden[rows[part]] = torch.mm(logits, rounded)[:count]
-        if not to_weight:
-            continue
-        if states.dtype == torch.float32:
-            grad_weight.addmm_(logits.T, states)
-        else:
-            grad_weight += torch.mm(logits.T, states)
+        if to_weight:
+            gemm_weight_backward_(grad_weight, False, logits, states)
     return grad_hidden, grad_weight.to(weight.dtype)
 
 
@@ -136,7 +137,7 @@ def _check_operands(hidden: Tensor, weight: Tensor, rows: Tensor) -> None:
         raise ValueError(
             f"cross_entropy: weight must be (V, D) with D = {hidden.shape[1]}, got {weight.dtype} {tuple(weight.shape)}"
         )
-    if not rows.is_cuda:  # there the host would wait; HRM checks a batch before it goes to the device
+    if rows.device.type == "cpu":  # elsewhere the host would wait; HRM checks a batch before it goes to the device
         check_rows(rows, len(hidden))
 
 

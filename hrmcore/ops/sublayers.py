@@ -2,8 +2,8 @@
 
 The reference is `Block.forward` in hrmcore/model.py, which runs the same op by op. Here the GEMMs (torch's) and the
 kernels run in one call. Forward saves the residual stream, the rotated projection, the attention's output and SwiGLU's
-input; backward computes the norms and SwiGLU's output again. Queries and keys are rotated in place, in the projection's
-buffer, and all four gradients of the projection are written into one buffer.
+input; backward computes the norms and SwiGLU's output again, unless they are to be kept as well. Queries and keys are
+rotated in place, in the projection's buffer, and all four gradients of the projection are written into one buffer.
 
 Shapes: T tokens, D width, H heads, d head_dim, A = H d, F ffn, P positions, S sequences.
 """
@@ -19,38 +19,55 @@ from torch.utils.dlpack import to_dlpack
 from hrmcore import _C
 from hrmcore.ops.attention import PackedMask, launch_backward, launch_forward
 from hrmcore.ops.backend import DEVICES, stream_of
+from hrmcore.ops.weights import Weight, gemm, gemm_rows_backward, gemm_weight_backward_
 
 
 def attention_sublayer(
     normed: Tensor,
     stream: Tensor,
-    gqkv_weight: Tensor,
-    o_weight: Tensor,
+    gqkv_weight: Tensor | Weight,
+    o_weight: Tensor | Weight,
     heads: int,
     eps: float,
     rotation: tuple[Tensor, Tensor],
     mask: PackedMask,
+    keep: bool = False,
 ) -> Tensor:
     """o(gated attention(rotated gqkv(normed))), (T, D), where normed = rms(stream); float32 or bfloat16.
 
     gqkv_weight: (4 A, D), rows gate | q | k | v; o_weight: (D, A); both rounded to the stream's dtype for the products.
-    `eps` is that of the norm, which backward computes again from the stream; the gradient goes to `normed` alone.
-    `rotation` is (table, positions) as in `rope`; `mask`, without key_offsets, as in `attention`; both check them.
-    Raises ValueError on a wrong dtype, shape or stride.
+    `eps` is that of the norm, which backward computes again from the stream, or with `keep` finds; the gradient goes to
+    `normed` alone. `rotation` is (table, positions) as in `rope`; `mask`, without key_offsets, as in `attention`; both
+    check them. Raises ValueError on a wrong dtype, shape or stride.
     """
-    flat = (*rotation, mask.offsets, mask.prefix, mask.log_decay, mask.window)
-    return _attention_sublayer(normed, stream, gqkv_weight, o_weight, heads, eps, *flat)[0]
+    gqkv, o = Weight.of(gqkv_weight, normed.dtype), Weight.of(o_weight, normed.dtype)
+    if not torch.is_grad_enabled():  # most visits of a step: spared what only autograd needs
+        return _attend(normed, gqkv, o, heads, rotation, mask)[0]
+    y: Tensor = _AttentionSublayer.apply(
+        normed, stream, gqkv.traced, o.traced, gqkv, o, heads, eps, rotation, mask, keep
+    )
+    return y
 
 
 def mlp_sublayer(
-    x: Tensor, residual: Tensor, gate_up_weight: Tensor, down_weight: Tensor, eps: float
+    x: Tensor,
+    residual: Tensor,
+    gate_up_weight: Tensor | Weight,
+    down_weight: Tensor | Weight,
+    eps: float,
+    keep: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(down(swiglu(gate_up(rms(u)))), u) with u = x + residual; both (T, D), float32 or bfloat16.
 
-    gate_up_weight: (2 F, D), rows gate | up; down_weight: (D, F); both rounded to x's dtype for the products. Raises
-    ValueError on a wrong dtype, shape or stride.
+    gate_up_weight: (2 F, D), rows gate | up; down_weight: (D, F); both rounded to x's dtype for the products. Backward
+    computes the norm and SwiGLU's output again, or with `keep` finds them. Raises ValueError on a wrong dtype, shape or
+    stride.
     """
-    return _mlp_sublayer(x, residual, gate_up_weight, down_weight, eps)[:2]
+    gate_up, down = Weight.of(gate_up_weight, x.dtype), Weight.of(down_weight, x.dtype)
+    if not torch.is_grad_enabled():
+        return _mlp_sublayer(x, residual, gate_up.rounded, down.rounded, eps)[:2]
+    y, u = _MlpSublayer.apply(x, residual, gate_up.traced, down.traced, gate_up, down, eps, keep)
+    return y, u
 
 
 def add_norm(x: Tensor, residual: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -75,22 +92,13 @@ def norm_backward_(grad_normed: Tensor, u: Tensor, grad_u: Tensor | None, eps: f
     return grad_normed
 
 
-def _gemm(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows (T, N) weight (M, N)^T -> (T, M), in the dtype of the rows."""
-    return torch.mm(rows, weight.to(rows.dtype).T)
+def _buffers(ctx: Any, first: int) -> list[Any]:
+    """Where the gradients of the weights, arguments from number `first` on, are added up, and whether they begin.
 
-
-def _gemm_backward(grad: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of `_gemm` to its rows and to its weight."""
-    return _gemm_rows_backward(grad, weight), _gemm_weight_backward(grad, rows, weight)
-
-
-def _gemm_rows_backward(grad: Tensor, weight: Tensor) -> Tensor:
-    return torch.mm(grad, weight.to(grad.dtype))
-
-
-def _gemm_weight_backward(grad: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
-    return torch.mm(grad.T, rows).to(weight.dtype)
+    None for a weight that wants none.
+    """
+    found = [s.buffer() if ctx.needs_input_grad[first + i] else (None, False) for i, s in enumerate(ctx.sums)]
+    return [total for total, _ in found] + [begins for _, begins in found]
 
 
 # Attention
@@ -116,7 +124,10 @@ def rotate_and_attend_backward(
     mask: PackedMask,
     grad_attended: Tensor,
 ) -> Tensor:
-    """The gradient of gqkv as it was before `rotate_and_attend`, whose `results` and whose gqkv afterwards it takes."""
+    """The gradient of gqkv as it was before `rotate_and_attend`, whose `results` and whose gqkv afterwards it takes.
+
+    Overwrites grad_attended.
+    """
     gate, q, k, v = _split(gqkv)
     grad_gqkv = torch.empty_like(gqkv)
     grad_gate, grad_q, grad_k, grad_v = _split(grad_gqkv)
@@ -129,27 +140,29 @@ def rotate_and_attend_backward(
 @torch.library.custom_op("hrmcore::attention_sublayer", mutates_args=(), device_types=DEVICES)
 def _attention_sublayer(
     normed: Tensor,
-    stream: Tensor,
     gqkv_weight: Tensor,
     o_weight: Tensor,
     heads: int,
-    eps: float,
     table: Tensor,
     positions: Tensor,
     offsets: Tensor,
     prefix: Tensor,
     log_decay: Tensor | None,
+    tiles: Tensor | None,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gqkv = _gemm(normed, gqkv_weight).view(len(normed), 4, heads, -1)
-    mask = PackedMask(offsets, prefix, None, log_decay, window)
+    gqkv = gemm(normed, gqkv_weight).view(len(normed), 4, heads, -1)
+    mask = PackedMask(offsets, prefix, None, log_decay, window, tiles)
     attended, lse = rotate_and_attend(gqkv, (table, positions), mask)
-    return _gemm(attended.flatten(1), o_weight), gqkv, attended, lse
+    return gemm(attended.flatten(1), o_weight), gqkv, attended, lse
 
 
-@torch.library.custom_op("hrmcore::attention_sublayer_backward", mutates_args=(), device_types=DEVICES)
+@torch.library.custom_op(
+    "hrmcore::attention_sublayer_backward", mutates_args=("gqkv_sum", "o_sum"), device_types=DEVICES
+)
 def _attention_sublayer_backward(
     stream: Tensor,
+    normed: Tensor | None,
     gqkv: Tensor,
     attended: Tensor,
     lse: Tensor,
@@ -160,20 +173,30 @@ def _attention_sublayer_backward(
     offsets: Tensor,
     prefix: Tensor,
     log_decay: Tensor | None,
+    tiles: Tensor | None,
     window: int,
     eps: float,
     grad_y: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_attended, grad_o_weight = _gemm_backward(grad_y, attended.flatten(1), o_weight)
-    mask = PackedMask(offsets, prefix, None, log_decay, window)
+    gqkv_sum: Tensor | None,
+    o_sum: Tensor | None,
+    gqkv_begins: bool,
+    o_begins: bool,
+) -> Tensor:
+    if o_sum is not None:
+        gemm_weight_backward_(o_sum, o_begins, grad_y, attended.flatten(1))
+    mask = PackedMask(offsets, prefix, None, log_decay, window, tiles)
+    grad_attended = gemm_rows_backward(grad_y, o_weight)
     grad_gqkv = rotate_and_attend_backward(gqkv, (attended, lse), (table, positions), mask, grad_attended)
     del grad_attended
-    return *_gemm_backward(grad_gqkv.flatten(1), norm(stream, eps), gqkv_weight), grad_o_weight
+    grad_rows = grad_gqkv.flatten(1)
+    if gqkv_sum is not None:
+        gemm_weight_backward_(gqkv_sum, gqkv_begins, grad_rows, norm(stream, eps) if normed is None else normed)
+    return gemm_rows_backward(grad_rows, gqkv_weight)
 
 
 @_attention_sublayer.register_fake
 def _(
-    normed: Tensor, stream: Tensor, gqkv_weight: Tensor, o_weight: Tensor, heads: int, *others: object
+    normed: Tensor, gqkv_weight: Tensor, o_weight: Tensor, heads: int, *others: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, head_dim = normed.shape[0], o_weight.shape[1] // heads
     gqkv, attended = normed.new_empty(tokens, 4, heads, head_dim), normed.new_empty(tokens, heads, head_dim)
@@ -181,27 +204,45 @@ def _(
 
 
 @_attention_sublayer_backward.register_fake
-def _(
-    stream: Tensor, gqkv: Tensor, attended: Tensor, lse: Tensor, gqkv_weight: Tensor, o_weight: Tensor, *others: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    return stream.new_empty(stream.shape), gqkv_weight.new_empty(gqkv_weight.shape), o_weight.new_empty(o_weight.shape)
+def _(stream: Tensor, *others: object) -> Tensor:
+    return stream.new_empty(stream.shape)
 
 
-def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, stream, gqkv_weight, o_weight, _, ctx.eps, *positional, ctx.window = inputs
-    kept = output[1:]
-    ctx.mark_non_differentiable(*kept)
-    ctx.set_materialize_grads(False)  # or autograd would make zeros of the size of these outputs
-    ctx.save_for_backward(stream, *kept, gqkv_weight, o_weight, *positional)
+def _attend(
+    normed: Tensor, gqkv: Weight, o: Weight, heads: int, rotation: tuple[Tensor, Tensor], mask: PackedMask
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    positional = (*rotation, mask.offsets, mask.prefix, mask.log_decay, mask.tiles, mask.window)
+    return _attention_sublayer(normed, gqkv.rounded, o.rounded, heads, *positional)
 
 
-def _attention_backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    grad_y = torch.zeros_like(ctx.saved_tensors[0]) if grad_y is None else grad_y
-    grad_normed, *grads = _attention_sublayer_backward(*ctx.saved_tensors, ctx.window, ctx.eps, grad_y)
-    return grad_normed, None, *grads, *8 * [None]
+class _AttentionSublayer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        normed: Tensor,
+        stream: Tensor,
+        gqkv_traced: Tensor,
+        o_traced: Tensor,
+        gqkv: Weight,
+        o: Weight,
+        heads: int,
+        eps: float,
+        rotation: tuple[Tensor, Tensor],
+        mask: PackedMask,
+        keep: bool,
+    ) -> Tensor:
+        y, *kept = _attend(normed, gqkv, o, heads, rotation, mask)
+        positional = (*rotation, mask.offsets, mask.prefix, mask.log_decay, mask.tiles)
+        ctx.save_for_backward(stream, normed if keep else None, *kept, gqkv.rounded, o.rounded, *positional)
+        ctx.eps, ctx.window, ctx.sums = eps, mask.window, (gqkv.sum, o.sum)
+        return y
 
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        sums = _buffers(ctx, 2)
+        grad_normed = _attention_sublayer_backward(*ctx.saved_tensors, ctx.window, ctx.eps, grad_y, *sums)
+        return grad_normed, *10 * [None]
 
-_attention_sublayer.register_autograd(_attention_backward, setup_context=_save_attention)
 
 # SwiGLU
 
@@ -209,10 +250,11 @@ _attention_sublayer.register_autograd(_attention_backward, setup_context=_save_a
 @torch.library.custom_op("hrmcore::mlp_sublayer", mutates_args=(), device_types=DEVICES)
 def _mlp_sublayer(
     x: Tensor, residual: Tensor, gate_up_weight: Tensor, down_weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     normed, u = add_norm(x, residual, eps)
-    ab = _gemm(normed, gate_up_weight)
-    return _gemm(swiglu_product(ab), down_weight), u, ab
+    ab = gemm(normed, gate_up_weight)
+    product = swiglu_product(ab)
+    return gemm(product, down_weight), u, ab, normed, product
 
 
 def swiglu_product(ab: Tensor) -> Tensor:
@@ -222,58 +264,77 @@ def swiglu_product(ab: Tensor) -> Tensor:
     return product
 
 
-def swiglu_backward_(grad_product: Tensor, ab: Tensor) -> Tensor:
-    """The gradient of ab; SwiGLU's output, computed again, overwrites `grad_product`."""
-    grad_ab = torch.empty_like(ab)
-    _C.swiglu_backward(*map(to_dlpack, (ab, grad_product, grad_ab, grad_product)), stream_of(ab))
+def swiglu_backward_(grad_product: Tensor, ab: Tensor, again: bool = True) -> Tensor:
+    """The gradient of ab; SwiGLU's output, where it is to be computed `again`, overwrites `grad_product`."""
+    grad_ab, product = torch.empty_like(ab), to_dlpack(grad_product) if again else None
+    _C.swiglu_backward(*map(to_dlpack, (ab, grad_product, grad_ab)), product, stream_of(ab))
     return grad_ab
 
 
-@torch.library.custom_op("hrmcore::mlp_sublayer_backward", mutates_args=(), device_types=DEVICES)
+@torch.library.custom_op(
+    "hrmcore::mlp_sublayer_backward", mutates_args=("gate_up_sum", "down_sum"), device_types=DEVICES
+)
 def _mlp_sublayer_backward(
     u: Tensor,
     ab: Tensor,
+    normed: Tensor | None,
+    product: Tensor | None,
     gate_up_weight: Tensor,
     down_weight: Tensor,
     eps: float,
     grad_y: Tensor,
     grad_u: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    product = _gemm_rows_backward(grad_y, down_weight)
-    grad_ab = swiglu_backward_(product, ab)
-    grad_down_weight = _gemm_weight_backward(grad_y, product, down_weight)
-    del product
-    grad_normed, grad_gate_up_weight = _gemm_backward(grad_ab, norm(u, eps), gate_up_weight)
-    return norm_backward_(grad_normed, u, grad_u, eps), grad_gate_up_weight, grad_down_weight
+    gate_up_sum: Tensor | None,
+    down_sum: Tensor | None,
+    gate_up_begins: bool,
+    down_begins: bool,
+) -> Tensor:
+    grad_product = gemm_rows_backward(grad_y, down_weight)
+    grad_ab = swiglu_backward_(grad_product, ab, again=product is None)
+    if down_sum is not None:
+        gemm_weight_backward_(down_sum, down_begins, grad_y, grad_product if product is None else product)
+    del grad_product
+    if gate_up_sum is not None:
+        gemm_weight_backward_(gate_up_sum, gate_up_begins, grad_ab, norm(u, eps) if normed is None else normed)
+    return norm_backward_(gemm_rows_backward(grad_ab, gate_up_weight), u, grad_u, eps)
 
 
 @_mlp_sublayer.register_fake
-def _(x: Tensor, residual: Tensor, gate_up_weight: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape[0], gate_up_weight.shape[0])
+def _(
+    x: Tensor, residual: Tensor, gate_up_weight: Tensor, *others: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    y, u, normed = (x.new_empty(x.shape) for _ in range(3))
+    ffn = gate_up_weight.shape[0] // 2
+    return y, u, x.new_empty(x.shape[0], 2 * ffn), normed, x.new_empty(x.shape[0], ffn)
 
 
 @_mlp_sublayer_backward.register_fake
-def _(
-    u: Tensor, ab: Tensor, gate_up_weight: Tensor, down_weight: Tensor, *others: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        u.new_empty(u.shape),
-        gate_up_weight.new_empty(gate_up_weight.shape),
-        down_weight.new_empty(down_weight.shape),
-    )
+def _(u: Tensor, *others: object) -> Tensor:
+    return u.new_empty(u.shape)
 
 
-def _save_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, gate_up_weight, down_weight, ctx.eps = inputs
-    ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:], gate_up_weight, down_weight)
+class _MlpSublayer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        gate_up_traced: Tensor,
+        down_traced: Tensor,
+        gate_up: Weight,
+        down: Weight,
+        eps: float,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor]:
+        weights = gate_up.rounded, down.rounded
+        y, u, ab, normed, product = _mlp_sublayer(x, residual, *weights, eps)
+        ctx.save_for_backward(u, ab, *((normed, product) if keep else (None, None)), *weights)
+        ctx.set_materialize_grads(False)  # or autograd would make zeros for an output that nothing uses
+        ctx.eps, ctx.sums = eps, (gate_up.sum, down.sum)
+        return y, u
 
-
-def _mlp_backward(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    grad_y = torch.zeros_like(ctx.saved_tensors[0]) if grad_y is None else grad_y
-    grads = _mlp_sublayer_backward(*ctx.saved_tensors, ctx.eps, grad_y, grad_u)
-    return grads[0], *grads, None
-
-
-_mlp_sublayer.register_autograd(_mlp_backward, setup_context=_save_mlp)
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_y = torch.zeros_like(ctx.saved_tensors[0]) if grad_y is None else grad_y
+        grad = _mlp_sublayer_backward(*ctx.saved_tensors, ctx.eps, grad_y, grad_u, *_buffers(ctx, 2))
+        return grad, grad, *6 * [None]

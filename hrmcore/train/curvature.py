@@ -18,7 +18,12 @@ from hrmcore.optim import Sophia
 
 
 def gauss_newton_bartlett(
-    model: HRM, batches: Sequence[PackedBatch], labels: int, horizon: int, generator: torch.Generator
+    model: HRM,
+    batches: Sequence[PackedBatch],
+    labels: int,
+    horizon: int,
+    generator: torch.Generator,
+    recompute: str = "sublayer",
 ) -> None:
     """Add to the gradients those of the labels' summed loss over √B, B labels drawn from the model's distribution.
 
@@ -26,7 +31,8 @@ def gauss_newton_bartlett(
     `labels`, the supervised tokens of all ranks; `batches` are those of this rank.
     """
     for batch in batches:
-        (model.loss(batch, horizon=horizon, sampler=generator) / math.sqrt(labels)).backward()
+        loss = model.loss(batch, horizon=horizon, sampler=generator, recompute=recompute)
+        (loss / math.sqrt(labels)).backward()
 
 
 def hutchinson(

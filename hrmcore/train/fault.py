@@ -106,13 +106,23 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        sound = self.found is None and all(map(_finite, tree_leaves((args, kwargs))))
+        read, written = _operands(func, args, kwargs or {})
+        sound = self.found is None and all(map(_finite, tree_leaves(read)))
         result = func(*args, **(kwargs or {}))
         name = str(func.name())
         # What is only allocated holds anything.
-        if sound and "empty" not in name and not all(map(_finite, tree_leaves(result))):
+        if sound and "empty" not in name and not all(map(_finite, tree_leaves((result, written)))):
             self.found = f"{name} in {self._place or 'backward'}"
         return result
+
+
+def _operands(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
+    """What an op reads, and what it writes to, which may hold anything before."""
+    declared = func._schema.arguments
+    given = {argument.name: value for argument, value in zip(declared, args, strict=False)} | dict(kwargs)
+    writes = {a.name for a in declared if a.alias_info is not None and a.alias_info.is_write}
+    read = [value for name, value in given.items() if name not in writes]
+    return read, [value for name, value in given.items() if name in writes]
 
 
 def _finite(value: Any) -> bool:

@@ -46,16 +46,6 @@ class Metrics:
         self._sinks = []
 
 
-def shown(metrics: Mapping[str, float]) -> str:
-    """A step's figures beside the progress bar."""
-    parts = [f"loss={metrics['loss']:.4f}", f"tok/s={metrics['tokens_per_second']:.0f}", f"K={metrics['horizon']}"]
-    if (clipped := metrics.get("clipped_fraction")) is not None:
-        parts.append(f"clipped={clipped:.2f}")
-    if skipped := metrics.get("skipped"):
-        parts.append(f"skipped={skipped}")
-    return ", ".join(parts)
-
-
 def _append(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     try:
         with file.open("a", encoding="utf-8") as opened:
@@ -74,6 +64,16 @@ def _forget_after(file: Path, step: int) -> None:
         temporary = file.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(file)
+
+
+def shown(metrics: Mapping[str, float]) -> str:
+    """The figures of a step that a progress bar has room for."""
+    parts = [f"loss={metrics['loss']:.4f}", f"tok/s={metrics['tokens_per_second']:.0f}", f"K={metrics['horizon']}"]
+    if (clipped := metrics.get("clipped_fraction")) is not None:
+        parts.append(f"clipped={clipped:.2f}")
+    if skipped := metrics.get("skipped"):
+        parts.append(f"skipped={skipped}")
+    return ", ".join(parts)
 
 
 _Sink = tuple[Callable[[Mapping[str, float], int], None], Callable[[], Any]]  # log the figures of a step; close

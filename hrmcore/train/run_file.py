@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from hrmcore.checkpoint.hrm_text import read_config as read_checkpoint_config
 from hrmcore.checkpoint.hrm_text import resolve
 from hrmcore.checkpoint.training_state import is_state, read_metadata
-from hrmcore.config import HRMConfig, LoraConfig, Range
+from hrmcore.config import RECOMPUTE, HRMConfig, LoraConfig, Range
 from hrmcore.data.store import MANIFEST, TOKENIZER, tokenizer_of
 from hrmcore.growth.stages import GrowStage, growths_of, read_stages
 from hrmcore.limits import read_bounded
@@ -36,20 +35,6 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sophia-g": {"learning_rate": 2e-4, "betas": (0.965, 0.99), "eps": 1e-12, "rho": 0.04, "curvature_every": 10},
     "sophia-h": {"learning_rate": 2e-4, "betas": (0.965, 0.99), "eps": 1e-12, "rho": 0.04, "curvature_every": 10},
 }
-
-
-# The headings of `hrmcore train --explain`, in their order; each key names its own.
-GROUPS = (
-    "required",
-    "data",
-    "model",
-    "schedule",
-    "optimizer",
-    "precision and devices",
-    "checkpoints and states",
-    "growth",
-    "validation and logging",
-)
 
 
 _MOST_BYTES = 1 << 17  # of a run file: Python's reader of TOML takes a thousand bytes for a key
@@ -97,7 +82,7 @@ def _key(group: str, explanation: str, default: Any = dataclasses.MISSING) -> An
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything a run depends on; the fields' explanations are what `hrmcore train --explain` prints.
+    """Everything a run depends on; hrmcore/train/explanation.py prints the fields' explanations.
 
     A field whose default follows the optimizer is None until then, and stays None where the optimizer does not use it.
     """
@@ -184,6 +169,18 @@ class TrainConfig:
         "under torchrun: 'data', every process holds the whole model, or 'sharded', each a shard of it (FSDP2)",
         "data",
     )
+    recompute: str = _key(
+        "precision and devices",
+        "what backward computes again, for memory: 'none', 'sublayer' (norms and SwiGLU), or 'visit' (every visit but "
+        "the last, as well); the result is the same",
+        "sublayer",
+    )
+    cuda_graphs: bool = _key(
+        "precision and devices",
+        "capture a small model's steps, which are launches above all, as CUDA graphs; needs device 'cuda', parallel "
+        "'data' (experimental: no GPU has run it)",
+        False,
+    )
     save_every: int = _key("checkpoints and states", "steps between training states", 500)
     keep: int = _key("checkpoints and states", "how many of the newest training states are kept", 2)
     keep_every: int = _key(
@@ -233,6 +230,9 @@ class TrainConfig:
         self._choose("ema_dtype", ("float32", "bfloat16"))
         self._choose("device", ("cpu", "cuda"))
         self._choose("parallel", ("data", "sharded"))
+        self._choose("recompute", RECOMPUTE)
+        if self.cuda_graphs and (self.device != "cuda" or self.parallel != "data"):
+            raise ValueError("train config: cuda_graphs needs device = 'cuda' and parallel = 'data'")
         if self.parallel == "sharded" and (self.grow or self.optimizer == "sophia-h"):
             who = "[[grow]]" if self.grow else "sophia-h"
             raise ValueError(f"train config: {who} works on whole parameters; set parallel = 'data'")
@@ -261,6 +261,9 @@ class TrainConfig:
         if self.grow or self.parallel == "sharded":
             who = "[[grow]] tables" if self.grow else "parallel = 'sharded'"
             raise ValueError(f"train config: [lora] leaves the weights as they are; remove {who}")
+        if self.recompute != "sublayer" or self.cuda_graphs:
+            who = "cuda_graphs" if self.recompute == "sublayer" else f"recompute = {self.recompute!r}"
+            raise ValueError(f"train config: [lora] computes and launches as a run does by default; remove {who}")
         if (Path(self.out) / "checkpoint").resolve() == Path(self.init_from).resolve():
             raise ValueError(
                 f"train config: the merged model would replace init_from, {self.init_from}; name another out"
@@ -430,75 +433,3 @@ def _typed(name: str, annotation: str, value: Any) -> Any:
     elif type(value).__name__ == expected:
         return value
     raise ValueError(f"{name} must be of type {expected}, got {value!r}")
-
-
-def explain() -> str:
-    """Every key of a run file by heading, with its type, default and meaning."""
-    fields = [f for f in dataclasses.fields(TrainConfig) if f.name != "model"]
-    lines = ["A run file is TOML: these keys, then the tables [model], [lora], and any number of [[grow]]."]
-    lines.append("Each line has a key, its type, its default ('-': none) and its meaning.")
-    for group in GROUPS:
-        lines += ["", group]
-        lines += _described([f for f in fields if f.metadata["group"] == group])
-    lines += ["", "defaults that follow the optimizer ('-': it has no such key)", *_optimizer_defaults()]
-    filled_in = ("vocab_size", "eos_token_id", "pad_token_id")
-    lines += ["", f"[model]  required without init_from; {', '.join(filled_in)} follow the tokenizer"]
-    lines += _described([f for f in dataclasses.fields(HRMConfig) if f.name not in filled_in])
-    lines += ["", "[[grow]]  the model grows at at_tokens; sizes that are left out stay as they are"]
-    lines += _described(dataclasses.fields(GrowStage))
-    lines += ["", "[lora]  the weights of init_from stay, and small matrices beside them are trained"]
-    lines += _described(dataclasses.fields(LoraConfig))
-    return "\n".join(lines)
-
-
-_COLUMNS = (26, 18, 13)  # characters of name, type and default
-
-
-def _described(fields: Sequence[dataclasses.Field[Any]]) -> list[str]:
-    lines = []
-    for f in fields:
-        cells = zip((f"  {f.name}", _type(f), _default(f)), _COLUMNS, strict=True)
-        head = "".join(f"{cell:<{width}}" for cell, width in cells)
-        meaning = textwrap.wrap(f.metadata["explain"], _WIDTH - sum(_COLUMNS), break_on_hyphens=False)
-        lines += [head + meaning[0], *(" " * sum(_COLUMNS) + line for line in meaning[1:])]
-    return lines
-
-
-_WIDTH = 120  # characters of a line
-_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "true or false"}
-
-
-def _type(f: dataclasses.Field[Any]) -> str:
-    """The type of a key in the words of TOML."""
-    annotation = str(f.type).removesuffix(" | None")
-    if annotation.startswith("tuple[GrowStage"):
-        return "tables"
-    if annotation == "LoraConfig":
-        return "table"
-    if annotation.startswith("tuple[float"):
-        return "[number, number]"
-    if annotation.startswith("tuple[str"):
-        return "[string, ...]"
-    return _TYPES[annotation]
-
-
-def _default(f: dataclasses.Field[Any]) -> str:
-    """The default of a key as TOML; "-" where leaving it out is something else than any value."""
-    if f.default is dataclasses.MISSING:
-        return "required"
-    if any(f.name in own for own in OPTIMIZERS.values()):
-        return "see below"
-    return "-" if f.default is None else _toml(f.default)
-
-
-def _toml(value: Any) -> str:
-    return json.dumps(list(value) if isinstance(value, tuple) else value)
-
-
-def _optimizer_defaults() -> list[str]:
-    widths = (_COLUMNS[0], *(16 for _ in OPTIMIZERS))
-    names = [f.name for f in dataclasses.fields(TrainConfig) if any(f.name in own for own in OPTIMIZERS.values())]
-    rows = [["", *OPTIMIZERS]]
-    for name in names:
-        rows.append([f"  {name}", *(_toml(own[name]) if name in own else "-" for own in OPTIMIZERS.values())])
-    return ["".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -82,7 +82,7 @@ def memory_needed(config: TrainConfig, largest: HRMConfig, corpus: Corpus, world
     if config.lora:
         need, kept = planner.adapted_memory(*of_step, config.precision, config.lora), 4.0 * adapters
     else:
-        need = planner.memory(*of_step, holders, config.precision)
+        need = planner.memory(*of_step, holders, config.precision, config.recompute)
         kept = need.weights
     average = kept * (0.5 if config.ema_dtype == "bfloat16" else 1.0) if config.ema else 0.0
     state = kept + need.optimizer + average

@@ -13,22 +13,14 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 from hrmcore import optim
-from hrmcore.checkpoint.hrm_text import save_model
-from hrmcore.checkpoint.training_state import (
-    StateWriter,
-    find_newest,
-    find_states,
-    lock,
-    read_metadata,
-    state_of,
-    verify,
-)
-from hrmcore.data.packing import BatchStream, Bookmark, PackedBatch, epoch_batches, pack, share
+from hrmcore.checkpoint.training_state import StateWriter, find_newest, lock, read_metadata, verify
+from hrmcore.data.packing import Ahead, BatchStream, Bookmark, PackedBatch, epoch_batches, pack, share
 from hrmcore.data.records import Corpus
 from hrmcore.data.store import load_corpus
 from hrmcore.distributed import fsdp
@@ -36,8 +28,8 @@ from hrmcore.distributed.world import World
 from hrmcore.growth.stages import GrowthSchedule
 from hrmcore.model import HRM
 from hrmcore.tokenizer import Tokenizer
-from hrmcore.train import curvature, fault, resume, validation
-from hrmcore.train.adapter import export_adapter
+from hrmcore.train import curvature, export, fault, resume, validation
+from hrmcore.train.captured import CapturedSteps
 from hrmcore.train.early_stopping import EarlyStopping
 from hrmcore.train.heartbeat import Heartbeat
 from hrmcore.train.interruption import Interruption, StepAbandoned
@@ -45,8 +37,6 @@ from hrmcore.train.metrics import Metrics, shown
 from hrmcore.train.resume import Progress
 from hrmcore.train.run_file import TrainConfig, ema_decay, horizon, learning_rate
 from hrmcore.train.throughput import Throughput, growth_flops, memory_needed, supervised_of, tokens_of
-
-_SAMPLE_TOKENS = 48  # the most of an answer that is shown while a run goes on
 
 
 class Trainer:
@@ -78,6 +68,7 @@ class Trainer:
         config = self.config
         self._sharded = config.parallel == "sharded" and self.world.ranks > 1
         self._interruption = Interruption()
+        self._captured: CapturedSteps | None = None
         self._step_seconds = math.inf  # of the last step; what is not known may be long
         self._heart.at("reading the data")
         self._load_data()
@@ -127,8 +118,12 @@ class Trainer:
         self.typical_loss = progress.typical_loss  # a running mean
         self._stream = self._stream_at(progress.position, progress.bookmark)
 
-    def _stream_at(self, position: tuple[int, int], bookmark: Bookmark) -> BatchStream:
-        return BatchStream(self.corpus, self.config.batch_tokens, self.config.seed, position, bookmark)
+    def _stream_at(self, position: tuple[int, int], bookmark: Bookmark) -> BatchStream | Ahead:
+        """Beside a GPU the next batch is packed while it computes."""
+        if isinstance(before := getattr(self, "_stream", None), Ahead):
+            before.close()
+        stream = BatchStream(self.corpus, self.config.batch_tokens, self.config.seed, position, bookmark)
+        return Ahead(stream) if self.world.device.type == "cuda" else stream
 
     def run(self) -> None:
         """Train until `steps`, then write checkpoint/ in the hrm_text format.
@@ -187,45 +182,32 @@ class Trainer:
         try:
             self._writer.finish()
         finally:
+            if isinstance(self._stream, Ahead):
+                self._stream.close()
             self._held.close()
 
     def export(self) -> None:
-        """Write the averaged weights (bfloat16) and the tokenizer as an hrm_text checkpoint; rank 0 does.
+        """Write the averaged weights as an hrm_text checkpoint, with [lora] adapter/ as well; rank 0 does.
 
-        With `patience` they are those of the best validation. With [lora], write adapter/ for peft as well; the merged
-        checkpoint has the types of the one it began with.
+        With `patience` they are those of the best validation.
         """
         folder, best = self.out / "checkpoint", self._stopping.best
-        if best is not None and best not in dict(find_states(self.out)):
+        if best is not None and not export.has_state(self.out, best):
             self._say(f"{self.out}: the state after step {best}, the best, is gone; the last is exported")
             best = None
         if best is None or best == self.step:
             with self._averaged():
                 model = fsdp.gathered(self.model, self.world, torch.bfloat16) if self._sharded else self.model
-                self._write_checkpoint(folder, model)
+                if self.world.is_main and model is not None:
+                    export.write_checkpoint(self.config, model, self.out)
         elif self.world.is_main:
-            self._write_checkpoint(folder, self._model_after(best))
+            model = export.model_after(self.config, self.out, best, self.model)
+            export.write_checkpoint(self.config, model, self.out)
             self._say(f"{folder}: of step {best}, the best validation")
         if self.config.lora:
             self._say(f"{self.out / 'adapter'}: the adapter, for peft; it is merged into the model")
         self._say(f"{folder}: the model, for hrmcore generate, eval, inspect and grow")
         self._say(f"next: hrmcore repl {folder}")
-
-    def _model_after(self, step: int) -> HRM:
-        """The model of one of this run's states; with [lora] the one in hand, which is done with training."""
-        state = state_of(self.out, step)[1]
-        if not self.config.lora:
-            return resume.model_of_state(state)
-        resume.return_to(self.model, state)
-        return self.model
-
-    def _write_checkpoint(self, folder: Path, model: HRM | None) -> None:
-        if self.world.is_main and self.config.lora:
-            export_adapter(self.config, self.model, self.out / "adapter", folder)
-        elif self.world.is_main and model is not None:
-            # The run file asked for xPos, if this is xPos; the checkpoint says so, and hrmcore loads it.
-            tokenizer = self.config.tokenizer
-            save_model(model, folder, dtype=torch.bfloat16, tokenizer_folder=tokenizer, allow_xpos=True)
 
     def evaluate(self) -> dict[str, float]:
         """Held-out loss and share of right answers, of the averaged weights; empty without held-out records."""
@@ -244,19 +226,12 @@ class Trainer:
         count = self.config.sample_answers
         if self.validation is None or not count:
             return
-        corpus, eoa = self.validation, self.tokenizer.eoa
-        chosen = np.unique(np.linspace(0, len(corpus) - 1, count).astype(np.int64)).tolist()
         with self._precision(), self._averaged():
-            answers = validation.greedy_answers(self.model, corpus, chosen, _SAMPLE_TOKENS, eoa)
-        samples = []
-        for record, answer in zip(chosen, answers, strict=True):
-            sequence = corpus.tokens[corpus.offsets[record] : corpus.offsets[record + 1]].tolist()
-            prefix = int(corpus.prefix[record])
-            parts = {"instruction": sequence[:prefix], "expected": sequence[prefix:], "answer": answer}
-            samples.append({"step": self.step} | {k: self.tokenizer.decode_answer(part) for k, part in parts.items()})
-        for sample in samples:
+            answers = validation.sample_answers(self.model, self.validation, count, self.tokenizer)
+        samples: list[dict[str, Any]] = [{"step": self.step, **answer} for answer in answers]
+        for answer in answers:
             keys = ("answer", "expected", "instruction")
-            said, expected, asked = (validation.shortened(str(sample[key])) for key in keys)
+            said, expected, asked = (validation.shortened(answer[key]) for key in keys)
             self._say(f"step {self.step}: {asked} -> {said}" + ("" if said == expected else f" (expected {expected})"))
         if self._metrics is not None:
             self._metrics.record_samples(samples)
@@ -272,7 +247,7 @@ class Trainer:
         try:
             # The ranks must agree on what they compute together: one alone may not leave.
             with self._interruption.abandonable(self._step_seconds if self.world.ranks == 1 else 0.0):
-                loss, norm = self._backward(batches, k)
+                loss, norm, scale = self._backward(batches, k)
         except StepAbandoned:
             self.optimizer.zero_grad(set_to_none=True)
             self._stream = self._stream_at(position, bookmark)
@@ -280,7 +255,7 @@ class Trainer:
         if wrong := fault.wrong(loss, norm, self.config.spike_factor, self.typical_loss):
             self._skip_or_stop(batches, wrong)
         else:
-            self._update(batches, k)
+            self._update(batches, k, scale)
             self.typical_loss = loss if self.typical_loss is None else 0.98 * self.typical_loss + 0.02 * loss
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -332,23 +307,34 @@ class Trainer:
         with torch.no_grad():
             return float(model.loss(batch)) / len(batch.targets)
 
-    def _backward(self, batches: Sequence[PackedBatch], k: int) -> tuple[float, float]:
-        """Gradients of the mean loss over all supervised tokens of the batches; returns it and the gradients' norm."""
+    def _backward(self, batches: Sequence[PackedBatch], k: int) -> tuple[float, float, Tensor]:
+        """Gradients of the mean loss over all supervised tokens of the batches.
+
+        Returns that loss, the gradients' norm, and the factor (1) that would clip them, for the optimizer.
+        """
         count = supervised_of(batches)
-        losses = []
-        for batch in self._shares(batches):
-            with self._precision():
-                loss = self.model.loss(batch, horizon=k) / count
-            loss.backward()
-            losses.append(loss.detach())
+        losses = [self._add_gradients(batch, k, count) for batch in self._shares(batches)]
         self._sum_gradients()
-        parameters, limit = self.model.parameters(), self.config.grad_clip
         if self._sharded:
-            norm = fsdp.clip_gradients(parameters, limit, self.world)
-            figures = [*torch.stack(losses).tolist(), norm] if losses else [norm]
-        else:  # one read of all figures: on a GPU the host waits for the step's work only here
-            figures = torch.stack([*losses, torch.nn.utils.clip_grad_norm_(parameters, limit)]).tolist()
-        return self.world.sum(sum(figures[:-1])), figures[-1]
+            norm = torch.full((), fsdp.gradient_norm(self.model.parameters(), self.world), device=self.world.device)
+        else:
+            norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        scale = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0).reshape(1)  # as torch's clip_grad_norm_ has it
+        # One read of all figures: on a GPU the host waits for the step's work only here.
+        figures = torch.stack([*losses, norm]).tolist()
+        return self.world.sum(sum(figures[:-1])), figures[-1], scale
+
+    def _add_gradients(self, batch: PackedBatch, k: int, count: int) -> Tensor:
+        """Those of one batch's loss over `count`; returns that loss."""
+        config = self.config
+        if config.cuda_graphs:
+            if self._captured is None or self._captured.model is not self.model:  # it has grown
+                self._captured = CapturedSteps(self.model, config.batch_tokens, config.recompute, self._precision)
+            return self._captured.backward(batch, k, count)
+        with self._precision():
+            loss = self.model.loss(batch, horizon=k, recompute=config.recompute) / count
+        loss.backward()
+        return loss.detach()
 
     def _sum_gradients(self) -> None:
         """After backward: sum over all ranks; gradients of a sharded model were summed on the way."""
@@ -370,12 +356,12 @@ class Trainer:
                 shares.append(fsdp.dummy_batch(self.corpus, batch))
         return shares
 
-    def _update(self, batches: Sequence[PackedBatch], k: int) -> None:
+    def _update(self, batches: Sequence[PackedBatch], k: int, scale: Tensor) -> None:
         """The optimizer's step, and every so often a sample of the curvature for the steps that follow."""
         if not isinstance(self.optimizer, optim.Sophia):
-            self.optimizer.step()
+            self.optimizer.step(grad_scale=scale)
             return
-        self.optimizer.step(batch_tokens=1 if self.optimizer.variant == "G" else None)
+        self.optimizer.step(grad_scale=scale, batch_tokens=1 if self.optimizer.variant == "G" else None)
         if self.step % (self.config.curvature_every or 1) == 0:
             try:
                 self._sample_curvature(self.optimizer, batches, k)
@@ -392,7 +378,8 @@ class Trainer:
         labels = supervised_of(batches)
         generator = curvature.generator_of(seed, self.step, self.world.rank, self.world.device)
         with self._precision():
-            curvature.gauss_newton_bartlett(self.model, self._shares(batches), labels, k, generator)
+            shares, recompute = self._shares(batches), self.config.recompute
+            curvature.gauss_newton_bartlett(self.model, shares, labels, k, generator, recompute)
         self._sum_gradients()
         sophia.update_hessian()
 
@@ -459,7 +446,7 @@ class Trainer:
         if self.world.is_main or self._sharded:
             self._writer.save(self.step, self._tensors(), self._metadata(), self._stopping.best)
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
+    def _tensors(self) -> dict[str, Tensor]:
         return resume.tensors_of(self.model, self.optimizer)
 
     def _metadata(self) -> dict[str, str]:

@@ -10,6 +10,9 @@ import torch
 from hrmcore.data.packing import BatchStream, epoch_batches, pack
 from hrmcore.data.records import Corpus
 from hrmcore.model import HRM
+from hrmcore.tokenizer import Tokenizer
+
+_SAMPLE_TOKENS = 48  # the most of an answer that is shown while a run goes on
 
 
 @torch.no_grad()
@@ -67,6 +70,18 @@ def greedy_answers(model: HRM, corpus: Corpus, records: Sequence[int], most: int
                     going_on.append(number)
         unfinished = going_on
     return answers
+
+
+def sample_answers(model: HRM, corpus: Corpus, count: int, tokenizer: Tokenizer) -> list[dict[str, str]]:
+    """Instruction, expected and greedy answer of `count` records, evenly spread over the corpus, as texts."""
+    chosen = np.unique(np.linspace(0, len(corpus) - 1, count).astype(np.int64)).tolist()
+    answers, samples = greedy_answers(model, corpus, chosen, _SAMPLE_TOKENS, tokenizer.eoa), []
+    for record, answer in zip(chosen, answers, strict=True):
+        sequence = corpus.tokens[corpus.offsets[record] : corpus.offsets[record + 1]].tolist()
+        prefix = int(corpus.prefix[record])
+        parts = {"instruction": sequence[:prefix], "expected": sequence[prefix:], "answer": answer}
+        samples.append({key: tokenizer.decode_answer(part) for key, part in parts.items()})
+    return samples
 
 
 def shortened(text: str) -> str:

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from hrmcore.data.packing import epoch_batches, pack, share
+from hrmcore.data.packing import PackedBatch, epoch_batches, pack, share
 from hrmcore.data.records import Corpus, Fault, KeyCounts, Record, Rejected, parse_record, read_records, tokenize
 from hrmcore.data.store import load_corpus
 from hrmcore.tokenizer import Tokenizer, train_tokenizer
@@ -308,3 +309,16 @@ def test_a_parquet_file_that_holds_no_records_is_named(tmp_path: Path, monkeypat
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"a\.parquet: pyarrow is not installed; `pip install hrmcore\[parquet\]`"):
         list(read_records(path, Rejected()))
+
+
+def test_a_batch_goes_to_a_gpu_through_pinned_memory() -> None:
+    """No copy waits, since none is from pageable memory."""
+    fields = {
+        name: mock.Mock(device=torch.device("cpu")) for name in PackedBatch.__dataclass_fields__ if name != "records"
+    }
+    moved = PackedBatch(**fields, records=(3,)).to(torch.device("cuda", 1))
+    for name, tensor in fields.items():
+        assert getattr(moved, name) is tensor.pin_memory.return_value.to.return_value
+        tensor.pin_memory.return_value.to.assert_called_once_with(torch.device("cuda", 1), non_blocking=True)
+        tensor.to.assert_not_called()
+    assert moved.records == (3,)

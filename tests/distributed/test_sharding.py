@@ -257,3 +257,16 @@ def test_one_process_shards_nothing(tmp_path: Path, tokenizer: Path) -> None:
     trainer = Trainer(config)
     assert type(trainer.model) is HRM
     trainer.close()
+
+
+@pytest.mark.slow
+def test_visits_that_are_computed_again_find_gathered_weights(tmp_path: Path, tokenizer: Path, ranks: Ranks) -> None:
+    """The same bits as without: each rank gathers and reduces as before."""
+    losses = []
+    for recompute in ("sublayer", "visit", "none"):
+        keys = {"steps": 4, "horizon_fraction": 0.0, "parallel": "sharded", "recompute": recompute}
+        file = write_run(tmp_path / recompute, tokenizer, **keys)
+        train_in_two(ranks, file)
+        losses.append([(row["loss"], row["grad_norm"]) for row in rows(read_config(file))])
+    assert len(losses[0]) == 4
+    assert losses[0] == losses[1] == losses[2]

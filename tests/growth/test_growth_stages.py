@@ -13,6 +13,7 @@ import torch
 from hrmcore import planner
 from hrmcore.checkpoint.training_state import find_states, load_state, state_path
 from hrmcore.cli import main
+from hrmcore.gpus import GPUS
 from hrmcore.growth.files import grow_files
 from hrmcore.growth.operators import Growth
 from hrmcore.model import HRM
@@ -195,7 +196,7 @@ def test_the_cost_of_the_schedule_is_the_planners(
     record = planner.Record(prompt, float(corpus.lengths.mean()) - prompt)
     first, last = config.model, trainer.model.config
     middle = last.replace(num_layers_per_stack=1, num_attention_heads=2)
-    budget = planner.Budget(12 * 256, planner.GPUS["A100"], record=record)
+    budget = planner.Budget(12 * 256, GPUS["A100"], record=record)
     stages = [planner.Stage(start, "", c) for start, c in ((0, first), (600, middle), (1500, last))]
     planned = planner.plan(stages, budget)
     assert row["growth_flops"] == pytest.approx(planned.flops.total)

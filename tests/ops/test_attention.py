@@ -17,7 +17,6 @@ from hrmcore.ops.attention import (
     _seen,
     attention,
     attention_ref,
-    backward_workspace,
     cases,
     launch_backward,
 )
@@ -148,16 +147,10 @@ def test_table_has_every_tile_once_and_the_heaviest_first():
     case = random_case(lengths, prefix, cached, heads=1)
     case |= {name: case[name].bfloat16() for name in OPERANDS}
     with emulated_cuda():
-        queries = torch.full((len(case["q"]) // 64 + len(lengths), 8), 9, dtype=torch.int32)
-        both = torch.full((len(queries) + len(case["k"]) // 64 + len(lengths), 8), 9, dtype=torch.int32)
-        out, lse = torch.empty_like(case["q"]), torch.empty(case["q"].shape[:2])
-        call(_C.attention_forward, *operands_of(case), *packing(case), out, lse, None, 0, queries)
-        grads = [torch.empty_like(case[name]) for name in ("q", "k", "v", "gate")]
-        _, *workspace = backward_workspace(tuple(operands_of(case)), case["mask"])
-        inputs = *operands_of(case), *packing(case), out, lse, out, *grads, None, 0, both, *workspace
-        call(_C.attention_backward, *inputs)
-    assert sorted(queries.tolist()) == sorted(both[: len(queries)].tolist())
-    for table, over_keys in ((queries, False), (both[len(queries) :], True)):
+        both = case["mask"].with_tiles(case["q"], len(case["k"])).tiles
+    queries = len(case["q"]) // 64 + len(lengths)
+    assert len(both) == queries + len(case["k"]) // 64 + len(lengths)
+    for table, over_keys in ((both[:queries], False), (both[queries:], True)):
         used = [line for line in table.tolist() if line[0] >= 0]
         rows = [length + more * over_keys for length, more in zip(lengths, cached, strict=True)]
         assert sorted(line[:2] for line in used) == [[s, r] for s, n in enumerate(rows) for r in range(0, n, 64)]

@@ -9,6 +9,7 @@ from support.oracle import DTYPES, call, framed, listed, relative_error
 from hrmcore import _C
 from hrmcore.ops import cross_entropy as page
 from hrmcore.ops.cross_entropy import (
+    NO_TARGET,
     cases,
     cross_entropy,
     cross_entropy_ref,
@@ -150,6 +151,24 @@ def test_large_logits(backend):
     assert logits[2].tolist() == pytest.approx([0, 1, -1], abs=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_without_a_target_has_no_loss(backend, dtype):
+    """Whatever stands in it; the others are as they are without it."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(3, 37, generator=generator).to(dtype)
+    logits[1, 5] = torch.nan
+    alone = logits[::2].clone()
+    results = []
+    for values, targets in ((logits, torch.tensor([4, NO_TARGET, 36])), (alone, torch.tensor([4, 36]))):
+        losses, lse = torch.empty(len(values), dtype=torch.float64), torch.empty(len(values))
+        call(_C.cross_entropy_forward, values, targets, losses, lse)
+        call(_C.cross_entropy_backward, values, targets, lse, torch.tensor([0.5]))
+        results.append((losses, values))
+    assert results[0][0][1] == 0
+    assert not results[0][1][1].any()
+    assert all(torch.equal(a[::2], b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("column", [0, 7, 16, 20])
 def test_nan_is_passed_on(backend, column):
     logits = torch.zeros(2, 21)
@@ -197,8 +216,8 @@ HIDDEN, WEIGHT, ROWS, TARGETS = torch.ones(4, 8), torch.ones(5, 8), torch.tensor
         ({"rows": torch.tensor([-1, 2])}, "rows must be strictly rising, in [0, T = 4)"),
         ({"rows": torch.tensor([2, 2])}, "rows must be strictly rising"),
         ({"targets": torch.tensor([1])}, "targets must be of shape (2,), got (1,)"),
-        ({"targets": torch.tensor([1, 5])}, "targets must be in [0, 5), the vocabulary (V), got 5 in row 1"),
-        ({"targets": torch.tensor([-1, 0])}, "targets must be in [0, 5), the vocabulary (V), got -1 in row 0"),
+        ({"targets": torch.tensor([1, 5])}, "targets must be in [0, 5), the vocabulary (V), or -1, got 5 in row 1"),
+        ({"targets": torch.tensor([-2, 0])}, "targets must be in [0, 5), the vocabulary (V), or -1, got -2 in row 0"),
         ({"targets": TARGETS.int()}, "targets must be int64, got int32"),
     ],
 )

@@ -93,15 +93,18 @@ def test_a_second_backward_finds_what_the_first_found():
 def test_opcheck():
     block, x, residual, context = block_and_streams()
     gqkv, o, gate_up, down = (p.detach().clone() for p in block.parameters())
-    positional = (context.table, LAYOUT.positions, LAYOUT.offsets, LAYOUT.prefix, None, 0)
-    streams = x.clone().requires_grad_(), residual.clone().requires_grad_()
-    weights = gqkv.clone().requires_grad_(), o
-    torch.library.opcheck(_attention_sublayer, (*streams, *weights, 2, 1e-6, *positional))
-    _, *kept = _attention_sublayer(x, residual, gqkv, o, 2, 1e-6, *positional)
-    torch.library.opcheck(_attention_sublayer_backward, (residual, *kept, gqkv, o, *positional, 1e-6, x))
-    torch.library.opcheck(_mlp_sublayer, (*streams, gate_up, down.clone().requires_grad_(), 1e-6))
-    _, *kept = _mlp_sublayer(x, residual, gate_up, down, 1e-6)
-    torch.library.opcheck(_mlp_sublayer_backward, (*kept, gate_up, down, 1e-6, x, None))
+    positional = (context.table, LAYOUT.positions, LAYOUT.offsets, LAYOUT.prefix, None, None, 0)
+    torch.library.opcheck(_attention_sublayer, (x, gqkv, o, 2, *positional))
+    _, *kept = _attention_sublayer(x, gqkv, o, 2, *positional)
+    sums = torch.zeros_like(gqkv), torch.zeros_like(o), False, False
+    for normed in (None, x):
+        operands = (residual, normed, *kept, gqkv, o, *positional, 1e-6, x, *sums)
+        torch.library.opcheck(_attention_sublayer_backward, operands)
+    torch.library.opcheck(_mlp_sublayer, (x, residual, gate_up, down, 1e-6))
+    _, u, ab, *normed_and_product = _mlp_sublayer(x, residual, gate_up, down, 1e-6)
+    sums = torch.zeros_like(gate_up), torch.zeros_like(down), False, False
+    for found in ((None, None), normed_and_product):
+        torch.library.opcheck(_mlp_sublayer_backward, (u, ab, *found, gate_up, down, 1e-6, x, None, *sums))
 
 
 def test_bad_input_is_named_by_the_kernels():

@@ -21,7 +21,6 @@ from hrmcore.ops.attention import (
     attention_ref,
     backward_workspace,
     cases,
-    forward_workspace,
 )
 from hrmcore.ops.backend import reference_ops
 from hrmcore.ops.rope import rope, rope_table, xpos_log_decay
@@ -78,11 +77,11 @@ def close(grad, expected, dtype, roundings=1.0):
 
 def check_kernels(dtype, form, index, roundings=1.0):
     case = with_form(listed(cases, dtype)[index], form)
-    tail = (case["mask"].log_decay, case["mask"].window)
+    mask = case["mask"].with_tiles(case["q"], len(case["k"]))
+    tail = (mask.log_decay, mask.window, mask.tiles)
     out, lse = poisoned(*case["q"].shape, dtype=dtype), poisoned(*case["q"].shape[:2], dtype=torch.float32)
     q, k, v, gate = (framed(case[name]) for name in OPERANDS)
-    workspace = forward_workspace((q, k, v, gate), case["mask"])
-    call(_C.attention_forward, q, k, v, gate, *packing(case), out, lse, *tail, *workspace)
+    call(_C.attention_forward, q, k, v, gate, *packing(case), out, lse, *tail)
     assert only_inside_written(out)
     assert only_inside_written(lse)
     expected_out, expected_grads = reference(dtype, index, form)
@@ -92,7 +91,7 @@ def check_kernels(dtype, form, index, roundings=1.0):
     grad_k, grad_v = poisoned(*k.shape, dtype=torch.float32), poisoned(*k.shape, dtype=torch.float32)
     grads = grad_q, grad_k, grad_v, grad_gate
     grad_out = framed(grad_out_of(q))
-    workspace = backward_workspace((q, k, v, gate), case["mask"])
+    workspace = backward_workspace(q)
     call(_C.attention_backward, q, k, v, gate, *packing(case), out, lse, grad_out, *grads, *tail, *workspace)
     for grad, expected in zip(grads, expected_grads, strict=True):
         assert only_inside_written(grad)

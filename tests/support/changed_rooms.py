@@ -28,6 +28,8 @@ OUT_OF_TIME = "make check was out of time"
 ELSEWHERE = {
     "model": ["test_cuda_model.py", "test_depths.py", "test_position_encoding.py"],
     "optim": ["test_sophia.py"],
+    "operands": ["test_optim.py"],
+    "gpus": ["test_planner.py"],
     "machine": ["test_microbench.py"],
     "durable": ["checkpoint/test_training_state.py", "data/test_store.py"],
     "limits": ["fuzz/test_readers.py"],

@@ -18,6 +18,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("meta")
 CROSSING = ("aten::_to_copy", "aten::copy_")  # what may see both devices
+# For these the host waits on a GPU: what they return, or its shape, depends on numbers there. multinomial checks them.
+READING = {
+    f"aten::{name}"
+    for name in (
+        *("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "multinomial", "bincount"),
+        *("unique_dim", "_unique2", "unique_consecutive", "unique_dim_consecutive", "repeat_interleave"),
+    )
+}
+_waits: list[str] = []
 
 
 class Elsewhere(Tensor):
@@ -40,6 +49,7 @@ class Elsewhere(Tensor):
         return claimed
 
     def tolist(self) -> Any:
+        _waits.append("tolist")
         return self.inner.tolist()
 
     @classmethod
@@ -53,10 +63,14 @@ class _Device(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def another_device() -> Iterator[None]:
-    """DEVICE holds numbers in this context; autocast does not know it."""
+def another_device() -> Iterator[list[str]]:
+    """DEVICE holds numbers in this context; autocast does not know it.
+
+    Yields a list that grows by a name whenever the host would wait for the device.
+    """
+    _waits.clear()
     with mock.patch("torch.is_autocast_enabled", return_value=False), _Device():
-        yield
+        yield _waits
 
 
 def inner_of(tensor: Tensor) -> Tensor:
@@ -70,6 +84,11 @@ def _run(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     theirs = {id(x.inner): x for x in leaves if isinstance(x, Elsewhere)}
     ours = [x for x in leaves if isinstance(x, Tensor) and not isinstance(x, Elsewhere) and x.dim()]
     crosses = func._schema.name in CROSSING
+    masked = func._schema.name == "aten::index" and any(
+        x.dtype == torch.bool for x in leaves[1:] if isinstance(x, Tensor)
+    )
+    if theirs and (func._schema.name in READING or masked):
+        _waits.append(func._schema.name)
     assert crosses or not (theirs and ours), f"{func}: operands on two devices"
     leaving, kwargs = bool(theirs), dict(kwargs)
     if kwargs.get("device") is not None:
@@ -77,6 +96,8 @@ def _run(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs["device"] = "cpu"
     if crosses and func._schema.name == "aten::copy_":
         leaving = isinstance(args[0], Elsewhere)
+    if theirs and crosses and not leaving:
+        _waits.append("to the host")
     plain_args, plain_kwargs = tree_map(lambda x: x.inner if isinstance(x, Elsewhere) else x, (args, kwargs))
     out = func(*plain_args, **plain_kwargs)
     if not leaving:

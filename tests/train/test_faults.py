@@ -134,8 +134,8 @@ def test_a_spike_is_skipped_or_stops(run_file: Path) -> None:
 @pytest.mark.parametrize(
     ("function", "said"),
     [
-        ("_swiglu", "the loss is not finite; .*hrmcore::mlp_sublayer in visit 1 of L_module.layers.0; "),
-        ("_gemm_rows_backward", "the gradient is not finite; .*hrmcore::mlp_sublayer_backward in backward; "),
+        ("swiglu_product", "the loss is not finite; .*hrmcore::mlp_sublayer in visit 1 of L_module.layers.0; "),
+        ("gemm_rows_backward", "the gradient is not finite; .*hrmcore::mlp_sublayer_backward in backward; "),
     ],
 )
 def test_a_nan_at_the_second_step_names_the_op(
@@ -153,6 +153,24 @@ def test_a_nan_at_the_second_step_names_the_op(
     monkeypatch.setattr(sublayers, function, spoiled)
     with pytest.raises(FloatingPointError, match=f"step 1: {said}the states before are intact"):
         trainer._train_step()
+
+
+def test_what_memory_held_before_hides_no_op(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients are summed where old numbers stand, here NaN: the op that spoils one of the sums is still named."""
+    trainer._train_step()
+    sound = sublayers.gemm_weight_backward_
+
+    def spoiled(total: torch.Tensor, *operands: Any) -> None:
+        sound(total, *operands)
+        total.view(-1)[0] = torch.nan
+
+    monkeypatch.setattr(sublayers, "gemm_weight_backward_", spoiled)
+    torch.use_deterministic_algorithms(True)  # torch then fills what it allocates with NaN
+    try:
+        with pytest.raises(FloatingPointError, match="hrmcore::mlp_sublayer_backward in backward; "):
+            trainer._train_step()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_weight_that_is_not_finite_is_named(trainer: Trainer) -> None:

@@ -27,7 +27,8 @@ from hrmcore.lora import AdaptedLinear, adapted_model, factors_of, quantised_row
 from hrmcore.model import HRM
 from hrmcore.ops.backend import reference_ops
 from hrmcore.tokenizer import Tokenizer, train_tokenizer
-from hrmcore.train.run_file import OPTIMIZERS, explain, read_config
+from hrmcore.train.explanation import explain
+from hrmcore.train.run_file import OPTIMIZERS, read_config
 from hrmcore.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_peak")
@@ -372,6 +373,14 @@ WRONG_RUNS: dict[str, tuple[Callable[[Path], object], str]] = {
     "sharded": (
         lambda path: rewrite(path, "seed = 7", 'seed = 7\nparallel = "sharded"'),
         "train config: [lora] leaves the weights as they are; remove parallel = 'sharded'",
+    ),
+    "recompute": (
+        lambda path: rewrite(path, "seed = 7", 'seed = 7\nrecompute = "visit"'),
+        "train config: [lora] computes and launches as a run does by default; remove recompute = 'visit'",
+    ),
+    "graphs": (
+        lambda path: rewrite(path, "seed = 7", 'seed = 7\ndevice = "cuda"\ncuda_graphs = true'),
+        "train config: [lora] computes and launches as a run does by default; remove cuda_graphs",
     ),
 }
 

@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 from hrmcore.data.records import Rejected, encode, read_records
 from hrmcore.model import HRM
 from hrmcore.tokenizer import Tokenizer
-from hrmcore.train.run_file import explain, read_config
+from hrmcore.train.explanation import explain
+from hrmcore.train.run_file import read_config
 from hrmcore.train.throughput import visible_pairs
 from hrmcore.train.trainer import Trainer
 

@@ -12,11 +12,10 @@ from hrmcore.cli import main
 from hrmcore.commands.plot import read_metrics
 from hrmcore.config import HRMConfig, LoraConfig
 from hrmcore.growth.stages import GrowStage
+from hrmcore.train.explanation import GROUPS, explain
 from hrmcore.train.run_file import (
-    GROUPS,
     RANGES,
     TrainConfig,
-    explain,
     read_config,
 )
 

@@ -120,17 +120,31 @@ def test_accumulated_batches_have_the_gradient_of_one_batch(run_file: Path, tmp_
     trainer = Trainer(read_config(run_file))
     batches = [next(trainer._stream) for _ in range(3)]
     assert len({len(batch.targets) for batch in batches}) > 1  # a mean of means would differ
-    loss, _ = trainer._backward(batches, 5)
+    loss, *_ = trainer._backward(batches, 5)
     accumulated = [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
     trainer.optimizer.zero_grad()
     whole = pack(trainer.corpus, [record for batch in batches for record in batch.records])
-    expected, _ = trainer._backward([whole], 5)
+    expected, *_ = trainer._backward([whole], 5)
     assert loss == pytest.approx(expected, rel=reordering(trainer.config.model))
     gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
     assert len(gradients) == len(accumulated) > 5
     for ours, theirs in zip(accumulated, gradients, strict=True):
         assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
     trainer.close()
+
+
+@pytest.mark.parametrize("recompute", ["none", "visit"])
+def test_a_run_is_the_same_whatever_backward_computes_again(recompute: str, run_file: Path, tmp_path: Path) -> None:
+    found = []
+    for changes in ((), (f"recompute={recompute}", f"out={tmp_path}/other")):
+        trainer = Trainer(read_config(run_file, changes))
+        trainer.step = 6  # K is 5 there
+        metrics = trainer._train_step()
+        found.append([metrics["loss"], metrics["grad_norm"], *(p.detach().clone() for p in trainer.model.parameters())])
+        trainer.close()
+    assert metrics["horizon"] == 5
+    assert found[0][:2] == found[1][:2]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][2:], found[1][2:], strict=True))
 
 
 def test_loss_is_the_mean_over_response_tokens(trainer: Trainer) -> None:
@@ -194,7 +208,7 @@ def test_fine_tuning_starts_from_a_checkpoint_or_a_state(run_file: Path, capsys:
 def test_the_command_fails_with_one_line_when_training_diverges(
     run_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Trainer, "_backward", lambda *_: (float("nan"), 1.0))
+    monkeypatch.setattr(Trainer, "_backward", lambda *_: (float("nan"), 1.0, torch.ones(1)))
     assert main(["train", str(run_file)]) == 1
     assert re.search(r"^hrmcore train: step 0: the loss is not finite; .* intact$", capsys.readouterr().err, re.M)
 

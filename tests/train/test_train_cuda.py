@@ -12,7 +12,7 @@ from support.elsewhere import DEVICE, another_device, inner_of
 from support.emulator import emulated_cuda
 from support.runs import write_run
 
-from hrmcore import optim
+from hrmcore import operands, optim
 from hrmcore.checkpoint.training_state import find_states, load_state
 from hrmcore.cli import main
 from hrmcore.distributed import world as distributed
@@ -79,8 +79,8 @@ def test_every_tensor_is_on_the_device(
     with monkeypatch.context() as patch, another_device():
         patch.setattr(distributed, "_device_of_rank", lambda device: DEVICE)
         patch.setattr(curvature, "generator_of", lambda seed, step, rank=0, device=None: draw(seed, step, rank))
-        patch.setattr(optim, "_check_tensor", lambda what, number, tensor: inner_of(tensor))
-        patch.setattr(optim, "to_dlpack", lambda tensor: torch.utils.dlpack.to_dlpack(inner_of(tensor)))
+        patch.setattr(optim, "check_tensor", lambda what, number, tensor: inner_of(tensor))
+        patch.setattr(operands, "to_dlpack", lambda tensor: torch.utils.dlpack.to_dlpack(inner_of(tensor)))
         interrupted = Trainer(read_config(files[1]))
         interrupted._train_step()
         assert "grown_parameters" in interrupted._train_step()
@@ -91,6 +91,30 @@ def test_every_tensor_is_on_the_device(
     ours, theirs = (load_state(find_states(path.parent / "out")[0][1])[0] for path in files)
     assert ours["model.L_module.layers.0.gate_up_proj.weight"].shape == (2 * 48, 16)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sophia-g"])
+@pytest.mark.parametrize("position_encoding", ["rope", "xpos"])
+def test_a_step_waits_for_the_device_once(
+    optimizer: str, position_encoding: str, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For its loss and norm together, however many batches; Sophia's for its count, too, and for a sample's fault."""
+    keys = {"optimizer": optimizer, "accumulate": 3} | ({"curvature_every": 2} if optimizer != "adamw" else {})
+    xpos = {"position_encoding": "xpos", "xpos_scale_base": 64} if position_encoding == "xpos" else {}
+    path = write_run(tmp_path / "run", RECORDS, tokenizer, MODEL | xpos, **{"steps": 3, "batch_tokens": 48} | keys)
+    draw = curvature.generator_of
+    with monkeypatch.context() as patch, another_device() as waits:
+        patch.setattr(distributed, "_device_of_rank", lambda device: DEVICE)
+        patch.setattr(curvature, "generator_of", lambda seed, step, rank=0, device=None: draw(seed, step, rank))
+        patch.setattr(optim, "check_tensor", lambda what, number, tensor: inner_of(tensor))
+        patch.setattr(operands, "to_dlpack", lambda tensor: torch.utils.dlpack.to_dlpack(inner_of(tensor)))
+        trainer = Trainer(read_config(path))
+        waits.clear()
+        trainer._train_step()
+        first = len(waits)
+        trainer._train_step()
+        trainer.close()
+    assert (first, len(waits) - first) == ((1, 1) if optimizer == "adamw" else (3, 2)), waits
 
 
 def test_a_device_that_is_not_there(
