@@ -189,11 +189,14 @@ Recurrence::Ended Recurrence::run(ThreadPool& pool, float* logits, std::int64_t 
                                   const Interrupt& interrupt) noexcept {
   logits_ = logits;
   interrupt_ = interrupt;
-  asked_ = std::chrono::steady_clock::now();
+  const auto began = asked_ = std::chrono::steady_clock::now();
   stopped_.store(false, std::memory_order_relaxed);
   until_ = most < halves() - done_ ? done_ + most : halves();
+  const bool streams_all = tokens_ <= streaming_tokens && done_ == 0 && until_ == halves();
+  asks_ahead_ = !streams_all || trial_.begin(tokens_);
   pool.run([](void* self, Worker& worker) { static_cast<Recurrence*>(self)->work(worker); }, this);
   if (stopped_.load(std::memory_order_relaxed)) return Ended::stopped;
+  if (streams_all) trial_.end(std::chrono::steady_clock::now() - began);
   done_ = until_;
   return done_ == halves() ? Ended::done : Ended::paused;
 }
@@ -463,9 +466,9 @@ void Recurrence::multiply(Worker& worker, const PackedMatrix& weights, const Ope
     auto* expanded = reinterpret_cast<std::byte*>(room + outputs_floats);
     for (std::int64_t row = 0; row < x.rows; row += gemm_tokens) {
       const std::int64_t count = x.rows - row < gemm_tokens ? x.rows - row : gemm_tokens;
-      PackedGemm gemm{weights,     begin, end,  x.data + row * x.row_bytes,
-                      x.row_bytes, count, room, (end - begin) * panel_rows,
-                      expanded};
+      PackedGemm gemm{weights,     begin,      end,  x.data + row * x.row_bytes,
+                      x.row_bytes, count,      room, (end - begin) * panel_rows,
+                      expanded,    asks_ahead_};
       if constexpr (std::is_same_v<Finish, std::nullptr_t>) {
         gemm.out = gqkv_ + row * gqkv_stride_ + begin * panel_rows;
         gemm.out_stride = gqkv_stride_;

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "core/memory.h"
+#include "engine/prefetch_trial.h"
 #include "engine/thread_pool.h"
 #include "engine/turns.h"
 #include "engine/weights.h"
@@ -130,6 +131,8 @@ class Recurrence {
   bool every_layer_ = false;
   float* logits_ = nullptr;
 
+  PrefetchTrial trial_;
+  bool asks_ahead_ = true;
   Interrupt interrupt_;
   std::chrono::steady_clock::time_point asked_;
   std::atomic<bool> stopped_{false};

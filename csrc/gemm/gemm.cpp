@@ -262,7 +262,7 @@ void packed_gemm(const PackedGemm& args) noexcept {
       float* out = args.out + (panel - args.panel_begin) * panel_rows;
       GemmChunk chunk{weights,          groups,      args.x + group * x_bytes,
                       args.x_row_bytes, args.tokens, out,
-                      args.out_stride,  group > 0,   !expands};
+                      args.out_stride,  group > 0,   !expands && args.asks_ahead};
 #if defined(HRMCORE_ISA_i8mm)
       if (is_quantised(w.packing) && args.tokens >= pairs_from_tokens) {
         multiply_pairs(w.packing, chunk, args.scratch);

@@ -26,6 +26,7 @@ struct PackedGemm {
   float* out;               // [tokens][64 (panel_end - panel_begin)], written
   std::int64_t out_stride;  // in floats
   std::byte* scratch;       // gemm_scratch_bytes, private to the thread, 64-byte aligned
+  bool asks_ahead;          // for the next chunk's weights while one is multiplied
 };
 
 constexpr std::int64_t gemm_scratch_bytes = chunk_groups * 32 * slab_bytes;

@@ -16,7 +16,7 @@ struct GemmChunk {
   float* out;  // [tokens][64]
   std::int64_t out_stride;
   bool accumulate;  // f32, bf16: add the finished chunk to out; int8, int4: continue the chain that out holds
-  bool streams;     // the weights come from memory, the following chunk's right behind them
+  bool streams;     // ask for the following chunk's weights, right behind these, which come from memory
 };
 
 void multiply_chunk(Packing packing, const GemmChunk& chunk) noexcept;
