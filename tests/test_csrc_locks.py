@@ -25,7 +25,7 @@ LOCKS = {
     "core/threads.cpp pool_mutex": "everything_else_works",
     "emulator/machine.h one_launch": "emulated_kernels_work",
     "engine/engine.h mutex_": "handler_closes",
-    "engine/thread_pool.h mutex_": "everything_else_works",
+    "engine/waiting_room.h mutex_": "everything_else_works",
     "engine/turns.h mutex_": "a_step_that_waits_can_be_interrupted",
 }
 

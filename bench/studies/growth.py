@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from hrmcore import plots
 from hrmcore.data.packing import PackedBatch
 from hrmcore.growth.operators import kind_of
@@ -38,7 +40,7 @@ KEYS = ("hidden_size", "intermediate_size", "num_layers_per_stack", "num_attenti
 class FactorTrainer(Trainer):
     """Each tensor's learning rate is multiplied by what all growths so far have multiplied its old entries by."""
 
-    def _update(self, batches: Sequence[PackedBatch], k: int) -> None:
+    def _update(self, batches: Sequence[PackedBatch], k: int, scale: Tensor) -> None:
         groups = self.optimizer.param_groups
         if len(groups) == 1:
             names = {parameter: name for name, parameter in self.model.named_parameters()}
@@ -49,7 +51,7 @@ class FactorTrainer(Trainer):
         s = math.sqrt(self.model.config.hidden_size / self.config.model.hidden_size)
         for group in groups:
             group["lr"] *= s ** group["power"]
-        super()._update(batches, k)
+        super()._update(batches, k, scale)
 
 
 @dataclass(frozen=True)

@@ -236,7 +236,7 @@ class Scheduler(Generic[Key]):
         except MemoryError:
             if not self._prefills.shrink(0):
                 raise
-            return call()
+        return call()  # out of the handler: a second error must not hold on to what the first call held
 
 
 def _draw(entries: Sequence[tuple[Key, Request]], rows: Rows) -> list[_Drawn[Key]]:

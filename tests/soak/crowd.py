@@ -210,6 +210,7 @@ class Crowd:
         signal.setitimer(signal.ITIMER_REAL, 0)
         self.under_way.clear()
         gc.collect()
+        self.engine._prefills.shrink(0)
         held = (self.engine.open_requests, self.runner.core.cache_pages_used)
         if held != (0, 0):
             self.wrong.append(f"{held[0]} requests and {held[1]} pages are still held")
