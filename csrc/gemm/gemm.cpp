@@ -23,6 +23,13 @@ constexpr int vectors = 4, float_tokens = 6, byte_tokens = 3, nibble_tokens = 3;
 #else
 constexpr int vectors = 2, float_tokens = 4, byte_tokens = 2, nibble_tokens = 4;
 #endif
+// A group's sums stay in registers from one cell to the next where its cells are unrolled; Arm's do so by
+// themselves, and unrolled they would not fit.
+#if defined(HRMCORE_ARM64)
+#define HRMCORE_UNROLL_CELLS
+#else
+#define HRMCORE_UNROLL_CELLS _Pragma("GCC unroll 8")
+#endif
 // From here on, unpacking a chunk once beats doing it in every tile.
 constexpr std::int64_t expand_from_tokens = lanes == 16 ? 64 : 13;
 
@@ -139,8 +146,7 @@ template <Cells cells, int tokens>
 #pragma GCC unroll 8
       for (int v = 0; v < wide; ++v) dots[t][v].begin(start(t));
     }
-// A group's sums stay in registers from one cell to the next.
-#pragma GCC unroll 8
+    HRMCORE_UNROLL_CELLS
     for (int slab = 0; slab < slabs; ++slab) {
       fetch(whole + slab * slab_bytes, slab_bytes, ahead);
 #pragma GCC unroll 2
