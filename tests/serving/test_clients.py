@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,6 @@ from hrmcore.engine.engine import Engine, load
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUESTIONS = [f"what is {number} plus {number}?" for number in range(6)]
-
-
-@pytest.fixture(scope="module")
-def served(engine: Engine) -> Iterator[Served]:
-    with serving(engine) as served:
-        yield served
-        served.settle()
-
-
-@pytest.fixture(scope="module")
-def client(served: Served) -> openai.OpenAI:
-    return openai.OpenAI(base_url=served.url, api_key="none", max_retries=0)
 
 
 def user(text: str) -> list[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from support.browser import CONTRASTS, Browser
-from support.served import Served, serving
+from support.served import Served
 
 from hrmcore.engine.engine import Engine
 from hrmcore.lens import look
@@ -30,13 +30,6 @@ SHARES = """(() => {
   const points = [...right.matchAll(/(?:^|C\\S+ \\S+ )([\\d.]+),/g)].map((found) => +found[1]).reverse();
   return points.map((x) => (x - x0) / width);
 })()"""
-
-
-@pytest.fixture(scope="module")
-def served(engine: Engine) -> Iterator[Served]:
-    with serving(engine) as served:
-        yield served
-        served.settle()
 
 
 def answered(browser: Browser, served: Served, width: int, dark: bool = False) -> None:

@@ -7,7 +7,6 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 LENS = "/v1/lens"
 MESSAGES = [{"role": "user", "content": "copy 1 2"}]
-
-
-@pytest.fixture(scope="module")
-def served(engine: Engine) -> Iterator[Served]:
-    with serving(engine) as served:
-        yield served
-        served.settle()
 
 
 def answered(served: Served, **fields: Any) -> list[int]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
-from support.served import MODEL, Served, serving
+from support.served import MODEL, Served
 
 from hrmcore.engine.engine import Engine
 from hrmcore.engine.streams import TokenLogprob, TokenScore
@@ -16,18 +15,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUESTION = "what is 3 plus 4?"
 MESSAGES: list[Any] = [{"role": "user", "content": QUESTION}]
-
-
-@pytest.fixture(scope="module")
-def served(engine: Engine) -> Iterator[Served]:
-    with serving(engine) as served:
-        yield served
-        served.settle()
-
-
-@pytest.fixture(scope="module")
-def client(served: Served) -> openai.OpenAI:
-    return openai.OpenAI(base_url=served.url, api_key="none", max_retries=0)
 
 
 def compare(content: list[Any], expected: list[TokenLogprob]) -> None:

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,13 +31,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "copy"}]
-
-
-@pytest.fixture(scope="module")
-def served(engine: Engine) -> Iterator[Served]:
-    with serving(engine) as served:
-        yield served
-        served.settle()
 
 
 def error_of(content: Any) -> dict[str, Any]:
