@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.batches import batch
 from support.emulator import emulated_cuda, same_bits_for_every_schedule
 from torch import Tensor
 
 from hrmcore.config import HRMConfig
-from hrmcore.data.packing import PackedBatch
 from hrmcore.model import HRM
 from hrmcore.ops import attention, backend, cross_entropy, rms_norm, rms_norm_inject, sublayers
 
@@ -22,21 +22,6 @@ def toy(**changes):
     shape = {"vocab_size": 37, "hidden_size": 24, "intermediate_size": 40, "num_layers_per_stack": 1}
     heads = {"num_attention_heads": 2, "head_dim": 16, "H_cycles": 2, "L_cycles": 2}
     return HRM(HRMConfig(**(shape | heads | {"max_position_embeddings": 128} | changes)))
-
-
-def batch(lengths=(9, 1, 14, 70), prefix=(4, 0, 14, 66)):
-    generator = torch.Generator().manual_seed(1)
-    tokens, ints = sum(lengths), torch.int32
-    supervised = torch.arange(0, tokens, 3)
-    return PackedBatch(
-        ids=torch.randint(37, (tokens,), generator=generator),
-        offsets=torch.tensor([0, *lengths]).cumsum(0).to(ints),
-        prefix=torch.tensor(prefix, dtype=ints),
-        positions=torch.cat([torch.arange(n, dtype=ints) for n in lengths]),
-        supervised=supervised,
-        targets=torch.randint(37, (len(supervised),), generator=generator),
-        records=tuple(range(len(lengths))),
-    )
 
 
 def loss_and_gradients(model, dtype, packed, horizon=None):

@@ -8,11 +8,11 @@ from unittest import mock
 
 import pytest
 import torch
+from support.batches import batch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hrmcore.config import RECOMPUTE, HRMConfig
-from hrmcore.data.packing import PackedBatch
 from hrmcore.model import HRM
 from hrmcore.ops import weights
 from hrmcore.ops.backend import reference_ops
@@ -29,21 +29,6 @@ def toy(**changes: Any) -> HRM:
     shape = {"vocab_size": 37, "hidden_size": 24, "intermediate_size": 40, "num_layers_per_stack": 2}
     heads = {"num_attention_heads": 2, "head_dim": 16, "H_cycles": 2, "L_cycles": 3}
     return HRM(HRMConfig(**(shape | heads | {"max_position_embeddings": 128} | changes)))
-
-
-def batch(lengths: tuple[int, ...] = (9, 1, 14, 70), prefix: tuple[int, ...] = (4, 0, 14, 66)) -> PackedBatch:
-    generator = torch.Generator().manual_seed(1)
-    tokens, ints = sum(lengths), torch.int32
-    supervised = torch.arange(0, tokens, 3)
-    return PackedBatch(
-        ids=torch.randint(37, (tokens,), generator=generator),
-        offsets=torch.tensor([0, *lengths]).cumsum(0).to(ints),
-        prefix=torch.tensor(prefix, dtype=ints),
-        positions=torch.cat([torch.arange(n, dtype=ints) for n in lengths]),
-        supervised=supervised,
-        targets=torch.randint(37, (len(supervised),), generator=generator),
-        records=tuple(range(len(lengths))),
-    )
 
 
 def autocast(dtype: torch.dtype) -> torch.autocast:
