@@ -62,7 +62,7 @@ def _sharded_tensors(index: Path) -> dict[str, Stored]:
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"{index}: weight_map must be an object from tensor names to file names")
     for key, shard in weight_map.items():
-        if not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
+        if not re.fullmatch(r"[^/\\]+\.safetensors", shard) or not shard.isprintable():
             raise ValueError(f"{index}: {key!r} is in {shard!r}; a shard must be a .safetensors file of the folder")
         if not (index.parent / shard).exists():
             raise FileNotFoundError(f"{index.parent / shard}: missing, but {index.name} says that it holds {key!r}")

@@ -64,25 +64,27 @@ class ChatTemplate:
         return None if text is None else cls(text, path, found, tool_text)
 
     def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-        """The text of a conversation. Raises ValueError when the template fails or refuses it, and without jinja2."""
+        """The text of a conversation.
+
+        Raises ValueError when the template fails, refuses it or comes to no end, and without jinja2.
+        """
         try:
             import jinja2
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+            from hrmcore.engine.template_sandbox import Sandbox
         except ImportError:
             raise ValueError(f"{self.source}: a chat template needs jinja2: pip install 'hrmcore[serve]'") from None
 
         def refuse(message: str) -> NoReturn:
             raise jinja2.TemplateError(message)
 
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
+        environment = Sandbox()
         environment.filters["tojson"] = lambda value, **given: json.dumps(value, **{"ensure_ascii": False, **given})
         environment.globals.update(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
         given = {**self.tokens, **variables, "messages": messages, "add_generation_prompt": True}
         try:
             text = self.tool_text if self.tool_text and given.get("tools") else self.text
-            return environment.from_string(text).render(given)
+            return environment.render(text, given)
         except Exception as error:  # a template may do anything that the sandbox allows
             raise ValueError(f"{self.source}: {type(error).__name__}: {error}") from None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from support.served import serving
 
 from hrmcore.chat import render
+from hrmcore.engine import template_sandbox
 from hrmcore.engine.chat_template import ChatTemplate, Conversation
 from hrmcore.engine.engine import Engine, load
 from hrmcore.tokenizer import Tokenizer, tokenizer_files
@@ -129,6 +131,31 @@ def test_a_template_that_fails_is_a_mistake_of_one_line(engine: Engine, template
     conversation = Conversation(ChatTemplate(template, Path("t")), TURNS)
     with pytest.raises(ValueError, match=message):
         conversation.ids(engine.text_tokenizer(), "direct")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) recursive %}{{ loop(range(99999)) if loop.depth0 < 3 }}{% endfor %}",
+        "{% macro twice(n) %}{{ twice(n - 1) ~ twice(n - 1) if n }}{% endmacro %}{{ twice(40) }}",
+        "{{ 9 ** 99999999 }}",
+        "{{ 'a' * 99999999999 }}",
+        "{{ 99999999999 * [messages] }}",
+    ],
+)
+def test_a_template_comes_to_an_end(template: str) -> None:
+    started = time.thread_time()
+    with pytest.raises(ValueError, match=r"t: TemplateRuntimeError: (the chat template worked|a \*+ of the)"):
+        ChatTemplate(template, Path("t")).render(TURNS)
+    # A turn or a call between two looks does next to nothing.
+    assert time.thread_time() - started < 2 * template_sandbox.SECONDS
+
+
+def test_arithmetic_and_loops_of_a_template_are_jinjas() -> None:
+    template = """{% for a, b in [(2, 3)] %}{{ a * b }} {{ a ** b }} {{ '-' * b }} {{ loop.length }}{% endfor %}
+{%- for m in messages if m.role == 'user' %} {{ loop.index }}/{{ loop.length }}{% else %}none{% endfor %}"""
+    assert ChatTemplate(template, Path("t")).render(TURNS) == "6 8 --- 1 1/2 2/2"
 
 
 # --- tools ---------------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ _STATE = _headed(
 
 FOUND: dict[str, list[bytes]] = {
     "config": [b"[" * 100_000, b'{"H_cycles": 2305843009213693952}', b"{}"],
+    "index": [b'{"weight_map": {"lm_head.weight": "a\nl.safetensors"}}'],
     "packed": [
         b"HRMPACK\0\1\0\0\0" + struct.pack("<I32s", 9999, bytes(32)) + text.ljust(200)
         for text in (b"[]", b"1", b"null", b"[" * 5000, b'{"config": {}, "dtype": [], "bytes": -1, "checksum": NaN}')

@@ -28,12 +28,14 @@ from fuzz.mutations import Mutation, in_json, in_json_lines, in_packed, in_proto
 
 from hrmcore.checkpoint.hrm_text import Arrays, read_config
 from hrmcore.checkpoint.training_state import load_state, read_metadata
+from hrmcore.config import HRMConfig
 from hrmcore.data.records import Record, Rejected, read_records
 from hrmcore.data.store import open_store, verify
 from hrmcore.engine.async_engine import AsyncEngine
 from hrmcore.engine.chat_template import ChatTemplate, Conversation
 from hrmcore.engine.engine import load
-from hrmcore.engine.packed_file import PACKED_FILE
+from hrmcore.engine.packed_file import PACKED_FILE, read_header
+from hrmcore.engine.runner import PAGE
 from hrmcore.limits import MOST_PARSED
 from hrmcore.model import HRM
 from hrmcore.serving.app import Service, make_app
@@ -42,9 +44,9 @@ from hrmcore.train.run_file import read_config as read_run_file
 
 SECONDS = 5.0
 
-# What a reader may take besides four times its file. 48 bytes for each that is parsed at once: hrmcore/limits.py. The
-# table of rotations, which a configuration asks for, is made of four others of its size. And what is the same for every
-# file: pages of libraries that are touched for the first time, stacks, free lists.
+# What a reader may take besides four times its file, and besides what a configuration asks for (`_config_asks`). 48
+# bytes for each that is parsed at once: hrmcore/limits.py. And what is the same for every file: pages of libraries that
+# are touched for the first time, stacks, free lists.
 PARSED = 48
 SAME = 32 << 20
 
@@ -125,20 +127,24 @@ def _load(folder: Path) -> None:
         list(engine.tokens([1, 2, 3], max_new_tokens=2, ignore_eos=True))
 
 
-def _rotations(folder: Path) -> int:
-    """Four tables of the rotations that the configuration of the checkpoint in the folder asks for."""
+def _config_asks(config: HRMConfig) -> int:
+    """What a configuration asks for, whatever the size of its file.
+
+    Four tables of its rotations, and the page of the cache in which the few tokens of `_load` lie, in float32.
+    """
+    page = 2 * config.cache_slots * PAGE * config.attention_width * 4
+    return 4 * 4 * config.context * config.head_dim + page
+
+
+def _checkpoint_asks(folder: Path) -> int:
     with contextlib.suppress(ValueError, OSError):
-        config = read_config(folder)
-        return 4 * 4 * config.context * config.head_dim
+        return _config_asks(read_config(folder))
     return 0
 
 
-def _packed_rotations(folder: Path) -> int:
+def _packed_asks(folder: Path) -> int:
     with contextlib.suppress(ValueError, OSError):
-        from hrmcore.engine.packed_file import read_header
-
-        config = read_header(folder / "packed" / PACKED_FILE).config
-        return 4 * 4 * config.context * config.head_dim
+        return _config_asks(read_header(folder / "packed" / PACKED_FILE).config)
     return 0
 
 
@@ -256,18 +262,18 @@ def _record_reader(name: str) -> Reader:
 
 READERS: dict[str, Reader] = {
     "config": Reader("config.json", read_config, in_json),
-    "config_load": Reader("config.json", _load, in_json, asks=_rotations),
+    "config_load": Reader("config.json", _load, in_json, asks=_checkpoint_asks),
     "generation_config": Reader("generation_config.json", read_config, in_json),
     "safetensors": Reader("model.safetensors", _read_all, in_safetensors),
-    "load": Reader("model.safetensors", _load, in_safetensors, asks=_rotations),
-    "model": Reader("model.safetensors", HRM.from_pretrained, in_safetensors, asks=_rotations),
+    "load": Reader("model.safetensors", _load, in_safetensors, asks=_checkpoint_asks),
+    "model": Reader("model.safetensors", HRM.from_pretrained, in_safetensors, asks=_checkpoint_asks),
     "index": Reader("sharded/model.safetensors.index.json", lambda folder: _read_all(folder / "sharded"), in_json),
     "packed": Reader(
         f"packed/{PACKED_FILE}",
         lambda folder: _load(folder / "packed"),
         in_packed,
         sign=_signed_pack,
-        asks=_packed_rotations,
+        asks=_packed_asks,
     ),
     "sentencepiece": Reader("tokenizer.model", _use_tokenizer, in_protobuf),
     "tokenizer_json": Reader("json/tokenizer.json", lambda folder: _use_tokenizer(folder / "json"), in_json),
