@@ -8,8 +8,11 @@ from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hrmcore.serving.app import Service, make_app
+
+HEAD_SECONDS = 30.0
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -25,6 +28,30 @@ def listen(host: str, port: int) -> socket.socket:
         raise OSError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
 
 
+class Connection(H11Protocol):
+    """A connection that ends when HEAD_SECONDS go by without a whole request.
+
+    uvicorn gives up an idle connection after its first answer only; one whose head never comes would be kept for ever.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._answered: object = self.cycle
+        self._watch = self.loop.call_later(HEAD_SECONDS, self._look)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._watch.cancel()
+        super().connection_lost(exc)
+
+    def _look(self) -> None:
+        waits = self.cycle is None or self.cycle.response_complete
+        if waits and self._answered is self.cycle:
+            self.transport.close()
+            return
+        self._answered = self.cycle if waits else None
+        self._watch = self.loop.call_later(HEAD_SECONDS, self._look)
+
+
 class Server(uvicorn.Server):
     """uvicorn over a Service. The first signal ends it in order, a second at once.
 
@@ -35,7 +62,7 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             make_app(service),
             loop="asyncio",
-            http="h11",
+            http=Connection,
             ws="none",
             log_config=None,
             access_log=False,
