@@ -55,6 +55,7 @@ FOUND: dict[str, list[bytes]] = {
     "state": [(100_000).to_bytes(8, "little") + b"[" * 100_000, b"", b"\0" * 8, _STATE],
     "shards_manifest": [b"[" * 100_000, b'{"format": "hrmcore-sharded-training-state", "version": "1"}'],
     "manifest": [b"[" * 100_000, b'{"format": 1, "files": {"tokens.npy": {"bytes": "1", "sha256": 1}}}'],
+    "chat": [b'{"messages": [{"role": "user", "content": "a"}], "temperature": 1%s}' % (b"0" * 400)],
     "template": [b"\xff"],
     "template_config": [b"[" * 100_000, b'{"chat_template": [{"name": []}]}', b"\xff"],
 }
