@@ -71,6 +71,10 @@ class _SentencePiece:
         except (RuntimeError, OSError, ValueError) as error:
             raise ValueError(f"{path}: not a sentencepiece model ({str(error).splitlines()[0]})") from None
         self.vocab_size: int = self._processor.vocab_size()
+        try:
+            self._pieces: list[str] = self._processor.id_to_piece(list(range(self.vocab_size)))
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: not a sentencepiece model (a piece is not UTF-8)") from None
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._processor.encode(text)
@@ -84,8 +88,7 @@ class _SentencePiece:
         return None if index == self._processor.unk_id() else index
 
     def control_tokens(self) -> dict[str, int]:
-        found = (index for index in range(self.vocab_size) if self._processor.is_control(index))
-        return {self._processor.id_to_piece(index): index for index in found}
+        return {piece: index for index, piece in enumerate(self._pieces) if self._processor.is_control(index)}
 
     def has(self, index: int) -> bool:
         return 0 <= index < self.vocab_size

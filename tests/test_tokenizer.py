@@ -413,3 +413,11 @@ def test_a_changed_byte_is_no_crash_and_an_error_names_the_file(own: Tokenizer, 
     lines = set(child.stdout.splitlines())
     assert any("codec can't decode" in line for line in lines)
     assert all(line == "loaded" or line.startswith(f"ValueError {path}: ") for line in lines), lines
+
+
+def test_a_piece_that_is_no_utf8_is_refused(own: Tokenizer, tmp_path: Path) -> None:
+    """The library opens such a file, and fails when it is asked for that piece."""
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(own.source.read_bytes().replace(b"<boq>", b"<bo\xff>"))
+    with pytest.raises(ValueError, match=r"tokenizer\.model: not a sentencepiece model \(a piece is not UTF-8\)$"):
+        Tokenizer.load(tmp_path)
