@@ -37,6 +37,9 @@ case $preset in
   asan)
     preloaded=(libasan.so libubsan.so libstdc++.so.6)
     export PYTHONMALLOC=malloc
+    # conftest.py loads the emulator; none of its tests runs here, so the environment's own will do.
+    cp "$("$bin/python" -c "from hrmcore import _C; from pathlib import Path; print(Path(_C.__file__).with_name('_C_emulated.so'))")" \
+      "$site/hrmcore"
     mapfile -t files < <(grep -rl --include="test_*.py" "pytest\.mark\.native" "$root/tests" | sort)
     ASAN_OPTIONS=detect_leaks=0 instrumented venv/bin/python -m pytest -c "$root/pyproject.toml" -p no:cacheprovider \
       --capture=sys -m "native and not (emulated or inside_torch or memory)" "${files[@]}"
