@@ -21,8 +21,8 @@ using Mass = unsigned long long;  // of weights, or a count
 // Where things lie in shared memory, in bytes.
 constexpr int low_at = 0, high_at = low_at + 4 * bins, of_warps_at = high_at + 4 * bins,
               scan_at = of_warps_at + 8 * warps, ties_at = scan_at + 8 * warps,
-              above_at = ties_at + 4 * warps, uniform_at = above_at + 8, digit_at = uniform_at + 8,
-              shared_bytes = digit_at + 8;
+              above_at = ties_at + 4 * warps, uniform_at = above_at + 16, digit_at = uniform_at + 8,
+              bounds_at = digit_at + 8, shared_bytes = bounds_at + 8;
 
 // An unsigned number in the order of the floats; the two zeros are equal, a NaN is above all.
 __device__ __forceinline__ std::uint32_t key_of(float score) {
@@ -58,37 +58,39 @@ __device__ __forceinline__ T sum_up_to_lane(T x) {
 }
 
 // One row as the filters see it; n logits an access.
-template <int n>
+template <int n_, bool penalises>
 struct Row {
+  static constexpr int n = n_, turn = 32 * n;  // tokens of a warp at once
   const float* logits;
-  const std::int32_t* seen;  // null without a penalty
+  const std::int32_t* seen;
   Penalty penalty;
   int begin, end;  // of this warp
 
-  __device__ __forceinline__ Row(const float* logits_, const std::int32_t* seen_, const Penalty& penalty_,
-                                 int vocabulary)
-      : logits(logits_), seen(seen_), penalty(penalty_) {
-    constexpr int turn = 32 * n;
-    const int of_warp = (vocabulary + warps * turn - 1) / (warps * turn) * turn;
-    begin = min(static_cast<int>(threadIdx.x / 32) * of_warp, vocabulary);
-    end = min(begin + of_warp, vocabulary);
+  // The same of neighbouring tokens only, shared out among the warps.
+  __device__ __forceinline__ Row within(int first, int last) const {
+    const int of_warp = (last - first + warps * turn - 1) / (warps * turn) * turn;
+    Row part = *this;
+    part.begin = min(first + static_cast<int>(threadIdx.x / 32) * of_warp, last);
+    part.end = min(part.begin + of_warp, last);
+    return part;
   }
 
   __device__ __forceinline__ Floats<n> scores(int first) const {
     Floats<n> x = load<n>(logits + first);
-    if (seen == nullptr) return x;
-    const auto bits = static_cast<std::uint32_t>(load_one(seen + first / 32)) >> (first % 32);
+    if constexpr (penalises) {
+      const auto bits = static_cast<std::uint32_t>(load_one(seen + first / 32)) >> (first % 32);
 #pragma unroll
-    for (int i = 0; i < n; ++i) {
-      if ((bits >> i & 1) != 0) x[i] = penalised(x[i], penalty);
+      for (int i = 0; i < n; ++i) {
+        if ((bits >> i & 1) != 0) x[i] = penalised(x[i], penalty);
+      }
     }
     return x;
   }
 
-  // f(id, score) of this lane's tokens; several accesses are under way at once.
+  // f(id, score) of this lane's tokens, ascending; several accesses are under way at once.
   template <class F>
   __device__ __forceinline__ void for_each(const F& f) const {
-    constexpr int turn = 32 * n, ahead = 4;
+    constexpr int ahead = 4;
     for (int first = begin + static_cast<int>(threadIdx.x % 32) * n; first < end; first += ahead * turn) {
       Floats<n> x[ahead] = {};
 #pragma unroll
@@ -118,8 +120,6 @@ __device__ __forceinline__ Mass over_block(Mass x, const F& combine) {
   __syncthreads();
   return all;
 }
-
-__device__ __forceinline__ Mass add(Mass a, Mass b) { return a + b; }
 
 // The weight of scores, and what the filters have left of them so far.
 struct Weights {
@@ -153,8 +153,10 @@ __device__ __forceinline__ void add_to_bin(int bin, Mass amount) {
   if (rest != 0) atomicAdd(shared_array<std::uint32_t>(high_at).data + bin, rest);
 }
 
-// The bin where the sum of the bins from the top reaches the target, `above` being there before.
-__device__ __forceinline__ Cut find_bin(Mass target, Mass above) {
+// The bin where the sum of the bins from the top reaches the target, `above` being there before. Of the first digit the
+// target is wanted(the sum of all).
+template <class F>
+__device__ __forceinline__ Cut find_bin(bool first_digit, Mass& target, Mass above, const F& wanted) {
   const SharedArray<std::uint32_t> low = shared_array<std::uint32_t>(low_at),
                                    high = shared_array<std::uint32_t>(high_at),
                                    digit = shared_array<std::uint32_t>(digit_at);
@@ -170,8 +172,12 @@ __device__ __forceinline__ Cut find_bin(Mass target, Mass above) {
   const Mass up_to_lane = sum_up_to_lane(sum);
   if (threadIdx.x % 32 == 31) scan[warp] = up_to_lane;
   __syncthreads();
-  Mass before = above + up_to_lane - sum;
-  for (int w = 0; w < warp; ++w) before += scan[w];
+  Mass before = above + up_to_lane - sum, all = 0;
+  for (int w = 0; w < warps; ++w) {
+    if (w == warp) before += all;
+    all += scan[w];
+  }
+  if (first_digit) target = wanted(all);
 #pragma unroll
   for (int i = 0; i < bins_of_thread; ++i) {
     if (before < target && before + own[i] >= target) {
@@ -184,9 +190,9 @@ __device__ __forceinline__ Cut find_bin(Mass target, Mass above) {
   return {digit[0], found_above[0]};
 }
 
-// amount(key, score) of all scores must come to the target at least.
-template <int n, class F>
-__device__ __forceinline__ Cut select(const Row<n>& row, Mass target, const F& amount) {
+// By descending scores, where amount(key, score) comes to wanted(the amount of all), which is no more than that.
+template <class R, class F, class G>
+__device__ __forceinline__ Cut select(const R& row, const F& amount, const G& wanted, Mass& target) {
   const SharedArray<std::uint32_t> low = shared_array<std::uint32_t>(low_at),
                                    high = shared_array<std::uint32_t>(high_at);
   Cut cut{0, 0};
@@ -201,70 +207,32 @@ __device__ __forceinline__ Cut select(const Row<n>& row, Mass target, const F& a
         add_to_bin(static_cast<int>(digit & ((1u << bits) - 1)), more);
     });
     __syncthreads();
-    const Cut found = find_bin(target, cut.above);
+    const Cut found = find_bin(shift == 21, target, cut.above, wanted);
     cut = {cut.key << bits | found.key, found.above};
     if (shift == 0) return cut;
     if (shift == 10) bits = 10;
   }
 }
 
-// The token that the random number falls on, by one warp.
-template <int n>
-__device__ __forceinline__ int draw_in_warp(const Row<n>& row, const Weights& weights, Mass ties_left,
-                                            Mass rest) {
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const Mass of_tie = weights(score_of(weights.least));
-  for (int first = row.begin; first < row.end; first += 32 * n) {
-    const int mine = first + lane * n;
-    Mass own[n], ties = 0, sum = 0;
-#pragma unroll
-    for (int i = 0; i < n; ++i) own[i] = 0;
-    unsigned tied = 0;
-    if (mine < row.end) {
-      const Floats<n> scores = row.scores(mine);
-#pragma unroll
-      for (int i = 0; i < n; ++i) {
-        const std::uint32_t key = key_of(scores[i]);
-        if (key > weights.least) own[i] = weights(scores[i]);
-        if (key == weights.least) tied |= 1u << i;
-        ties += key == weights.least ? 1 : 0;
-      }
-    }
-    const Mass ties_up_to_lane = sum_up_to_lane(ties);
-    Mass before = ties_up_to_lane - ties;
-#pragma unroll
-    for (int i = 0; i < n; ++i) {
-      if ((tied >> i & 1) != 0 && before++ < ties_left) own[i] = of_tie;
-      sum += own[i];
-    }
-    const Mass up_to_lane = sum_up_to_lane(sum);
-    const unsigned passed = __ballot_sync(0xffffffffu, up_to_lane > rest);
-    if (passed != 0) {
-      if ((passed & (1u << lane)) == 0 || (passed & ((1u << lane) - 1)) != 0) return -1;  // another lane's
-      Mass cumulative = up_to_lane - sum;
-#pragma unroll
-      for (int i = 0; i < n; ++i) {
-        cumulative += own[i];
-        if (cumulative > rest) return mine + i;
-      }
-    }
-    rest -= __shfl_sync(0xffffffffu, up_to_lane, 31);
-    const Mass all_ties = __shfl_sync(0xffffffffu, ties_up_to_lane, 31);
-    ties_left -= all_ties < ties_left ? all_ties : ties_left;
-  }
-  return -1;
-}
+// Where the random number falls, among neighbouring tokens: it is `rest` above the weight of those before, and of the
+// ties `ties` stay from here on.
+struct Place {
+  int begin, end;
+  Mass rest, ties;
+};
 
-// Writes the token of a row whose filters are known.
-template <int n>
-__device__ __forceinline__ void draw_from(const Row<n>& row, const Weights& weights, double uniform,
-                                          std::int32_t* drawn) {
-  const SharedArray<Mass> of_warps = shared_array<Mass>(of_warps_at);
+// The part of a place that is one warp's share of it. At first the random number is of the whole.
+template <class R>
+__device__ __forceinline__ Place narrower(const R& row, const Weights& weights, const Place& place,
+                                          bool first, double uniform) {
+  const SharedArray<Mass> of_warps = shared_array<Mass>(of_warps_at), found = shared_array<Mass>(above_at);
   const SharedArray<std::uint32_t> ties_of_warps = shared_array<std::uint32_t>(ties_at);
+  const SharedArray<int> bounds = shared_array<int>(bounds_at);
+  const R part = row.within(place.begin, place.end);
   const int warp = static_cast<int>(threadIdx.x / 32);
   Mass sum = 0;
   std::uint32_t ties = 0;
-  row.for_each([&](int, float score) {
+  part.for_each([&](int, float score) {
     const std::uint32_t key = key_of(score);
     if (key > weights.least) sum += weights(score);
     ties += key == weights.least ? 1 : 0;
@@ -277,7 +245,7 @@ __device__ __forceinline__ void draw_from(const Row<n>& row, const Weights& weig
   }
   __syncthreads();
   const Mass of_tie = weights(score_of(weights.least));
-  Mass whole = 0, left = weights.ties, mine = 0, before = 0, left_of_mine = 0;
+  Mass whole = 0, left = place.ties, mine = 0, before = 0, left_of_mine = 0;
   for (int w = 0; w < warps; ++w) {
     if (w == warp) {
       before = whole;
@@ -288,11 +256,53 @@ __device__ __forceinline__ void draw_from(const Row<n>& row, const Weights& weig
     left -= kept;
     if (w == warp) mine = whole - before;
   }
-  const auto scaled = static_cast<Mass>(uniform * static_cast<double>(whole));
-  const Mass target = scaled < whole ? scaled : whole - 1;
-  if (target < before || target - before >= mine) return;
-  const int token = draw_in_warp(row, weights, left_of_mine, target - before);
-  if (token >= 0) store_packed<1>(drawn, Packed<std::int32_t, 1>{{token}});
+  Mass rest = place.rest;
+  if (first) {
+    rest = static_cast<Mass>(uniform * static_cast<double>(whole));
+    rest = rest < whole ? rest : whole - 1;
+  }
+  if (threadIdx.x % 32 == 0 && rest >= before && rest - before < mine) {
+    bounds[0] = part.begin;
+    bounds[1] = part.end;
+    found[0] = rest - before;
+    found[1] = left_of_mine;
+  }
+  __syncthreads();
+  return {bounds[0], bounds[1], found[0], found[1]};
+}
+
+// The token that the random number falls on, of those that a warp takes at once; -1 in the lanes that do not have it.
+template <class R>
+__device__ __forceinline__ int token_of(const R& row, const Weights& weights, const Place& place) {
+  constexpr int n = R::n;
+  const int lane = static_cast<int>(threadIdx.x % 32), mine = place.begin + lane * n;
+  Mass own[n] = {}, ties = 0, sum = 0;
+  unsigned tied = 0;
+  if (mine < place.end) {
+    const Floats<n> scores = row.scores(mine);
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      const std::uint32_t key = key_of(scores[i]);
+      if (key >= weights.least) own[i] = weights(scores[i]);
+      if (key == weights.least) tied |= 1u << i;
+      ties += key == weights.least ? 1 : 0;
+    }
+  }
+  Mass before = sum_up_to_lane(ties) - ties;
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    if ((tied >> i & 1) != 0 && before++ >= place.ties) own[i] = 0;
+    sum += own[i];
+  }
+  Mass cumulative = sum_up_to_lane(sum);
+  if (cumulative <= place.rest || cumulative - sum > place.rest) return -1;
+  cumulative -= sum;
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    cumulative += own[i];
+    if (cumulative > place.rest) return mine + i;
+  }
+  return -1;
 }
 
 // Counts the token that was fed and this draw; the draw's random number is left in shared memory.
@@ -314,20 +324,65 @@ __device__ __forceinline__ void begin_draw(const TokenDraw& args, int request, s
 }
 
 // What top_p leaves of what the weights leave already.
-template <int n>
-__device__ __forceinline__ void keep_top_p(const Row<n>& row, double p, Weights& weights) {
+template <class R>
+__device__ __forceinline__ void keep_top_p(const R& row, double p, Weights& weights) {
+  const std::uint32_t least = weights.least;
   const auto mass = [&](std::uint32_t key, float score) {
-    return key >= weights.least ? weights.before_min_p(score) : 0;
+    return key >= least ? weights.before_min_p(score) : Mass{0};
   };
-  Mass whole = 0;
-  row.for_each([&](int, float score) { whole += mass(key_of(score), score); });
-  whole = over_block(whole, add);
-  const Mass wanted = static_cast<Mass>(ceil(p * static_cast<double>(whole)));
-  const Mass target = wanted < 1 ? 1 : wanted < whole ? wanted : whole;
-  const Cut cut = select(row, target, mass);
+  const auto wanted = [p](Mass whole) {
+    const Mass part = static_cast<Mass>(ceil(p * static_cast<double>(whole)));
+    return part < 1 ? Mass{1} : part < whole ? part : whole;
+  };
+  Mass target = 0;
+  const Cut cut = select(row, mass, wanted, target);
   const Mass of_tie = weights.before_min_p(score_of(cut.key));
   weights.least = cut.key;
   weights.ties = (target - cut.above + of_tie - 1) / of_tie;
+}
+
+struct Filters {
+  double temperature, top_p, min_p;
+  std::int64_t top_k;
+};
+
+// The token, in one thread, or -1 - the token that decides where its score is not finite; -1 << 31 in all others.
+constexpr int none = -2147483647 - 1;
+template <class R>
+__device__ __forceinline__ int token_in(const R& whole, int vocabulary, const Filters& filters,
+                                        double uniform) {
+  const R row = whole.within(0, vocabulary);
+  std::uint32_t best_key = 0;
+  int best_id = 0;
+  row.for_each([&](int id, float score) {
+    const std::uint32_t key = key_of(score);
+    if (key > best_key) {
+      best_key = key;
+      best_id = id;
+    }
+  });
+  const Mass best =
+      over_block(static_cast<Mass>(best_key) << 32 | (0xffffffffu - static_cast<unsigned>(best_id)),
+                 [](Mass a, Mass b) { return a < b ? b : a; });  // the key, then the lowest id
+  const int largest = static_cast<int>(0xffffffffu - static_cast<unsigned>(best));
+  Weights weights{score_of(static_cast<std::uint32_t>(best >> 32)), 0.0f};
+  const bool usable = finite(weights.top);
+  if (!usable || filters.temperature == 0) return threadIdx.x != 0 ? none : usable ? largest : -1 - largest;
+  weights.scale = static_cast<float>(1 / (filters.temperature < 1e-30 ? 1e-30 : filters.temperature));
+  weights.min_p = static_cast<float>(filters.min_p);
+  if (filters.top_k > 0 && filters.top_k < vocabulary) {
+    Mass target = static_cast<Mass>(filters.top_k);
+    weights.least =
+        select(
+            row, [](std::uint32_t, float) { return Mass{1}; }, [target](Mass) { return target; }, target)
+            .key;
+  }
+  if (filters.top_p < 1) keep_top_p(row, filters.top_p, weights);
+  Place place = narrower(whole, weights, {0, vocabulary, 0, weights.ties}, true, uniform);
+  while (place.end - place.begin > R::turn) place = narrower(whole, weights, place, false, 0);
+  if (threadIdx.x >= 32) return none;
+  const int token = token_of(whole, weights, place);
+  return token < 0 ? none : token;
 }
 
 template <int n>
@@ -336,37 +391,21 @@ __global__ void __launch_bounds__(threads, 1) draw(TokenDraw args) {
   const int slots = static_cast<int>(args.options.shape[0]);
   const std::int64_t slot = min(max(load_one(args.slots.as<std::int32_t>() + request), 0), slots - 1);
   const double* const options = args.options.as<double>() + slot * sampling_options;
-  const double temperature = load_one(options), top_p = load_one(options + 1),
-               penalty = load_one(options + 3);
-  const std::int64_t top_k = load_one(args.counts.as<std::int64_t>() + slot * sampling_counts);
-  std::int32_t* const drawn = args.drawn.as<std::int32_t>() + request;
+  const double penalty = load_one(options + 3);
+  const Filters filters{load_one(options), load_one(options + 1), load_one(options + 2),
+                        load_one(args.counts.as<std::int64_t>() + slot * sampling_counts)};
   const bool penalises = penalty != 1;
   if (threadIdx.x == 0) begin_draw(args, request, slot, penalises);
   __syncthreads();
-  const Row<n> row(args.logits.as<float>() + static_cast<std::int64_t>(request) * vocabulary,
-                   penalises ? args.seen.as<std::int32_t>() + slot * args.seen.shape[1] : nullptr,
-                   {penalty, 1 / penalty}, vocabulary);
-  Mass best = 0;  // the key, then the lowest id
-  row.for_each([&](int id, float score) {
-    const Mass candidate = static_cast<Mass>(key_of(score)) << 32 | (0xffffffffu - static_cast<unsigned>(id));
-    best = best < candidate ? candidate : best;
-  });
-  best = over_block(best, [](Mass a, Mass b) { return a < b ? b : a; });
-  const int largest = static_cast<int>(0xffffffffu - static_cast<unsigned>(best));
-  Weights weights{score_of(static_cast<std::uint32_t>(best >> 32)), 0.0f};
-  const bool usable = finite(weights.top);
-  if (!usable || temperature == 0) {
-    if (threadIdx.x == 0) store_packed<1>(drawn, Packed<std::int32_t, 1>{{usable ? largest : -1 - largest}});
-    return;
-  }
-  weights.scale = static_cast<float>(1 / (temperature < 1e-30 ? 1e-30 : temperature));
-  weights.min_p = static_cast<float>(load_one(options + 2));
-  if (top_k > 0 && top_k < vocabulary) {
-    const auto one = [](std::uint32_t, float) { return Mass{1}; };
-    weights.least = select(row, static_cast<Mass>(top_k), one).key;
-  }
-  if (top_p < 1) keep_top_p(row, top_p, weights);
-  draw_from(row, weights, shared_array<double>(uniform_at)[0], drawn);
+  const float* const logits = args.logits.as<float>() + static_cast<std::int64_t>(request) * vocabulary;
+  const std::int32_t* const seen = args.seen.as<std::int32_t>() + slot * args.seen.shape[1];
+  const double uniform = shared_array<double>(uniform_at)[0];
+  const int token =
+      penalises
+          ? token_in(Row<n, true>{logits, seen, {penalty, 1 / penalty}, 0, 0}, vocabulary, filters, uniform)
+          : token_in(Row<n, false>{logits, nullptr, {1, 1}, 0, 0}, vocabulary, filters, uniform);
+  if (token != none)
+    store_packed<1>(args.drawn.as<std::int32_t>() + request, Packed<std::int32_t, 1>{{token}});
 }
 
 }  // namespace

@@ -11,9 +11,9 @@
 //   seen      a bit a token of the vocabulary and slot. The token that a request was fed is counted before its next
 //             one is drawn, so that nothing is to be taken back where a draw is thrown away.
 //   reads     a block of 512 threads a request. The row of V logits (262 KB at V = 65,536, in the second-level cache)
-//             once for the largest, which is all where temperature is 0; once more for the weights and a 16th of it
-//             for the token; three times for top_k; four times for top_p. With a penalty V bits beside each. Writes
-//             16 bytes.
+//             once for the largest, which is all where temperature is 0; once more for the weights, then a 16th of it
+//             and a 16th of that for the token; three times for top_k and three for top_p. With a penalty V bits
+//             beside each. Writes 16 bytes.
 //   select    the k-th largest, and the last of the nucleus, by digits of 11, 11 and 10 bits of the scores' order: a
 //             histogram in shared memory each, of whole numbers.
 #pragma once
