@@ -1,7 +1,9 @@
-"""The checks of bench/gpu/checklist.py that ask for tokens drawn on the device."""
+"""The checks of bench/gpu/checklist.py that ask for tokens drawn, and fed back, on the device."""
 
 from __future__ import annotations
 
+import contextlib
+import time
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,12 @@ import torch
 from torch import Tensor
 
 from bench.gpu.checks import Here, WrongError
+from bench.gpu.models import toy
+from hrmcore.config import HRMConfig
+from hrmcore.engine.cuda_runner import CudaRunner
 from hrmcore.engine.cuda_sampling import SamplerSlots
 from hrmcore.engine.sampling import Sampler, Sampling, sample
+from hrmcore.model import HRM
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -73,4 +79,52 @@ def _microseconds(slots: SamplerSlots, *operands: Tensor, launches: int = 20, ti
     return round(start.elapsed_time(end) / (times * launches) * 1000, 2)
 
 
-CHECKS = {"sampling": sampling}
+def fed_back(here: Here) -> dict[str, Any]:
+    """Answers whose tokens are drawn and fed back on the device, beside those whose logits go to the host.
+
+    One request leaves half way. On a GPU also the milliseconds of a token, of one request alone, by the host's clock.
+    """
+    torch.manual_seed(6)
+    config, requests, count = (toy(), 3, 4) if here.emulated else (HRMConfig.preset("XL"), 12, 64)
+    runner = CudaRunner(HRM(config).requires_grad_(False).to(here.device), blocks=2 if here.emulated else 0)
+    device, host = (answers(here, runner, requests, count, way)[0] for way in ("device", "host"))
+    different = sum(a != b for a, b in zip(device, host, strict=True))
+    if different > requests // 12:  # a draw moved by rounding, 1 in 10,000 at most, changes all that follow it
+        raise WrongError(f"{different} of {requests} answers are not those of the host")
+    if runner.open_sequences or runner.steps_ahead:
+        raise WrongError("something is left of requests that were closed")
+    figures: dict[str, Any] = {"answers": requests, "tokens": count, "different": different}
+    if not here.emulated:
+        for way in ("host", "device"):
+            figures[f"{way}_ms"] = round(1000 * answers(here, runner, 1, 256, way)[1], 3)
+    return figures
+
+
+def answers(here: Here, runner: CudaRunner, requests: int, count: int, way: str) -> tuple[list[list[int]], float]:
+    """Tokens of each request, drawn on the device or on the host; and seconds a token of the second half."""
+    prompts = [[(7 * i + j) % runner.config.vocab_size for j in range(5 + 3 * i)] for i in range(requests)]
+    handles, rows = runner.open(prompts, [len(prompt) for prompt in prompts])
+    options = list(OPTIONS.values())
+    samplers = [Sampler(Sampling(seed=i, **options[i % len(options)]), prompt) for i, prompt in enumerate(prompts)]
+    tokens = sample(samplers, rows)
+    found, begun = [[token] for token in tokens], 0.0
+    for left in reversed(range(count)):
+        if left == count // 2:
+            begun = time.perf_counter()
+            if len(handles) > 1:
+                runner.close(handles.pop())
+        fed, beside = tokens[: len(handles)], samplers[: len(handles)]
+        with here.kernels() if here.emulated else contextlib.nullcontext():
+            if way == "host":
+                tokens = sample(beside, runner.step(handles, fed))
+            else:
+                tokens = runner.draw(handles, fed, beside, [left] * len(handles))
+        for answer, token in zip(found[: len(handles)], tokens, strict=True):
+            answer.append(token)
+    seconds = (time.perf_counter() - begun) / (count // 2 + 1)
+    for handle in handles:
+        runner.close(handle)
+    return found, seconds
+
+
+CHECKS = {"sampling": sampling, "fed_back": fed_back}
