@@ -44,12 +44,13 @@ ROOMS = {
     "growth": f"_lazy {GROUND} model optim gpus planner checkpoint",
     "train": f"_lazy {GROUND} machine model optim planner data distributed checkpoint lora growth",
     "engine": f"_lazy chat {GROUND} model checkpoint lens",
+    "step_bench": "config machine model engine",
     "serving": f"{GROUND} chat engine lens_names",
     "lens_names": "config tokenizer",
     "lens": f"{GROUND} model lens_names",
     "evals": f"{GROUND} data checkpoint engine",
-    "commands": f"{GROUND} model gpus planner plots microbench data checkpoint growth train engine serving lens "
-    "lens_names evals",
+    "commands": f"{GROUND} model gpus planner plots microbench step_bench data checkpoint growth train engine serving "
+    "lens lens_names evals",
     "repl": "commands",
     "cli": "_C commands",
     "__main__": "cli",
