@@ -107,7 +107,7 @@ def run(
             raise ValueError(f"bench: no op is called {name!r}; choose from {', '.join(known)}")
     if not seconds > 0:
         raise ValueError(f"bench: seconds must be positive, got {seconds}")
-    place = _place(device)
+    place = place_of(device)
     with _threads(threads):
         machine = cuda_limits(seconds, device) if place.on_cuda else limits(seconds)
         report: dict[str, Any] = {"machine": machine, "ops": []}
@@ -122,7 +122,8 @@ def run(
     return report
 
 
-def _place(device: str) -> Place:
+def place_of(device: str) -> Place:
+    """Where kernels are timed: cpu, cuda or cuda:N. Raises ValueError on another, and where there is none."""
     if device == "cpu":
         return Place()
     if re.fullmatch(r"cuda(:\d+)?", device) is None:

@@ -34,7 +34,7 @@ class Clock:
 def place(monkeypatch: pytest.MonkeyPatch) -> microbench.Place:
     """The CPU in the place of a CUDA device, whose limits cost nothing."""
     made = microbench.Place("cpu", Clock())
-    monkeypatch.setattr(microbench, "_place", lambda device: made)
+    monkeypatch.setattr(microbench, "place_of", lambda device: made)
     limits = {"processor": "a card", "torch": "2", "copy_gbs": 4e3, "float32_gflops": 1.0, "bfloat16_gflops": 2.0}
     monkeypatch.setattr(microbench, "cuda_limits", lambda seconds, device: limits)
     return made
@@ -81,7 +81,7 @@ def test_the_better_of_torch_and_torch_compiled_counts(
             return 1000 - super().__call__(call)
 
     monkeypatch.setattr(torch, "compile", compile_)
-    monkeypatch.setattr(microbench, "_place", lambda device: microbench.Place("cpu", Earlier(), compiles=True))
+    monkeypatch.setattr(microbench, "place_of", lambda device: microbench.Place("cpu", Earlier(), compiles=True))
     with emulated_cuda():
         lines = microbench.run(["swiglu"], 1, 1e-9, False, "cuda")["ops"]
     assert len(compiled) == 2
