@@ -15,9 +15,11 @@ from hrmcore.checkpoint.hrm_text import CONFIG_FILE
 from hrmcore.engine.cuda_decode import MOST_REQUESTS, CudaStep, Form
 from hrmcore.engine.decode_ahead import DecodeAhead
 from hrmcore.engine.mma_layout import MMA_DTYPES
-from hrmcore.engine.runner import Rows
+from hrmcore.engine.prefill_buckets import BucketedPrefill
+from hrmcore.engine.runner import PAGE, Rows
 from hrmcore.engine.sampling import Sampler
-from hrmcore.engine.torch_runner import TorchRunner, one_at_a_time, upload
+from hrmcore.engine.torch_runner import TorchRunner, _Sequence, one_at_a_time, upload
+from hrmcore.graphs import CudaGraphs, Graphs
 from hrmcore.model import HRM
 from hrmcore.ops.backend import require_cuda
 
@@ -26,16 +28,26 @@ class CudaRunner(TorchRunner):
     """Sequences over a model in bfloat16 on a CUDA device; the decode step's weights are `dtype`.
 
     Prefill multiplies with the bfloat16 weights, whatever the dtype: int8 and int4 save time, but no memory. `form` and
-    `blocks` are those of CudaStep.
+    `blocks` are those of CudaStep, `graphs` what prefills are captured by; None is torch's, on a CUDA device alone.
     """
 
-    def __init__(self, model: HRM, dtype: str = "bfloat16", form: Form = "persistent", blocks: int = 0) -> None:
+    def __init__(
+        self,
+        model: HRM,
+        dtype: str = "bfloat16",
+        form: Form = "persistent",
+        blocks: int = 0,
+        graphs: Graphs | None = None,
+    ) -> None:
         model = model.to(torch.bfloat16)
         model.reset_positions(len(model.rope_table))  # angles stay float32
         super().__init__(model)
         self.dtype = dtype
         self._decode_step = CudaStep(model, form, blocks, dtype)
         self._ahead = DecodeAhead(self, self.config.vocab_size, self._device)
+        graphs = CudaGraphs() if graphs is None and self._device.type == "cuda" else graphs
+        self._scratch = _Sequence(0)  # for the keys and values of what fills a bucket up
+        self._prefill = None if graphs is None else BucketedPrefill(model, graphs)
 
     @classmethod
     def from_checkpoint(cls, folder: Path, dtype: str, device: str, attention_window: int | None) -> CudaRunner:
@@ -106,6 +118,23 @@ class CudaRunner(TorchRunner):
         groups = [slice(first, first + MOST_REQUESTS) for first in range(0, len(tokens), MOST_REQUESTS)]
         logits = [self._decode_step(tokens[one], positions[one], tables[one], self.kv) for one in groups]
         return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    def _advance(self, sequences: Sequence[_Sequence], added: Sequence[Sequence[int]]) -> Rows:
+        """A prefill that fits a bucket runs in its shapes."""
+        prefill = self._prefill
+        if prefill is None or any(sequence.length for sequence in sequences) or not prefill.takes(added):
+            return super()._advance(sequences, added)
+        for sequence, prompt in zip(sequences, added, strict=True):
+            self._pool.reserve(sequence, len(prompt))
+        if not self._scratch.pages:
+            self._pool.reserve(self._scratch, PAGE)
+        with torch.inference_mode():
+            rows = [sequence.rows(0, len(prompt)) for sequence, prompt in zip(sequences, added, strict=True)]
+            prefixes = [sequence.prefix for sequence in sequences]
+            logits = prefill.run(added, prefixes, rows, self._scratch.rows(0, PAGE), self.kv).cpu()
+        for sequence, prompt in zip(sequences, added, strict=True):
+            sequence.length = len(prompt)
+        return logits.numpy()
 
     def _lengthen(self, handles: Sequence[int]) -> None:
         for handle in handles:
