@@ -48,7 +48,8 @@ def decode_step_lines(
     config = config or HRMConfig.preset("XL")
     with torch.inference_mode():
         torch.manual_seed(0)
-        model = HRM(config).requires_grad_(False).to(torch.bfloat16).to(device)
+        with torch.device(device):
+            model = HRM(config).requires_grad_(False).to(torch.bfloat16)
         model.reset_positions(len(model.rope_table))
         for dtype in MMA_DTYPES:
             step = CudaStep(model, blocks=blocks, dtype=dtype)

@@ -6,7 +6,9 @@ Shapes: S sequences, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +47,9 @@ class CudaRunner(TorchRunner):
         self.dtype = dtype
         self._decode_step = CudaStep(model, form, blocks, dtype)
         self._ahead = DecodeAhead(self, self.config.vocab_size, self._device)
-        graphs = CudaGraphs() if graphs is None and self._device.type == "cuda" else graphs
+        if graphs is None and self._device.type == "cuda":
+            with self._on_device():
+                graphs = CudaGraphs()
         self._scratch = _Sequence(0)  # for the keys and values of what fills a bucket up
         self._prefill = None if graphs is None else BucketedPrefill(model, graphs)
 
@@ -128,13 +132,17 @@ class CudaRunner(TorchRunner):
             self._pool.reserve(sequence, len(prompt))
         if not self._scratch.pages:
             self._pool.reserve(self._scratch, PAGE)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._on_device():
             rows = [sequence.rows(0, len(prompt)) for sequence, prompt in zip(sequences, added, strict=True)]
             prefixes = [sequence.prefix for sequence in sequences]
             logits = prefill.run(added, prefixes, rows, self._scratch.rows(0, PAGE), self.kv).cpu()
         for sequence, prompt in zip(sequences, added, strict=True):
             sequence.length = len(prompt)
         return logits.numpy()
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """Streams and graphs are those of the device in use."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     def _lengthen(self, handles: Sequence[int]) -> None:
         for handle in handles:

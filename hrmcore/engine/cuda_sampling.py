@@ -15,6 +15,7 @@ from torch.utils.dlpack import to_dlpack
 
 from hrmcore import _C
 from hrmcore.engine.sampling import Sampler
+from hrmcore.engine.torch_runner import upload
 from hrmcore.ops.backend import stream_of
 
 _FIRST_SLOTS = 64
@@ -68,8 +69,11 @@ class SamplerSlots:
                 self._tensors[name] = grown
 
     def _write(self, name: str, slots: list[int], rows: list[np.ndarray]) -> None:
-        target = self._tensors[name]
-        target[torch.tensor(slots, device=target.device)] = torch.from_numpy(np.stack(rows)).to(target.device)
+        target, host = self._tensors[name], torch.from_numpy(np.stack(rows))
+        on_cuda = target.is_cuda
+        if on_cuda:
+            host = host.pin_memory()
+        target.index_copy_(0, upload(slots, target.device).long(), host.to(target.device, non_blocking=on_cuda))
 
     def _bitmap(self, sampler: Sampler) -> np.ndarray:
         ids = np.array([token for token in sampler.core.seen if 0 <= token < self._vocabulary], np.int64)

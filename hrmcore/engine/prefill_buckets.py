@@ -99,7 +99,7 @@ class BucketedPrefill:
         bucket = bucket_of(prompts)
         numbers = _filled(prompts, prefixes, rows, spare, bucket, kv.device)
         logits = self._logits(bucket, numbers, kv)
-        return logits[: len(prompts)].float()
+        return logits[: len(prompts)].to(torch.float32, copy=True)  # the graph writes over its own
 
     def _logits(self, bucket: tuple[int, int], numbers: _Numbers, kv: Tensor) -> Tensor:
         if bucket not in self._captured:
