@@ -79,6 +79,22 @@ def _microseconds(slots: SamplerSlots, *operands: Tensor, launches: int = 20, ti
     return round(start.elapsed_time(end) / (times * launches) * 1000, 2)
 
 
+def every_small_draw(here: Here) -> int:
+    """A token for each kind of options, of rows that accesses of 16 bytes fit and of others; how many."""
+    count = 0
+    for vocabulary in (300, 1021):
+        slots = SamplerSlots(vocabulary, torch.device(here.device))
+        slots.put({i: Sampler(Sampling(seed=i, **one), [1, 2]) for i, one in enumerate(OPTIONS.values())})
+        order = torch.arange(len(OPTIONS), dtype=torch.int32, device=here.device)
+        logits = torch.randn(len(OPTIONS), vocabulary, generator=torch.Generator().manual_seed(8)).to(here.device)
+        with here.kernels():
+            drawn = slots.draw(logits, order, order, order.clone())
+        if not bool(((drawn >= 0) & (drawn < vocabulary)).all()):
+            raise WrongError(f"tokens outside of a vocabulary of {vocabulary}: {drawn.tolist()}")
+        count += len(OPTIONS)
+    return count
+
+
 def fed_back(here: Here) -> dict[str, Any]:
     """Answers whose tokens are drawn and fed back on the device, beside those whose logits go to the host.
 

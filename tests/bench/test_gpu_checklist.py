@@ -312,3 +312,4 @@ def test_a_rank_that_fails_says_why(checks: ModuleType, endurance: ModuleType, t
 def test_the_decode_step_under_the_sanitizers(checks: ModuleType, models: ModuleType) -> None:
     here = checks.Here(True, Path())
     assert models.every_small_step(here) == 2 * len(models.MMA_DTYPES) * 2
+    assert importlib.import_module("bench.gpu.sampling").every_small_draw(here) == 14
