@@ -123,7 +123,7 @@ __device__ __forceinline__ Mass over_block(Mass x, const F& combine) {
 
 // The weight of scores, and what the filters have left of them so far.
 struct Weights {
-  float top, scale;
+  float top, scale;  // scale: log2(e) / temperature
   float min_p = 0;
   std::uint32_t least = 0;  // the key below which all is gone
   Mass ties = ~Mass{0};     // how many of those at `least` stay, the lowest ids
@@ -133,9 +133,9 @@ struct Weights {
 
  private:
   __device__ __forceinline__ Mass mass(float score, float smallest) const {
-    if (score < -largest_float) return 0;
-    const float weight = expf(fmaxf(score - top, -largest_float) * scale);
-    return weight < smallest ? 0 : static_cast<Mass>(weight * unit);
+    float weight = quick_exp2(fmaxf(score - top, -largest_float) * scale);
+    weight = score < -largest_float || weight < smallest ? 0.0f : weight;
+    return static_cast<Mass>(weight * unit);
   }
 };
 
@@ -368,7 +368,8 @@ __device__ __forceinline__ int token_in(const R& whole, int vocabulary, const Fi
   Weights weights{score_of(static_cast<std::uint32_t>(best >> 32)), 0.0f};
   const bool usable = finite(weights.top);
   if (!usable || filters.temperature == 0) return threadIdx.x != 0 ? none : usable ? largest : -1 - largest;
-  weights.scale = static_cast<float>(1 / (filters.temperature < 1e-30 ? 1e-30 : filters.temperature));
+  weights.scale =
+      static_cast<float>(1.4426950408889634 / (filters.temperature < 1e-30 ? 1e-30 : filters.temperature));
   weights.min_p = static_cast<float>(filters.min_p);
   if (filters.top_k > 0 && filters.top_k < vocabulary) {
     Mass target = static_cast<Mass>(filters.top_k);

@@ -5,7 +5,7 @@
 //             score s is exp((s - largest) / temperature) in float32, as a whole number of 2^-40: sums are exact, and
 //             the same bits in whatever order. A request's n-th draw falls on the CPU's token unless the mass of the
 //             tokens up to one of the two, or a filter's bound, is that near: a weight's relative error is at most
-//             2^-17 (28 of an exponent, three roundings each), with a penalty 2^-24 |score| / temperature more.
+//             2^-17 (40 of a power of two, three roundings each), with a penalty 2^-24 |score| / temperature more.
 //   limits    a temperature from 0 to 1e-30 counts as 1e-30, weights below 2^-40 of the largest as 0, a score that
 //             the repetition penalty takes beyond float32's range as the largest number in it.
 //   seen      a bit a token of the vocabulary and slot. The token that a request was fed is counted before its next
