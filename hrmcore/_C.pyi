@@ -85,6 +85,11 @@ class Sampler:
         seed: int,
         prompt: Sequence[int],
     ) -> None: ...
+    def accept(self, token: int) -> None: ...
+    @property
+    def draws(self) -> int: ...
+    @property
+    def seen(self) -> list[int]: ...
 
 class Step:
     @property
@@ -196,6 +201,18 @@ def attention_table(
 ) -> None: ...
 def cross_entropy_backward(logits: Output, targets: Tensor, lse: Tensor, scale: Tensor, stream: int = 0) -> None: ...
 def cross_entropy_forward(logits: Tensor, targets: Tensor, losses: Output, lse: Output, stream: int = 0) -> None: ...
+def cuda_draw(
+    *,
+    logits: Tensor,
+    fed: Tensor,
+    slots: Tensor,
+    drawn: Output,
+    positions: Output,
+    options: Tensor,
+    counts: Output,
+    seen: Output,
+    stream: int,
+) -> None: ...
 def cuda_step(
     *,
     tokens: Tensor,

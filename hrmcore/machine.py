@@ -37,6 +37,18 @@ def limits(seconds: float) -> dict[str, Any]:
     }
 
 
+def cuda_limits(seconds: float, device: str) -> dict[str, Any]:
+    """What a CUDA device can do at most: GB/s of a copy, and GFLOP/s of large products."""
+    size = 4 << 30
+    copy = best_times([copy_of(size, device)], seconds, cuda_seconds)[0]
+    return {
+        "processor": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "copy_gbs": size / copy / 1e9,
+        **{f"{dtype}_gflops": peak_flops(dtype, seconds, device) / 1e9 for dtype in ("float32", "bfloat16")},
+    }
+
+
 def peak_flops(dtype: str, seconds: float = 0.1, device: str = "cpu") -> float:
     """FLOP/s that this machine, or its CUDA device, reaches at best in "float32" or "bfloat16".
 
@@ -45,13 +57,30 @@ def peak_flops(dtype: str, seconds: float = 0.1, device: str = "cpu") -> float:
     """
     product, product_flops = gemm(dtype, device)
     if torch.device(device).type != "cpu":
-        return product_flops / best_times([product], seconds)[0]
+        return product_flops / best_times([product], seconds, cuda_seconds)[0]
     multiply_add, flops = multiply_adds()
     in_registers, multiplied = best_times([multiply_add, product], seconds)
     return max(flops / in_registers, product_flops / multiplied)
 
 
-def best_times(calls: list[Work], seconds: float) -> list[float]:
+def wall_seconds(call: Work) -> float:
+    """How long a call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def cuda_seconds(call: Work) -> float:
+    """How long what a call enqueues takes on the CUDA device, gaps where that waits for the host included."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def best_times(calls: list[Work], seconds: float, timed: Callable[[Work], float] = wall_seconds) -> list[float]:
     """Seconds of each call's best run, as STREAM reports them; in turns, so that a busy machine slows all of them."""
     for call in calls:
         call()
@@ -59,16 +88,16 @@ def best_times(calls: list[Work], seconds: float) -> list[float]:
     end = time.perf_counter() + seconds
     while len(times[0]) < 5 or time.perf_counter() < end:
         for call, taken in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - start)
+            taken.append(timed(call))
     return [min(taken) for taken in times]
 
 
-def copy_of(size: int) -> Work:
+def copy_of(size: int, device: str = "cpu") -> Work:
     """A plain copy that moves `size` bytes, read and written together."""
-    source = torch.ones(max(1, size // 8))
+    source = torch.ones(max(1, size // 8), device=device)
     target = torch.empty_like(source)
+    if torch.device(device).type != "cpu":
+        return lambda: target.copy_(source)
     return lambda: _C.stream_copy(source, target)
 
 
@@ -84,12 +113,7 @@ def gemm(dtype: str, device: str = "cpu") -> tuple[Work, int]:
     side = 768 if on_cpu else 8192
     a, b = (torch.ones(side, side, dtype=getattr(torch, dtype), device=device) for _ in range(2))
 
-    def multiply() -> None:
-        torch.mm(a, b)
-        if not on_cpu:
-            torch.cuda.synchronize(device)
-
-    return multiply, 2 * side**3
+    return lambda: torch.mm(a, b), 2 * side**3
 
 
 def processor() -> str:

@@ -2,7 +2,8 @@
 
 Speeds are given as shares of what this machine can do at most, which is measured in the same run: a plain copy of as
 many bytes, and multiply-adds in registers or, where it is faster, a large matrix product of the op's type. Shapes are
-those of each op's cases().
+those of each op's cases(). On a CUDA device times are those between its events, and torch is compiled where that is
+faster.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -20,12 +23,56 @@ from torch import Tensor
 
 import hrmcore.ops
 from hrmcore import _C
-from hrmcore.machine import Work, best_times, copy_of, gemm, limits, multiply_adds
+from hrmcore.machine import (
+    Work,
+    best_times,
+    copy_of,
+    cuda_limits,
+    cuda_seconds,
+    gemm,
+    limits,
+    multiply_adds,
+    wall_seconds,
+)
+from hrmcore.ops.backend import require_cuda
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ALLOWED_ERROR = {"float32": 1e-5, "bfloat16": 1e-2}  # norm(out - ref) / norm(ref), the reference in float64
 
+CUDA_HEAD_DIM = 128  # the largest that attention's kernels for CUDA take
+
 Case = dict[str, Any]
+Timer = Callable[[Work], float]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where kernels run and by which clock; `compiles`: whether torch may compile what they are compared with."""
+
+    device: str = "cpu"
+    timed: Timer = wall_seconds
+    compiles: bool = False
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.timed is not wall_seconds
+
+    @property
+    def name(self) -> str:
+        return self.device if self.on_cuda else _C.isa()
+
+    def cases(self, page: ModuleType, dtype: torch.dtype) -> list[Case]:
+        """An op's cases, on the device; those that its kernels do not take left out."""
+        cases = page.cases(dtype)
+        if not self.on_cuda:
+            return list(cases)
+        taken = [case for case in cases if "q" not in case or case["q"].shape[-1] <= CUDA_HEAD_DIM]
+        return [{k: x.to(self.device) if hasattr(x, "to") else x for k, x in case.items()} for case in taken]
+
+    def computing(self, dtype: str) -> list[tuple[Work, int]]:
+        """What computes fastest here, and its FLOPs."""
+        product = gemm(dtype, self.device)
+        return [product] if self.on_cuda else [multiply_adds(), product]
 
 
 class WrongKernelError(RuntimeError):
@@ -38,12 +85,21 @@ def op_names() -> list[str]:
     return [name for name in names if hasattr(_page(name), "cases")]
 
 
-def run(ops: list[str] | None, threads: int | None, seconds: float, as_json: bool) -> dict[str, Any]:
+def run(
+    ops: list[str] | None,
+    threads: int | None,
+    seconds: float,
+    as_json: bool,
+    device: str = "cpu",
+    more: Callable[[Place, float], Iterator[dict[str, Any]]] | None = None,
+) -> dict[str, Any]:
     """Check, time and print the named ops (None: all of them) on the instruction set in use; returns the report.
 
     `threads` None keeps the present number; `seconds` is the time spent on each printed line; `as_json` prints the
-    report as one JSON object instead of a table. Raises ValueError on an unknown op, a time that is not positive or a
-    bad number of threads, and WrongKernelError when a kernel disagrees with its reference.
+    report as one JSON object instead of a table. `more` gives lines of what is no op.
+
+    Raises ValueError on an unknown op, a time that is not positive, a bad number of threads or a device that is not
+    there, and WrongKernelError when a kernel disagrees with its reference.
     """
     known = op_names()
     for name in ops or []:
@@ -51,19 +107,49 @@ def run(ops: list[str] | None, threads: int | None, seconds: float, as_json: boo
             raise ValueError(f"bench: no op is called {name!r}; choose from {', '.join(known)}")
     if not seconds > 0:
         raise ValueError(f"bench: seconds must be positive, got {seconds}")
+    place = place_of(device)
     with _threads(threads):
-        report: dict[str, Any] = {"machine": limits(seconds), "ops": []}
+        machine = cuda_limits(seconds, device) if place.on_cuda else limits(seconds)
+        report: dict[str, Any] = {"machine": machine, "ops": []}
         if not as_json:
-            print(_heading(report["machine"]))
-        for name in ops or known:
-            check(name)
-            for line in _time_op(name, seconds):
-                report["ops"].append(line)
-                if not as_json:
-                    print(_row(line), flush=True)
+            print(_heading(machine))
+        for line in _lines(ops or known, place, seconds, more):
+            report["ops"].append(line)
+            if not as_json:
+                print(_row(line), flush=True)
     if as_json:
         print(json.dumps(report))
     return report
+
+
+def place_of(device: str) -> Place:
+    """Where kernels are timed: cpu, cuda or cuda:N. Raises ValueError on another, and where there is none."""
+    if device == "cpu":
+        return Place()
+    if re.fullmatch(r"cuda(:\d+)?", device) is None:
+        raise ValueError(f"bench: device must be 'cpu', 'cuda' or 'cuda:N', got {device!r}")
+    try:
+        require_cuda()
+    except RuntimeError as error:
+        raise ValueError(f"bench: {error}") from None
+    count = torch.cuda.device_count()
+    if (torch.device(device).index or 0) >= count:
+        raise ValueError(f"bench: device {device!r}: this machine has {count} CUDA devices, numbered from 0")
+    torch.cuda.set_device(device)
+    return Place(device, cuda_seconds, compiles=True)
+
+
+def _lines(
+    names: list[str],
+    place: Place,
+    seconds: float,
+    more: Callable[[Place, float], Iterator[dict[str, Any]]] | None,
+) -> Iterator[dict[str, Any]]:
+    for name in names:
+        check(name, place)
+        yield from _time_op(name, seconds, place)
+    if more is not None:
+        yield from more(place, seconds)
 
 
 @contextmanager
@@ -85,11 +171,11 @@ def _page(name: str) -> ModuleType:
 # Checking
 
 
-def check(name: str) -> None:
+def check(name: str, place: Place = Place()) -> None:
     """Hold an op's outputs and gradients in every case against its reference in float64, or raise WrongKernelError."""
     page = _page(name)
     for dtype, torch_dtype in DTYPES.items():
-        for index, case in enumerate(page.cases(torch_dtype)):
+        for index, case in enumerate(place.cases(page, torch_dtype)):
             ours = _differentiate(getattr(page, name), case, [key for key, x in case.items() if _floating(x)])
             exact = {key: x.double() if _floating(x) else x for key, x in case.items()}
             theirs = _differentiate(getattr(page, f"{name}_ref"), exact, ours["gradients"])
@@ -99,7 +185,7 @@ def check(name: str) -> None:
                 error = float((out - reference).norm() / reference.norm())
                 if not error <= ALLOWED_ERROR[dtype]:
                     raise WrongKernelError(
-                        f"{name}, case {index}, {dtype}, {_C.isa()}: the error of the {what} is {error:.3g}, "
+                        f"{name}, case {index}, {dtype}, {place.name}: the error of the {what} is {error:.3g}, "
                         f"allowed are {ALLOWED_ERROR[dtype]:g}; it is not timed"
                     )
 
@@ -132,34 +218,51 @@ def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 # Timing
 
 
-def _time_op(name: str, seconds: float) -> Iterator[dict[str, Any]]:
+def _time_op(name: str, seconds: float, place: Place) -> Iterator[dict[str, Any]]:
     page = _page(name)
-    multiply_add, register_flops = multiply_adds()
     op, peer = getattr(page, name), getattr(page, "peer", getattr(page, f"{name}_ref"))
     for dtype, torch_dtype in DTYPES.items():
-        product, product_flops = gemm(dtype)
-        case = list(page.cases(torch_dtype))[-1]
+        computing, computed_flops = zip(*place.computing(dtype), strict=True)
+        case = place.cases(page, torch_dtype)[-1]
         shape = "x".join(str(size) for size in next(iter(case.values())).shape)
         differentiable = _differentiate(op, case, [key for key, x in case.items() if _floating(x)])["gradients"]
-        ours, theirs = _calls(op, case, differentiable), _calls(peer, case, differentiable)
+        ours = _calls(op, case, differentiable)
+        peers = _peers(peer, case, differentiable, place)
         for direction in ("forward", "backward"):
             work = page.work(case, backward=direction == "backward")
-            calls = [ours[direction], theirs[direction], copy_of(work["bytes"]), multiply_add, product]
-            taken, peer_taken, copying, in_registers, multiplied = best_times(calls, seconds)
-            computing = work["flops"] / max(register_flops / in_registers, product_flops / multiplied)
+            beside = [calls[direction] for calls in peers.values()]
+            calls = [ours[direction], copy_of(work["bytes"], place.device), *computing, *beside]
+            taken, copying, *others = best_times(calls, seconds, place.timed)
+            peak = max(flops / time for flops, time in zip(computed_flops, others, strict=False))
+            peer_taken, best = min(zip(others[len(computing) :], peers, strict=True))
             yield {
                 "op": name,
                 "direction": direction,
                 "dtype": dtype,
                 "shape": shape,
                 "seconds": taken,
+                "peer": best,
                 "peer_seconds": peer_taken,
                 "gbs": work["bytes"] / taken / 1e9,
                 "gflops": work["flops"] / taken / 1e9,
-                "bound": "memory" if copying > computing else "compute",
-                "share_of_limit": max(copying, computing) / taken,
+                "bound": "memory" if copying > work["flops"] / peak else "compute",
+                "share_of_limit": max(copying, work["flops"] / peak) / taken,
                 "times_torch": peer_taken / taken,
             }
+
+
+def _peers(
+    peer: Callable[..., Any], case: Case, differentiable: Iterable[str], place: Place
+) -> dict[str, dict[str, Work]]:
+    """Plain torch as it is, and compiled where that is asked for and works."""
+    found = {"torch": _calls(peer, case, differentiable)}
+    if place.compiles:
+        with suppress(Exception):  # torch.compile does not take everything
+            compiled = _calls(torch.compile(peer, dynamic=False), case, differentiable)
+            for call in compiled.values():
+                call()
+            found["torch, compiled"] = compiled
+    return found
 
 
 def _calls(op: Callable[..., Any], case: Case, differentiable: Iterable[str]) -> dict[str, Work]:
@@ -182,10 +285,14 @@ def _calls(op: Callable[..., Any], case: Case, differentiable: Iterable[str]) ->
 
 
 def _heading(machine: dict[str, Any]) -> str:
+    if "isa" in machine:
+        what = f"{machine['processor']}, {machine['isa']}, {machine['threads']} threads, torch {machine['torch']}"
+        most = f"read {machine['read_gbs']:.1f} GB/s, copy {machine['copy_gbs']:.1f} GB/s, "
+    else:
+        what = f"{machine['processor']}, torch {machine['torch']}"
+        most = f"copy {machine['copy_gbs']:.0f} GB/s, bfloat16 {machine['bfloat16_gflops']:.0f} GFLOP/s, "
     return (
-        f"{machine['processor']}, {machine['isa']}, {machine['threads']} threads, torch {machine['torch']}\n"
-        f"limits: read {machine['read_gbs']:.1f} GB/s, copy {machine['copy_gbs']:.1f} GB/s, "
-        f"float32 {machine['float32_gflops']:.0f} GFLOP/s\n\n"
+        f"{what}\nlimits: {most}float32 {machine['float32_gflops']:.0f} GFLOP/s\n\n"
         f"{'op':<17}{'':<10}{'dtype':<10}{'shape':<12}{'ms':>9}  {'speed':>14}  {'of limit':>8}  {'x torch':>7}"
     )
 

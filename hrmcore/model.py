@@ -339,6 +339,8 @@ class HRM(nn.Module):
             weights = SharedWeights(self._matrices(), z_H.dtype) if self.shares_weights else None
             mask = context.mask.with_tiles(z_H)
             context = replace(context, mask=mask, weights=weights, keep=recompute == "none")
+        elif cache is not None and cache.key_offsets is layout.offsets:  # new sequences: their keys are their tokens
+            context = replace(context, mask=context.mask.with_tiles(z_H))
         opened, slot = None, 0
         for (h, l), following in zip(visits, [*visits[1:], None], strict=True):  # noqa: E741
             opens = following is not None and (following in with_grad) == ((h, l) in with_grad)

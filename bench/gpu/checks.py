@@ -392,14 +392,15 @@ def goldens_replayed(here: Here) -> dict[str, Any]:
 
 def sanitizer(tool: str) -> Callable[[Here], dict[str, Any]]:
     def check(here: Here) -> dict[str, Any]:
-        """The small cases, and the decode step in its forms, under a tool of compute-sanitizer."""
+        """The small cases, the decode step in its forms, and draws, under a tool of compute-sanitizer."""
         here.require_gpu("compute-sanitizer instruments a GPU's code; the emulator's own detectors run in the tests")
         program = shutil.which("compute-sanitizer")
         if program is None:
             raise NotRunError("compute-sanitizer, of the CUDA toolkit, is not on the PATH")
         lines = (
-            "from bench.gpu import checks as g, models as m; here = g.Here(False, g.Path());"
-            "g.one_hot_mma(here); print(g.every_small_result(here) + m.every_small_step(here))"
+            "from bench.gpu import checks as g, models as m, sampling as s; here = g.Here(False, g.Path());"
+            "g.one_hot_mma(here);"
+            "print(g.every_small_result(here) + m.every_small_step(here) + s.every_small_draw(here))"
         )
         # Without torch's cache every tensor is an allocation of its own, whose ends and first contents are watched.
         environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

@@ -5,7 +5,8 @@ other must give the bits that each gives alone.
 
     python -m bench.speed.decode CHECKPOINT --dtypes bfloat16,int8,int4 --out bench/decode
 
-Writes OUT.json and OUT.png; the last line printed is the JSON.
+Writes OUT.json and OUT.png; the last line printed is the JSON. With --device cuda: bench/speed/decode_cuda.py, which
+has no picture.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import multiprocessing
 import random
 import resource
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,11 @@ from hrmcore import _C
 from hrmcore.config import HRMConfig
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--dtypes", default="bfloat16,int8,int4")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
     parser.add_argument("--threads", type=int, help="default: all")
     parser.add_argument("--prefill", type=int, default=256, help="tokens (256)")
     parser.add_argument("--batches", default="1,2,4,8,16")
@@ -40,7 +43,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8, help="decoded after each context (8)")
     parser.add_argument("--turns", type=int, default=8, help="of the batches, two tokens each (8)")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.png")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.device != "cpu":
+        return on_cuda(args)
     # A process for each dtype: its peak memory is its own.
     context = multiprocessing.get_context("spawn")
     lines = []
@@ -55,6 +60,31 @@ def main() -> None:
 
         plots.decode(report, args.out.with_suffix(".png"))
     print(json.dumps(report))
+    return 0
+
+
+def on_cuda(args: argparse.Namespace) -> int:
+    from bench.speed.decode_cuda import report
+
+    batches, contexts = ([int(number) for number in text.split(",")] for text in (args.batches, args.contexts))
+    try:
+        found = report(
+            args.checkpoint,
+            args.dtypes.split(","),
+            args.device,
+            args.prefill,
+            batches,
+            contexts,
+            args.tokens,
+            args.turns,
+        )
+    except ValueError as error:
+        print(f"bench.speed.decode: {str(error).removeprefix('bench: ')}", file=sys.stderr)
+        return 2
+    if args.out:
+        args.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found))
+    return 0
 
 
 def measure(dtype: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -198,4 +228,4 @@ def row(line: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

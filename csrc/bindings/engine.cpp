@@ -1,4 +1,5 @@
 // The engine, the decode step on CUDA and the sampler in Python.
+#include <array>
 #include <cstdint>
 #include <exception>
 #include <memory>
@@ -9,7 +10,9 @@
 
 #include "bindings/bindings.h"
 #include "bindings/fields.h"
+#include "core/philox.h"
 #include "decode/decode_step.h"
+#include "decode/sampling.h"
 #include "engine/engine.h"
 #include "engine/sampler.h"
 
@@ -238,10 +241,22 @@ void bind_cuda_step(py::module_& m) {
       input("L_cycles", &Step::l_cycles), input("eps", &Step::eps),
       input("embedding_scale", &Step::embedding_scale), input("window", &Step::window),
       input("dtype", &Step::packing), input("persistent", &Step::persistent), input("blocks", &Step::blocks));
+  using Draw = TokenDraw;
+  def_on_cuda<Draw>(m, "cuda_draw", input("logits", &Draw::logits), input("fed", &Draw::fed),
+                    input("slots", &Draw::slots), output("drawn", &Draw::drawn),
+                    output("positions", &Draw::positions), input("options", &Draw::options),
+                    output("counts", &Draw::counts), output("seen", &Draw::seen));
 }
 
 void bind_sampler(py::module_& m) {
-  m.def("philox4x64", &philox4x64, py::arg("counter"), py::arg("key"));
+  m.def(
+      "philox4x64",
+      [](const std::array<std::uint64_t, 4>& counter, const std::array<std::uint64_t, 2>& key) {
+        const PhiloxWords words =
+            philox4x64({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
+        return std::vector<std::uint64_t>(words.at, words.at + 4);
+      },
+      py::arg("counter"), py::arg("key"));
   py::class_<Sampler>(m, "Sampler")
       .def(py::init([](double temperature, std::int64_t top_k, double top_p, double min_p,
                        double repetition_penalty, std::uint64_t seed,
@@ -250,7 +265,13 @@ void bind_sampler(py::module_& m) {
                  SamplingOptions{temperature, top_k, top_p, min_p, repetition_penalty, seed}, prompt);
            }),
            py::kw_only(), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"),
-           py::arg("repetition_penalty"), py::arg("seed"), py::arg("prompt"));
+           py::arg("repetition_penalty"), py::arg("seed"), py::arg("prompt"))
+      .def(
+          "accept", [](Sampler& sampler, std::int64_t token) { sampler.accept(token); }, py::arg("token"))
+      .def_property_readonly("draws", &Sampler::draws)
+      .def_property_readonly("seen", [](const Sampler& sampler) {
+        return std::vector<std::int64_t>(sampler.seen().begin(), sampler.seen().end());
+      });
   // Of each row of logits (S, V), its token and the `top` most probable: (token, log probability) each.
   m.def(
       "log_probabilities",

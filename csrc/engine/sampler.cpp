@@ -6,22 +6,13 @@
 #include <numeric>
 #include <string>
 
+#include "core/philox.h"
 #include "core/tensor.h"
 
 namespace hrmcore {
 namespace {
 
 constexpr double gone = -std::numeric_limits<double>::infinity();
-
-struct Wide {
-  std::uint64_t high, low;
-};
-
-Wide multiply(std::uint64_t a, std::uint64_t b) {
-  __extension__ using wide = unsigned __int128;
-  const wide product = static_cast<wide>(a) * b;
-  return {static_cast<std::uint64_t>(product >> 64), static_cast<std::uint64_t>(product)};
-}
 
 // The token that decides: the first NaN if there is one, else the first of the largest.
 template <class Real>
@@ -71,17 +62,6 @@ void keep_top_p(double p, SamplingRoom& room) {
 }
 
 }  // namespace
-
-std::array<std::uint64_t, 4> philox4x64(std::array<std::uint64_t, 4> counter,
-                                        std::array<std::uint64_t, 2> key) noexcept {
-  for (int round = 0; round < 10; ++round) {
-    const Wide a = multiply(0xD2E7470EE14C6C93u, counter[0]), b = multiply(0xCA5A826395121157u, counter[2]);
-    counter = {b.high ^ counter[1] ^ key[0], b.low, a.high ^ counter[3] ^ key[1], a.low};
-    key[0] += 0x9E3779B97F4A7C15u;
-    key[1] += 0xBB67AE8584CAA73Bu;
-  }
-  return counter;
-}
 
 std::vector<TokenScore> log_probabilities(const float* logits, std::int64_t vocabulary, std::int64_t token,
                                           std::int64_t top) {
@@ -156,7 +136,7 @@ std::int64_t Sampler::draw(std::int64_t best, std::int64_t vocabulary, SamplingR
     score = weight < options_.min_p ? 0 : weight;
     whole += score;
   }
-  const double target = uniform() * whole;
+  const double target = uniform_of_draw(options_.seed, draws_) * whole;
   double cumulative = 0;
   std::int64_t last = best;
   for (std::int64_t id = 0; id < vocabulary; ++id) {
@@ -167,11 +147,6 @@ std::int64_t Sampler::draw(std::int64_t best, std::int64_t vocabulary, SamplingR
     if (cumulative > target) break;
   }
   return last;
-}
-
-double Sampler::uniform() const noexcept {
-  const std::uint64_t word = philox4x64({draws_ + 1, 0, 0, 0}, {options_.seed, 0})[0];
-  return static_cast<double>(word >> 11) * 0x1p-53;
 }
 
 void Sampler::accept(std::int64_t token) {

@@ -8,20 +8,15 @@
 // as the largest (arXiv 2407.01082). The token drawn is the first whose cumulative weight exp(s), by
 // ascending id, exceeds u times the whole. All in float64.
 //
-// u of a request's n-th draw, n from 1, is the upper 53 bits of the first word of Philox4x64-10 (Salmon et
-// al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) of counter n under the seed as key: it depends
-// on nothing but seed and n.
+// u of a request's n-th draw, n from 1, is the upper 53 bits of the first word of Philox4x64-10 (core/philox.h) of
+// counter n under the seed as key: it depends on nothing but seed and n.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <unordered_set>
 #include <vector>
 
 namespace hrmcore {
-
-std::array<std::uint64_t, 4> philox4x64(std::array<std::uint64_t, 4> counter,
-                                        std::array<std::uint64_t, 2> key) noexcept;
 
 struct SamplingOptions {
   double temperature = 0;
@@ -64,10 +59,11 @@ class Sampler {
   void accept(std::int64_t token);
 
   bool greedy() const { return options_.temperature == 0 && options_.repetition_penalty == 1; }
+  std::uint64_t draws() const { return draws_; }                          // tokens accepted
+  const std::unordered_set<std::int64_t>& seen() const { return seen_; }  // empty without a penalty
 
  private:
   std::int64_t draw(std::int64_t best, std::int64_t vocabulary, SamplingRoom& room) const noexcept;
-  double uniform() const noexcept;
 
   SamplingOptions options_;
   std::uint64_t draws_ = 0;

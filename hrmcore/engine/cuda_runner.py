@@ -1,4 +1,4 @@
-"""The engine on CUDA: prefill in torch, decoding in the fused decode step, one KV cache for both.
+"""The engine on CUDA: prefill in torch, decoding and sampling in kernels, one KV cache for both.
 
 Shapes: S sequences, V vocabulary.
 """
@@ -6,15 +6,22 @@ Shapes: S sequences, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from hrmcore.checkpoint.hrm_text import CONFIG_FILE
 from hrmcore.engine.cuda_decode import MOST_REQUESTS, CudaStep, Form
+from hrmcore.engine.decode_ahead import DecodeAhead
 from hrmcore.engine.mma_layout import MMA_DTYPES
-from hrmcore.engine.runner import Rows
-from hrmcore.engine.torch_runner import TorchRunner, one_at_a_time
+from hrmcore.engine.prefill_buckets import BucketedPrefill
+from hrmcore.engine.runner import PAGE, Rows
+from hrmcore.engine.sampling import Sampler
+from hrmcore.engine.torch_runner import TorchRunner, _Sequence, one_at_a_time, upload
+from hrmcore.graphs import CudaGraphs, Graphs
 from hrmcore.model import HRM
 from hrmcore.ops.backend import require_cuda
 
@@ -23,15 +30,28 @@ class CudaRunner(TorchRunner):
     """Sequences over a model in bfloat16 on a CUDA device; the decode step's weights are `dtype`.
 
     Prefill multiplies with the bfloat16 weights, whatever the dtype: int8 and int4 save time, but no memory. `form` and
-    `blocks` are those of CudaStep.
+    `blocks` are those of CudaStep, `graphs` what prefills are captured by; None is torch's, on a CUDA device alone.
     """
 
-    def __init__(self, model: HRM, dtype: str = "bfloat16", form: Form = "persistent", blocks: int = 0) -> None:
+    def __init__(
+        self,
+        model: HRM,
+        dtype: str = "bfloat16",
+        form: Form = "persistent",
+        blocks: int = 0,
+        graphs: Graphs | None = None,
+    ) -> None:
         model = model.to(torch.bfloat16)
         model.reset_positions(len(model.rope_table))  # angles stay float32
         super().__init__(model)
         self.dtype = dtype
         self._decode_step = CudaStep(model, form, blocks, dtype)
+        self._ahead = DecodeAhead(self, self.config.vocab_size, self._device)
+        if graphs is None and self._device.type == "cuda":
+            with self._on_device():
+                graphs = CudaGraphs()
+        self._scratch = _Sequence(0)  # for the keys and values of what fills a bucket up
+        self._prefill = None if graphs is None else BucketedPrefill(model, graphs)
 
     @classmethod
     def from_checkpoint(cls, folder: Path, dtype: str, device: str, attention_window: int | None) -> CudaRunner:
@@ -57,17 +77,73 @@ class CudaRunner(TorchRunner):
     @one_at_a_time
     @torch.inference_mode()
     def step(self, handles: Sequence[int], tokens: Sequence[int]) -> Rows:
-        """Append one token to each of these sequences, 8 at a time; returns the logits (S, V) float32 that follow."""
+        """Append one token to each of these sequences; returns the logits (S, V) float32 that follow."""
+        self._ahead.forget(handles)
         self.reserve(handles, 1)
-        sequences = [self._sequences[handle] for handle in handles]
-        logits = []
-        for first in range(0, len(handles), MOST_REQUESTS):
-            group = slice(first, first + MOST_REQUESTS)
-            lengths = [sequence.length for sequence in sequences[group]]
-            ids, positions = (
-                torch.tensor(numbers, dtype=torch.int32, device=self._device) for numbers in (tokens[group], lengths)
-            )
-            logits.append(self._decode_step(ids, positions, self.page_tables(handles[group]), self.kv))
-        for sequence in sequences:
-            sequence.length += 1
-        return torch.cat(logits).cpu().numpy()
+        lengths = [self.length_of(handle) for handle in handles]
+        ids, positions = (upload(list(numbers), self._device) for numbers in (tokens, lengths))
+        logits = self.decode(ids, positions, self.page_tables(handles))
+        self._lengthen(handles)
+        return logits.cpu().numpy()
+
+    @one_at_a_time
+    @torch.inference_mode()
+    def draw(
+        self, handles: Sequence[int], tokens: Sequence[int], samplers: Sequence[Sampler], left: Sequence[int]
+    ) -> list[int]:
+        """Append one token to each of these sequences; the token that each sampler draws next, on the device.
+
+        Where `left` says that more may be asked for, the step after this one is under way when this one's tokens come.
+        """
+        drawn = self._ahead.draw(handles, tokens, samplers, left)
+        self._lengthen(handles)
+        return drawn
+
+    @one_at_a_time
+    def close(self, handle: int) -> None:
+        self._ahead.close(handle)
+        super().close(handle)
+
+    @property
+    def steps_ahead(self) -> int:
+        """For how many sequences a step is under way that nobody has asked for yet."""
+        return self._ahead.steps_ahead
+
+    def length_of(self, handle: int) -> int:
+        """How many tokens a sequence holds."""
+        return self._sequences[handle].length
+
+    def pages_of(self, handles: Sequence[int]) -> tuple[int, ...]:
+        """How many pages each of these sequences has."""
+        return tuple(len(self._sequences[handle].pages) for handle in handles)
+
+    def decode(self, tokens: Tensor, positions: Tensor, tables: Tensor) -> Tensor:
+        """Run tokens (S) int32 at positions (S) int32, 8 at a time; the logits (S, V) float32, on the device."""
+        groups = [slice(first, first + MOST_REQUESTS) for first in range(0, len(tokens), MOST_REQUESTS)]
+        logits = [self._decode_step(tokens[one], positions[one], tables[one], self.kv) for one in groups]
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    def _advance(self, sequences: Sequence[_Sequence], added: Sequence[Sequence[int]]) -> Rows:
+        """A prefill that fits a bucket runs in its shapes."""
+        prefill = self._prefill
+        if prefill is None or any(sequence.length for sequence in sequences) or not prefill.takes(added):
+            return super()._advance(sequences, added)
+        for sequence, prompt in zip(sequences, added, strict=True):
+            self._pool.reserve(sequence, len(prompt))
+        if not self._scratch.pages:
+            self._pool.reserve(self._scratch, PAGE)
+        with torch.inference_mode(), self._on_device():
+            rows = [sequence.rows(0, len(prompt)) for sequence, prompt in zip(sequences, added, strict=True)]
+            prefixes = [sequence.prefix for sequence in sequences]
+            logits = prefill.run(added, prefixes, rows, self._scratch.rows(0, PAGE), self.kv).cpu()
+        for sequence, prompt in zip(sequences, added, strict=True):
+            sequence.length = len(prompt)
+        return logits.numpy()
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """Streams and graphs are those of the device in use."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+
+    def _lengthen(self, handles: Sequence[int]) -> None:
+        for handle in handles:
+            self._sequences[handle].length += 1

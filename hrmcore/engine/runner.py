@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hrmcore import _C
 from hrmcore.config import HRMConfig
+
+if TYPE_CHECKING:
+    from hrmcore.engine.sampling import Sampler
 
 # What weights may be held as; a runner may take fewer.
 DTYPES = ("float32", "bfloat16", "int8", "int4")
@@ -133,6 +136,22 @@ class Verifier(Protocol):
 
     def rewind(self, handle: int, length: int) -> None:
         """Take back a sequence's last tokens, so that `length` are left; never any that it was opened with."""
+        ...
+
+
+@runtime_checkable
+class Drawer(Protocol):
+    """A runner that draws tokens where their logits lie, and so hands over a token instead of a row of them."""
+
+    def draw(
+        self, handles: Sequence[int], tokens: Sequence[int], samplers: Sequence[Sampler], left: Sequence[int]
+    ) -> list[int]:
+        """Append one token to each of these sequences; the token that each sampler draws next, which counts as drawn.
+
+        They are the tokens that `sampling.sample` draws from the logits of `step`, but for rounding. `left` is how many
+        tokens each may be asked for after that: the runner may begin with those that are. Raises ArithmeticError as
+        `sample` does; then nothing has changed.
+        """
         ...
 
 

@@ -54,13 +54,15 @@ class Sampler:
     """Draws the tokens of one request. The random number of the n-th draw depends on the seed and n alone."""
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
+        self.sampling = sampling
+        self.seed = secrets.randbits(64) if sampling.seed is None else int(sampling.seed)
         self.core = _C.Sampler(
             temperature=sampling.temperature,
             top_k=min(sampling.top_k or 0, (1 << 63) - 1),
             top_p=1.0 if sampling.top_p is None else sampling.top_p,
             min_p=sampling.min_p or 0.0,
             repetition_penalty=sampling.repetition_penalty,
-            seed=secrets.randbits(64) if sampling.seed is None else int(sampling.seed),
+            seed=self.seed,
             prompt=prompt if sampling.repetition_penalty != 1 else (),
         )
 

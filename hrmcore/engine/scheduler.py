@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from hrmcore.engine.prefills import Kept, Prefills
-from hrmcore.engine.runner import Interrupted, Prefill, Rows, Runner, Verifier
+from hrmcore.engine.runner import Drawer, Interrupted, Prefill, Rows, Runner, Verifier
 from hrmcore.engine.sampling import Scores, sample, score
 from hrmcore.engine.streams import Instruction, Request
 
@@ -68,6 +68,7 @@ class Scheduler(Generic[Key]):
     def __init__(self, runner: Runner, waiting: deque[tuple[Key, Request]], limits: Limits, prefills: Prefills) -> None:
         self._runner = runner
         self._verifier = runner if isinstance(runner, Verifier) and runner.verifies else None
+        self._drawer = runner if isinstance(runner, Drawer) else None
         self._waiting = waiting
         self._limits = limits
         self._prefills = prefills
@@ -116,6 +117,8 @@ class Scheduler(Generic[Key]):
         handles, last = [r.handle for r in requests], [r.last for r in requests]
         guesses = self._guess(requests)
         if self._verifier is None or not any(guesses):
+            if self._drawer is not None and all(request.top is None for request in requests):
+                return [self._draw_there(self._drawer, running)]
             return [_draw(running, self._with_room(lambda: self._runner.step(handles, last)))]
         verifier, tokens = self._verifier, [[r.last, *guess] for r, guess in zip(requests, guesses, strict=True)]
         rows = self._with_room(lambda: verifier.verify(handles, tokens))
@@ -133,6 +136,14 @@ class Scheduler(Generic[Key]):
                 request.drafts.verified(len(guess), count)
                 verifier.rewind(request.handle, len(request.ids) + request.count + count)
         return rounds
+
+    def _draw_there(self, drawer: Drawer, running: Sequence[tuple[Key, Request]]) -> list[_Drawn[Key]]:
+        """The next token of each request, drawn by the runner."""
+        requests = [request for _, request in running]
+        handles, last, samplers = zip(*((r.handle, r.last, r.sampler) for r in requests), strict=True)
+        left = [r.limit - r.count - 1 for r in requests]
+        tokens = self._with_room(lambda: drawer.draw(handles, last, samplers, left))
+        return [_Drawn(key, request, token, None) for (key, request), token in zip(running, tokens, strict=True)]
 
     def _guess(self, requests: Sequence[Request]) -> list[list[int]]:
         """What each request's next tokens may be, as many as are verified at little cost; often nothing."""

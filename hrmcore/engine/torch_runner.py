@@ -121,6 +121,12 @@ def one_at_a_time(method: Method) -> Method:
     return cast(Method, locked)
 
 
+def upload(numbers: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Whole numbers as int32 on the device; on CUDA without waiting for what is enqueued there."""
+    on_cuda = device.type == "cuda"
+    return torch.tensor(numbers, dtype=torch.int32, pin_memory=on_cuda).to(device, non_blocking=on_cuda)
+
+
 class TorchRunner:
     """The reference runner: HRM.hidden over packed sequences. The cache has a slot for each (visit, layer)."""
 
@@ -200,7 +206,7 @@ class TorchRunner:
         """The numbers of each sequence's pages in `kv`, in order: (S, C) int32, filled up with zeros."""
         pages = [self._sequences[handle].pages for handle in handles]
         longest = max(map(len, pages))
-        return torch.tensor([row + [0] * (longest - len(row)) for row in pages], dtype=torch.int32, device=self._device)
+        return upload([row + [0] * (longest - len(row)) for row in pages], self._device)
 
     @one_at_a_time
     @torch.inference_mode()

@@ -11,55 +11,15 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hrmcore.data.packing import Bucket, PackedBatch, pad
+from hrmcore.graphs import CudaGraphs, Graphs, Run
 from hrmcore.model import HRM
 from hrmcore.ops.cross_entropy import check_rows
-
-Run = Callable[[], list[Tensor | None]]
-
-
-class Graphs(Protocol):
-    """What captures a computation over tensors that stay where they are."""
-
-    def warm(self, run: Run) -> list[Tensor | None]:
-        """Run as it is, where capturing will run."""
-        ...
-
-    def capture(self, run: Run) -> tuple[list[Tensor | None], Callable[[], None]]:
-        """Record what `run` does; returns where its results will be, and what computes them anew."""
-        ...
-
-
-class CudaGraphs:
-    """torch's, all in one pool of memory: they run one after the other."""
-
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()
-
-    def warm(self, run: Run) -> list[Tensor | None]:
-        """On the stream that captures, for what libraries allocate at first."""
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            results = run()
-        current.wait_stream(self._stream)
-        for result in results:
-            if result is not None:
-                result.record_stream(current)
-        return results
-
-    def capture(self, run: Run) -> tuple[list[Tensor | None], Callable[[], None]]:
-        """Nothing runs yet."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            results = run()
-        return results, graph.replay
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from hrmcore.engine.cuda_sampling import SamplerSlots
+
 # A forked process has none of the threads that the kernels of this one have started.
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -70,6 +72,9 @@ def test_every_check_runs_or_says_why_not(tmp_path: Path, checklist: ModuleType)
     assert greedy["same_where_decided"] == greedy["decided"] >= 2
     assert by_name["soak"]["figures"]["cancelled"] > 10
     assert by_name["ranks"]["figures"]["backends"] == ["gloo", "gloo"]
+    assert by_name["sampling"]["figures"]["all"] == {"draws": 4, "different": 0}
+    assert by_name["fed_back"]["figures"] == {"answers": 3, "tokens": 4, "different": 0}
+    assert by_name["captured_prefill"]["figures"]["40"]["error"] <= 2e-2
     assert by_name["graph_against_fused_step"]["figures"]["batch_32"] == "same bits"
 
 
@@ -162,6 +167,17 @@ def test_a_token_that_transformers_does_not_say(
     monkeypatch.setattr(models, "ALLOWED", allowed)
     found = failures(checklist, capsys, "greedy_tokens")
     assert found["greedy_tokens"].startswith(reason)
+
+
+def test_draws_that_are_not_the_cpu_s(
+    checklist: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw = SamplerSlots.draw
+    monkeypatch.setattr(SamplerSlots, "draw", lambda self, logits, *rest: draw(self, -logits, *rest))
+    found = failures(checklist, capsys, "sampling", "fed_back")
+    assert found["sampling"].startswith("greedy: ")
+    assert found["sampling"].endswith(" of 4 tokens are not the CPU's")
+    assert found["fed_back"].endswith(" of 3 answers are not those of the host")
 
 
 def test_a_step_that_does_not_train(
@@ -296,3 +312,4 @@ def test_a_rank_that_fails_says_why(checks: ModuleType, endurance: ModuleType, t
 def test_the_decode_step_under_the_sanitizers(checks: ModuleType, models: ModuleType) -> None:
     here = checks.Here(True, Path())
     assert models.every_small_step(here) == 2 * len(models.MMA_DTYPES) * 2
+    assert importlib.import_module("bench.gpu.sampling").every_small_draw(here) == 14

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.graphs import Replayed
 from torch import Tensor
 
 from hrmcore.config import HRMConfig
@@ -18,7 +18,7 @@ from hrmcore.data.packing import Ahead, BatchStream, Bucket, PackedBatch, pack, 
 from hrmcore.data.records import Corpus
 from hrmcore.model import HRM
 from hrmcore.ops.cross_entropy import NO_TARGET
-from hrmcore.train.captured import CapturedSteps, Run
+from hrmcore.train.captured import CapturedSteps
 from hrmcore.train.run_file import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,32 +52,6 @@ def gradients(model: HRM, loss: Tensor) -> list[Tensor]:
 def close(ours: list[Tensor], theirs: list[Tensor]) -> bool:
     """Sums over other numbers of rows: float32, in another order."""
     return all((a - b).norm() <= 1e-5 * b.norm() for a, b in zip(ours, theirs, strict=True))
-
-
-class Replayed:
-    """In the place of CUDA graphs: capturing computes nothing that counts, replaying runs again into the same place."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-
-    def warm(self, run: Run) -> list[Tensor | None]:
-        self.calls.append("warm")
-        return run()
-
-    def capture(self, run: Run) -> tuple[list[Tensor | None], Callable[[], None]]:
-        self.calls.append("capture")
-        results = run()
-        for result in results:
-            if result is not None:
-                result.fill_(torch.nan)
-
-        def replay() -> None:
-            self.calls.append("replay")
-            for place, now in zip(results, run(), strict=True):
-                if place is not None and now is not None:
-                    place.copy_(now)
-
-        return results, replay
 
 
 def captured(model: HRM, graphs: Replayed) -> CapturedSteps:

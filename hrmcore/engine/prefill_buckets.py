@@ -1,0 +1,160 @@
+"""Prefills in few shapes, so that each is captured as a CUDA graph: one launch instead of some 1,660 from Python.
+
+New sequences are filled up to a bucket of tokens and sequences: one more sequence holds the rest, whose keys and values
+go to a page that nobody reads. What a real token computes does not depend on it. The first prefill of a bucket runs as
+it is, the second is captured, later ones copy their numbers and replay.
+
+Shapes: T tokens and S sequences of the bucket, V vocabulary, H heads, d head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from hrmcore.graphs import Graphs
+from hrmcore.model import HRM, Layout
+
+TOKENS = (64, 128, 256, 512, 1024, 2048)
+SEQUENCES = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """What a prefill reads beside weights and cache; the last of the S + 1 sequences is the filling."""
+
+    ids: Tensor  # (T) int64
+    positions: Tensor  # (T) int32
+    rows: Tensor  # (T) int64: where in the cache each token's keys and values go
+    offsets: Tensor  # (S + 2) int32
+    prefix: Tensor  # (S + 1) int32
+    last: Tensor  # (S) int64: the last token of each sequence
+
+    def copy_from(self, other: _Numbers) -> None:
+        for name, place in vars(self).items():
+            place.copy_(getattr(other, name), non_blocking=True)
+
+    def to(self, device: torch.device) -> _Numbers:
+        return _Numbers(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+
+
+class _NewKeys:
+    """The cache (model.Cache) of sequences that begin: keys and values are those of this call, which it stores."""
+
+    def __init__(self, kv: Tensor, numbers: _Numbers) -> None:
+        self._kv, self._rows = kv, numbers.rows
+        self.key_offsets = numbers.offsets
+
+    def extend(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self._kv[slot, 0].index_copy_(0, self._rows, k)
+        self._kv[slot, 1].index_copy_(0, self._rows, v)
+        return k, v
+
+
+@dataclass(frozen=True)
+class _Captured:
+    numbers: _Numbers
+    results: list[Tensor | None]
+    replay: Callable[[], None]
+
+
+class BucketedPrefill:
+    """Prefills of one model into one cache, whose graphs begin anew where the cache moves."""
+
+    def __init__(self, model: HRM, graphs: Graphs) -> None:
+        self._model = model
+        self._graphs = graphs
+        self._captured: dict[tuple[int, int], _Captured | None] = {}
+        self._cache: int | None = None  # the address that they write to
+        if model.xpos_log_decay is not None:
+            model.reset_positions(model.config.context)  # the tables stay where they are
+
+    def takes(self, prompts: Sequence[Sequence[int]]) -> bool:
+        """Whether there is a bucket for these, whose filling is no longer than a sequence may be."""
+        tokens = sum(map(len, prompts))
+        if tokens > TOKENS[-1] or len(prompts) > SEQUENCES[-1]:
+            return False
+        return bucket_of(prompts)[0] - tokens <= self._model.config.context
+
+    def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        prefixes: Sequence[int],
+        rows: Sequence[Tensor],
+        spare: Tensor,
+        kv: Tensor,
+    ) -> Tensor:
+        """The logits (prompts, V) float32 after each prompt; its keys and values go to its `rows` of kv.
+
+        kv is (slots, 2, rows, H, d); `spare` are rows of it for the filling.
+        """
+        if self._cache != kv.data_ptr():
+            self._captured.clear()
+            self._cache = kv.data_ptr()
+        bucket = bucket_of(prompts)
+        numbers = _filled(prompts, prefixes, rows, spare, bucket, kv.device)
+        logits = self._logits(bucket, numbers, kv)
+        return logits[: len(prompts)].to(torch.float32, copy=True)  # the graph writes over its own
+
+    def _logits(self, bucket: tuple[int, int], numbers: _Numbers, kv: Tensor) -> Tensor:
+        if bucket not in self._captured:
+            self._captured[bucket] = None
+            return _only(self._graphs.warm(partial(self._run, numbers.to(kv.device), kv)))
+        captured = self._captured[bucket]
+        if captured is None:
+            brought = numbers.to(kv.device)
+            captured = _Captured(brought, *self._graphs.capture(partial(self._run, brought, kv)))
+            self._captured[bucket] = captured
+        else:
+            captured.numbers.copy_from(numbers)
+        captured.replay()
+        return _only(captured.results)
+
+    def _run(self, numbers: _Numbers, kv: Tensor) -> list[Tensor | None]:
+        layout = Layout(numbers.offsets, numbers.prefix, numbers.positions, longest=0)
+        states = self._model.hidden(numbers.ids, layout, _NewKeys(kv, numbers), rows=numbers.last)
+        return [self._model.lm_head(states)]
+
+
+def bucket_of(prompts: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """The smallest bucket that holds these prompts: its tokens and its sequences."""
+    tokens = sum(map(len, prompts))
+    return next(n for n in TOKENS if n >= tokens), next(n for n in SEQUENCES if n >= len(prompts))
+
+
+def _filled(
+    prompts: Sequence[Sequence[int]],
+    prefixes: Sequence[int],
+    rows: Sequence[Tensor],
+    spare: Tensor,
+    bucket: tuple[int, int],
+    device: torch.device,
+) -> _Numbers:
+    """Prompts filled up to their bucket, on the host: empty sequences, and one of tokens 0."""
+    tokens, sequences = bucket
+    lengths = [len(prompt) for prompt in prompts] + [0] * (sequences - len(prompts))
+    filling = tokens - sum(lengths)
+    offsets = torch.tensor([0, *lengths, filling], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    positions = [torch.arange(length, dtype=torch.int32) for length in (*lengths, filling)]
+    numbers = _Numbers(
+        ids=torch.tensor([*chain.from_iterable(prompts), *[0] * filling]),
+        positions=torch.cat(positions),
+        rows=torch.cat([*rows, spare[torch.arange(filling) % len(spare)]]),
+        offsets=offsets,
+        prefix=torch.tensor([*prefixes, *[0] * (sequences + 1 - len(prompts))], dtype=torch.int32),
+        last=(offsets[1:-1].long() - 1).clamp(min=0),
+    )
+    if device.type != "cuda":
+        return numbers
+    return _Numbers(**{name: tensor.pin_memory() for name, tensor in vars(numbers).items()})
+
+
+def _only(results: list[Tensor | None]) -> Tensor:
+    (logits,) = results
+    assert logits is not None
+    return logits
