@@ -13,7 +13,8 @@
 namespace hrmcore {
 namespace {
 
-constexpr std::int64_t gemm_tokens = 256;  // of a block of outputs that stays in the second-level cache
+constexpr std::int64_t gemm_tokens =
+    tile_gemm_rows;  // of a block of outputs that stays in the second-level cache
 // Up to here the weights' stream decides, beyond it the arithmetic.
 constexpr std::int64_t streaming_tokens = 16;
 constexpr std::int64_t streaming_layers = 8;  // of a short step, between two looks at the clock
@@ -80,11 +81,8 @@ void Recurrence::place_tasks() {
 }
 
 void Recurrence::place_rows(const std::vector<Chunk>& chunks, bool every_row) {
-  const bool amx = current_isa() == Isa::amx;
-  const bool tiles = amx                          ? weights_.packing() != Packing::f32
-                     : current_isa() == Isa::bf16 ? weights_.packing() == Packing::bf16
-                                                  : false;
-  attends_in_tiles_ = amx && tiles && cache_.packing != Packing::f32;
+  const bool tiles = multiplies_tiles(current_isa(), weights_.packing());
+  attends_in_tiles_ = current_isa() == Isa::amx && tiles && cache_.packing != Packing::f32;
   chunks_.clear();
   places_.clear();
   ids_.clear();
@@ -481,8 +479,7 @@ void Recurrence::multiply(Worker& worker, const PackedMatrix& weights, const Ope
     if constexpr (!std::is_same_v<FinishTiles, std::nullptr_t>) {
       for (std::int64_t row = 0; row < x.tile_rows; row += gemm_tokens) {
         const std::int64_t count = x.tile_rows - row < gemm_tokens ? x.tile_rows - row : gemm_tokens;
-        const TileGemm gemm{weights, begin,   end, x.tiles, row / band_rows, bands_of(row + count),
-                            room,    expanded};
+        const TileGemm gemm{weights, begin, end, x.tiles, row / band_rows, count, room, expanded};
         x.tiles.packing == Packing::int8 ? tile_gemm_int8(gemm) : tile_gemm_bf16(gemm);
         finish_tiles(UnloadTiles{room, end - begin, count, nullptr, 0, false}, begin, row);
       }

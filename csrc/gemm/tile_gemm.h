@@ -28,15 +28,26 @@ struct TileGemm {
   PackedMatrix weights;
   std::int64_t panel_begin, panel_end;
   TileRows x;
-  std::int64_t band_begin, band_end;
-  float* sums;         // [panels][bands][4 tiles][16][16], written, 64-byte aligned
-  std::byte* scratch;  // tile_scratch_bytes, private to the thread, 64-byte aligned
+  std::int64_t band_begin, rows;  // of x; at most tile_gemm_rows
+  float* sums;                    // [panels][bands][4 tiles][16][16], the rows written; 64-byte aligned
+  std::byte* scratch;             // tile_scratch_bytes, private to the thread, 64-byte aligned
+
+  std::int64_t bands() const { return bands_of(rows); }
 };
 
-// Two chunks of a panel in bfloat16: one is widened while the other is multiplied. int8 takes less.
-constexpr std::int64_t tile_scratch_bytes = 2 * tile_chunk_groups * group_columns * panel_rows * 2;
+constexpr std::int64_t tile_gemm_rows = 256;  // at most
 
-HRMCORE_DECLARE_TILE_KERNEL(tile_gemm_bf16, TileGemm)
-HRMCORE_DECLARE_AMX_KERNEL(tile_gemm_int8, TileGemm)
+// The most is a panel's chunk and 256 rows of a chunk of x in 16 bits, and what goes with them.
+constexpr std::int64_t tile_scratch_bytes =
+    (tile_gemm_rows + panel_rows) * tile_chunk_columns * 2 + 8 * tile_chunk_columns * 4;
+
+// Whether there is a kernel for such weights.
+[[maybe_unused]] static bool multiplies_tiles(Isa isa, Packing packing) {
+  if (packing == Packing::bf16) return isa == Isa::bf16 || isa == Isa::amx;
+  return is_quantised(packing) && isa >= Isa::avx2 && isa <= Isa::amx;
+}
+
+HRMCORE_DECLARE_BF16_KERNEL(tile_gemm_bf16, TileGemm)
+HRMCORE_DECLARE_TILE_KERNEL(tile_gemm_int8, TileGemm)
 
 }  // namespace hrmcore

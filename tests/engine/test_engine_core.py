@@ -23,6 +23,8 @@ pytestmark = [pytest.mark.native, pytest.mark.usefixtures("one_thread")]
 
 # The sets whose kernels differ most from the plain ones, as far as this processor has them.
 WIDE_ISAS = [isa for isa in ("vnni", "bf16", "amx") if isa in _C.supported_isas()] or _C.supported_isas()[-1:]
+# Whose prefixes meet int8 and int4 weights in tiles.
+BYTE_TILES = {"avx2", "avxvnni", "avx512", "vnni", "bf16", "amx"}
 
 SHAPES = {
     # heads x head_dim != width, widths that fill no panel, every cycle count
@@ -169,8 +171,9 @@ def packed_weights(engine: _C.Engine, model: HRM) -> dict[str, Tensor]:
 
 
 def takes_tiles(isa: str, dtype: str) -> bool:
-    """Whether the rows of a prefix meet their weights in tiles: on the matrix unit, or with AVX-512 BF16."""
-    return dtype != "float32" if isa == "amx" else isa == "bf16" and dtype == "bfloat16"
+    """Whether the rows of a prefix meet their weights in tiles."""
+    isas = {"bfloat16": {"bf16", "amx"}, "int8": BYTE_TILES, "int4": BYTE_TILES}
+    return isa in isas.get(dtype, ())
 
 
 class Unit(NamedTuple):
@@ -184,15 +187,15 @@ class Unit(NamedTuple):
 
 def unit_of(model: HRM, packed: dict[str, Tensor], dtype: str, rows: int) -> Unit:
     names = [name for name in packed if name.endswith("proj.weight")]
+    attention_rows = rows if _C.isa() == "amx" else 0
     if dtype == "bfloat16":
-        attention_rows = rows if _C.isa() == "amx" else 0
         return Unit(rows, attention_rows, {name: bfloat16(packed[name]) for name in names}, bfloat16)
     weights = {}
     for name in names:
         weight = model.state_dict()[name]
         scales = int8_scales(weight) if dtype == "int8" else int4_scales(weight, packed[name])
         weights[name] = one_scale(packed[name], scales, dtype)
-    return Unit(rows, rows, weights, unit_activations)
+    return Unit(rows, attention_rows, weights, unit_activations)
 
 
 def one_scale(packed: Tensor, scale: Tensor, dtype: str) -> Tensor:
