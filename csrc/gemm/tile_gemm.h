@@ -41,10 +41,13 @@ constexpr std::int64_t tile_gemm_rows = 256;  // at most
 constexpr std::int64_t tile_scratch_bytes =
     (tile_gemm_rows + panel_rows) * tile_chunk_columns * 2 + 8 * tile_chunk_columns * 4;
 
-// Whether there is a kernel for such weights.
+// Whether prefixes meet such weights in tiles. Not int4 without VNNI: there its nibbles are multiplied as they are, 32 at
+// once, and rescaled to int8 only 16 (0.72 times as fast).
 [[maybe_unused]] static bool multiplies_tiles(Isa isa, Packing packing) {
   if (packing == Packing::bf16) return isa == Isa::bf16 || isa == Isa::amx;
-  return is_quantised(packing) && isa >= Isa::avx2 && isa <= Isa::amx;
+  const bool vnni = isa == Isa::avxvnni || (isa >= Isa::vnni && isa <= Isa::amx);
+  return packing == Packing::int8 ? vnni || isa == Isa::avx2 || isa == Isa::avx512
+                                  : packing == Packing::int4 && vnni;
 }
 
 HRMCORE_DECLARE_BF16_KERNEL(tile_gemm_bf16, TileGemm)

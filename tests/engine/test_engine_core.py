@@ -23,8 +23,12 @@ pytestmark = [pytest.mark.native, pytest.mark.usefixtures("one_thread")]
 
 # The sets whose kernels differ most from the plain ones, as far as this processor has them.
 WIDE_ISAS = [isa for isa in ("vnni", "bf16", "amx") if isa in _C.supported_isas()] or _C.supported_isas()[-1:]
-# Whose prefixes meet int8 and int4 weights in tiles.
-BYTE_TILES = {"avx2", "avxvnni", "avx512", "vnni", "bf16", "amx"}
+# Whose prefixes meet such weights in tiles.
+TILES = {
+    "bfloat16": {"bf16", "amx"},
+    "int8": {"avx2", "avxvnni", "avx512", "vnni", "bf16", "amx"},
+    "int4": {"avxvnni", "vnni", "bf16", "amx"},
+}
 
 SHAPES = {
     # heads x head_dim != width, widths that fill no panel, every cycle count
@@ -172,8 +176,7 @@ def packed_weights(engine: _C.Engine, model: HRM) -> dict[str, Tensor]:
 
 def takes_tiles(isa: str, dtype: str) -> bool:
     """Whether the rows of a prefix meet their weights in tiles."""
-    isas = {"bfloat16": {"bf16", "amx"}, "int8": BYTE_TILES, "int4": BYTE_TILES}
-    return isa in isas.get(dtype, ())
+    return isa in TILES.get(dtype, ())
 
 
 class Unit(NamedTuple):
