@@ -78,27 +78,29 @@ static_assert(sizeof(Scratch) <= tile_scratch_bytes, "the scratch must hold it")
 template <Packing packing>
 void fill(Scratch& room, const std::byte* chunk, std::int64_t groups) {
   find_shares<packing>(chunk, groups, room.shares, room.scales);
-  for (std::int64_t row = 0; row < panel_rows; row += lanes) {
-    vint sums = {};
-    std::byte* out = room.weights[row / block_rows][0] + row % block_rows * cell_bytes;
-    const auto put = [&](int, const Halves& weights) __attribute__((always_inline)) {
-      if constexpr (parts == 1) {
-        const vint bytes = pack(weights);
-        sums = multiply_cells(sums, splat_bits(0x01010101), bytes);
-        __builtin_memcpy(out, &bytes, sizeof(bytes));
-      } else {
-        __builtin_memcpy(out, &weights, sizeof(weights));
-      }
-      out += slice_bytes;
-    };
-    for (std::int64_t group = 0; group < groups; ++group) {
-      const std::byte* cells = chunk + group * group_bytes(packing) + 4 * row;
+  vint sums[panel_rows / lanes] = {};
+  for (std::int64_t group = 0; group < groups; ++group, chunk += group_bytes(packing)) {
+#pragma GCC unroll 4
+    for (int row = 0; row < panel_rows; row += lanes) {
       const Halves shares = load_shares(room.shares, group, row);
+      std::byte* out = room.weights[row / block_rows][group * most_cells] + row % block_rows * cell_bytes;
+      const auto put = [&](int, const Halves& weights) __attribute__((always_inline)) {
+        if constexpr (parts == 1) {
+          const vint bytes = pack(weights);
+          sums[row / lanes] = multiply_cells(sums[row / lanes], splat_bits(0x01010101), bytes);
+          __builtin_memcpy(out, &bytes, sizeof(bytes));
+        } else {
+          __builtin_memcpy(out, &weights, sizeof(weights));
+        }
+        out += slice_bytes;
+      };
       for (int slab = 0; slab < slabs_of(packing); ++slab)
-        rescale<packing>(cells + slab * slab_bytes, shares, put);
+        rescale<packing>(chunk + slab * slab_bytes + 4 * row, shares, put);
     }
-    sums *= -128;
-    __builtin_memcpy(room.starts + row, &sums, sizeof(sums));
+  }
+  for (int row = 0; row < panel_rows; row += lanes) {
+    sums[row / lanes] *= -128;
+    __builtin_memcpy(room.starts + row, &sums[row / lanes], sizeof(vint));
   }
 }
 
