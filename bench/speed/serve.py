@@ -4,9 +4,10 @@
     python -m bench.speed.serve CHECKPOINT --gguf model-q8_0.gguf --callers 16 --seconds 10 --out bench/serve
 
 Callers ask in a closed loop: each sends its next question as soon as its last answer is complete. The questions are
-reasoning-gym's, of 20 to 800 tokens, evenly spread over the logarithm of their length; answers are of 16 to 128 tokens,
-greedy. Each number of callers is measured in turns: every server for so many seconds, there and back. Both servers
-stand meanwhile, in processes of their own, with the same number of threads; who asks shares the processors with them.
+reasoning-gym's, of 20 to 800 tokens, evenly spread over the logarithm of their length, and none comes twice before all
+have come: its prefill would be there already. Answers are of 16 to 128 tokens, greedy. Each number of callers is
+measured in turns: every server for so many seconds, there and back. Both servers stand meanwhile, in processes of their
+own, with the same number of threads; who asks shares the processors with them.
 
 The work is the same only where no answer ends early: give a checkpoint that never answers with a control token, and a
 GGUF of it that holds its tokenizer; servers that count other tokens in a prompt are refused. A piece of text counts as
@@ -59,6 +60,7 @@ class Server:
     command: list[str]
     port: int
     framed: str = "{}"
+    asked: Iterator[int] = field(default_factory=itertools.count)  # goes on from turn to turn: answers are kept
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -187,12 +189,11 @@ def call(server: Server, questions: Sequence[str], callers: int, seconds: float)
     """One turn: callers ask until the time is up; what came while it ran counts."""
     began = time.perf_counter()
     start, end = began + WARM_SECONDS, began + WARM_SECONDS + seconds
-    numbers = itertools.count()
     answers: list[Answer] = []
 
     def caller() -> None:
         while time.perf_counter() < end:
-            number = next(numbers)
+            number = next(server.asked)
             fields = {"prompt": server.framed.format(questions[number % len(questions)]), "temperature": 0}
             answer = Answer(time.perf_counter(), ANSWERS[number % len(ANSWERS)])
             answers.append(answer)

@@ -40,8 +40,34 @@ void set_isa(const std::string& requested);  // throws std::invalid_argument on 
                                   vnni::kernel,    vnni::kernel, vnni::kernel};                   \
     table[static_cast<int>(current_isa())](args);                                                 \
   }
+// The same for a kernel that runs only where current_isa() is more than generic.
+#define HRMCORE_DECLARE_TILE_KERNEL(kernel, Args)                                \
+  namespace avx2 {                                                               \
+  void kernel(const Args& args) noexcept;                                        \
+  }                                                                              \
+  namespace avxvnni {                                                            \
+  void kernel(const Args& args) noexcept;                                        \
+  }                                                                              \
+  namespace avx512 {                                                             \
+  void kernel(const Args& args) noexcept;                                        \
+  }                                                                              \
+  namespace vnni {                                                               \
+  void kernel(const Args& args) noexcept;                                        \
+  }                                                                              \
+  namespace bf16 {                                                               \
+  void kernel(const Args& args) noexcept;                                        \
+  }                                                                              \
+  namespace amx {                                                                \
+  void kernel(const Args& args) noexcept;                                        \
+  }                                                                              \
+  [[maybe_unused]] static void kernel(const Args& args) noexcept {               \
+    using Function = void (*)(const Args&) noexcept;                             \
+    constexpr Function table[] = {avx2::kernel, avxvnni::kernel, avx512::kernel, \
+                                  vnni::kernel, bf16::kernel,    amx::kernel};   \
+    table[static_cast<int>(current_isa()) - 1](args);                            \
+  }
 // The same for a kernel that runs only where current_isa() is bf16 or amx.
-#define HRMCORE_DECLARE_TILE_KERNEL(kernel, Args)                       \
+#define HRMCORE_DECLARE_BF16_KERNEL(kernel, Args)                       \
   namespace bf16 {                                                      \
   void kernel(const Args& args) noexcept;                               \
   }                                                                     \
@@ -83,6 +109,7 @@ void set_isa(const std::string& requested);  // throws std::invalid_argument on 
 #endif
 #define HRMCORE_DECLARE_TILE_KERNEL(kernel, Args) \
   [[maybe_unused]] static void kernel(const Args&) noexcept {}
+#define HRMCORE_DECLARE_BF16_KERNEL(kernel, Args) HRMCORE_DECLARE_TILE_KERNEL(kernel, Args)
 #define HRMCORE_DECLARE_AMX_KERNEL(kernel, Args) HRMCORE_DECLARE_TILE_KERNEL(kernel, Args)
 #endif
 

@@ -13,7 +13,8 @@
 namespace hrmcore {
 namespace {
 
-constexpr std::int64_t gemm_tokens = 256;  // of a block of outputs that stays in the second-level cache
+constexpr std::int64_t gemm_tokens =
+    tile_gemm_rows;  // of a block of outputs that stays in the second-level cache
 // Up to here the weights' stream decides, beyond it the arithmetic.
 constexpr std::int64_t streaming_tokens = 16;
 constexpr std::int64_t streaming_layers = 8;  // of a short step, between two looks at the clock
@@ -80,11 +81,8 @@ void Recurrence::place_tasks() {
 }
 
 void Recurrence::place_rows(const std::vector<Chunk>& chunks, bool every_row) {
-  const bool amx = current_isa() == Isa::amx;
-  const bool tiles = amx                          ? weights_.packing() != Packing::f32
-                     : current_isa() == Isa::bf16 ? weights_.packing() == Packing::bf16
-                                                  : false;
-  attends_in_tiles_ = amx && tiles && cache_.packing != Packing::f32;
+  const std::int64_t shortest = shortest_tiled_prefix(current_isa(), weights_.packing());
+  attends_in_tiles_ = current_isa() == Isa::amx && shortest != no_tiles && cache_.packing != Packing::f32;
   chunks_.clear();
   places_.clear();
   ids_.clear();
@@ -100,7 +98,7 @@ void Recurrence::place_rows(const std::vector<Chunk>& chunks, bool every_row) {
     }
     std::int64_t first = 0;
     for (const Chunk& chunk : chunks) {
-      const std::int64_t border = tiles ? prefix_tokens(chunk) : 0;
+      const std::int64_t border = chunk.prefix >= shortest ? prefix_tokens(chunk) : 0;
       const std::int64_t begin = prefixes ? 0 : border, end = prefixes ? border : chunk.tokens;
       for (std::int64_t i = begin; i < end; ++i) {
         row_of_token_[static_cast<std::size_t>(first + i)] =
@@ -300,7 +298,7 @@ void Recurrence::attend_task(Worker& worker, const Task& task, std::int64_t slot
                 task.query_begin, task.query_end, gqkv, gqkv_stride_, out, attended_stride_});
 }
 
-// plain(begin, end) over pieces of the plain rows, tiles(begin, end) over pieces of those for AMX,
+// plain(begin, end) over pieces of the plain rows, tiles(begin, end) over pieces of those in tiles,
 // counted from the first of them.
 template <class Plain, class Tiles>
 void Recurrence::parallel_rows(Worker& worker, const Plain& plain, const Tiles& tiles) {
@@ -345,7 +343,7 @@ void Recurrence::normalise_state(Worker& worker, float* state) {
   });
 }
 
-// Float32 rows as a GEMM wants them; AMX's rows are not among them.
+// Float32 rows as a GEMM wants them; those in tiles are not among them.
 Recurrence::Operand Recurrence::plain_operand(Worker& worker, const float* x, std::int64_t stride,
                                               std::int64_t columns, std::int64_t rows, Packing packing) {
   if (!is_quantised(packing))
@@ -453,7 +451,7 @@ void Recurrence::head(Worker& worker) {
 }
 
 // `finish(block, stride, first panel, panels, first row, rows)` gets each block of outputs of the plain rows;
-// without one (nullptr) they go to gqkv_. `finish_tiles(sums, first panel, first row)` gets those of AMX.
+// without one (nullptr) they go to gqkv_. `finish_tiles(sums, first panel, first row)` gets those in tiles.
 // `panels_together`: those that must come to it in one piece, from a multiple of them on.
 template <class Finish, class FinishTiles>
 void Recurrence::multiply(Worker& worker, const PackedMatrix& weights, const Operand& x, const Finish& finish,
@@ -481,8 +479,7 @@ void Recurrence::multiply(Worker& worker, const PackedMatrix& weights, const Ope
     if constexpr (!std::is_same_v<FinishTiles, std::nullptr_t>) {
       for (std::int64_t row = 0; row < x.tile_rows; row += gemm_tokens) {
         const std::int64_t count = x.tile_rows - row < gemm_tokens ? x.tile_rows - row : gemm_tokens;
-        const TileGemm gemm{weights, begin,   end, x.tiles, row / band_rows, bands_of(row + count),
-                            room,    expanded};
+        const TileGemm gemm{weights, begin, end, x.tiles, row / band_rows, count, room, expanded};
         x.tiles.packing == Packing::int8 ? tile_gemm_int8(gemm) : tile_gemm_bf16(gemm);
         finish_tiles(UnloadTiles{room, end - begin, count, nullptr, 0, false}, begin, row);
       }

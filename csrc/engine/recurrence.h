@@ -10,9 +10,10 @@
 //
 // Reads every layer's weights once a visit. Source: arXiv 2605.20613.
 //
-// On a processor with AMX the tokens of a prefix meet bfloat16, int8 and int4 weights there (row_tiles.h)
-// and each other (prefix_attention.h); on one with AVX-512 BF16 they meet bfloat16 weights there. All others
-// take packed_gemm and attend: which of the two depends on a token's position alone, and so do its bits.
+// The tokens of a prefix meet bfloat16, int8 and int4 weights in tiles where the instruction set has a kernel for them
+// (tile_gemm.h) and the prefix is long enough to gain, and on AMX each other, too (prefix_attention.h). All others
+// take packed_gemm and attend: which of the two depends on a token's position and its own prefix alone, and so do its
+// bits.
 #pragma once
 
 #include <atomic>
@@ -69,7 +70,7 @@ class Recurrence {
     std::int64_t layer;
     bool first, last;  // of the stack's layers
   };
-  struct Operand {  // the activations of a GEMM: of the plain rows, then of those for AMX
+  struct Operand {  // the activations of a GEMM: of the plain rows, then of those in tiles
     const std::byte* data;
     std::int64_t row_bytes, rows;
     TileRows tiles;
@@ -123,7 +124,7 @@ class Recurrence {
   std::vector<LayerVisit> visits_;  // by slot
   std::int64_t done_ = 0, until_ = 0;
 
-  // Or parts of them: the rows of prefixes come last when AMX takes them.
+  // Or parts of them: the rows of prefixes come last where they go in tiles.
   std::vector<Chunk> chunks_;
   std::vector<Task> tasks_;
   std::vector<TokenPlace> places_;

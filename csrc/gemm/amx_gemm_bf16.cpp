@@ -8,7 +8,7 @@ namespace {
 
 void walk_chunks(const TileGemm& args) {
   const ChunkWalk walk{args};
-  const std::int64_t bands = args.band_end - args.band_begin, pairs = (bands + 1) / 2, steps = walk.steps;
+  const std::int64_t bands = args.bands(), pairs = (bands + 1) / 2, steps = walk.steps;
   std::byte* rooms[2] = {args.scratch, args.scratch + tile_scratch_bytes / 2};
   Widening widening;
   set_order(widening);

@@ -1,5 +1,6 @@
 #include "gemm/amx_unit.h"
 #include "gemm/chunk_walk.h"
+#include "gemm/rescale.h"
 
 namespace hrmcore::HRMCORE_ISA {
 namespace {
@@ -21,13 +22,12 @@ struct alignas(64) Integers {
 struct Scratch {
   Room rooms[2];
   Integers integers[2];
-  std::int16_t shares[tile_chunk_groups][panel_rows][4];  // of a group's scale in the row's, times 2^15
+  RowShares shares;
 };
 static_assert(sizeof(Scratch) <= tile_scratch_bytes, "the scratch must hold it");
 
-// A panel's chunk on its way to one scale for each row, the largest magnitude of its groups' (an int4 has
-// negative scales, too), where the largest weight is 127. It goes in quarters of a tile, between the products
-// of the chunk before it.
+// A panel's chunk on its way to a room. It goes in quarters of a tile, between the products of the chunk
+// before it.
 struct Rescaling {
   const std::byte* from;
   Room* to;
@@ -36,75 +36,31 @@ struct Rescaling {
   std::int64_t quarters() const { return groups * panel_tiles * 2; }
 };
 
-constexpr std::int64_t slabs_of(Packing packing) { return packing == Packing::int8 ? 8 : 4; }
-
-// Rows' shares, each four times: for the two halves that unpack makes of sixteen rows.
-HRMCORE_INLINE void put_shares(vint shares, std::int16_t* out) {
-  const vint whole = (shares > 32767 ? splat_bits(32767) : shares) & 0xffff;
-  const vint twice = whole | whole << 16;
-  const vint low = __builtin_shufflevector(twice, twice, 0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13);
-  const vint high =
-      __builtin_shufflevector(twice, twice, 2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15);
-  __builtin_memcpy(out, &low, sizeof(low));
-  __builtin_memcpy(out + 32, &high, sizeof(high));
-}
-
 template <Packing packing>
 HRMCORE_INLINE Rescaling begin_rescaling(const std::byte* from, std::int64_t groups, Room* to,
                                          Scratch& scratch) {
-  // An int4 enters as 16 times itself, at most 128.
-  constexpr float worth = packing == Packing::int8 ? 1.0f : 8.0f / 127,
-                  whole = packing == Packing::int8 ? 32768.0f : 32512.0f;
-  for (int tile = 0; tile < panel_tiles; ++tile) {
-    vfloat scales[tile_chunk_groups], top = splat(1e-30f);
-    for (std::int64_t g = 0; g < groups; ++g) {
-      const std::byte* group = from + g * group_bytes(packing) + slabs_of(packing) * slab_bytes;
-      scales[g] = load(reinterpret_cast<const bf16*>(group) + tile * lanes);
-      top = max(top, (vfloat)((vint)scales[g] & 0x7fffffff));
-    }
-    store(to->scales + tile * lanes, top * worth);
-    const vfloat inverse = whole / top;
-    for (std::int64_t g = 0; g < groups; ++g)
-      put_shares(round_product(scales[g], inverse), scratch.shares[g][tile * lanes]);
-  }
+  find_shares<packing>(from, groups, scratch.shares, to->scales);
   return {from, to, groups, 0};
 }
 
-// Sixteen rows, four columns: a line. unpack and pack work within 16 bytes, so they undo each other.
-HRMCORE_INLINE void rescale(__m512i bytes, const __m512i (&shares)[2], std::byte* out) {
-  const __m512i zero = _mm512_setzero_si512();
-  const __m512i low = _mm512_srai_epi16(_mm512_unpacklo_epi8(zero, bytes), 8);
-  const __m512i high = _mm512_srai_epi16(_mm512_unpackhi_epi8(zero, bytes), 8);
-  _mm512_store_si512(
-      out, _mm512_packs_epi16(_mm512_mulhrs_epi16(low, shares[0]), _mm512_mulhrs_epi16(high, shares[1])));
-}
-
+// Sixteen rows, four columns: a line of a tile.
 template <Packing packing>
 HRMCORE_INLINE void rescale_quarter(Rescaling& r, const Scratch& scratch) {
   constexpr std::int64_t slabs = slabs_of(packing) / 2;
   const std::int64_t group = r.next / (panel_tiles * 2), tile = r.next / 2 % panel_tiles, half = r.next % 2;
   ++r.next;
-  const std::int16_t* row_shares = scratch.shares[group][tile * lanes];
-  const __m512i shares[2] = {_mm512_load_si512(row_shares), _mm512_load_si512(row_shares + 32)};
-  const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
+  const Halves shares = load_shares(scratch.shares, group, tile * lanes);
   const std::byte* cells =
       r.from + group * group_bytes(packing) + half * slabs * slab_bytes + tile * tile_line_bytes;
   std::byte* out = r.to->tiles + (tile * chunk_tiles + group / 2) * tile_bytes +
                    (group % 2 * 8 + half * 4) * tile_line_bytes;
+  const auto put = [&](int, const Halves& weights) __attribute__((always_inline)) {
+    const vint line = pack(weights);
+    __builtin_memcpy(out, &line, sizeof(line));
+    out += tile_line_bytes;
+  };
 #pragma GCC unroll 4
-  for (std::int64_t slab = 0; slab < slabs; ++slab, cells += slab_bytes, out += tile_line_bytes) {
-    const __m512i bytes = _mm512_loadu_si512(cells);
-    if constexpr (packing == Packing::int8) {
-      rescale(_mm512_xor_si512(bytes, sign), shares, out);
-    } else {
-      const __m512i high_nibbles = _mm512_set1_epi8(static_cast<char>(0xf0));
-      const __m512i low = _mm512_and_si512(_mm512_slli_epi16(bytes, 4), high_nibbles);
-      const __m512i high = _mm512_and_si512(bytes, high_nibbles);
-      rescale(_mm512_xor_si512(low, sign), shares, out);
-      out += tile_line_bytes;
-      rescale(_mm512_xor_si512(high, sign), shares, out);
-    }
-  }
+  for (std::int64_t slab = 0; slab < slabs; ++slab, cells += slab_bytes) rescale<packing>(cells, shares, put);
 }
 
 template <Packing packing>
@@ -176,7 +132,7 @@ HRMCORE_INLINE void multiply(const std::byte* x, std::int64_t tiles, const std::
 template <Packing packing>
 void walk_chunks(const TileGemm& args) {
   const ChunkWalk walk{args};
-  const std::int64_t bands = args.band_end - args.band_begin;
+  const std::int64_t bands = args.bands(), band_end = args.band_begin + bands;
   auto& scratch = *reinterpret_cast<Scratch*>(args.scratch);
   Rescaling rescaling = begin_rescaling<packing>(walk.weights(0), walk.groups(0), &scratch.rooms[0], scratch);
   go_on<packing>(rescaling, rescaling.quarters(), scratch);
@@ -200,8 +156,8 @@ void walk_chunks(const TileGemm& args) {
       go_on<packing>(rescaling, pace, scratch);
     };
     for (int half = 0; half < 2; ++half) {
-      for (std::int64_t band = args.band_begin; band < args.band_end; band += 2, ++blocks) {
-        const bool pair = band + 1 < args.band_end;
+      for (std::int64_t band = args.band_begin; band < band_end; band += 2, ++blocks) {
+        const bool pair = band + 1 < band_end;
         Integers& integers = scratch.integers[blocks % 2];
         settle_memory();
         const std::byte* x = args.x.tile(band, chunk);

@@ -19,6 +19,14 @@ constexpr bool signed_weights = true;
 constexpr bool signed_weights = false;
 #endif
 
+// Whether activations in tiles are x + 128: where the product wants one operand unsigned, that is the
+// activations, since weights can be summed on their way for what the 128 adds (byte_gemm.cpp).
+#if defined(HRMCORE_VNNI) && !defined(HRMCORE_ISA_amx)
+constexpr bool unsigned_tiles = true;
+#else
+constexpr bool unsigned_tiles = false;
+#endif
+
 constexpr int most_cells = group_columns / 4;  // added to one Dots
 
 #if defined(HRMCORE_X86) && !defined(HRMCORE_VNNI)
@@ -65,7 +73,7 @@ struct Dots {
 #else
 
 // acc + the sum over the four bytes of each lane of w times signed a in [-127, 127]. w is unsigned, or under
-// signed_weights signed.
+// signed_weights signed. (Tiles swap them: there a is the weights.)
 HRMCORE_INLINE vint dot4(vint acc, vint w, vint a) {
 #if defined(HRMCORE_AVX512)
   return (vint)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)a);

@@ -1,10 +1,11 @@
-// Rows of activations as a GEMM on AMX reads them, and one on AVX-512 BF16 (in bfloat16), and what happens to
-// them between two GEMMs. T tokens, D width, F ffn width.
+// Rows of activations as a GEMM in tiles reads them (tile_gemm.h), and what happens to them between two GEMMs.
+// T tokens, D width, F ffn width.
 //
 // A tile is 16 rows of 64 bytes, 1 KiB in one piece: 32 columns in bfloat16 or 64 in int8; 16 rows are a
 // band. The tiles that a GEMM reads together lie together, the last chunk with what is left:
 //
-//   activations    [chunk of 256 columns][band][tile][16 rows][64 bytes]
+//   activations    [chunk of 256 columns][band][tile][16 rows][64 bytes]; int8 as x, or x + 128 where the
+//                  instruction set multiplies unsigned bytes by signed ones (dots.h)
 //   their scales   [chunk][band][16 rows] float32, behind the tiles: max |x| / 127 of a chunk, int8 only
 //   sums           [panel][band][4 tiles][16 rows][16 columns] float32
 #pragma once

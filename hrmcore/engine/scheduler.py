@@ -19,8 +19,10 @@ from hrmcore.engine.runner import Drawer, Interrupted, Prefill, Rows, Runner, Ve
 from hrmcore.engine.sampling import Scores, sample, score
 from hrmcore.engine.streams import Instruction, Request
 
-# A slice of a prefill is at most the work of a step of so many tokens, though half a layer at least.
+# A slice of a prefill is at most the work of a step of so many tokens, though half a layer at least; and of so many for
+# each request beside it, or else prefills would come slower than answers end, and places in the steps stay empty.
 SLICE_TOKENS = 32
+SLICE_TOKENS_A_REQUEST = 4
 # Rows of a step of few requests, guesses included: so many take no longer than one (bench/speed/verify.py).
 VERIFIED_ROWS = 4
 
@@ -109,7 +111,7 @@ class Scheduler(Generic[Key]):
             first, *later = self._decode(running)
             fresh[:0] = first
         if self._joining.first:
-            fresh += self._advance(beside=bool(running))
+            fresh += self._advance(beside=len(running))
         return [fresh, *later]
 
     def _decode(self, running: Sequence[tuple[Key, Request]]) -> list[list[_Drawn[Key]]]:
@@ -201,14 +203,15 @@ class Scheduler(Generic[Key]):
             raise
         self._joining.prefill = prefill
 
-    def _advance(self, beside: bool) -> list[_Drawn[Key]]:
+    def _advance(self, beside: int) -> list[_Drawn[Key]]:
         """The next slice of the prefill, or all of it where nobody waits beside it; the first tokens at its end."""
         joining, prefill = self._joining, self._joining.prefill
         assert prefill is not None
         try:
             if joining.stop():  # a slice is too short to ask
                 raise Interrupted
-            rows = prefill.advance(SLICE_TOKENS if beside else None, joining.stop)
+            slice_tokens = max(SLICE_TOKENS, SLICE_TOKENS_A_REQUEST * beside) if beside else None
+            rows = prefill.advance(slice_tokens, joining.stop)
         except BaseException as error:
             self._joining = _Joining()
             prefill.close()

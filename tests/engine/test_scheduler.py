@@ -18,7 +18,7 @@ from hrmcore.engine.cpu_runner import CpuRunner, SlicedPrefill
 from hrmcore.engine.engine import Engine
 from hrmcore.engine.prefills import Kept, Prefills
 from hrmcore.engine.runner import PAGE, Rows, Runner
-from hrmcore.engine.scheduler import SLICE_TOKENS
+from hrmcore.engine.scheduler import SLICE_TOKENS, SLICE_TOKENS_A_REQUEST
 from hrmcore.engine.torch_runner import TorchRunner
 from hrmcore.model import HRM
 
@@ -123,13 +123,15 @@ def counting() -> Counting:
     return runner
 
 
-def test_between_two_tokens_lies_a_bounded_part_of_anothers_prefill() -> None:
+@pytest.mark.parametrize("callers", [1, 20])
+def test_between_two_tokens_lies_a_bounded_part_of_anothers_prefill(callers: int) -> None:
     runner, halves = counting(), 2 * CONFIG.cache_slots
     engine = engine_of(runner)
-    running, long = engine.tokens([1, 2, 3], max_new_tokens=400), engine.tokens(LONG, max_new_tokens=1)
-    waiting = deque([("running", running.request)])
+    running = [engine.tokens([1, 2, 3], max_new_tokens=400) for _ in range(callers)]
+    long = engine.tokens(LONG, max_new_tokens=1)
+    waiting = deque([("running", one.request) for one in running])
     run = engine.decode(waiting)
-    while running.request.count < 3:
+    while running[-1].request.count < 3:
         next(run)
     runner.log.clear()
     waiting.append(("long", long.request))
@@ -139,9 +141,10 @@ def test_between_two_tokens_lies_a_bounded_part_of_anothers_prefill() -> None:
     slices = [entry for entry in runner.log if isinstance(entry, tuple)]
     assert sum(done for _, done in slices) == halves
     assert {tokens for tokens, _ in slices} == {len(LONG)}
-    # In tokens times halves: a step of SLICE_TOKENS tokens is that many, and half a layer cannot be cut.
-    most = max(SLICE_TOKENS * halves, len(LONG))
+    # In tokens times halves: a step of so many tokens is that many, and half a layer cannot be cut.
+    most = max(SLICE_TOKENS * halves, SLICE_TOKENS_A_REQUEST * callers * halves, len(LONG))
     assert all(tokens * done <= most for tokens, done in slices)
+    assert len(slices) <= halves * len(LONG) // (most - len(LONG)) + 1
     assert runner.log[: 2 * len(slices)] == [part for one in slices for part in ("step", one)]  # in turns
     assert engine.open_requests == 0
 
