@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from hrmcore.checkpoint.hrm_text import CONFIG_FILE
-from hrmcore.engine.cuda_decode import MOST_REQUESTS, CudaStep, Form
+from hrmcore.engine.cuda_decode import CudaStep, Form
 from hrmcore.engine.mma_layout import MMA_DTYPES
 from hrmcore.engine.runner import Rows
 from hrmcore.engine.torch_runner import TorchRunner, one_at_a_time
@@ -57,12 +57,16 @@ class CudaRunner(TorchRunner):
     @one_at_a_time
     @torch.inference_mode()
     def step(self, handles: Sequence[int], tokens: Sequence[int]) -> Rows:
-        """Append one token to each of these sequences, 8 at a time; returns the logits (S, V) float32 that follow."""
+        """Append one token to each of these sequences, 32 at a time or as many as the device takes.
+
+        Returns the logits (S, V) float32 that follow.
+        """
         self.reserve(handles, 1)
         sequences = [self._sequences[handle] for handle in handles]
         logits = []
-        for first in range(0, len(handles), MOST_REQUESTS):
-            group = slice(first, first + MOST_REQUESTS)
+        most = self._decode_step.most_requests(self.page_tables(handles).shape[1])
+        for first in range(0, len(handles), most):
+            group = slice(first, first + most)
             lengths = [sequence.length for sequence in sequences[group]]
             ids, positions = (
                 torch.tensor(numbers, dtype=torch.int32, device=self._device) for numbers in (tokens[group], lengths)
