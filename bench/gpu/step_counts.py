@@ -162,7 +162,9 @@ def _bringing(kernel: Kernel, phases: Loop, others: frozenset[int], groups: int)
             found["join"] = sure(kernel.once_round(loop, whole), "all splits")
         elif has["STG"]:
             entered = sure(kernel.once_round(loop, whole), "entering a visit")
-            found["write_entered"] = min(entered, found.get("write_entered", entered))  # the loop over 8 requests holds it
+            found["write_entered"] = min(
+                entered, found.get("write_entered", entered)
+            )  # the loop over 8 requests holds it
         elif has["LDG"] == ROWS and has["STS"] == ROWS:
             found["rows"] = [sure(kernel.once_round(loop, {"LDG": n, "STS": n}), "rows") for n in range(1, ROWS + 1)]
         elif has["LDG"] in (4, 4 * groups) and not has["STS"]:  # of 8 requests where a visit is entered

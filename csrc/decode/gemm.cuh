@@ -1,15 +1,16 @@
 // The GEMMs of a decode step: tiles of weights from the loader's stages, activations from shared memory.
 //
 // mma.sync takes the weights as its 16 rows and 8 requests as its columns; for more requests there are 2 or 4 mma of
-// a piece. With g = lane / 4 and h = lane
-// % 4 a lane holds of 16 columns of weights 4h to 4h + 3 in rows g and g + 8, and of the activations the same
-// 4 of request g: the sum over columns has no order to keep, so each lane's four are neighbours.
+// a piece. With g = lane / 4 and h = lane % 4 a lane holds of 16 columns of weights 4h to 4h + 3 in rows g and g + 8,
+// and of the activations the same 4 of request g: the sum over columns has no order to keep, so each lane's four are
+// neighbours.
 //
 // A warp multiplies its own share of the columns, and itself brings the activations of these alone: nothing in
 // a block waits for another warp before the partial sums are added.
 //
 // Instructions of a lane for an item, at least: its piece 1, activations 1 for each 16 columns, a product for each
-// of these; int8 8 and 8 that make f16 of bytes, int4 20 and 16; scales 3 a group, sums 4.
+// of these; int8 8 and 8 that make f16 of bytes, int4 20 and 16; scales 3 a group, sums 4. Of each 8 requests more
+// only activations, products and sums.
 #pragma once
 
 #include "decode/activations.cuh"

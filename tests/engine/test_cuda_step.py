@@ -189,9 +189,9 @@ LENGTHS = [130, 64, 2, 1, 63, 20, 9, 5]
 @pytest.mark.parametrize(
     ("dtype", "changes", "shared_kib"),
     [
-        ("bfloat16", PARTS, 227),
-        ("int8", PARTS_OF_DOWN, 227),
-        ("int4", PARTS_OF_DOWN, 227),
+        pytest.param("bfloat16", PARTS, 227, marks=pytest.mark.slow),
+        pytest.param("int8", PARTS_OF_DOWN, 227, marks=pytest.mark.slow),
+        pytest.param("int4", PARTS_OF_DOWN, 227, marks=pytest.mark.slow),
         ("bfloat16", {}, 163),
         ("int8", {"position_encoding": "xpos"}, 227),
         ("int4", {"num_attention_heads": 1, "head_dim": 64}, 227),
