@@ -195,7 +195,7 @@ def test_the_counts_are_those_of_the_committed_table() -> None:
     """make cuda-table writes both."""
     table = (ROOT / "csrc" / "sass.txt").read_text()
     targets = table.splitlines()[1].split()
-    for dtype, counts in step_model.load_counts("new").items():
-        figures = next(line for line in table.splitlines() if line.startswith(f"{dtype}: instructions for"))
-        shown = figures.split("bytes" if dtype == "bfloat16" else "item")[1].split()[targets.index("sm_90")]
+    for name, counts in step_model.load_counts("new").items():
+        figures = next(line for line in table.splitlines() if line.startswith(f"{name}: instructions for"))
+        shown = figures.split("bytes" if name.startswith("bfloat16") else "item")[1].split()[targets.index("sm_90")]
         assert float(shown) == pytest.approx(counts["stage"][-1] / len(counts["stage"]), abs=0.06)
