@@ -105,7 +105,8 @@ def graph_against_fused_step(here: Here) -> dict[str, Any]:
 
 
 def every_small_step(here: Here) -> int:
-    """A toy's decode step in every form and with every kind of weights, of 1, 8, 9 and 32 requests; how many."""
+    """A toy's decode step in every form and with every kind of weights, of 1, 8, 9 and 32 requests
+    or as many as the device takes; how many."""
     torch.manual_seed(6)
     config, count = toy(), 0
     model = HRM(config).requires_grad_(False).to(here.device)
@@ -114,7 +115,8 @@ def every_small_step(here: Here) -> int:
         for form in ("graph", "persistent"):
             for dtype in MMA_DTYPES:
                 decode = CudaStep(model, form, 3 if here.emulated else 0, dtype)
-                for batch in (1, 8, 9, MOST_REQUESTS):
+                most = decode.most_requests(2)
+                for batch in (n for n in (1, 8, 9, MOST_REQUESTS) if n <= most):
                     kv = torch.zeros(shape, dtype=torch.bfloat16, device=here.device)
                     tables = torch.arange(2 * batch, dtype=torch.int32, device=here.device).view(batch, 2)
                     tokens = torch.arange(1, 1 + batch, dtype=torch.int32, device=here.device)
