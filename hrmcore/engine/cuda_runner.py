@@ -64,7 +64,7 @@ class CudaRunner(TorchRunner):
         self.reserve(handles, 1)
         sequences = [self._sequences[handle] for handle in handles]
         logits = []
-        most = self._decode_step.most_requests(self.page_tables(handles).shape[1])
+        most = self._decode_step.most_requests(max(len(sequence.pages) for sequence in sequences))
         for first in range(0, len(handles), most):
             group = slice(first, first + most)
             lengths = [sequence.length for sequence in sequences[group]]
