@@ -17,14 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.gpu.sass import Kernel, cuobjdump, disassembled
-from bench.gpu.step_counts import DTYPES, Counts, deepest, new_step, phase_loop
+from bench.gpu.step_counts import Counts, deepest, new_step, phase_loop
 from bench.gpu.step_model import xl
 from bench.gpu.step_shapes import PRODUCT_PHASES
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
 MODELLED = "sm_90"
 CODE_BUDGET, TURN_BUDGET = 32, 24  # KB
-ITEM_BUDGETS = {"bfloat16": 12, "int8": None, "int4": 100}
+ITEM_BUDGETS = {"bfloat16": 12, "int4": 100}  # of up to 8 requests
 WORK_BUDGET = 0.9  # of the blocks
 
 Row = tuple[str, list[float], float | None]  # what, a figure a target, the most that it may be
@@ -71,22 +71,22 @@ def table(kernels: dict[str, dict[str, Kernel]], counts: dict[str, dict[str, Cou
 
 
 def rows_of(kernels: dict[str, dict[str, Kernel]], counts: dict[str, dict[str, Counts]]) -> list[Row]:
-    def each(dtype: str, of: Callable[[Kernel, Counts], float]) -> list[float]:
-        return [of(kernels[target][dtype], counts[target][dtype]) for target in kernels]
+    def each(name: str, of: Callable[[Kernel, Counts], float]) -> list[float]:
+        return [of(kernels[target][name], counts[target][name]) for target in kernels]
 
     rows: list[Row] = []
-    for dtype in DTYPES.values():
-        item = "512 bytes" if dtype == "bfloat16" else "an item"
+    for name in next(iter(kernels.values())):
+        item = "512 bytes" if name.startswith("bfloat16") else "an item"
         rows += [
             (
-                f"{dtype}: instructions for {item}",
-                each(dtype, lambda _, c: c["stage"][-1] / len(c["stage"])),
-                ITEM_BUDGETS[dtype],
+                f"{name}: instructions for {item}",
+                each(name, lambda _, c: c["stage"][-1] / len(c["stage"])),
+                ITEM_BUDGETS.get(name),
             ),
-            (f"{dtype}: KB of code", each(dtype, lambda k, _: k.code_bytes / 1024), CODE_BUDGET),
-            (f"{dtype}: KB of the loop over phases", each(dtype, lambda _, c: c["turn_bytes"] / 1024), TURN_BUDGET),
-            (f"{dtype}: calls in it", each(dtype, lambda k, _: k.calls(phase_loop(k).blocks)), 0),
-            (f"{dtype}: divisions of integers in it", each(dtype, lambda k, _: k.divisions(phase_loop(k).blocks)), 0),
+            (f"{name}: KB of code", each(name, lambda k, _: k.code_bytes / 1024), CODE_BUDGET),
+            (f"{name}: KB of the loop over phases", each(name, lambda _, c: c["turn_bytes"] / 1024), TURN_BUDGET),
+            (f"{name}: calls in it", each(name, lambda k, _: k.calls(phase_loop(k).blocks)), 0),
+            (f"{name}: divisions of integers in it", each(name, lambda k, _: k.divisions(phase_loop(k).blocks)), 0),
         ]
     return rows
 

@@ -239,6 +239,18 @@ def cuda_step(
     blocks: int,
     stream: int,
 ) -> None: ...
+def cuda_step_most_requests(
+    *,
+    width: int,
+    ffn: int,
+    heads: int,
+    head_dim: int,
+    xpos: bool,
+    window: int,
+    table_length: int,
+    dtype: str,
+    blocks: int,
+) -> int: ...
 def cuda_step_workspace_bytes(width: int, ffn: int, heads: int, head_dim: int) -> int: ...
 def emulate_cuda(path: str) -> None: ...
 def emulating_cuda() -> bool: ...

@@ -29,7 +29,7 @@ from hrmcore.tokenizer import Tokenizer
 
 GREEDY_TOKENS, EMULATED_TOKENS = 64, 3
 QUESTION = "What is 3 + 4?"  # its first tokens are decided
-BATCHES = (1, 8, 32)  # of the decode step's forms; beyond MOST_REQUESTS in several steps, as the engine takes them
+BATCHES = (1, 8, 17, 32)  # of the decode step's forms; in several steps where the device takes fewer at once
 BATCH_TOKENS, MEAN_LENGTH = 16_384, 297  # of the training step
 HORIZONS = (2, 5)
 SIZES = ("XL", "L", "B")  # of the model that trains: the first that the memory takes
@@ -74,10 +74,7 @@ def greedy_tokens(here: Here) -> dict[str, Any]:
 
 
 def graph_against_fused_step(here: Here) -> dict[str, Any]:
-    """The decode step as a launch a phase and as one cooperative launch: the same bits, at batch 1, 8 and 32.
-
-    A step's 8 requests are the 8 columns of mma.m16n8k16; 32 requests are four steps, as in the engine.
-    """
+    """The decode step as a launch a phase and as one cooperative launch: the same bits, at each of BATCHES."""
     config = toy() if here.emulated else HRMConfig.preset("XL")
     torch.manual_seed(6)
     model = HRM(config).requires_grad_(False).to(here.device)
@@ -108,16 +105,18 @@ def graph_against_fused_step(here: Here) -> dict[str, Any]:
 
 
 def every_small_step(here: Here) -> int:
-    """A toy's decode step in every form and with every kind of weights, of one request and of eight; how many."""
+    """A toy's decode step in every form and with every kind of weights, of 1, 8, 9 and 32 requests
+    or as many as the device takes; how many."""
     torch.manual_seed(6)
     config, count = toy(), 0
     model = HRM(config).requires_grad_(False).to(here.device)
-    shape = (config.cache_slots, 2, 64 * 16, config.num_attention_heads, config.head_dim)
+    shape = (config.cache_slots, 2, 64 * 2 * MOST_REQUESTS, config.num_attention_heads, config.head_dim)
     with here.kernels():
         for form in ("graph", "persistent"):
             for dtype in MMA_DTYPES:
                 decode = CudaStep(model, form, 3 if here.emulated else 0, dtype)
-                for batch in (1, MOST_REQUESTS):
+                most = decode.most_requests(2)
+                for batch in (n for n in (1, 8, 9, MOST_REQUESTS) if n <= most):
                     kv = torch.zeros(shape, dtype=torch.bfloat16, device=here.device)
                     tables = torch.arange(2 * batch, dtype=torch.int32, device=here.device).view(batch, 2)
                     tokens = torch.arange(1, 1 + batch, dtype=torch.int32, device=here.device)
@@ -129,7 +128,8 @@ def every_small_step(here: Here) -> int:
 
 def _in_steps(decode: CudaStep, tokens: Tensor, positions: Tensor, tables: Tensor, kv: Tensor) -> Tensor:
     """Logits (B, V) of any number of requests."""
-    parts = (x.split(MOST_REQUESTS) for x in (tokens, positions, tables))
+    most = decode.most_requests(tables.shape[1])
+    parts = (x.split(most) for x in (tokens, positions, tables))
     return torch.cat([decode(*part, kv) for part in zip(*parts, strict=True)])
 
 

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.sass import Kernel, Loop, cuobjdump, disassembled
-from bench.gpu.step_shapes import STAGE_ITEMS, Matrix
+from bench.gpu.step_shapes import COLUMNS, STAGE_ITEMS, Matrix, kernel_name
 
 DTYPES = {"1": "bfloat16", "2": "int8", "3": "int4"}  # enum Packing, in a mangled name
 ROWS = 8  # pieces that a lane brings at once
 PRODUCTS = {"bfloat16": 1, "int8": 2, "int4": 4}  # of the tensor cores, an item
-KERNEL = re.compile(r"decodeILN\w*7PackingE(\d)ELi(\d+)ENS\w*PlainParams")
+KERNEL = re.compile(r"decodeILN\w*7PackingE(\d)ELi(\d+)ENS\w*PlainParams(?:ELi(\d))?")
+GROUPS = (1, 2, 4)  # of 8 requests
 
 Counts = dict[str, Any]
 Asked = dict[str | int, int]  # work of a way: kinds of instructions, numbers of blocks
@@ -46,18 +47,19 @@ def main() -> int:
 
 
 def deepest(kernels: Iterable[Kernel]) -> dict[str, Kernel]:
-    """The decode step's kernel of each dtype with the deepest ring: the one for a card with much shared memory."""
+    """The decode step's kernels with the deepest rings, those for a card with much shared memory, by kernel_name."""
     found: dict[str, tuple[int, Kernel]] = {}
     for kernel in kernels:
         if match := KERNEL.search(kernel.name):
-            dtype, stages = DTYPES[match[1]], int(match[2])
-            if dtype not in found or found[dtype][0] < stages:
-                found[dtype] = stages, kernel
-    return {dtype: found[dtype][1] for dtype in DTYPES.values() if dtype in found}
+            name, stages = kernel_name(DTYPES[match[1]], int(match[3] or 1)), int(match[2])
+            if name not in found or found[name][0] < stages:
+                found[name] = stages, kernel
+    names = [kernel_name(dtype, groups) for groups in GROUPS for dtype in DTYPES.values()]
+    return {name: found[name][1] for name in names if name in found}
 
 
-def counted(kernel: Kernel, dtype: str, step: str) -> Counts:
-    return (old_step if step == "old" else new_step)(kernel, dtype)
+def counted(kernel: Kernel, name: str, step: str) -> Counts:
+    return (old_step if step == "old" else new_step)(kernel, name)
 
 
 class UnknownCodeError(Exception):
@@ -85,7 +87,9 @@ def sure(count: int | None, what: str) -> int:
 # The step of csrc/decode
 
 
-def new_step(kernel: Kernel, dtype: str) -> Counts:
+def new_step(kernel: Kernel, name: str) -> Counts:
+    dtype, _, requests = name.partition(", ")
+    groups = int(requests.split()[0]) // COLUMNS if requests else 1
     phases = phase_loop(kernel)
     halves = kernel.innermost("HMMA", "LDSM")[0]  # of a page: keys, and then values
     products = [loop for loop in kernel.innermost("HMMA") if loop != halves]
@@ -95,7 +99,7 @@ def new_step(kernel: Kernel, dtype: str) -> Counts:
     pages = outside(kernel, halves)
     done: Asked = {products[0].head: 1, "BAR": 3}
     skipped = sure(kernel.once_round(products[0], {}), "a stage")
-    normed: Asked = {"SHFL": 2, "LDG": 2}
+    normed: Asked = {"SHFL": 2 * groups, "LDG": 2}
     kinds: dict[str, Asked] = {
         "gqkv": {"STG": 2, **normed},
         "o": {"STG": 5, "SHFL": 3},
@@ -112,7 +116,9 @@ def new_step(kernel: Kernel, dtype: str) -> Counts:
             for phase, work in kinds.items()
         },
     }
-    without = outside(kernel, outside(kernel, products[0])).blocks
+    # A tile's loop is around that of its stages, or around the loop of the parts in which activations come.
+    tiles = [outside(kernel, loop) if groups == 1 else outside(kernel, outside(kernel, loop)) for loop in products]
+    without = outside(kernel, tiles[0]).blocks
     found["keys"] = sure(kernel.once_round(halves, keys), "keys")
     found["values"] = sure(kernel.once_round(halves, values), "values")
     page = sure(kernel.once_round(pages, keys), "a page")
@@ -121,15 +127,15 @@ def new_step(kernel: Kernel, dtype: str) -> Counts:
     found["split"] = sure(kernel.once_round(pages, {**keys, "BAR": 1, "STG": 1, "MUFU": 13}), "a split") - page
     attending: Asked = {**keys, pages.head: 1, "BAR": 2}
     found["turn"]["attention"] = sure(kernel.once_round(phases, attending, without), "attention") - page
-    for name, loop, of in (("", products[0], dtype), ("head_", products[1], head_dtype)):
-        tile, group = outside(kernel, loop), outside(kernel, outside(kernel, loop))
-        stages = [stage_work(of, items) for items in range(1, STAGE_ITEMS[of] + 1)]
-        found[f"{name}stage"] = [sure(kernel.once_round(loop, work), "a stage") for work in stages]
-        one = found[f"{name}stage"][0]
-        round_tile = sure(kernel.once_round(tile, {**stages[0], "STS": 2}), "a tile")
-        round_group = sure(kernel.once_round(group, {**stages[0], "STS": 2, "BAR": 2, "STG": 2}), "tiles together")
-        found |= {f"{name}tile": round_tile - one, f"{name}group": round_group - round_tile}
-    found |= _bringing(kernel, phases, products[0].blocks | pages.blocks)
+    for which, loop, tile, of in (("", products[0], tiles[0], dtype), ("head_", products[1], tiles[1], head_dtype)):
+        group = outside(kernel, tile)
+        stages = [stage_work(of, items, groups) for items in range(1, STAGE_ITEMS[of] + 1)]
+        found[f"{which}stage"] = [sure(kernel.once_round(loop, work), "a stage") for work in stages]
+        one, put = found[f"{which}stage"][0], {"STS": 2 * groups}
+        round_tile = sure(kernel.once_round(tile, {**stages[0], **put}), "a tile")
+        round_group = sure(kernel.once_round(group, {**stages[0], **put, "BAR": 2, "STG": 2}), "tiles together")
+        found |= {f"{which}tile": round_tile - one, f"{which}group": round_group - round_tile}
+    found |= _bringing(kernel, phases, products[0].blocks | pages.blocks, groups)
     after = without.union(*(loop.blocks for loop in kernel.loops if kernel.count(loop.blocks, "HMMA")))
     starts = [loop for loop in kernel.innermost("LDGSTS", "LDGDEPBAR") if not loop.blocks & after]
     copies = stage_work(dtype, STAGE_ITEMS[dtype])["LDGSTS"]
@@ -137,13 +143,13 @@ def new_step(kernel: Kernel, dtype: str) -> Counts:
     return found
 
 
-def stage_work(dtype: str, items: int) -> Asked:
-    """Of a stage that multiplies so many items and loads as many."""
+def stage_work(dtype: str, items: int, groups: int = 1) -> Asked:
+    """Of a stage that multiplies so many items with so many groups of 8 requests and loads as many."""
     pieces = items * Matrix(16, 1, dtype).item_bytes // 16
-    return {"HMMA": items * PRODUCTS[dtype], "LDGSTS": -(-pieces // 32)}
+    return {"HMMA": items * PRODUCTS[dtype] * groups, "LDGSTS": -(-pieces // 32)}
 
 
-def _bringing(kernel: Kernel, phases: Loop, others: frozenset[int]) -> Counts:
+def _bringing(kernel: Kernel, phases: Loop, others: frozenset[int], groups: int) -> Counts:
     """Loops that bring activations; a turn of each."""
     found: Counts = {}
     for loop in kernel.loops:
@@ -155,11 +161,15 @@ def _bringing(kernel: Kernel, phases: Loop, others: frozenset[int]) -> Counts:
             found["join_half"] = sure(kernel.once_round(loop, {"LDG": 8, "MUFU.EX2": 4, "STS": 1}), "four splits")
             found["join"] = sure(kernel.once_round(loop, whole), "all splits")
         elif has["STG"]:
-            found["write_entered"] = sure(kernel.once_round(loop, whole), "entering a visit")
+            entered = sure(kernel.once_round(loop, whole), "entering a visit")
+            found["write_entered"] = min(
+                entered, found.get("write_entered", entered)
+            )  # the loop over 8 requests holds it
         elif has["LDG"] == ROWS and has["STS"] == ROWS:
             found["rows"] = [sure(kernel.once_round(loop, {"LDG": n, "STS": n}), "rows") for n in range(1, ROWS + 1)]
-        elif has["LDG"] == 4 and not has["STS"]:
-            found["squares"] = sure(kernel.once_round(loop, whole), "squares")
+        elif has["LDG"] in (4, 4 * groups) and not has["STS"]:  # of 8 requests where a visit is entered
+            kinds = ["squares"] * (has["LDG"] == 4 * groups) + ["enter_squares"] * (has["LDG"] == 4)
+            found |= dict.fromkeys(kinds, sure(kernel.once_round(loop, whole), "squares"))
         elif has["LDG"] > 4 and has["STS"] and "enter" not in found:
             found["enter"] = sure(kernel.once_round(loop, whole), "entering a visit")
     return found

@@ -6,8 +6,9 @@
 
 A phase takes max(memory, chain). Memory is its bytes over the bandwidth of a copy. The chain is what a warp of the
 busiest block does one after the other: its instructions, counted in the compiled code (step_counts.py), and what it
-waits for, by count (step_shapes.py): reads of what other blocks have written, weights on their way from shared memory
-through the tensor cores, pages of keys, barriers. In the persistent form weights run ahead of the chain as far as the
+waits for, by count (step_shapes.py): reads of what other blocks have written (as long as the second-level cache needs
+for their bytes, if that is longer), weights on their way from shared memory through the tensor cores, pages of keys,
+barriers. In the persistent form weights run ahead of the chain as far as the
 rings reach, over the ends of phases.
 """
 
@@ -57,7 +58,10 @@ MEASURED_SPREAD: dict[tuple[str, int, int], float] = {
     ("bfloat16", 1, 1500): 5.87,
 }
 PREDICTED = [
-    (dtype, batch, cached) for dtype in ("bfloat16", "int8", "int4") for batch in (1, 8) for cached in (200, 1500)
+    (dtype, batch, cached)
+    for dtype in ("bfloat16", "int8", "int4")
+    for batch in (1, 8, 16, 32)
+    for cached in (200, 1500)
 ]
 
 
@@ -69,6 +73,7 @@ class Constants:
     bandwidth: float = 4.14  # TB/s, measured: a copy
     grid_barrier: float = 0.94  # us, measured under no load
     memory_latency: float = 0.9  # us, assumed
+    cache_bandwidth: float = 5.5  # TB/s, of the second-level cache, assumed
     second_product: float = 33.0  # cycles until a product may add to the one before, assumed
     launch: float = 1.8  # us, a launch of the graph
     cycles: float = 2.5  # of an instruction, of a warp among 8
@@ -91,11 +96,13 @@ class Work:
     stage_cycles: float = 0  # of a stage, beside these
     reads: int = 0
     pages: int = 0
+    asked: float = 0  # bytes of activations that all blocks ask the second-level cache for
     bytes: int = 0  # of all blocks, from memory
     own_ring: bool = False  # nothing is on its way before the phase begins, save during the barrier
 
     def before(self, c: Constants) -> float:
-        return c.cycles * self.instructions / c.clock + c.read * self.reads + c.page * self.pages
+        cached = max(c.read * self.reads, self.asked / c.cache_bandwidth / 1e6)
+        return c.cycles * self.instructions / c.clock + cached + c.page * self.pages
 
     def stage(self, c: Constants) -> float:
         cycles = c.cycles * self.stage_instructions + c.wait * self.stage_waits + self.stage_cycles
@@ -152,7 +159,7 @@ def together(works: list[Work], ring: int, c: Constants) -> list[Timed]:
 
 def new_work(case: Case, counts: Counts, phase: str, graph: bool = False) -> Work:
     """One phase. As a launch of its own a phase first reads where its requests stand and begins its rings."""
-    c = counts[case.dtype]
+    c = counts[case.kernel]
     fixed, reads = (0, 0)
     if graph:
         fixed, reads = c["fill"] * (case.ring_stages() - 1), 3
@@ -161,40 +168,60 @@ def new_work(case: Case, counts: Counts, phase: str, graph: bool = False) -> Wor
     matrix = case.matrix("gqkv" if phase == "first gqkv" else phase)
     tiles = -(-matrix.tiles // case.blocks)
     head = "head_" if phase == "head" else ""
-    groups = -(-tiles // case.tiles_together())
+    together = -(-tiles // case.tiles_together())
     whole, rest = divmod(matrix.warp_items, STAGE_ITEMS[matrix.dtype])
     of_tile = whole * c[f"{head}stage"][-1] + (c[f"{head}stage"][rest - 1] if rest else 0)
-    bringing, more_reads = _bringing(case, c, phase, matrix)
+    bringing, more_reads = _bringing(case, c, phase, matrix, tiles)
     turn = c["turn"]["gqkv" if phase in ("first gqkv", "head") else phase]
     return Work(
-        instructions=fixed + turn + bringing + tiles * c[f"{head}tile"] + (groups - 1) * c[f"{head}group"],
+        instructions=fixed + turn + bringing + tiles * c[f"{head}tile"] + (together - 1) * c[f"{head}group"],
         stages=tiles * matrix.stages,
         stage_instructions=of_tile / matrix.stages,
         stage_waits=1,
         stage_cycles=Constants.second_product,
         reads=reads + more_reads,
+        asked=_asked(case, phase, matrix, tiles),
         bytes=matrix.bytes,
         own_ring=phase == "head",
     )
 
 
-def _bringing(case: Case, c: Counts, phase: str, matrix: Matrix) -> tuple[float, int]:
+def _bringing(case: Case, c: Counts, phase: str, matrix: Matrix, tiles: int) -> tuple[float, int]:
     """Instructions of a warp that brings its share of the activations, and its reads one after the other."""
-    sixteens = -(-matrix.columns // 16 // WARPS)
-    pieces = 2 * sixteens * case.batch  # of 16 bytes
-    if phase == "o" and case.splits_apart:
-        turns = -(-pieces // 32)
-        return turns * c["join_half" if case.pages <= MOST_SPLITS // 2 else "join"], turns
-    at_once = 32 * len(c["rows"])
-    rows, (whole, rest) = -(-pieces // at_once), divmod(pieces, at_once)
-    bringing = whole * c["rows"][-1] + (c["rows"][-(-rest // 32) - 1] if rest else 0)
+    groups, sixteens = case.column_groups, -(-matrix.columns // 16 // WARPS)
+    if phase == "first gqkv":
+        # All of the row's squares; 4 lanes of each request take 2 pieces at once. 8 requests after 8.
+        squares, entering = -(-matrix.columns // 256), -(-2 * sixteens // 8)
+        of_eight = squares * c["enter_squares"] + entering * c["enter"] + c["write_entered"]
+        return groups * of_eight, groups * (squares + entering + 1)
+    parts = case.parts(phase)
+    instructions, reads = 0.0, 0
+    for part in parts:
+        pieces = 2 * part * case.rows  # of 16 bytes
+        if phase == "o" and case.splits_apart:
+            turns = -(-pieces // 32)
+            instructions += turns * c["join_half" if case.pages <= MOST_SPLITS // 2 else "join"]
+        else:
+            at_once = 32 * len(c["rows"])
+            turns, (whole, rest) = -(-pieces // at_once), divmod(pieces, at_once)
+            instructions += whole * c["rows"][-1] + (c["rows"][-(-rest // 32) - 1] if rest else 0)
+        reads += turns
+    times = tiles if len(parts) > 1 else 1
     if phase in ("o", "down"):
-        return bringing, rows
-    if phase != "first gqkv":
-        squares = -(-sixteens // 16)  # each request has 4 lanes, which take 4 tiles at once
-        return bringing + squares * c["squares"], rows + squares - 1  # the first of both are under way together
-    squares, entering = -(-matrix.columns // 256), -(-2 * sixteens // 8)  # all of the row; 4 lanes, 2 pieces at once
-    return squares * c["squares"] + entering * c["enter"] + c["write_entered"], squares + entering + 1
+        return times * instructions, times * reads
+    squares = -(-sixteens // 16)  # each request has 4 lanes, which take 4 tiles at once
+    return instructions + squares * c["squares"], reads + squares - 1  # the first of both are under way together
+
+
+def _asked(case: Case, phase: str, matrix: Matrix, tiles: int) -> float:
+    """Bytes of activations that all blocks together ask the second-level cache for."""
+    if phase == "first gqkv":
+        return case.blocks * 8 * case.batch * matrix.columns
+    of_block = 2.0 * case.rows * matrix.columns
+    if phase == "o" and case.splits_apart:
+        of_block *= max(MOST_SPLITS // 2, min(case.pages, MOST_SPLITS))
+    blocks = min(case.blocks, matrix.tiles)
+    return blocks * of_block * (tiles if len(case.parts(phase)) > 1 else 1)
 
 
 def _new_attention(case: Case, c: Counts, fixed: float, reads: int) -> Work:

@@ -13,12 +13,21 @@ from hrmcore.config import HRMConfig
 from hrmcore.engine.mma_layout import GROUP, ITEMS, TILE
 from hrmcore.engine.runner import PAGE
 
-WARPS, TILES_TOGETHER, MOST_SPLITS, REQUESTS = 8, 4, 8, 8
+WARPS, PARTIAL_SLOTS, MOST_SPLITS = 8, 4, 8
+COLUMNS, MOST_REQUESTS = 8, 32  # requests of a product of the tensor cores, and of a step
 SHARED_BYTES = 227 << 10  # of a block, on sm_90
 STAGE_ITEMS = {"bfloat16": 4, "int8": 6, "int4": 3}  # at most
 PAGE_STAGE = 2048  # bytes: of 8 rows of a page
-DEPTHS = {"bfloat16": (11, 7, 3), "int8": (7, 5, 2), "int4": (12, 8, 4)}  # of the rings, in stages
+DEPTHS = {"bfloat16": (11, 7, 3), "int8": (7, 5, 2), "int4": (12, 8, 4)}  # of the rings, in stages: up to 8 requests
+WIDE_DEPTHS = {  # of up to 16 and up to 32
+    2: {"bfloat16": (9, 3), "int8": (5, 2), "int4": (9, 4)},
+    4: {"bfloat16": (5, 3), "int8": (3, 2), "int4": (5, 4)},
+}
 PRODUCT_PHASES = ("gqkv", "o", "gate_up", "down", "head")
+
+
+def kernel_name(dtype: str, column_groups: int) -> str:
+    return dtype if column_groups == 1 else f"{dtype}, {COLUMNS * column_groups} requests"
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,44 @@ class Case:
             return min(self.blocks, self.heads_of_all * (min(self.pages, MOST_SPLITS) if apart else 1))
         return min(self.blocks, self.matrix(phase).tiles)
 
+    # Groups of requests
+
+    @property
+    def column_groups(self) -> int:
+        """Of 8 requests, that one read of a weight is multiplied with."""
+        return 1 if self.batch <= COLUMNS else 2 if self.batch <= 2 * COLUMNS else 4
+
+    @property
+    def rows(self) -> int:
+        """Of activations, of which some are no request's."""
+        return self.batch if self.column_groups == 1 else COLUMNS * self.column_groups
+
+    @property
+    def kernel(self) -> str:
+        """Its name among the counts."""
+        return kernel_name(self.dtype, self.column_groups)
+
+    def columns_of_warp(self, phase: str) -> int:
+        matrix = self.matrix(phase)
+        return matrix.warp_items * ITEMS[matrix.dtype]
+
+    @property
+    def held_columns(self) -> int:
+        """Of how many columns a warp has the activations at once."""
+        of_width = max(self.columns_of_warp("gqkv"), self.columns_of_warp("head"))
+        if self.column_groups > 1:
+            return max(of_width, STAGE_ITEMS[self.dtype] * ITEMS[self.dtype])
+        return max(of_width, self.columns_of_warp("o"), self.columns_of_warp("down"))
+
+    def parts(self, phase: str) -> list[int]:
+        """The 16s of columns that a warp brings at once, and then multiplies."""
+        sixteens = -(-self.matrix(phase).columns // 16 // WARPS)
+        held = self.held_columns // 16
+        if self.columns_of_warp(phase) > self.held_columns:
+            stage = STAGE_ITEMS[self.dtype] * ITEMS[self.dtype] // 16
+            held = held // stage * stage
+        return [min(held, sixteens - first) for first in range(0, sixteens, held)]
+
     # Attention
 
     @property
@@ -110,7 +157,9 @@ class Case:
 
     @property
     def splits_apart(self) -> bool:
-        return self.pages_of_block(True) + 1 < self.pages_of_block(False)
+        turns = -(-self.batch * self.columns_of_warp("o") // 8 // 32)  # of a warp that joins
+        joining = (2 if self.pages > MOST_SPLITS // 2 else 1) * turns
+        return self.pages_of_block(True) + joining < self.pages_of_block(False)
 
     @property
     def tasks_of_block(self) -> int:
@@ -128,23 +177,28 @@ class Case:
         raise ValueError("the step's activations do not fit in shared memory")
 
     def tiles_together(self) -> int:
+        return PARTIAL_SLOTS // self.column_groups if self.slots == PARTIAL_SLOTS else 1
+
+    @property
+    def slots(self) -> int:
         return dict(self.depths)[self.ring_stages()]
 
     @property
     def depths(self) -> tuple[tuple[int, int], ...]:
-        """Of the rings that there are, and how many tiles lie between two block barriers."""
-        return tuple(zip(DEPTHS[self.dtype], (TILES_TOGETHER, TILES_TOGETHER, 1), strict=True))
+        """Of the rings that there are, and for how many tiles of 8 requests each there are partial sums."""
+        if self.column_groups > 1:
+            return tuple((stages, PARTIAL_SLOTS) for stages in WIDE_DEPTHS[self.column_groups][self.dtype])
+        return tuple(zip(DEPTHS[self.dtype], (PARTIAL_SLOTS, PARTIAL_SLOTS, 1), strict=True))
 
-    def shared_bytes(self, together: int) -> int:
+    def shared_bytes(self, slots: int) -> int:
         """What lies before the rings."""
-        d, most = self.config.head_dim, 0
-        for phase in PRODUCT_PHASES:
-            matrix = self.matrix(phase)
-            most = max(most, matrix.warp_items * ITEMS[matrix.dtype])
+        d = self.config.head_dim
         exchange = 4 * (2 * WARPS * (d + 2) + 2 * MOST_SPLITS * d)
-        partials = max(together * WARPS * TILE * REQUESTS * 4, exchange)
+        partials = max(slots * WARPS * TILE * COLUMNS * 4, exchange)
         pages = 32 * self.pages_of_block(self.splits_apart)
-        parts = (512 + 4 * self.batch * d + 2 * d, pages, partials, 2 * WARPS * most * self.batch)
+        state = -(-(24 * MOST_REQUESTS + 8 + 4 * WARPS * MOST_REQUESTS) // 128) * 128
+        activations = 2 * WARPS * self.held_columns * self.rows
+        parts = (state + 4 * self.batch * d + 2 * d, pages, partials, activations)
         return sum(-(-part // 128) * 128 for part in parts)
 
     # The step before

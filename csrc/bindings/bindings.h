@@ -120,15 +120,15 @@ void run(const Args& args, void (*kernel)(const Args&) noexcept) {
 }
 
 template <class Args>
-void run_on_cuda(const DlpackArgs& operands, std::uintptr_t stream, const Args& args) {
+void run_on_cuda(const char* op, std::uintptr_t stream, const Args& args) {
   using Launch = const char* (*)(const Args&, void*);
-  const auto launch = reinterpret_cast<Launch>(device_kernel(operands.op()));
+  const auto launch = reinterpret_cast<Launch>(device_kernel(op));
   const char* error = nullptr;
   {
     py::gil_scoped_release unlocked;
     error = launch(args, reinterpret_cast<void*>(stream));
   }
-  if (error != nullptr) throw std::runtime_error(std::string(operands.op()) + " on CUDA: " + error);
+  if (error != nullptr) throw std::runtime_error(std::string(op) + " on CUDA: " + error);
 }
 
 // The same for an op that has CUDA kernels: runs where its operands are, on CUDA in the order of the stream.
@@ -137,7 +137,7 @@ void run(const DlpackArgs& operands, std::uintptr_t stream, const Args& args,
          void (*kernel)(const Args&) noexcept) {
   check(args);
   if (operands.device() != Device::cpu || emulating_cuda()) {
-    run_on_cuda(operands, stream, args);
+    run_on_cuda(operands.op(), stream, args);
     return;
   }
   py::gil_scoped_release unlocked;

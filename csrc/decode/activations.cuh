@@ -49,7 +49,8 @@ __device__ __forceinline__ void split_pair(float x, float y, bf16x2& first, bf16
   second = to_bf16x2(x - half_of(first, 0), y - half_of(first, 1));
 }
 
-// A warp's share of the activations: (16 columns, B, 16), as in global memory.
+// A warp's share of the activations, or as much of it as there is room for: (16 columns, rows, 16), as in global
+// memory.
 struct Activations {
   int offset, batch;  // offset in shared memory, in bytes
 
@@ -59,23 +60,32 @@ struct Activations {
   }
 };
 
+// This lane's registers of 16 columns, for each group of 8 requests.
+template <int groups>
+using Columns = std::uint32_t[groups][2];
+
 // Takes them to the tensor cores, 16 columns after 16 columns. Lanes of requests that there are not take the last
-// one's: what they make of it nobody reads.
+// one's, or what lies in the row of none: what they make of it nobody reads.
+template <int groups>
 class ActivationReader {
  public:
   __device__ __forceinline__ explicit ActivationReader(const Activations& x)
-      : at_(x.offset + 8 * (4 * min(lane_id() / 4, x.batch - 1) + lane_id() % 4)), stride_(32 * x.batch) {}
+      : at_(x.offset + 8 * (groups > 1 ? lane_id() : 4 * min(lane_id() / 4, x.batch - 1) + lane_id() % 4)),
+        stride_(32 * x.batch) {}
 
-  // This lane's two registers of the next 16 columns.
-  __device__ __forceinline__ void take(std::uint32_t (&b)[2]) {
-    const Packed<std::uint32_t, 2> pair =
-        shared_array<Packed<std::uint32_t, 2>>(static_cast<std::size_t>(at_))[0];
-    at_ += stride_;
-    b[0] = pair.at[0];
-    b[1] = pair.at[1];
+  __device__ __forceinline__ void take(Columns<groups>& b) {
+#pragma unroll
+    for (int group = 0; group < groups; ++group) {
+      const Packed<std::uint32_t, 2> pair =
+          shared_array<Packed<std::uint32_t, 2>>(static_cast<std::size_t>(at_ + group * group_bytes))[0];
+      b[group][0] = pair.at[0];
+      b[group][1] = pair.at[1];
+    }
+    at_ += groups > 1 ? groups * group_bytes : stride_;
   }
 
  private:
+  static constexpr int group_bytes = 32 * product_columns;
   int at_, stride_;  // in bytes
 };
 

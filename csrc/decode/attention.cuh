@@ -351,7 +351,7 @@ __device__ __forceinline__ void finish_split(const P& params, const SharedLayout
       page.split + 1, [&](int split) -> float { return exchange.split_values[split * d + channel]; },
       [&](int split) -> float { return exchange.split_lses[split * d + channel]; });
   const int of_all = page.head * d + channel;
-  store_activation<packing>(params.attended, (of_all / 16 * params.batch + page.request) * 16 + of_all % 16,
+  store_activation<packing>(params.attended, (of_all / 16 * params.rows() + page.request) * 16 + of_all % 16,
                             joined);
 }
 

@@ -38,6 +38,17 @@ std::int64_t weight_bytes(const DecodeStep& args, std::int64_t vocabulary) {
   return params.place_weights(nullptr, args.h_layers);
 }
 
+void check_shape(std::int64_t width, std::int64_t ffn, std::int64_t heads, std::int64_t head_dim) {
+  if (head_dim != 16 && head_dim != 32 && head_dim != 64 && head_dim != 128) {
+    reject(op, "head_dim", "16, 32, 64 or 128", std::to_string(head_dim));
+  }
+  check_multiple("the width", width, 16);
+  check_multiple("ffn", ffn, 16);
+  check_range("the width", width, 16, 1 << 20);
+  check_range("ffn", ffn, 16, 1 << 20);
+  check_range("heads", heads, 1, 1 << 10);
+}
+
 void check_bytes(const char* argument, const TensorView& bytes, std::int64_t least) {
   Check(op, argument, bytes).cpu_or_cuda().dtype({DType::u8}).rank(1).contiguous();
   if (bytes.shape[0] < least) {
@@ -53,6 +64,14 @@ void check_bytes(const char* argument, const TensorView& bytes, std::int64_t lea
 std::int64_t decode_workspace_bytes(std::int64_t width, std::int64_t ffn, std::int64_t heads,
                                     std::int64_t head_dim) {
   return shape_of(width, ffn, heads, head_dim).place_workspace(nullptr);
+}
+
+void check(const DecodeRoom& args) {
+  check_shape(args.width, args.ffn, args.heads, args.head_dim);
+  check_range("the table's length", args.table_length, 1, 1 << 20);
+  if (args.window != 0) check_multiple("window", args.window, cuda::page_tokens);
+  check_range("blocks", args.blocks, 0, 1 << 16);
+  if (args.packing == Packing::f32) reject(op, "dtype", "bfloat16, int8 or int4", "float32");
 }
 
 void check(const DecodeStep& args) {
@@ -83,14 +102,7 @@ void check(const DecodeStep& args) {
       .size(0, requests, "B")
       .size(1, vocabulary, "V")
       .contiguous();
-  if (head_dim != 16 && head_dim != 32 && head_dim != 64 && head_dim != 128) {
-    reject(op, "head_dim", "16, 32, 64 or 128", std::to_string(head_dim));
-  }
-  check_multiple("the width", args.z_init.shape[0], 16);
-  check_multiple("ffn", args.ffn, 16);
-  check_range("the width", args.z_init.shape[0], 16, 1 << 20);
-  check_range("ffn", args.ffn, 16, 1 << 20);
-  check_range("heads", args.kv.shape[3], 1, 1 << 10);
+  check_shape(args.z_init.shape[0], args.ffn, args.kv.shape[3], head_dim);
   check_range("the vocabulary", vocabulary, 1, 1 << 24);
   check_range("L_layers", args.l_layers, 1, 1 << 10);
   check_range("H_layers", args.h_layers, 0, 1 << 10);

@@ -51,28 +51,33 @@ __global__ void __launch_bounds__(decode_threads, 1) decode(Segment<P> segment) 
 
 constexpr int up_to(int bytes, int multiple) { return (bytes + multiple - 1) / multiple * multiple; }
 
-int activation_bytes(const DecodeParams& params) {
-  int most = 0;
-  for (int phase = 0; phase < phase_count; ++phase) {
-    const MatrixShape& shape = params.shapes[phase];
-    const int columns = (phase + 1 == phase_count ? params.head_item : params.item).columns;
-    most = max(most, shape.warp_items * columns);
-  }
-  return decode_warps * most * params.batch * static_cast<int>(bf16_bytes);
+// How many columns of a matrix a warp multiplies.
+int columns_of_warp(const DecodeParams& params, Phase phase) {
+  const Item item = phase == Phase::head ? params.head_item : params.item;
+  return params.shape(phase).warp_items * item.columns;
+}
+
+// Of how many columns a warp has the activations at once. More than 8 requests: those of the matrices of as many
+// columns as the model is wide, whole stages.
+int held_columns(const DecodeParams& params, int rows) {
+  const int of_width = max(columns_of_warp(params, Phase::gqkv), columns_of_warp(params, Phase::head));
+  if (rows > product_columns) return max(of_width, params.item.of_stage * params.item.columns);
+  return max(of_width, max(columns_of_warp(params, Phase::o), columns_of_warp(params, Phase::down)));
 }
 
 // Where things lie in shared memory; the rings come last.
-SharedLayout shared_layout(const DecodeParams& params, int page_entries, int tiles_together) {
+SharedLayout shared_layout(const DecodeParams& params, int rows, int page_entries, int slots) {
   SharedLayout layout{};
   const int d = params.head_dim, word = static_cast<int>(sizeof(float));
-  layout.tiles_together = tiles_together;
+  layout.tiles_together = max(1, slots * product_columns / max(rows, product_columns));
+  layout.held_columns = held_columns(params, rows);
   layout.angles = request_state_bytes;
   layout.log_decay = layout.angles + params.batch * d * word;
   layout.pages = up_to(layout.log_decay + d / 2 * word, 128);
   layout.partials = up_to(layout.pages + page_entries * static_cast<int>(sizeof(PageEntry)), 128);
-  layout.activations =
-      up_to(layout.partials + max(tiles_together * tile_partials * word, exchange_bytes(d)), 128);
-  layout.rings = up_to(layout.activations + activation_bytes(params), 128);
+  layout.activations = up_to(layout.partials + max(slots * tile_partials * word, exchange_bytes(d)), 128);
+  const int activations = decode_warps * layout.held_columns * rows * static_cast<int>(bf16_bytes);
+  layout.rings = up_to(layout.activations + activations, 128);
   return layout;
 }
 
@@ -116,47 +121,85 @@ const char* read_limits(Limits& limits) {
   return nullptr;
 }
 
-// How many pages a block attends to at most, when all requests fill their tables.
-int pages_of_block(const DecodeParams& params, int blocks, bool splits_apart) {
+// How the pages are shared out when all requests fill their tables.
+struct PageShares {
+  int splits, of_block;  // of a head, in blocks of their own; pages of the blocks that have most
+};
+PageShares page_shares(const DecodeParams& params, int blocks, bool splits_apart) {
   int pages = params.table_length;
   if (params.window > 0) pages = min(pages, 2 * params.window / page_tokens);
   const int splits = splits_apart ? min(pages, max_kv_splits) : 1;
   const int turns = (params.batch * params.heads * splits + blocks - 1) / blocks;
-  return turns * ((pages + splits - 1) / splits);
+  return {splits, turns * ((pages + splits - 1) / splits)};
 }
 
+// Splits in blocks of their own cost the phase after the joining: a warp joins 32 pieces of 8 channels in the time of
+// a page, or of two where there are more than 4 splits.
+bool splits_apart(const DecodeParams& params, int blocks) {
+  const PageShares apart = page_shares(params, blocks, true), together = page_shares(params, blocks, false);
+  const int pieces = params.batch * columns_of_warp(params, Phase::o) / 8, turns = (pieces + 31) / 32;
+  return apart.of_block + (apart.splits > max_kv_splits / 2 ? 2 : 1) * turns < together.of_block;
+}
+
+// How deep the rings are, in stages: as deep as they fit, since what is on its way covers the memory's latency and the
+// phases' chains.
+struct Depths {
+  int deep, middle, shallow;  // of up to 8 requests
+  int of_16, of_32;
+};
 template <Packing packing>
-const char* launch_packed(const DecodeStep& args, DecodeParams params, void* stream) {
-  Limits limits;
-  if (const char* error = read_limits(limits)) return error;
-  const int blocks = args.blocks > 0 ? static_cast<int>(args.blocks) : limits.multiprocessors;
-  // Splits in blocks of their own cost the phase after the joining: some more than a page.
-  params.splits_apart = pages_of_block(params, blocks, true) + 1 < pages_of_block(params, blocks, false);
-  const int pages = pages_of_block(params, blocks, params.splits_apart);
-  // The rings as deep as they fit: what is on its way covers the memory's latency and the phases' chains.
-  constexpr int stage = decode_warps * stage_bytes<packing>;
-  constexpr bool int8 = packing == Packing::int8, int4 = packing == Packing::int4;
-  constexpr int deep = int8   ? 7
-                       : int4 ? 12
-                              : 11,
-                middle = int8   ? 5
-                         : int4 ? 8
-                                : 7,
-                shallow = int8   ? 2
-                          : int4 ? 4
-                                 : 3;
-  const SharedLayout wide = shared_layout(params, pages, max_tiles_together),
-                     narrow = shared_layout(params, pages, 1);
+constexpr Depths depths = packing == Packing::int8   ? Depths{7, 5, 2, 5, 3}
+                          : packing == Packing::int4 ? Depths{12, 8, 4, 9, 5}
+                                                     : Depths{11, 7, 3, 9, 5};
+
+// A kernel and its shared memory. launch is null where the requests do not fit.
+struct Choice {
+  using Launch = const char*(const DecodeStep&, const DecodeParams&, const SharedLayout&, int, void*);
+  Launch* launch;
+  SharedLayout layout;
+};
+
+// The first of a step's kernels that there is shared memory for.
+template <Packing packing>
+Choice choose(DecodeParams& params, int blocks, int shared_bytes) {
+  constexpr Depths depth = depths<packing>;
   const bool plain = params.head_dim == PlainParams::head_dim && params.log_decay == nullptr;
-  if (plain && wide.rings + deep * stage <= limits.shared_bytes)
-    return launch_decode<packing, deep, PlainParams>(args, params, wide, blocks, stream);
-  if (wide.rings + middle * stage <= limits.shared_bytes)
-    return plain ? launch_decode<packing, middle, PlainParams>(args, params, wide, blocks, stream)
-                 : launch_decode<packing, middle, DecodeParams>(args, params, wide, blocks, stream);
-  if (narrow.rings + shallow * stage <= limits.shared_bytes)
-    return plain ? launch_decode<packing, shallow, PlainParams>(args, params, narrow, blocks, stream)
-                 : launch_decode<packing, shallow, DecodeParams>(args, params, narrow, blocks, stream);
-  return "the step's activations do not fit this device's shared memory: fewer requests at once would";
+  params.splits_apart = splits_apart(params, blocks);
+  const int pages = page_shares(params, blocks, params.splits_apart).of_block;
+  const int groups = params.batch <= product_columns ? 1 : params.batch <= 2 * product_columns ? 2 : 4;
+  const int rows = groups == 1 ? params.batch : groups * product_columns;
+  const auto fits = [&](const SharedLayout& layout, int stages) {
+    return layout.rings + decode_warps * stages * stage_bytes<packing> <= shared_bytes;
+  };
+  const SharedLayout wide = shared_layout(params, rows, pages, partial_slots);
+  if (groups == 1) {
+    const SharedLayout narrow = shared_layout(params, rows, pages, 1);
+    if (plain && fits(wide, depth.deep)) return {launch_decode<packing, depth.deep, PlainParams>, wide};
+    if (fits(wide, depth.middle))
+      return {plain ? launch_decode<packing, depth.middle, PlainParams>
+                    : launch_decode<packing, depth.middle, DecodeParams>,
+              wide};
+    if (fits(narrow, depth.shallow))
+      return {plain ? launch_decode<packing, depth.shallow, PlainParams>
+                    : launch_decode<packing, depth.shallow, DecodeParams>,
+              narrow};
+    return {};
+  }
+  if (plain && fits(wide, groups == 2 ? depth.of_16 : depth.of_32))
+    return {groups == 2 ? launch_decode<packing, depth.of_16, WideParams<PlainParams, 2>>
+                        : launch_decode<packing, depth.of_32, WideParams<PlainParams, 4>>,
+            wide};
+  if (fits(wide, depth.shallow))
+    return {groups == 2 ? launch_decode<packing, depth.shallow, WideParams<DecodeParams, 2>>
+                        : launch_decode<packing, depth.shallow, WideParams<DecodeParams, 4>>,
+            wide};
+  return {};
+}
+
+Choice choose(Packing packing, DecodeParams& params, int blocks, int shared_bytes) {
+  if (packing == Packing::int8) return choose<Packing::int8>(params, blocks, shared_bytes);
+  if (packing == Packing::int4) return choose<Packing::int4>(params, blocks, shared_bytes);
+  return choose<Packing::bf16>(params, blocks, shared_bytes);
 }
 
 int size(const TensorView& tensor, int axis) { return static_cast<int>(tensor.shape[axis]); }
@@ -198,18 +241,50 @@ DecodeParams params_of(const DecodeStep& args) {
   return params;
 }
 
+// What decides of the kernel and its shared memory.
+DecodeParams params_of(const DecodeRoom& args) {
+  DecodeParams params{};
+  static constexpr float any = 0;
+  params.width = static_cast<int>(args.width);
+  params.ffn = static_cast<int>(args.ffn);
+  params.heads = static_cast<int>(args.heads);
+  params.head_dim = static_cast<int>(args.head_dim);
+  params.vocabulary = 1;
+  params.window = static_cast<int>(args.window);
+  params.table_length = static_cast<int>(args.table_length);
+  params.log_decay = args.xpos ? &any : nullptr;
+  params.item = item(args.packing);
+  params.head_item = item(head_packing(args.packing));
+  params.place_weights(nullptr, 0);
+  return params;
+}
+
 }  // namespace
 }  // namespace hrmcore::cuda
 
 HRMCORE_DEVICE_KERNEL(cuda_step, hrmcore::DecodeStep) {
   using namespace hrmcore;
-  const cuda::DecodeParams params = cuda::params_of(args);
-  switch (args.packing) {
-    case Packing::int8:
-      return cuda::launch_packed<Packing::int8>(args, params, stream);
-    case Packing::int4:
-      return cuda::launch_packed<Packing::int4>(args, params, stream);
-    default:
-      return cuda::launch_packed<Packing::bf16>(args, params, stream);
+  cuda::DecodeParams params = cuda::params_of(args);
+  cuda::Limits limits;
+  if (const char* error = cuda::read_limits(limits)) return error;
+  const int blocks = args.blocks > 0 ? static_cast<int>(args.blocks) : limits.multiprocessors;
+  const cuda::Choice choice = cuda::choose(args.packing, params, blocks, limits.shared_bytes);
+  if (choice.launch == nullptr)
+    return "the step's activations do not fit this device's shared memory: fewer requests at once would";
+  return choice.launch(args, params, choice.layout, blocks, stream);
+}
+
+HRMCORE_DEVICE_KERNEL(cuda_step_most_requests, hrmcore::DecodeRoom) {
+  using namespace hrmcore;
+  static_cast<void>(stream);
+  cuda::Limits limits;
+  if (const char* error = cuda::read_limits(limits)) return error;
+  const int blocks = args.blocks > 0 ? static_cast<int>(args.blocks) : limits.multiprocessors;
+  cuda::DecodeParams params = cuda::params_of(args);
+  *args.most = 0;
+  for (params.batch = max_batch; params.batch > 0 && *args.most == 0; --params.batch) {
+    if (cuda::choose(args.packing, params, blocks, limits.shared_bytes).launch != nullptr)
+      *args.most = params.batch;
   }
+  return nullptr;
 }

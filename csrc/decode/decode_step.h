@@ -1,4 +1,4 @@
-// One token for each of up to 8 requests on CUDA: the whole recurrence (recurrence.h) for the tokens, over a
+// One token for each of up to 32 requests on CUDA: the whole recurrence (recurrence.h) for the tokens, over a
 // cache of keys and values that a prefill has begun.
 //
 //   reads   every layer's weights once a visit and the head once, for all requests together, and each
@@ -13,6 +13,9 @@
 // a tile is 16 rows, an item the tile's next 16, 32 or 64 columns. A block owns whole tiles, its 8 warps
 // share their items, and the sum of the warps is taken in order: bits depend neither on the grid nor on the
 // batch.
+//
+// A product of the tensor cores has 8 requests for its columns. There are kernels for up to 8, 16 and 32 requests:
+// the wider ones multiply what they have read and expanded of a weight with 2 or 4 groups of 8 requests.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +25,7 @@
 
 namespace hrmcore {
 
-constexpr int max_batch = 8;  // requests of one step
+constexpr int max_batch = 32;  // requests of one step
 
 struct DecodeStep {
   TensorView tokens;     // (B) int32, each in [0, V)
@@ -44,6 +47,19 @@ struct DecodeStep {
   bool persistent;
   std::int64_t blocks;  // 0: one for each multiprocessor
 };
+
+// What decides of how many requests a step has room for, on the device in use: its shared memory holds their
+// activations, angles and lists of pages.
+struct DecodeRoom {
+  std::int64_t width, ffn, heads, head_dim;
+  bool xpos;
+  std::int64_t window, table_length;
+  Packing packing;
+  std::int64_t blocks;
+  std::int64_t* most;  // written: from 0 to max_batch
+};
+
+void check(const DecodeRoom& args);
 
 std::int64_t decode_workspace_bytes(std::int64_t width, std::int64_t ffn, std::int64_t heads,
                                     std::int64_t head_dim);

@@ -1,14 +1,16 @@
 // The GEMMs of a decode step: tiles of weights from the loader's stages, activations from shared memory.
 //
-// mma.sync takes the weights as its 16 rows and the requests as its 8 columns. With g = lane / 4 and h = lane
-// % 4 a lane holds of 16 columns of weights 4h to 4h + 3 in rows g and g + 8, and of the activations the same
-// 4 of request g: the sum over columns has no order to keep, so each lane's four are neighbours.
+// mma.sync takes the weights as its 16 rows and 8 requests as its columns; for more requests there are 2 or 4 mma of
+// a piece. With g = lane / 4 and h = lane % 4 a lane holds of 16 columns of weights 4h to 4h + 3 in rows g and g + 8,
+// and of the activations the same 4 of request g: the sum over columns has no order to keep, so each lane's four are
+// neighbours.
 //
 // A warp multiplies its own share of the columns, and itself brings the activations of these alone: nothing in
 // a block waits for another warp before the partial sums are added.
 //
 // Instructions of a lane for an item, at least: its piece 1, activations 1 for each 16 columns, a product for each
-// of these; int8 8 and 8 that make f16 of bytes, int4 20 and 16; scales 3 a group, sums 4.
+// of these; int8 8 and 8 that make f16 of bytes, int4 20 and 16; scales 3 a group, sums 4. Of each 8 requests more
+// only activations, products and sums.
 #pragma once
 
 #include "decode/activations.cuh"
@@ -52,17 +54,20 @@ struct LaneItem {
     }
   }
 
-  // sum += item x
-  __device__ __forceinline__ void multiply(float (&sum)[4], ActivationReader& x) const {
-    std::uint32_t b[2];
+  // sum += item x, of each group of 8 requests: a weight is read and expanded once for all of them.
+  template <int groups_of_8>
+  __device__ __forceinline__ void multiply(float (&sum)[groups_of_8][4],
+                                           ActivationReader<groups_of_8>& x) const {
+    Columns<groups_of_8> b;
     if constexpr (packing == Packing::bf16) {
       x.take(b);
       const bf16x2 a[4] = {piece.at[0], piece.at[1], piece.at[2], piece.at[3]};
-      mma_bf16(sum, a, b);
+#pragma unroll
+      for (int eight = 0; eight < groups_of_8; ++eight) mma_bf16(sum[eight], a, b[eight]);
     } else {
 #pragma unroll
       for (int group = 0; group < groups; ++group) {
-        float of_group[4] = {};
+        float of_group[groups_of_8][4] = {};
 #pragma unroll
         for (int half = 2 * group; half < 2 * group + 2; ++half) {
           f16x2 a[4];
@@ -73,32 +78,52 @@ struct LaneItem {
             expand_nibbles(piece.at[half], a);
           }
           x.take(b);
-          mma_f16(of_group, a, b);
+#pragma unroll
+          for (int eight = 0; eight < groups_of_8; ++eight) mma_f16(of_group[eight], a, b[eight]);
         }
         const float low = __uint_as_float(scales.at[group] << 16),
                     high = __uint_as_float(scales.at[group] & 0xffff0000u);
-        sum[0] += low * of_group[0];
-        sum[1] += low * of_group[1];
-        sum[2] += high * of_group[2];
-        sum[3] += high * of_group[3];
+#pragma unroll
+        for (int eight = 0; eight < groups_of_8; ++eight) {
+          sum[eight][0] += low * of_group[eight][0];
+          sum[eight][1] += low * of_group[eight][1];
+          sum[eight][2] += high * of_group[eight][2];
+          sum[eight][3] += high * of_group[eight][3];
+        }
       }
     }
   }
 };
 
-// This warp's sums of a tile: lane 4g + h gets rows g and g + 8 of requests 2h and 2h + 1. Even and odd items
-// of a stage are added up apart, so that an mma waits for the one before the last. `items`: how many of the
-// tile are this warp's.
-template <Packing packing, class Stages>
-__device__ __forceinline__ void multiply_tile(float (&sum)[4], Stages& loader, int stages, int items,
-                                              const Activations& activations) {
-  ActivationReader x(activations);
-  float odd[4] = {};
-#pragma unroll
-  for (float& s : sum) s = 0;
+// A warp's sums of a tile, for each group of 8 requests: lane 4g + h has rows g and g + 8 of requests 2h and 2h + 1.
+// Even and odd items of a stage are added up apart, so that an mma waits for the one before the last.
+template <int groups>
+struct TileSums {
+  float even[groups][4] = {}, odd[groups][4] = {};
+};
+
+// Adds some stages of a tile, whose activations begin at `activations`. `items`: how many of these stages' and later
+// ones' are this warp's.
+template <Packing packing, int groups, class Stages>
+__device__ __forceinline__ void multiply_stages(TileSums<groups>& sums, Stages& loader, int stages, int items,
+                                                const Activations& activations) {
+  ActivationReader<groups> x(activations);
 #pragma unroll 1
   for (int left = items; stages > 0; --stages, left -= stage_items<packing>) {
     const int slot = loader.wait();
+    const auto sums_of = [&](int i) -> float (&)[groups][4] { return i % 2 == 0 ? sums.even : sums.odd; };
+    if constexpr (groups > 1 && packing != Packing::bf16) {
+      // Item after item: with a stage of them the sums would not fit in the registers.
+      loader.refill();
+#pragma unroll
+      for (int i = 0; i < stage_items<packing>; ++i) {
+        if (i >= left) break;
+        LaneItem<packing> lane;
+        lane.read(slot + i * item_bytes<packing>);
+        lane.multiply(sums_of(i), x);
+      }
+      continue;
+    }
     LaneItem<packing> lane[stage_items<packing>];
     if (left >= stage_items<packing>) {
 #pragma unroll
@@ -113,17 +138,15 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[4], Stages& loader, i
     loader.refill();
     if (left >= stage_items<packing>) {
 #pragma unroll
-      for (int i = 0; i < stage_items<packing>; ++i) lane[i].multiply(i % 2 == 0 ? sum : odd, x);
+      for (int i = 0; i < stage_items<packing>; ++i) lane[i].multiply(sums_of(i), x);
     } else {
 #pragma unroll
       for (int i = 0; i < stage_items<packing>; ++i) {
         if (i >= left) break;
-        lane[i].multiply(i % 2 == 0 ? sum : odd, x);
+        lane[i].multiply(sums_of(i), x);
       }
     }
   }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) sum[i] += odd[i];
 }
 
 }  // namespace hrmcore::cuda

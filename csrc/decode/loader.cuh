@@ -28,9 +28,10 @@ struct RequestState {
 struct SharedLayout {
   int angles, log_decay, pages, partials, activations, rings;  // offsets in bytes
   int tiles_together;                                          // for which there are partial sums
+  int held_columns;  // of a warp's share, where activations of more than 8 requests lie: a whole number of stages
 };
 constexpr int request_state_bytes = (static_cast<int>(sizeof(RequestState)) + 127) / 128 * 128;
-constexpr int tile_partials = decode_warps * tile_rows * max_batch;  // float32
+constexpr int tile_partials = decode_warps * tile_rows * product_columns;  // float32, of 8 requests
 
 #define HRMCORE_REQUEST_STATE(T, member) shared_array<T>(offsetof(RequestState, member))
 

@@ -26,12 +26,16 @@ __device__ __forceinline__ WarpShare warp_share(const MatrixShape& shape, int it
           min(shape.warp_items, shape.items - first_item)};
 }
 
-// Sums of squares: lane r and each eighth lane after it add up those of request r; warp sums meet in the end.
-__device__ __forceinline__ void put_squares(float square) {
+// Lane r and each eighth lane after it serve request r of the 8 from `eight` on.
+__device__ __forceinline__ int request_of_lane(int eight) { return eight + lane_id() % product_columns; }
+constexpr int lanes_of_request = 32 / product_columns;
+
+// Sums of squares: the lanes of a request add theirs up; warp sums meet in the end.
+__device__ __forceinline__ void put_squares(float square, int eight) {
   square += __shfl_xor_sync(0xffffffffu, square, 8);
   square += __shfl_xor_sync(0xffffffffu, square, 16);
-  if (lane_id() < max_batch)
-    HRMCORE_REQUEST_STATE(float, squares)[warp_id() * max_batch + lane_id()] = square;
+  if (lane_id() < product_columns)
+    HRMCORE_REQUEST_STATE(float, squares)[warp_id() * max_batch + eight + lane_id()] = square;
 }
 template <class P>
 __device__ __forceinline__ float inverse_rms(const P& params, float squares) {
@@ -48,57 +52,70 @@ __device__ __forceinline__ float inverse_rms_of(const P& params, int request) {
   return inverse_rms(params, sum);
 }
 
-// The squares of `count` tiles from `first` on that the phase before has left, (D / 16, B): lane 8i + r adds
-// those of request r of every fourth tile.
-template <class P>
-__device__ __forceinline__ float squares_of_tiles(const P& params, int first, int count) {
-  const int request = lane_id() % max_batch;
-  float sum = 0;
-  constexpr int together = 4, turn = 32 / max_batch;
+// The squares of `count` tiles from `first` on that the phase before has left, (D / 16, rows): each lane adds those of
+// every fourth tile, of its request of the 8 from `eight` on and of each 8 after these.
+template <int groups, class P>
+__device__ __forceinline__ void squares_of_tiles(float (&sums)[groups], const P& params, int eight, int first,
+                                                 int count) {
+  const int request = request_of_lane(eight);
+#pragma unroll
+  for (float& sum : sums) sum = 0;
+  constexpr int together = 4, turn = lanes_of_request;
 #pragma unroll 1
-  for (int tile = request < params.batch ? lane_id() / max_batch : count; tile < count;
+  for (int tile = request < params.batch ? lane_id() / product_columns : count; tile < count;
        tile += together * turn) {
-    float squares[together];  // read at once, and then added
+    float squares[groups][together];  // read at once, and then added
 #pragma unroll
     for (int i = 0; i < together; ++i) {
-      squares[i] = 0;
-      if (tile + i * turn < count)
-        squares[i] = load_one(params.squares + (first + tile + i * turn) * params.batch + request);
+      const float* row = params.squares + (first + tile + i * turn) * params.rows() + request;
+#pragma unroll
+      for (int group = 0; group < groups; ++group) {
+        squares[group][i] = 0;
+        if (tile + i * turn < count && (group == 0 || request + group * product_columns < params.batch))
+          squares[group][i] = load_one(row + group * product_columns);
+      }
     }
 #pragma unroll
-    for (int i = 0; i < together; ++i) sum += squares[i];
+    for (int group = 0; group < groups; ++group) {
+#pragma unroll
+      for (int i = 0; i < together; ++i) sums[group] += squares[group][i];
+    }
   }
-  return sum;
 }
 
 // Copies this warp's share of rows in their order from global memory. `meanwhile` runs once, when the first are on
-// their way: what it reads itself is not waited for after them.
+// their way: what it reads itself is not waited for after them. Pieces are words and their copies predicates: elements
+// of 16 bits would be put together again, and a branch a piece is ten instructions.
 template <Packing packing, class Meanwhile, class P>
 __device__ __forceinline__ void bring_rows(const P& params, const WarpShare& share, const void* rows,
                                            const Activations& x, const Meanwhile& meanwhile) {
-  const ActivationPiece<packing>* from =
-      static_cast<const ActivationPiece<packing>*>(rows) + share.first_sixteen * params.batch * 2;
-  const SharedArray<ActivationPiece<packing>> to = x.pieces<packing>();
-  const int count = share.sixteens * params.batch * 2;
+  using Piece = Packed<std::uint32_t, 4>;
+  const Piece* from = static_cast<const Piece*>(rows) + share.first_sixteen * params.rows() * 2;
+  const SharedArray<Piece> to = shared_array<Piece>(static_cast<std::size_t>(x.offset));
+  const int count = share.sixteens * params.rows() * 2;
   constexpr int together = 8;
   bool begun = false;
 #pragma unroll 1
   for (int first = lane_id(); !begun || first < count; first += 32 * together) {
-    ActivationPiece<packing> pieces[together];
-    const int left = count - first + lane_id();  // of the warp
+    Piece pieces[together];
 #pragma unroll
     for (int i = 0; i < together; ++i) {
-      if (32 * i >= left) break;
-      if (first + 32 * i < count) pieces[i] = load_packed<8>(&from[first + 32 * i].at[0]);
+      if (first + 32 * i < count) pieces[i] = load_packed<4>(&from[first + 32 * i].at[0]);
     }
     if (!begun) meanwhile();
     begun = true;
 #pragma unroll
     for (int i = 0; i < together; ++i) {
-      if (32 * i >= left) break;
       if (first + 32 * i < count) to[first + 32 * i] = pieces[i];
     }
   }
+}
+
+template <class P>
+__device__ __forceinline__ int sixteen_of_row(const P& params, int row) {
+  if constexpr (P::column_groups > 1) return row / params.rows();
+  if (params.batch == 1) return row;
+  return static_cast<int>(std::uint64_t{params.inverse_batch} * static_cast<std::uint32_t>(row) >> 32);
 }
 
 // The same of what the attention has left, its splits joined.
@@ -106,15 +123,12 @@ template <Packing packing, class P>
 __device__ __forceinline__ void bring_attended(const P& params, const WarpShare& share,
                                                const Activations& x) {
   const SharedArray<ActivationPiece<packing>> to = x.pieces<packing>();
-  const int count = share.sixteens * params.batch * 2;
+  const int count = share.sixteens * params.rows() * 2;
 #pragma unroll 1
   for (int piece = lane_id(); piece < count; piece += 32) {
-    const int row = piece / 2,
-              sixteen = params.batch == 1 ? row
-                                          : static_cast<int>(std::uint64_t{params.inverse_batch} *
-                                                                 static_cast<std::uint32_t>(row) >>
-                                                             32),
-              request = row - sixteen * params.batch;
+    const int row = piece / 2, sixteen = sixteen_of_row(params, row);
+    int request = row - sixteen * params.rows();
+    if constexpr (P::column_groups > 1) request = min(request, params.batch - 1);
     const int channel = 16 * (share.first_sixteen + sixteen) + 8 * (piece % 2);
     to[piece] = attended_channels<packing>(params, request, channel);
   }
@@ -131,15 +145,16 @@ template <class P>
 struct Entrance {
   const P& params;
   SchedulePoint at;
-  float r;  // 1 / rms of this lane's request, where there is a visit before
+  float r;  // 1 / rms of this lane's request of the 8 from `eight` on, where there is a visit before
 
-  __device__ __forceinline__ Entrance(const P& params_, const SchedulePoint& at_)
+  __device__ __forceinline__ Entrance(const P& params_, const SchedulePoint& at_, int eight)
       : params(params_), at(at_), r(0) {
     if (at.visit == 0) return;
-    float square = squares_of_tiles(params, 0, params.width / 16);
-    square += __shfl_xor_sync(0xffffffffu, square, 8);
-    square += __shfl_xor_sync(0xffffffffu, square, 16);
-    r = inverse_rms(params, square);
+    float square[1];
+    squares_of_tiles(square, params, eight, 0, params.width / 16);
+    square[0] += __shfl_xor_sync(0xffffffffu, square[0], 8);
+    square[0] += __shfl_xor_sync(0xffffffffu, square[0], 16);
+    r = inverse_rms(params, square[0]);
   }
 
   __device__ __forceinline__ bool after_h() const { return at.visit > 0 && at.l == 0; }
@@ -147,7 +162,7 @@ struct Entrance {
   __device__ __forceinline__ float* kept() const { return params.states[after_h() ? 0 : 1]; }
 
   __device__ __forceinline__ Entered channels(int request, int sixteen, int half) const {
-    const int k = 16 * sixteen + 8 * half, place = (sixteen * params.batch + request) * 16 + 8 * half;
+    const int k = 16 * sixteen + 8 * half, place = (sixteen * params.rows() + request) * 16 + 8 * half;
     Entered entered;
     if (at.visit == 0) {
       const std::int64_t token = clamped(load_one(params.tokens + request), params.vocabulary);
@@ -167,39 +182,39 @@ struct Entrance {
   }
 };
 
-// Lane 8i + r serves request r, so that no lane asks which request it has.
+// Of the 8 requests from `eight` on.
 template <Packing packing, class P>
 __device__ __forceinline__ void enter_visit(const P& params, const SchedulePoint& at, const WarpShare& share,
-                                            const Activations& x) {
-  const Entrance entrance(params, at);
-  const int request = lane_id() % max_batch, turn = 32 / max_batch;
+                                            const Activations& x, int eight) {
+  const Entrance entrance(params, at, eight);
+  const int request = request_of_lane(eight);
   const SharedArray<ActivationPiece<packing>> to = x.pieces<packing>();
   float square = 0;
   if (request < params.batch) {
 #pragma unroll 2
-    for (int i = lane_id() / max_batch; i < 2 * share.sixteens; i += turn) {
+    for (int i = lane_id() / product_columns; i < 2 * share.sixteens; i += lanes_of_request) {
       const Entered entered = entrance.channels(request, share.first_sixteen + i / 2, i % 2);
-      ActivationPiece<packing> eight;
+      ActivationPiece<packing> piece;
 #pragma unroll
       for (int c = 0; c < 8; ++c) {
-        eight.at[c] = to_activation<packing>(entered.u[c]);
+        piece.at[c] = to_activation<packing>(entered.u[c]);
         square += entered.u[c] * entered.u[c];
       }
-      to[(i / 2 * params.batch + request) * 2 + i % 2] = eight;
+      to[(i / 2 * params.rows() + request) * 2 + i % 2] = piece;
     }
 #pragma unroll 1
     for (int tile = static_cast<int>(blockIdx.x); tile < share.first_sixteen + share.sixteens;
          tile += static_cast<int>(gridDim.x)) {
-      const int half = lane_id() / max_batch;
+      const int half = lane_id() / product_columns;
       if (tile < share.first_sixteen || half > 1) continue;
       const Entered entered = entrance.channels(request, tile, half);
-      const int place = (tile * params.batch + request) * 16 + 8 * half;
+      const int place = (tile * params.rows() + request) * 16 + 8 * half;
       store<8>(params.streams[at.visit % 2] + place, entered.u);
       store<8>(entrance.changed() + place, entered.state);
       if (at.visit == 0) store<8>(entrance.kept() + place, entered.other);
     }
   }
-  put_squares(square);
+  put_squares(square, eight);
 }
 
 // A finished pair of sums: rows `row` and `row` + 8 of a tile, of one request.
@@ -250,7 +265,7 @@ __device__ __forceinline__ void finish_gqkv(const Consumer<P>& block, const Sums
 
 template <Packing packing, class P>
 __device__ __forceinline__ void finish_gate_up(const Consumer<P>& block, const Sums& sums) {
-  const int place = sums.tile / 2 * block.params.batch + sums.request;
+  const int place = sums.tile / 2 * block.params.rows() + sums.request;
   store_activation<packing>(block.params.hidden, place * 16 + sums.tile % 2 * 8 + sums.row,
                             sums.low * sums.high * quick_reciprocal(1.0f + quick_exp(-sums.low)));
 }
@@ -263,12 +278,14 @@ __device__ __forceinline__ void finish_head(const Consumer<P>& block, const Sums
   if (token + 8 < vocabulary) store<1>(logits + 8, Floats<1>{{sums.high}});
 }
 
-__device__ __forceinline__ SharedArray<float> partials_of(const SharedLayout& layout, int tile) {
-  return shared_array<float>(static_cast<std::size_t>(layout.partials)) + tile * tile_partials;
+// A tile's partial sums of 8 requests.
+__device__ __forceinline__ SharedArray<float> partials_of(const SharedLayout& layout, int slot) {
+  return shared_array<float>(static_cast<std::size_t>(layout.partials)) + slot * tile_partials;
 }
 
-// The pair of the block's tiles that a thread finishes. Warp w takes requests 4 (w / 4) to 3 more of tile w % 4
-// of those that the block multiplies between two barriers: lane 4i + c rows i and i + 8 of the one numbered c.
+// The pair of the block's tiles that a thread finishes. A slot of partial sums is a tile's, of those that the block
+// multiplies between two barriers, and of 8 of the requests. Warp w takes of slot w % 4 the requests 4 (w / 4) to 3
+// more: lane 4i + c rows i and i + 8 of the one numbered c.
 struct Finisher {
   int tile, row, request;
   bool mine;
@@ -276,19 +293,20 @@ struct Finisher {
 
   template <class P>
   __device__ __forceinline__ Finisher(const Consumer<P>& block, bool to_stream)
-      : tile(block.tile + warp_id() % max_tiles_together * static_cast<int>(gridDim.x)),
+      : tile(block.tile + slot() / P::column_groups * static_cast<int>(gridDim.x)),
         row(lane_id() / 4),
-        request(lane_id() % 4 + warp_id() / 4 * 4),
+        request(slot() % P::column_groups * product_columns + lane_id() % 4 + warp_id() / partial_slots * 4),
         mine(request < block.params.batch),
         low_before(0),
         high_before(0) {
     if (mine && to_stream && tile < block.params.shape(block.at.phase).tiles) {
       const float* stream =
-          block.params.streams[block.at.visit % 2] + (tile * block.params.batch + request) * 16 + row;
+          block.params.streams[block.at.visit % 2] + (tile * block.params.rows() + request) * 16 + row;
       low_before = load_one(stream);
       high_before = load_one(stream + 8);
     }
   }
+  __device__ __forceinline__ static int slot() { return warp_id() % partial_slots; }
 };
 
 // The stream's pair of rows of a request grows; what the next GEMM reads is written beside it, and its squares.
@@ -296,7 +314,7 @@ template <Packing packing, class P>
 __device__ __forceinline__ void finish_stream(const Consumer<P>& block, const Sums& sums,
                                               const Finisher& finisher) {
   const P& params = block.params;
-  const int place = sums.tile * params.batch + sums.request, at = place * 16 + sums.row;
+  const int place = sums.tile * params.rows() + sums.request, at = place * 16 + sums.row;
   float square = 0;
   if (finisher.mine) {
     const float low = finisher.low_before + sums.low, high = finisher.high_before + sums.high;
@@ -317,16 +335,17 @@ __device__ __forceinline__ void finish_stream(const Consumer<P>& block, const Su
 template <Packing packing, class P>
 __device__ __forceinline__ void finish_tiles(const Consumer<P>& block, const Finisher& finisher,
                                              bool to_stream, int tiles_done) {
-  const int own = warp_id() % max_tiles_together;
-  if (own >= tiles_done) return;
+  if (Finisher::slot() / P::column_groups >= tiles_done) return;
   // What follows from these is computed here, for one phase, and not ahead of the loop for all of them.
   Sums sums{finisher.tile, opaque(finisher.row), opaque(finisher.request), 0, 0};
-  const SharedArray<float> partials = partials_of(block.layout, own);
+  const SharedArray<float> partials = partials_of(block.layout, Finisher::slot());
+  const int own =
+      sums.row * product_columns + (P::column_groups > 1 ? sums.request % product_columns : sums.request);
 #pragma unroll
   for (int warp = 0; warp < decode_warps; ++warp) {
-    const int first = (warp * tile_rows + sums.row) * max_batch + sums.request;
+    const int first = warp * tile_rows * product_columns + own;
     sums.low += partials[first];
-    sums.high += partials[first + 8 * max_batch];
+    sums.high += partials[first + 8 * product_columns];
   }
   if (to_stream) {
     finish_stream<packing>(block, sums, finisher);
@@ -345,60 +364,147 @@ __device__ __forceinline__ void finish_tiles(const Consumer<P>& block, const Fin
   }
 }
 
-// Brings what a phase multiplies with, this warp's share of it; zeros where an item is wider than the matrix.
+// Zeros where an item is wider than the matrix, and the end of a warp's bringing.
 template <Packing packing, class P>
-__device__ __forceinline__ void bring_activations(const Consumer<P>& block, const WarpShare& share,
-                                                  const Activations& x) {
-  const P& params = block.params;
-  if (block.at.phase == Phase::o && params.splits_apart) {
-    bring_attended<packing>(params, share, x);
-  } else if (block.at.phase == Phase::o || block.at.phase == Phase::down) {
-    bring_rows<packing>(params, share, block.at.phase == Phase::o ? params.attended : params.hidden, x,
-                        [] {});
-  } else if (block.at.phase == Phase::gqkv && block.at.layer == 0) {
-    enter_visit<packing>(params, block.at, share, x);
-  } else {
-    bring_rows<packing>(params, share, params.x, x,
-                        [&] { put_squares(squares_of_tiles(params, share.first_sixteen, share.sixteens)); });
-  }
-  const int end = share.items * (ItemOf<packing>::columns / 16) * params.batch * 2;
-  for (int piece = max(share.sixteens, 0) * params.batch * 2 + lane_id(); piece < end; piece += 32) {
+__device__ __forceinline__ void fill_up(const P& params, const WarpShare& share, const Activations& x) {
+  const int end = share.items * (ItemOf<packing>::columns / 16) * params.rows() * 2;
+  for (int piece = max(share.sixteens, 0) * params.rows() * 2 + lane_id(); piece < end; piece += 32) {
     x.pieces<packing>()[piece] = ActivationPiece<packing>{};
   }
   __syncwarp();
 }
 
-// This warp's partial sums of a tile.
-__device__ __forceinline__ void put_partials(const SharedLayout& layout, int tile, const float (&sum)[4]) {
-  const SharedArray<float> partials = partials_of(layout, tile) + warp_id() * tile_rows * max_batch;
+// Brings what o and down multiply with, a part of this warp's share of it.
+template <Packing packing, class P>
+__device__ __forceinline__ void bring_part(const Consumer<P>& block, const WarpShare& share,
+                                           const Activations& x) {
+  const P& params = block.params;
+  if (block.at.phase == Phase::o && params.splits_apart) {
+    bring_attended<packing>(params, share, x);
+  } else {
+    bring_rows<packing>(params, share, block.at.phase == Phase::o ? params.attended : params.hidden, x,
+                        [] {});
+  }
+  fill_up<packing>(params, share, x);
+}
+
+// Brings what a phase multiplies with, this warp's share of it, and the squares of that where a norm reads it. Not for
+// o and down where more than 8 requests may come in parts.
+template <Packing packing, class P>
+__device__ __forceinline__ void bring_activations(const Consumer<P>& block, const WarpShare& share,
+                                                  const Activations& x) {
+  constexpr bool wide = P::column_groups > 1;
+  const P& params = block.params;
+  if (!wide && block.at.phase == Phase::o && params.splits_apart) {
+    bring_attended<packing>(params, share, x);
+  } else if (!wide && (block.at.phase == Phase::o || block.at.phase == Phase::down)) {
+    bring_rows<packing>(params, share, block.at.phase == Phase::o ? params.attended : params.hidden, x,
+                        [] {});
+  } else if (block.at.phase == Phase::gqkv && block.at.layer == 0) {
+#pragma unroll 1
+    for (int eight = 0; eight < P::column_groups * product_columns; eight += product_columns) {
+      enter_visit<packing>(params, block.at, share, x, eight);
+    }
+  } else {
+    bring_rows<packing>(params, share, params.x, x, [&] {
+      float squares[P::column_groups];
+      squares_of_tiles(squares, params, 0, share.first_sixteen, share.sixteens);
+#pragma unroll
+      for (int group = 0; group < P::column_groups; ++group) {
+        put_squares(squares[group], group * product_columns);
+      }
+    });
+  }
+  fill_up<packing>(params, share, x);
+}
+
+// This warp's partial sums of a tile, of 8 requests.
+__device__ __forceinline__ void put_partials(const SharedLayout& layout, int slot, const float (&sum)[4]) {
+  const SharedArray<float> partials = partials_of(layout, slot) + warp_id() * tile_rows * product_columns;
   const SharedArray<Packed<float, 2>> pairs{reinterpret_cast<Packed<float, 2>*>(partials.data)};
   pairs[lane_id()] = Packed<float, 2>{{sum[0], sum[1]}};
   pairs[lane_id() + 32] = Packed<float, 2>{{sum[2], sum[3]}};
 }
 
+// A warp's share of a matrix and of the activations. Those of more than 8 requests may have no room at once: o and
+// down, whose matrices may have many columns, then multiply as many stages as there is room for, and bring the next.
+template <Packing packing, class P>
+struct WarpWork {
+  static constexpr bool wide = P::column_groups > 1;
+  static constexpr int item_columns = ItemOf<packing>::columns,
+                       stage_columns = stage_items<packing> * item_columns;
+  WarpShare share;
+  Activations x;
+  int stages, held;  // of a tile, and those of them whose activations have room
+  bool brought;      // all of them
+
+  __device__ __forceinline__ WarpWork(const Consumer<P>& block, const MatrixShape& shape)
+      : share(warp_share(shape, item_columns)), stages(shape.stages), held(shape.stages), brought(false) {
+    int columns = shape.warp_items * item_columns;
+    if constexpr (wide) {
+      if (columns > block.layout.held_columns) held = block.layout.held_columns / stage_columns;
+      columns = block.layout.held_columns;
+    }
+    x = {block.layout.activations + warp_id() * columns * block.params.rows() * static_cast<int>(bf16_bytes),
+         block.params.batch};
+  }
+
+  // The share's part from a stage on.
+  __device__ __forceinline__ WarpShare part(int stage) const {
+    constexpr int sixteens = stage_columns / 16;
+    return {share.first_sixteen + stage * sixteens, min(held * sixteens, share.sixteens - stage * sixteens),
+            min(held * stage_items<packing>, share.items - stage * stage_items<packing>)};
+  }
+};
+
+// This warp's part of one of the block's tiles.
+template <Packing packing, class Stages, class P>
+__device__ __forceinline__ void multiply_tile(const Consumer<P>& block, Stages& loader,
+                                              WarpWork<packing, P>& work, int done) {
+  TileSums<P::column_groups> sums;
+  if constexpr (WarpWork<packing, P>::wide) {
+#pragma unroll 1
+    for (int stage = 0; stage < work.stages; stage += work.held) {
+      if (!work.brought) {
+        __syncwarp();  // other lanes have multiplied with the part before
+        bring_part<packing>(block, work.part(stage), work.x);
+        work.brought = work.held >= work.stages;
+      }
+      multiply_stages<packing>(sums, loader, min(work.held, work.stages - stage),
+                               work.share.items - stage * stage_items<packing>, work.x);
+    }
+  } else {
+    multiply_stages<packing>(sums, loader, work.stages, work.share.items, work.x);
+  }
+#pragma unroll
+  for (int eight = 0; eight < P::column_groups; ++eight) {
+    float sum[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] = sums.even[eight][i] + sums.odd[eight][i];
+    put_partials(block.layout, done * P::column_groups + eight, sum);
+  }
+}
+
 // A phase that multiplies. Leaves the block's first tile of the next one in `block.tile`.
 template <Packing packing, class Stages, class P>
 __device__ __forceinline__ void multiply_phase(Consumer<P>& block, Stages& loader) {
-  constexpr int item_columns = ItemOf<packing>::columns;
   const P& params = block.params;
   const MatrixShape& shape = params.shape(block.at.phase);
   const bool enters = block.at.phase == Phase::gqkv && block.at.layer == 0,
              to_stream = block.at.phase == Phase::o || block.at.phase == Phase::down;
   if (block.tile < shape.tiles || enters) {
-    const WarpShare share = warp_share(shape, item_columns);
-    const Activations x{block.layout.activations + warp_id() * shape.warp_items * item_columns *
-                                                       params.batch * static_cast<int>(bf16_bytes),
-                        params.batch};
-    bring_activations<packing>(block, share, x);
+    WarpWork<packing, P> work(block, shape);
+    if (!work.wide || !to_stream) {
+      bring_activations<packing>(block, work.share, work.x);
+      work.brought = true;
+    }
     const int grid = static_cast<int>(gridDim.x);
     while (block.tile < shape.tiles) {
       const Finisher finisher(block, to_stream);
       int done = 0;
 #pragma unroll 1
       for (; done < block.layout.tiles_together && block.tile + done * grid < shape.tiles; ++done) {
-        float sum[4];
-        multiply_tile<packing>(sum, loader, shape.stages, share.items, x);
-        put_partials(block.layout, done, sum);
+        multiply_tile(block, loader, work, done);
       }
       __syncthreads();
       finish_tiles<packing>(block, finisher, to_stream, done);

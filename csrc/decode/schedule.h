@@ -17,7 +17,8 @@ constexpr int decode_warps = 8, decode_threads = 32 * decode_warps;
 constexpr int tile_rows = 16;
 constexpr int max_kv_splits = 8;  // of a request's keys, at most
 constexpr int page_tokens = 64;
-constexpr int max_tiles_together = 4;  // of a block, between two barriers of the block
+constexpr int product_columns = 8;  // requests of one product of the tensor cores
+constexpr int partial_slots = 4;    // a tile's sums of 8 requests each, between two barriers of the block
 constexpr std::int64_t bf16_bytes = 2;
 
 // An item of a tile: what one 16-byte piece for each lane holds, and the scales (bfloat16) of its 16 rows.
@@ -125,8 +126,11 @@ inline MatrixShape matrix_shape(std::int64_t rows, std::int64_t depth, Item item
 // The parameters of every kernel of a step: its schedule, shapes, and where everything lies.
 //
 // Activations lie in the order in which the tensor cores take them: of each 16 columns, each request's 16 in
-// turn, (D / 16, B, 16).
+// turn, (D / 16, rows, 16). A kernel for up to 8 requests has a row for each of them; one for up to 16 or 32 has
+// as many rows as it takes requests, and what lies in those of no request is nobody's.
 struct DecodeParams {
+  static constexpr int column_groups = 1;  // of 8 requests, that one read of a weight is multiplied with
+
   Schedule schedule;
   int batch, width, ffn, heads, head_dim, head_shift, vocabulary;  // head_dim = 1 << head_shift
   std::uint32_t inverse_batch;  // 2^32 over the batch, rounded up: divides what is far below 2^29
@@ -145,7 +149,7 @@ struct DecodeParams {
   void *x, *q, *attended, *hidden;  // q: all first halves of its sums, then the second
   std::uint32_t* barrier;
 
-  // Places what a step keeps between its phases, for 8 requests, from `base` on; returns its bytes. A null
+  // Places what a step keeps between its phases, for max_batch requests, from `base` on; returns its bytes. A null
   // base only counts.
   std::int64_t place_workspace(std::byte* base) {
     std::int64_t used = 0;
@@ -170,8 +174,8 @@ struct DecodeParams {
   // Cuts the weights' bytes into matrices; returns how many there are of them.
   std::int64_t place_weights(const std::byte* base, std::int64_t own_layers_of_h) {
     std::int64_t used = 0;
-    const auto place = [&](Phase phase, std::int64_t rows, std::int64_t depth) {
-      MatrixShape& shape = shapes[static_cast<int>(phase)] = matrix_shape(rows, depth, item, used);
+    const auto place = [&](Phase phase, std::int64_t outputs, std::int64_t depth) {
+      MatrixShape& shape = shapes[static_cast<int>(phase)] = matrix_shape(outputs, depth, item, used);
       used += shape.tiles * shape.tile_bytes;
     };
     place(Phase::gqkv, 4 * attention_width(), width);
@@ -189,6 +193,7 @@ struct DecodeParams {
   }
 
   HRMCORE_HOST_DEVICE int attention_width() const { return heads * head_dim; }
+  HRMCORE_HOST_DEVICE int rows() const { return batch; }  // of activations
   HRMCORE_HOST_DEVICE const MatrixShape& shape(Phase phase) const { return shapes[static_cast<int>(phase)]; }
 };
 
@@ -198,6 +203,14 @@ struct PlainParams : DecodeParams {
   static constexpr const float* log_decay = nullptr;
 
   HRMCORE_HOST_DEVICE int attention_width() const { return heads * head_dim; }
+};
+
+// Either of them for more than 8 requests, up to 8 times `groups`.
+template <class Base, int groups>
+struct WideParams : Base {
+  static constexpr int column_groups = groups;
+
+  HRMCORE_HOST_DEVICE static constexpr int rows() { return groups * product_columns; }
 };
 
 }  // namespace hrmcore::cuda

@@ -1,4 +1,4 @@
-"""The fused decode step on CUDA: one token for each of up to 8 requests. Kernels: csrc/decode/decode_step.{h,cu}.
+"""The fused decode step on CUDA: one token for each of up to 32 requests. Kernels: csrc/decode/decode_step.{h,cu}.
 
 Shapes: B requests, V vocabulary, D width, H heads, d head_dim, F ffn width, R and K a matrix's rows and columns.
 """
@@ -17,10 +17,11 @@ from torch.utils.dlpack import to_dlpack
 from hrmcore import _C
 from hrmcore.config import HRMConfig
 from hrmcore.engine.mma_layout import MMA_DTYPES, TILE, in_fragments, paired
+from hrmcore.engine.runner import PAGE
 from hrmcore.model import HRM, Block, Positions, Stack
 from hrmcore.ops.backend import stream_of
 
-MOST_REQUESTS: int = _C.max_batch
+MOST_REQUESTS: int = _C.max_batch  # of any device; CudaStep.most_requests says how many this one takes
 
 Form = Literal["graph", "persistent"]
 
@@ -88,6 +89,7 @@ class CudaStep:
         self.config: HRMConfig = config
         self.form = form
         self._graphs: dict[tuple[int, int], _Captured] = {}  # by the batch and the tables' length
+        self._most_requests: dict[int, int] = {}  # by the tables' length
         self._graphs_cache: int | None = None  # address of the KV cache that they work on
         self.weights = pack(model, dtype)
         device = self.weights.device
@@ -121,9 +123,9 @@ class CudaStep:
     def __call__(self, tokens: Tensor, positions: Tensor, tables: Tensor, kv: Tensor) -> Tensor:
         """Append a token to each request's cache; the logits (B, V) float32 that follow.
 
-        tokens and positions (how many tokens the cache holds) are (B) int32, B at most 8; `tables` (B, C) int32 are the
-        numbers of each request's pages of 64 rows in kv, which is (slots, 2, rows, H, d) bfloat16. Values out of range
-        are taken to be the nearest in range.
+        tokens and positions (how many tokens the cache holds) are (B) int32, B at most most_requests(C), and `tables`
+        (B, C) int32 the numbers of each request's pages of 64 rows in kv, which is (slots, 2, rows, H, d) bfloat16.
+        Values out of range are taken to be the nearest in range.
         """
         if self.form == "graph" and tokens.is_cuda:
             return self._replayed(tokens, positions, tables, kv)
@@ -131,11 +133,41 @@ class CudaStep:
         self._launch(tokens, positions, tables, kv, logits)
         return logits
 
+    def most_requests(self, pages: int) -> int:
+        """How many requests one call takes on this device, with tables of so many pages: up to MOST_REQUESTS.
+
+        Their activations, angles and lists of pages must lie in the shared memory of a multiprocessor. The bits of a
+        request do not depend on how many are in a call. Raises RuntimeError where not even one request fits.
+        """
+        length = self._table_length(pages)
+        if length not in self._most_requests:
+            device, config, numbers = self.weights.device, self.config, self._numbers
+            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+                most = _C.cuda_step_most_requests(
+                    width=config.hidden_size,
+                    heads=config.num_attention_heads,
+                    head_dim=config.head_dim,
+                    xpos=self._log_decay is not None,
+                    table_length=length,
+                    **{name: numbers[name] for name in ("ffn", "window", "dtype", "blocks")},
+                )
+            if most == 0:
+                raise RuntimeError(
+                    f"the decode step of this model with {pages * PAGE:,} tokens in a request's cache does not fit in "
+                    f"the shared memory of {device}; give a smaller attention_window, or use device 'cpu'"
+                )
+            self._most_requests[length] = most
+        return self._most_requests[length]
+
+    def _table_length(self, pages: int) -> int:
+        """Of the tables that the kernels see: in graphs a power of two, so that growing sequences meet few shapes."""
+        return pages if self.form == "persistent" else 1 << (pages - 1).bit_length()
+
     def _replayed(self, tokens: Tensor, positions: Tensor, tables: Tensor, kv: Tensor) -> Tensor:
         if self._graphs_cache != kv.data_ptr():
             self._graphs.clear()
             self._graphs_cache = kv.data_ptr()
-        length = 1 << (tables.shape[1] - 1).bit_length()  # so that growing sequences meet few shapes
+        length = self._table_length(tables.shape[1])
         key = (len(tokens), length)
         tables = torch.nn.functional.pad(tables, (0, length - tables.shape[1]))
         if key not in self._graphs:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hrmcore.checkpoint.hrm_text import CONFIG_FILE
-from hrmcore.engine.cuda_decode import MOST_REQUESTS, CudaStep, Form
+from hrmcore.engine.cuda_decode import CudaStep, Form
 from hrmcore.engine.decode_ahead import DecodeAhead
 from hrmcore.engine.mma_layout import MMA_DTYPES
 from hrmcore.engine.prefill_buckets import BucketedPrefill
@@ -118,8 +118,12 @@ class CudaRunner(TorchRunner):
         return tuple(len(self._sequences[handle].pages) for handle in handles)
 
     def decode(self, tokens: Tensor, positions: Tensor, tables: Tensor) -> Tensor:
-        """Run tokens (S) int32 at positions (S) int32, 8 at a time; the logits (S, V) float32, on the device."""
-        groups = [slice(first, first + MOST_REQUESTS) for first in range(0, len(tokens), MOST_REQUESTS)]
+        """Run tokens (S) int32 at positions (S) int32, as many at a time as the device takes, up to 32.
+
+        Returns the logits (S, V) float32 that follow, on the device.
+        """
+        most = self._decode_step.most_requests(tables.shape[1])
+        groups = [slice(first, first + most) for first in range(0, len(tokens), most)]
         logits = [self._decode_step(tokens[one], positions[one], tables[one], self.kv) for one in groups]
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 

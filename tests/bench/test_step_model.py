@@ -7,10 +7,12 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from support.emulator import device_with, emulated_cuda
 from support.traffic import traffic
 
-from bench.gpu import sass, step_model
+from bench.gpu import sass, step_model, step_shapes
 from bench.gpu.step_model import Constants, Work
+from hrmcore import _C
 from hrmcore.config import HRMConfig
 
 ROOT = Path(__file__).parents[2]
@@ -136,7 +138,47 @@ def test_the_next_step_is_predicted(dtype: str) -> None:
     assert sum(step_model.repeated(case).values()) == len(list(step_model.order(case))) == 641
     expected = traffic(HRMConfig.preset("XL"), [1500] * 8, 132, dtype)
     assert case.bytes == pytest.approx(expected.floor, rel=1e-3)  # less the new tokens' own keys and values
-    assert case.splits_apart
+    assert not case.splits_apart  # joining would cost 8 requests more than it saves
+    assert step_model.xl(dtype, 1, 1500).splits_apart
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
+def test_more_than_8_requests_are_predicted_with_kernels_of_their_own(dtype: str) -> None:
+    """32 requests in one pass take longer than 8, and less than four passes; no less than memory takes."""
+    counts, c = step_model.load_counts("new"), Constants()
+    eight, many, most = (step_model.predict(step_model.xl(dtype, batch, 200), counts, c) for batch in (8, 16, 32))
+    assert [step_model.xl(dtype, batch, 200).kernel for batch in (8, 9, 16, 17, 32)] == [
+        dtype,
+        *[f"{dtype}, 16 requests"] * 2,
+        *[f"{dtype}, 32 requests"] * 2,
+    ]
+    assert eight["ms"] < many["ms"] < most["ms"] < 4 * eight["ms"]
+    for found in (eight, many, most):
+        assert found["limit_ms"] < found["ms"]
+    assert step_model.xl(dtype, 32, 200).parts("down") == [12, 12, 8]  # sixteens of columns of a warp
+    assert step_model.xl(dtype, 32, 200).parts("gate_up") == [12]
+
+
+def test_activations_take_as_long_as_the_second_level_cache_needs_for_them() -> None:
+    c = MADE_UP_CONSTANTS
+    assert Work(reads=2, asked=1e6).before(c) == pytest.approx(2 * c.read)
+    assert Work(reads=2, asked=11e6).before(c) == pytest.approx(11e6 / c.cache_bandwidth / 1e6)
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("shared_kib", [99, 163, 227])
+def test_as_many_requests_fit_as_the_core_says(dtype: str, shared_kib: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_shapes, "SHARED_BYTES", shared_kib << 10)
+    with device_with(shared_kib), emulated_cuda():
+        most = _C.cuda_step_most_requests(
+            **{"width": 1536, "ffn": 4096, "heads": 12, "head_dim": 128, "xpos": False, "window": 0},
+            **{"table_length": 24, "dtype": dtype, "blocks": 132},
+        )
+    step_model.xl(dtype, most, 1500).ring_stages()
+    for more in range(most + 1, 33):
+        with pytest.raises(ValueError, match="do not fit"):
+            step_model.xl(dtype, more, 1500).ring_stages()
 
 
 def test_shapes_follow_the_schedule() -> None:
@@ -153,7 +195,7 @@ def test_the_counts_are_those_of_the_committed_table() -> None:
     """make cuda-table writes both."""
     table = (ROOT / "csrc" / "sass.txt").read_text()
     targets = table.splitlines()[1].split()
-    for dtype, counts in step_model.load_counts("new").items():
-        figures = next(line for line in table.splitlines() if line.startswith(f"{dtype}: instructions for"))
-        shown = figures.split("bytes" if dtype == "bfloat16" else "item")[1].split()[targets.index("sm_90")]
+    for name, counts in step_model.load_counts("new").items():
+        figures = next(line for line in table.splitlines() if line.startswith(f"{name}: instructions for"))
+        shown = figures.split("bytes" if name.startswith("bfloat16") else "item")[1].split()[targets.index("sm_90")]
         assert float(shown) == pytest.approx(counts["stage"][-1] / len(counts["stage"]), abs=0.06)

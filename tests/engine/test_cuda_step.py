@@ -180,6 +180,78 @@ def test_the_bits_are_the_same_in_both_forms_and_for_every_schedule_grid_and_bat
         assert distance(logits, theirs) < TOLERANCE
 
 
+# Matrices of o and down whose columns have no room at once beside 9 and more requests: a warp brings them in parts.
+PARTS = {"hidden_size": 48, "intermediate_size": 1040, "num_attention_heads": 6, "head_dim": 128}
+PARTS_OF_DOWN = {"hidden_size": 48, "intermediate_size": 1616, "num_attention_heads": 1, "head_dim": 128}
+LENGTHS = [130, 64, 2, 1, 63, 20, 9, 5]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changes", "shared_kib"),
+    [
+        pytest.param("bfloat16", PARTS, 227, marks=pytest.mark.slow),
+        pytest.param("int8", PARTS_OF_DOWN, 227, marks=pytest.mark.slow),
+        pytest.param("int4", PARTS_OF_DOWN, 227, marks=pytest.mark.slow),
+        ("bfloat16", {}, 163),
+        ("int8", {"position_encoding": "xpos"}, 227),
+        ("int4", {"num_attention_heads": 1, "head_dim": 64}, 227),
+    ],
+)
+def test_up_to_32_requests_at_once_have_the_bits_of_fewer(
+    dtype: str, changes: dict[str, Any], shared_kib: int, tmp_path: Path
+) -> None:
+    """Kernels for up to 16 and up to 32 requests, the first one's last group ragged, beside the one for up to 8."""
+    model = random_model(num_layers_per_stack=1, H_cycles=1, L_cycles=1, **changes)
+    requests = Requests(model, [n + i for i in range(4) for n in LENGTHS], tmp_path)
+    tokens = torch.arange(32, dtype=torch.int32)
+
+    def run(form: Form, blocks: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        kv, step, chosen = requests.kv.clone(), CudaStep(model, form, blocks, dtype), slice(first, last)
+        with device_with(shared_kib), emulated_cuda():
+            assert step.most_requests(requests.tables.shape[1]) == 32
+            return step(tokens[chosen], requests.positions[chosen], requests.tables[chosen], kv), kv
+
+    alone = torch.cat([run("persistent", 3, first, first + 8)[0] for first in (0, 8, 16, 24)])
+    kvs = []
+    cases: tuple[tuple[Form, int, int, int], ...] = (
+        ("persistent", 5, 2, 11),
+        ("graph", 2, 16, 32),
+        ("persistent", 11, 7, 24),
+        ("persistent", 4, 0, 32),
+        ("graph", 7, 0, 32),
+    )
+    for seed, (form, blocks, first, last) in enumerate(cases):
+        with seeded(seed):
+            logits, kv = run(form, blocks, first, last)
+        assert torch.equal(logits, alone[first:last])
+        if last - first == 32:
+            kvs.append(kv.view(torch.int16))
+    assert torch.equal(*kvs)
+    if dtype == "bfloat16":
+        theirs = torch.from_numpy(requests.engine.step(requests.handles, tokens.tolist()))
+        assert distance(alone, theirs) < TOLERANCE
+
+
+def test_the_device_says_how_many_requests_it_takes_at_once(tmp_path: Path) -> None:
+    model = random_model(num_layers_per_stack=1, H_cycles=1, L_cycles=1, **PARTS)
+    requests = Requests(model, [5] * 32, tmp_path)
+    step = CudaStep(model, "persistent", 3)
+
+    def run(batch: int) -> Tensor:
+        tokens = torch.arange(batch, dtype=torch.int32)
+        return step(tokens, requests.positions[:batch], requests.tables[:batch], requests.kv)
+
+    with emulated_cuda():
+        with device_with(99):
+            most = step.most_requests(requests.tables.shape[1])
+            assert 0 < most < 32
+            assert run(most).isfinite().all()
+            with pytest.raises(RuntimeError, match="fewer requests at once would"):
+                run(most + 1)
+        with device_with(60), pytest.raises(RuntimeError, match="tokens in a request's cache does not fit in"):
+            CudaStep(model, "persistent", 3).most_requests(requests.tables.shape[1])
+
+
 def test_the_graph_form_is_captured_once_a_shape_and_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a graph that keeps its launches' operands and runs them again: the bits of launches without one."""
     model = random_model(num_layers_per_stack=1, H_cycles=1, L_cycles=1)
@@ -316,7 +388,7 @@ def test_wrong_operands_are_refused(tmp_path: Path) -> None:
     good = {"tokens": ids, "positions": ids, "tables": requests.tables, "kv": requests.kv}
     for name, wrong, message in (
         ("tokens", ids.long(), "tokens must be"),
-        ("tokens", ids.repeat(9), "the number of tokens must be from 1 to 8, got 9"),
+        ("tokens", ids.repeat(33), "the number of tokens must be from 1 to 32, got 33"),
         ("positions", ids.repeat(2), "positions must"),
         ("kv", requests.kv.float(), "kv must"),
         ("kv", requests.kv[1:], "kv must"),
@@ -328,8 +400,10 @@ def test_wrong_operands_are_refused(tmp_path: Path) -> None:
         step(**good)
 
 
-def test_the_engine_on_cuda_prefills_in_torch_and_decodes_in_the_step(tmp_path: Path) -> None:
-    """Ten sequences, which take two steps of at most eight; then one of them alone."""
+def test_the_engine_on_cuda_prefills_in_torch_and_decodes_in_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten sequences, at once and as many at once as the device is said to take; then one of them alone."""
     model = random_model(num_layers_per_stack=1)
     model.save_pretrained(tmp_path)
     prompts, prefixes = [list(range(1, 3 + i)) for i in range(10)], [1 + i for i in range(10)]
@@ -338,9 +412,17 @@ def test_the_engine_on_cuda_prefills_in_torch_and_decodes_in_the_step(tmp_path: 
     theirs = torch.from_numpy(cpu.step(cpu_handles, range(10)))
     runner = CudaRunner(model, blocks=3)
     handles, _ = runner.open(prompts, prefixes)
+    in_groups = CudaRunner(model, blocks=3)
+    same_handles, _ = in_groups.open(prompts, prefixes)
+    counters()
     with emulated_cuda():
         ours = torch.from_numpy(runner.step(handles, range(10)))
         assert distance(ours, theirs) < TOLERANCE
+        assert counters()["launches"] == 1
+        monkeypatch.setattr(in_groups._decode_step, "most_requests", lambda pages: 4)
+        again = in_groups.step(same_handles, range(10))
+        assert torch.equal(torch.from_numpy(again), ours)
+        assert counters()["launches"] == 3
         one = torch.from_numpy(runner.step(handles[9:], [4]))
     assert distance(one, torch.from_numpy(cpu.step(cpu_handles[9:], [4]))) < TOLERANCE
     assert runner.dtype == "bfloat16"

@@ -133,7 +133,7 @@ def test_one_answer_is_that_of_the_host(options: dict[str, Any], runner: Ahead) 
 
 @pytest.mark.parametrize("ends", [False, True])
 def test_requests_that_join_and_leave_get_the_answers_of_the_host(ends: bool, runner: Ahead) -> None:
-    """Sixteen, up to twelve at once, in two groups of a step; some ended by their own tokens, some from outside."""
+    """Sixteen, up to twelve at once; some ended by their own tokens, some from outside."""
 
     def run(engine: Engine) -> dict[int, list[int]]:
         requests = [request_of(engine, index) for index in range(16)]

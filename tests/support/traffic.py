@@ -53,7 +53,9 @@ def traffic(
     first_pages = [max(0, (position // window - 1) * window) // PAGE if window else 0 for position in positions]
     pages = [position // PAGE + 1 - first for position, first in zip(positions, first_pages, strict=True)]
     room = table_length or max(position // PAGE + 1 for position in positions)
-    apart = splits_apart(batch * heads, min(room, 2 * window // PAGE) if window else room, blocks)
+    columns_of_warp = -(-attention // (ITEMS[dtype] * warps)) * ITEMS[dtype]
+    joined = -(-batch * columns_of_warp // 8 // 32)
+    apart = splits_apart(batch * heads, min(room, 2 * window // PAGE) if window else room, blocks, joined)
     splits = [min(seen, MAX_SPLITS) if apart else 1 for seen in pages]
 
     def active(rows: int) -> int:
@@ -103,11 +105,14 @@ def traffic(
     )
 
 
-def splits_apart(rows: int, pages: int, blocks: int) -> bool:
-    """Whether the splits of a head lie in blocks of their own: when a block then sees fewer pages one by one."""
+def splits_apart(rows: int, pages: int, blocks: int, joined: int) -> bool:
+    """Whether the splits of a head lie in blocks of their own: when a block then sees fewer pages one by one.
+
+    `joined` are the groups of 32 pieces that a warp then joins, each in the time of a page or two.
+    """
     splits = min(pages, MAX_SPLITS)
     apart = -(-rows * splits // blocks) * -(-pages // splits)
-    return apart + 1 < -(-rows // blocks) * pages
+    return apart + (2 if splits > MAX_SPLITS // 2 else 1) * joined < -(-rows // blocks) * pages
 
 
 def matrix_bytes(rows: int, columns: int, dtype: str) -> int:
