@@ -84,6 +84,8 @@ def _line(study: Study, arm: str, cells: dict[str, list[Cell]], target: float) -
 def _at(curve: Any, axis: str, target: float, key: str) -> float:
     """A running total at a spend: of the first validation at or behind it, or of the last."""
     values, across = getattr(curve, key), getattr(curve, axis)
+    if not values:  # it became no number before the first one
+        return 0.0
     return float(next((value for value, spent in zip(values, across, strict=True) if spent >= target), values[-1]))
 
 
