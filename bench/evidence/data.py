@@ -24,6 +24,7 @@ from hrmcore.tokenizer import train_tokenizer
 
 CONTEXT = 1024
 HELD_OUT = 10  # of a hundred solutions
+DRAWS = 50_000
 FRAMING = 10  # tokens of every vocabulary beside bytes and characters
 
 Pair = tuple[str, str, str]  # question, answer, and what must not be in both parts
@@ -128,16 +129,23 @@ def write(pairs: Iterator[Pair], folder: Path, records: int, heldout: int) -> Pa
 
 
 def split(pairs: Iterator[Pair], records: int, heldout: int) -> tuple[dict[str, str], dict[str, str]]:
-    """Questions with answers to train on and to hold out, as many as are asked for; each question once."""
+    """Questions with answers to train on and to hold out, as many as are asked for; each question once.
+
+    Raises ValueError when there are not so many, as far as DRAWS more draws can tell.
+    """
     train: dict[str, str] = {}
     kept: dict[str, str] = {}
+    since = 0
     for question, answer, apart in pairs:
         part, most = (kept, heldout) if held_out(apart) else (train, records)
-        if len(part) < most:
-            part[question] = answer
+        since += 1
+        if len(part) < most and question not in part:
+            part[question], since = answer, 0
         if len(train) == records and len(kept) == heldout:
+            return train, kept
+        if since == DRAWS:
             break
-    return train, kept
+    raise ValueError(f"{len(train)} different questions to train on and {len(kept)} held out, not {records}, {heldout}")
 
 
 def held_out(text: str) -> bool:

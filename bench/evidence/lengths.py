@@ -39,11 +39,11 @@ LETTERS = [chr(code) for code in range(0x100, 0x100 + VOCABULARY)]  # one for ea
 
 
 def chain() -> Iterator[sets.Pair]:
-    """Records of TRAINED words; the question is the first of them."""
+    """Records of TRAINED words; the question is the first eight of them."""
     text = Text(1000)
     while True:
         stream = "".join(LETTERS[word] for word in text.stream(TRAINED))
-        yield stream[0], stream[1:], stream
+        yield stream[:8], stream[8:], stream
 
 
 def config(setting: Setting) -> TrainConfig:
