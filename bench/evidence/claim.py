@@ -192,18 +192,17 @@ def main(claim: Claim, arguments: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="folder of data, runs and reports; made if it is not there")
     parser.add_argument("--minutes", type=float, default=0.0, help="how long it trains; added to --hours")
     parser.add_argument("--hours", type=float, default=0.0)
-    parser.add_argument("--seconds", type=float, default=0.0)
     parser.add_argument("--device", default="cpu", choices=sorted(claim.scales), help="also chooses the size (cpu)")
     parser.add_argument("--data", help="only these sets, separated by commas")
-    parser.add_argument("--table", action="store_true", help="train nothing")
+    parser.add_argument("--table", action="store_true", help="train nothing; without runs this makes the data alone")
     args = parser.parse_args(arguments)
     scale = claim.scales[args.device]
     names = args.data.split(",") if args.data else scale.data
     if unknown := sorted(set(names) - set(sets.SETS)):
         parser.error(f"--data: no {', '.join(unknown)}; choose from {', '.join(sets.SETS)}")
-    if not args.table and args.seconds + args.minutes + args.hours <= 0:
+    if not args.table and args.minutes + args.hours <= 0:
         parser.error("say how long it may train: --minutes 10, or --hours 8")
-    deadline = time.monotonic() + args.seconds + 60 * args.minutes + 3600 * args.hours
+    deadline = time.monotonic() + 60 * args.minutes + 3600 * args.hours
     if scale.device == "cpu" and not args.table:
         os.nice(19 - os.nice(0))
     args.out.mkdir(parents=True, exist_ok=True)

@@ -60,6 +60,20 @@ def curves(shown: dict[str, Any]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def crossings(shown: dict[str, Any]) -> list[str]:
+    """From where on each arm is below the reference, of the places of the table; or that it is so nowhere."""
+    theirs = next(line["losses"] for line in shown["lines"] if line["arm"] == shown["reference"])
+    said = []
+    for line in shown["lines"]:
+        if line["arm"] == shown["reference"]:
+            continue
+        above = [index for index, (a, b) in enumerate(zip(line["losses"], theirs, strict=True)) if a >= b]
+        first = above[-1] + 1 if above else 0
+        where = "at the end it is not" if first == POINTS else f"from {shown['places'][first]:.3g} on"
+        said.append(f"{line['arm']} below {shown['reference']}: {where}")
+    return said
+
+
 def tried(found: dict[str, Any]) -> str:
     """Every setting's loss with seed 0, by the rung that it came to: nothing is left out."""
     rungs = sorted({entry["at"] for entry in found["tried"]})
@@ -79,7 +93,8 @@ def main() -> None:
     args = parser.parse_args()
     found = json.loads(args.report.read_text(encoding="utf-8"))
     shown = page(found)
-    print(f"{table.text(found)}\n\n{curves(shown)}\n\n{tried(found)}")
+    print(f"{table.text(found)}\n\n{curves(shown)}\n\n{tried(found)}\n")
+    print("\n".join(crossings(shown)))
     if args.data:
         args.data.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
 

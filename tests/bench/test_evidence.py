@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from bench.evidence import cell as cells
 from bench.evidence import claim as claims
 from bench.evidence import data as sets
-from bench.evidence import intervals, optimizers, table
+from bench.evidence import intervals, optimizers, page, picture, table
 from bench.evidence.claim import Claim, Scale, Study
 from bench.evidence.growth import tokens_for
 from bench.evidence.muon import MuonBeside
@@ -201,6 +202,26 @@ def test_a_study_stopped_every_few_steps_gives_the_same_table(
     )  # 2 candidates and the second seed at the lower rung, both seeds above
 
 
+def test_a_page_has_the_figures_of_its_picture(whole: dict[str, Any], tmp_path: Path, figures: list[Any]) -> None:
+    shown = page.page(whole)
+    adamw = shown["lines"][0]
+    assert shown["places"][-1] == whole["at"] == 8
+    assert adamw["losses"][-1] == adamw["loss"]["mean"] == round(fmean(whole["lines"][0]["loss"]), 3)
+    printed = "\n".join((table.text(whole), page.curves(shown), page.tried(whole)))
+    for line in shown["lines"]:
+        assert f"{line['arm']} | {line['settings']} | 2 | {line['loss']['mean']:.3f}" in printed
+        assert f"| {' | '.join(f'{loss:.3f}' for loss in line['losses'])} |" in printed
+        assert f"{line['right_percent']['mean']:.1f}%" in printed
+    assert all(f"| {entry['arm']} | {entry['settings']} |" in printed for entry in whole["tried"])
+    picture.draw(shown, tmp_path / "picture.png")
+    way, right = figures[0].axes
+    assert [text.get_text() for text in way.get_legend().get_texts()] == ["adamw", "muon"]
+    assert way.lines[0].get_ydata().tolist() == adamw["losses"]
+    assert [tick.get_text() for tick in right.get_yticklabels()] == ["adamw", "muon"]
+    best = min(shown["lines"], key=lambda line: line["loss"]["mean"])
+    assert figures[0].get_suptitle() == f"echoes: {best['arm']} has the lowest loss, {best['loss']['mean']:.3f}"
+
+
 def test_a_killed_cell_is_repeated(
     tiny: Claim, tmp_path: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,6 +337,22 @@ def test_sudokus_have_one_solution_and_none_is_in_both_parts() -> None:
         assert 4 <= len(given) <= 8
         [only] = [grid for grid in solved.tolist() if all(grid[place] == cell for place, cell in given)]
         assert "".join(map(str, only)) == answer.replace("\n", "")
+
+
+def test_look_alikes_of_a_sudoku_are_right() -> None:
+    rows = [[(3 * (row % 3) + row // 3 + column) % 9 + 1 for column in range(9)] for row in range(9)]
+    solution = np.array(rows)
+    puzzle = np.where(np.arange(81).reshape(9, 9) % 2, solution, 0)
+    random = np.random.default_rng(1)
+    found = [sets.look_alike(np.stack([puzzle, solution]), random) for _ in range(50)]
+    for asked, answer in found:
+        boxes = answer.reshape(3, 3, 3, 3).swapaxes(1, 2).reshape(9, 9)
+        assert all(
+            sorted(part) == list(range(1, 10)) for part in (*answer.tolist(), *answer.T.tolist(), *boxes.tolist())
+        )
+        assert ((asked == answer) | (asked == 0)).all()
+        assert (asked == 0).sum() == (puzzle == 0).sum()
+    assert len({answer.tobytes() for _, answer in found}) == 50
 
 
 def test_the_command_for_a_gpu_says_what_is_missing() -> None:
