@@ -339,6 +339,20 @@ def test_sudokus_have_one_solution_and_none_is_in_both_parts() -> None:
         assert "".join(map(str, only)) == answer.replace("\n", "")
 
 
+@pytest.mark.parametrize("name", ["sums", "mazes", "iq"])
+def test_sets_have_as_many_questions_as_are_asked_for(name: str) -> None:
+    train, heldout = sets.split(sets.SETS[name](), 2500, 30)
+    assert (len(train), len(heldout)) == (2500, 30)
+    assert not set(train) & set(heldout)
+    if name == "sums":
+        assert all(eval(asked) == int(answer) for asked, answer in heldout.items())
+
+
+def test_a_set_with_too_few_questions_is_refused() -> None:
+    with pytest.raises(ValueError, match="different questions to train on and"):
+        sets.split(itertools.cycle(echoes()), 600, 10)
+
+
 def test_look_alikes_of_a_sudoku_are_right() -> None:
     rows = [[(3 * (row % 3) + row // 3 + column) % 9 + 1 for column in range(9)] for row in range(9)]
     solution = np.array(rows)
