@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from statistics import fmean
@@ -61,9 +62,9 @@ def _line(study: Study, arm: str, cells: dict[str, list[Cell]], target: float) -
     if not mine:
         return line
     curves = [study.curve(cell) for cell in mine]
-    for key in ("loss", "exact"):
+    for key, most in (("loss", math.inf), ("exact", 1.0)):
         line[key] = [curve.at(claim.axis, target, key) for curve in curves]
-        line[f"{key}_interval"] = intervals.of_mean(line[key])
+        line[f"{key}_interval"] = intervals.within(intervals.of_mean(line[key]), 0.0, most)
     line["settings"] = written(claim.arms[arm][mine[0].candidate])
     line["ended_early"] = sum(curve.ended for curve in curves)
     for key in ("step", "tokens", "flops", "seconds"):

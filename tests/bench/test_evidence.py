@@ -126,6 +126,8 @@ def test_intervals_are_students() -> None:
     assert intervals.of_difference([1.0, 2.0, 3.0], [2.0, 3.0, 4.0]) == {"mean": -1.0, "low": -1.0, "high": -1.0}
     assert intervals.of_mean([2.0]) == {"mean": 2.0, "low": None, "high": None}
     assert intervals.of_mean([2.0, math.inf])["low"] is None
+    wide = {"mean": 0.7, "low": -0.2, "high": 1.6}
+    assert intervals.within(wide, 0, 1) == {"mean": 0.7, "low": 0, "high": 1}
     with pytest.raises(ValueError, match="1 to 13 values, got 0"):
         intervals.of_mean([])
 
