@@ -3,7 +3,7 @@
     python -m bench.evidence.page OUT/report-sudoku4.json docs/results/data/evidence_objectives_sudoku4.json
 
 The JSON holds what the tables print, in the same digits, so that a picture can be drawn again from a page's figures:
-means over the seeds that all arms have, at POINTS spends up to the table's rung, and the intervals at the rung.
+means over the seeds that all arms have, at some POINTS spends up to the table's rung, and the intervals at the rung.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ POINTS = 6
 
 def page(found: dict[str, Any]) -> dict[str, Any]:
     """Of a report; figures rounded as they are printed. Spends are whole numbers, losses have three digits."""
-    places = [round(found["at"] * number / POINTS) for number in range(1, POINTS + 1)]
-    lines = []
+    axis, places, lines = found["axis"], places_of(found), []
     for line in found["lines"]:
         if not line["n"]:
             continue
         curves = [Curve(**curve) for curve in line["curves"]]
-        means = [fmean(curve.at(found["axis"], place, "loss") for curve in curves) for place in places]
+        means = [fmean(curve.at(axis, place, "loss") for curve in curves) for place in places]
         lines.append(
             {
                 "arm": line["arm"],
@@ -41,6 +40,13 @@ def page(found: dict[str, Any]) -> dict[str, Any]:
         )
     names = ("claim", "data", "axis", "reference")
     return {**{name: found[name] for name in names}, "places": places, "complete": found["complete"], "lines": lines}
+
+
+def places_of(found: dict[str, Any]) -> list[int]:
+    """POINTS spends up to the table's rung, without those before a curve's first validation."""
+    first = max(curve[found["axis"]][0] for line in found["lines"] for curve in line.get("curves", ()))
+    places = (round(found["at"] * number / POINTS) for number in range(1, POINTS + 1))
+    return [place for place in places if place >= first]
 
 
 def rounded(found: dict[str, Any], digits: int) -> dict[str, float | None]:
@@ -69,7 +75,7 @@ def crossings(shown: dict[str, Any]) -> list[str]:
             continue
         above = [index for index, (a, b) in enumerate(zip(line["losses"], theirs, strict=True)) if a >= b]
         first = above[-1] + 1 if above else 0
-        where = "at the end it is not" if first == POINTS else f"from {shown['places'][first]:.3g} on"
+        where = "at the end it is not" if first == len(theirs) else f"from {shown['places'][first]:.3g} on"
         said.append(f"{line['arm']} below {shown['reference']}: {where}")
     return said
 
