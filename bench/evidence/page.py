@@ -33,6 +33,7 @@ def page(found: dict[str, Any]) -> dict[str, Any]:
                 "arm": line["arm"],
                 "settings": line["settings"],
                 "n": line["n"],
+                "verdict": table.verdict(line["loss_difference"]) if "loss_difference" in line else "",
                 "losses": [round(mean, 3) for mean in means],
                 "loss": rounded(line["loss_interval"], 3),
                 "right_percent": rounded({key: percent(v) for key, v in line["exact_interval"].items()}, 1),

@@ -35,9 +35,15 @@ def draw(shown: dict[str, Any], path: Path) -> None:
 
 
 def title(shown: dict[str, Any]) -> str:
-    """Which arm is lowest, and by how much the reference is above or below."""
+    """Which arms' losses are shown to differ from the reference's; else which mean is lowest."""
+    sides = {line["arm"]: line["verdict"] for line in shown["lines"] if line["verdict"] in ("lower", "higher")}
+    if sides:
+        said = ", ".join(f"{arm} {side}" for arm, side in sides.items())
+        return f"{shown['data']}: beside {shown['reference']} loss is {said}"
     best = min(shown["lines"], key=lambda line: line["loss"]["mean"])
-    return f"{shown['data']}: {best['arm']} has the lowest loss, {best['loss']['mean']:.3f}"
+    return (
+        f"{shown['data']}: {best['arm']} has the lowest mean loss, {best['loss']['mean']:.3f}; no difference is shown"
+    )
 
 
 def conditions(shown: dict[str, Any]) -> str:

@@ -220,8 +220,13 @@ def test_a_page_has_the_figures_of_its_picture(whole: dict[str, Any], tmp_path: 
     assert [text.get_text() for text in way.get_legend().get_texts()] == ["adamw", "muon"]
     assert way.lines[0].get_ydata().tolist() == adamw["losses"]
     assert [tick.get_text() for tick in right.get_yticklabels()] == ["adamw", "muon"]
+    for line, verdict in zip(shown["lines"], ("", "not told apart"), strict=True):
+        line["verdict"] = verdict
     best = min(shown["lines"], key=lambda line: line["loss"]["mean"])
-    assert figures[0].get_suptitle() == f"echoes: {best['arm']} has the lowest loss, {best['loss']['mean']:.3f}"
+    lowest = f"echoes: {best['arm']} has the lowest mean loss, {best['loss']['mean']:.3f}; no difference is shown"
+    assert picture.title(shown) == lowest
+    shown["lines"][1]["verdict"] = "higher"
+    assert picture.title(shown) == "echoes: beside adamw loss is muon higher"
 
 
 def test_a_killed_cell_is_repeated(
