@@ -16,19 +16,26 @@ from typing import Any
 from hrmcore import cli, plots
 
 HERE = Path(__file__).parent
+sys.path.append(str(Path(__file__).parents[2]))  # for bench/; last, so that the installed package wins
+
 QUESTION = "Spell this word backward (example: sun -> nus): lantern"
 
 
 def main(names: list[str]) -> None:
     for name in names or [*sorted(path.stem for path in (HERE / "data").glob("*.json")), "lens"]:
-        picture = HERE / "pictures" / f"{name}.png"
+        to = HERE / "pictures" / f"{name}.png"
         if name == "lens":
-            cli.main(["inspect", QUESTION, "--plot", str(picture)])
+            cli.main(["inspect", QUESTION, "--plot", str(to)])
             continue
         report = json.loads((HERE / "data" / f"{name}.json").read_text(encoding="utf-8"))
         if name == "architecture":
             report["lines"] = [with_seeds(line) for line in report["lines"]]
-        getattr(plots, name, plots.bars)(report, picture)
+        if name.startswith("evidence_"):
+            from bench.evidence import picture
+
+            picture.draw(report, to)
+        else:
+            getattr(plots, name, plots.bars)(report, to)
 
 
 def with_seeds(line: dict[str, Any]) -> dict[str, Any]:

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 from hrmcore._lazy import lazy
 
 if TYPE_CHECKING:
+    from hrmcore.train.optimizers import make_optimizer as make_optimizer
     from hrmcore.train.run_file import TrainConfig as TrainConfig
     from hrmcore.train.run_file import read_config as read_config
     from hrmcore.train.trainer import Trainer as Trainer
-    from hrmcore.train.trainer import make_optimizer as make_optimizer
 
 __getattr__, __dir__ = lazy(
     __name__,
     {
         "run_file": ["TrainConfig", "read_config"],
-        "trainer": ["Trainer", "make_optimizer"],
+        "optimizers": ["make_optimizer"],
+        "trainer": ["Trainer"],
     },
 )

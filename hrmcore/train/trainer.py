@@ -34,6 +34,7 @@ from hrmcore.train.early_stopping import EarlyStopping
 from hrmcore.train.heartbeat import Heartbeat
 from hrmcore.train.interruption import Interruption, StepAbandoned
 from hrmcore.train.metrics import Metrics, shown
+from hrmcore.train.optimizers import make_optimizer
 from hrmcore.train.resume import Progress
 from hrmcore.train.run_file import TrainConfig, ema_decay, horizon, learning_rate
 from hrmcore.train.throughput import Throughput, growth_flops, memory_needed, supervised_of, tokens_of
@@ -79,7 +80,7 @@ class Trainer:
         self.model = resume.first_model(config).to(self.world.device)
         if self._sharded:
             fsdp.shard(self.model, self.world, config.precision)
-        self.optimizer = make_optimizer(config, self.model)
+        self.optimizer = self._new_optimizer(config)
         self._throughput = Throughput(self.world, config.precision, config.lora)
         self._begin_at(Progress(step=0, tokens=0, skipped=0, typical_loss=None, position=(0, 0)))
         self._saved = -1  # the step of the newest state
@@ -100,6 +101,10 @@ class Trainer:
             self._metrics = Metrics(self.out, self.step, config.log, dataclasses.asdict(config))
             self._held.callback(self._metrics.close)
         self._heart.rest()
+
+    def _new_optimizer(self, config: TrainConfig) -> Any:
+        """The run file's, over the model as it is now. A study of others has them from here."""
+        return make_optimizer(config, self.model)
 
     def _load_data(self) -> None:
         config, context = self.config, self.config.model.max_position_embeddings
@@ -459,7 +464,7 @@ class Trainer:
         config = resume.as_trained(self.config, metadata)
         resume.check_same_run(path, metadata, config.optimizer, self._fingerprint)
         if config != self.config:
-            self.config, self.optimizer = config, make_optimizer(config, self.model)
+            self.config, self.optimizer = config, self._new_optimizer(config)
             self._say(f"{path}: was trained with the paper's form of AdamAtan2, and the run goes on with it")
         self._catch_up(path, metadata)
         resume.restore_tensors(path, self._tensors())
@@ -476,24 +481,4 @@ class Trainer:
             raise ValueError(f"{path}: {error}") from None
         if self.growing.config != self.model.config:
             self.model = HRM(self.growing.config).to(self.world.device)
-            self.optimizer = make_optimizer(self.config, self.model)
-
-
-def make_optimizer(config: TrainConfig, model: HRM) -> optim.Sophia | optim.AdamAtan2 | optim.AdamW:
-    """The optimizer that the run file names, over all parameters."""
-    options: dict[str, Any] = {
-        "lr": config.learning_rate,
-        "betas": config.betas,
-        "weight_decay": config.weight_decay,
-        "ema": config.ema or None,
-        "ema_dtype": getattr(torch, config.ema_dtype),
-    }
-    parameters = model.parameters()
-    if config.optimizer.startswith("adamatan2"):
-        form = "paper" if config.optimizer == "adamatan2-paper" else "hrm-text"
-        return optim.AdamAtan2(parameters, **options, form=form)
-    options["eps"] = config.eps
-    if config.optimizer == "adamw":
-        return optim.AdamW(parameters, **options)
-    options["rho"] = config.rho
-    return optim.Sophia(parameters, variant=config.optimizer[-1].upper(), **options)
+            self.optimizer = self._new_optimizer(self.config)
