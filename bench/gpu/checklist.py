@@ -118,6 +118,9 @@ def in_child(check: Callable[[], dict[str, Any]], limit: float) -> Record:
 
 
 def _answer(check: Callable[[], dict[str, Any]], sender: Connection) -> None:
+    # After a fork torch makes its threads' pool anew at the first use. Two threads at once, in which transformers loads
+    # weights, would find none.
+    torch.set_num_threads(torch.get_num_threads())
     try:
         record = Record("", "passed", figures=check())
     except NotRunError as reason:

@@ -71,7 +71,7 @@ class ChatTemplate:
         try:
             import jinja2
 
-            from hrmcore.engine.template_sandbox import Sandbox
+            from hrmcore.engine.jinja2 import Sandbox
         except ImportError:
             raise ValueError(f"{self.source}: a chat template needs jinja2: pip install 'hrmcore[serve]'") from None
 

@@ -13,7 +13,7 @@ import pytest
 from support.served import serving
 
 from hrmcore.chat import render
-from hrmcore.engine import template_sandbox
+from hrmcore.engine import jinja2 as sandbox
 from hrmcore.engine.chat_template import ChatTemplate, Conversation
 from hrmcore.engine.engine import Engine, load
 from hrmcore.tokenizer import Tokenizer, tokenizer_files
@@ -149,7 +149,7 @@ def test_a_template_comes_to_an_end(template: str) -> None:
     with pytest.raises(ValueError, match=r"t: TemplateRuntimeError: (the chat template worked|a \*+ of the)"):
         ChatTemplate(template, Path("t")).render(TURNS)
     # A turn or a call between two looks does next to nothing.
-    assert time.thread_time() - started < 2 * template_sandbox.SECONDS
+    assert time.thread_time() - started < 2 * sandbox.SECONDS
 
 
 def test_arithmetic_and_loops_of_a_template_are_jinjas() -> None:
