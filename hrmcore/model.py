@@ -337,8 +337,7 @@ class HRM(nn.Module):
         z_L = self.z_L_init.to(z_H.dtype).expand_as(z_H)
         if cache is None and not reference_active():
             weights = SharedWeights(self._matrices(), z_H.dtype) if self.shares_weights else None
-            mask = context.mask.with_tiles(z_H)
-            context = replace(context, mask=mask, weights=weights, keep=recompute == "none")
+            context = replace(context, mask=context.mask.with_tiles(z_H), weights=weights, keep=recompute == "none")
         elif cache is not None and cache.key_offsets is layout.offsets:  # new sequences: their keys are their tokens
             context = replace(context, mask=context.mask.with_tiles(z_H))
         opened, slot = None, 0
