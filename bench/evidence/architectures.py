@@ -12,10 +12,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.evidence.claim import Claim, Scale, Setting, main
+from bench.evidence.claim import RATES, Claim, Scale, Setting, main
 from hrmcore.train.run_file import TrainConfig
 
-RATES = ({"rate": 4e-3}, {"rate": 2e-3}, {"rate": 8e-3})
 # Beside HRM's width and layers. Of a token HRM passes 8 visits forward and 5 backward, as many FLOPs as 6 both ways.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "HRM": {"H_cycles": 2, "L_cycles": 3},

@@ -27,6 +27,9 @@ from hrmcore.train.run_file import TrainConfig
 
 Candidate = Mapping[str, Any]
 
+# Of the claims that sweep nothing else; the rule says how they are tried.
+RATES: tuple[Candidate, ...] = ({"rate": 4e-3}, {"rate": 2e-3}, {"rate": 8e-3})
+
 
 @dataclass(frozen=True)
 class Scale:

@@ -12,18 +12,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from bench.evidence.claim import Claim, Scale, Setting, main
-from hrmcore.config import HRMConfig
-from hrmcore.data.records import Corpus
+from bench.evidence.claim import RATES, Claim, Scale, Setting, main
 from hrmcore.data.store import open_store
 from hrmcore.growth.stages import GrowStage
-from hrmcore.planner import training_flops
+from hrmcore.train.proposal import flops_a_token
 from hrmcore.train.run_file import TrainConfig
 
-HORIZON = 5
-RATES = ({"rate": 4e-3}, {"rate": 2e-3}, {"rate": 8e-3})
 # What is half at first, and after which share of the tokens it grows.
 ARMS = {
     "scratch": ("", 0.0),
@@ -45,7 +39,7 @@ def config(setting: Setting) -> TrainConfig:
         smaller = {"hidden_size": scale.width // 2}
     first = scale.model(setting.vocabulary, **smaller)
     corpus = open_store(setting.data / "train").corpus
-    tokens = tokens_for(setting.target, share, flops_per_token(first, corpus), flops_per_token(last, corpus))
+    tokens = tokens_for(setting.target, share, flops_a_token(first, corpus), flops_a_token(last, corpus))
     sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_layers_per_stack")
     grown = {name: getattr(last, name) for name in sizes if getattr(last, name) != getattr(first, name)}
     stage = GrowStage(at_tokens=round(share * tokens), warmup_steps=scale.warmup, **grown)
@@ -55,14 +49,6 @@ def config(setting: Setting) -> TrainConfig:
 def tokens_for(flops: float, share: float, small: float, large: float) -> float:
     """How many tokens the FLOPs pay for, of which a share costs `small` a token and the rest `large`."""
     return flops / (share * small + (1 - share) * large)
-
-
-def flops_per_token(model: HRMConfig, corpus: Corpus) -> float:
-    """Training FLOPs of a mean token of the corpus, head and attention included."""
-    lengths, prefix = corpus.lengths.astype(np.float64), corpus.prefix.astype(np.float64)
-    pairs = float((prefix * lengths + (lengths - prefix) * (lengths - prefix + 1) / 2).sum())
-    tokens = float(lengths.sum())
-    return training_flops(model, HORIZON, tokens, float((lengths - prefix + 1).sum()), pairs).total / tokens
 
 
 CLAIM = Claim(

@@ -22,7 +22,7 @@ import torch
 
 from bench.evidence import data as sets
 from bench.evidence import intervals
-from bench.evidence.claim import Claim, Scale, Setting, Study, main
+from bench.evidence.claim import RATES, Claim, Scale, Setting, Study, main
 from bench.evidence.queue import Cell
 from bench.studies.extrapolation import TRAINED, VOCABULARY, WINDOW, Text
 from hrmcore.checkpoint.training_state import find_newest
@@ -32,7 +32,6 @@ from hrmcore.tokenizer import Tokenizer
 from hrmcore.train.resume import model_of_state
 from hrmcore.train.run_file import TrainConfig
 
-RATES = ({"rate": 4e-3}, {"rate": 2e-3}, {"rate": 8e-3})
 LENGTHS, DISTANCES = (128, 256, 512, 1024, 2048), (16, 64, 96, 128, 192, 256, 512, 1024)
 STREAMS, SCORED = 48, 64
 LETTERS = [chr(code) for code in range(0x100, 0x100 + VOCABULARY)]  # one for each word: no digit, no space

@@ -9,7 +9,7 @@ same three rates.
 
 from __future__ import annotations
 
-from bench.evidence.claim import Claim, Scale, Setting, main
+from bench.evidence.claim import RATES, Claim, Scale, Setting, main
 from hrmcore.train.run_file import TrainConfig
 
 # Whether the instruction is read both ways, and which tokens carry loss.
@@ -18,7 +18,6 @@ OBJECTIVES = {
     "response, causal": (False, "response"),
     "all tokens, causal": (False, "all"),
 }
-RATES = ({"rate": 4e-3}, {"rate": 2e-3}, {"rate": 8e-3})
 
 
 def config(setting: Setting) -> TrainConfig:

@@ -6,6 +6,7 @@ looks at the time that the thread has worked, and a product or power is refused 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -22,14 +23,14 @@ _TURNS = "each_turn_in_time"
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """For one rendering, whose time begins with the first look at it. Raises TemplateRuntimeError beyond a limit."""
+    """For one rendering, whose time begins with `render`. Raises TemplateRuntimeError beyond a limit."""
 
     intercepted_binops = frozenset({"*", "**"})
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         self.filters[_TURNS] = self._turns
-        self._ends: float | None = None
+        self._ends = math.inf
 
     def render(self, text: str, variables: dict[str, Any]) -> str:
         """The text that a template makes of the variables."""
@@ -52,7 +53,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             yield value
 
     def _look(self) -> None:
-        if self._ends is not None and time.thread_time() > self._ends:
+        if time.thread_time() > self._ends:
             raise TemplateRuntimeError(f"the chat template worked for more than {SECONDS:g} s")
 
 
