@@ -14,7 +14,9 @@ The size and the number of steps follow from a machine's speed. So that they do 
 
     python -m bench.studies.proposal OUT --hours 0.05 --flops 6e10
 
-A killed study goes on with the same command. `--runs 4` stops after four runs more.
+A killed study goes on with the same command. `--runs 4` stops after four runs more. `--seeds 3` repeats, once a set is
+complete, its proposal and the best of its other rates with two seeds more: the best of five was drawn high, their
+difference with new seeds was not.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from bench.evidence.intervals import of_difference
 from hrmcore.config import HRMConfig
 from hrmcore.data.puzzles import SEED, problems
 from hrmcore.data.records import Corpus
@@ -32,7 +35,7 @@ from hrmcore.data.split import split_records
 from hrmcore.data.store import open_store
 from hrmcore.durable import replacing
 from hrmcore.train import proposal
-from hrmcore.train.run_file import read_config
+from hrmcore.train.run_file import TrainConfig, read_config
 from hrmcore.train.sweep import Sweep
 
 SETS = {
@@ -52,24 +55,67 @@ def main() -> None:
     parser.add_argument("--flops", type=float, help="FLOP/s of the supposed machine (default: this one is measured)")
     parser.add_argument("--sets", default=",".join(SETS), help=f"({','.join(SETS)})")
     parser.add_argument("--runs", type=int, default=1000, help="stop after so many more runs (1000)")
+    parser.add_argument("--seeds", type=int, default=1, help="of the proposal and of the best other rate (1)")
     parser.add_argument("--nice", type=int, default=15, help="lowers this process's priority (15)")
     arguments = parser.parse_args()
     os.nice(arguments.nice)
     if arguments.flops:
         proposal.measured = supposed(arguments.flops)
     names = arguments.sets.split(",")
-    left = arguments.runs
+    study = Study(arguments.out, arguments.hours, arguments.runs)
     for factor in FACTORS:  # every set's proposal first, so that a study cut short says something of each
         for name in names:
-            run_file = provided(arguments.out, name, arguments.hours)
-            rate = two_digits(factor * proposed_rate(arguments.out, name))
-            sweep = Sweep(run_file, [f"learning_rate={rate:g}"], [], arguments.out / f"{name}-sweep")
-            if left > 0 and not (arguments.out / f"{name}-sweep" / sweep.cells[0].name / "checkpoint").is_dir():
-                sweep.run(lambda line, name=name: print(f"{name}: {line}", flush=True))
-                left -= 1
-    found = report(arguments.out, names, arguments.hours, arguments.flops)
+            study.train(name, factor, seed=0)
+    for seed in range(1, arguments.seeds):
+        for name in names:
+            best = best_other(study.scores(name, 0))
+            for factor in (1.0, best) if best else ():
+                study.train(name, factor, seed)
+    found = report(study, names, arguments.flops, arguments.seeds)
     (arguments.out / "proposal.json").write_text(json.dumps(found, indent=1) + "\n")
     print("\n".join(lines_of(found)))
+
+
+class Study:
+    """The runs of a study in their folder. `left` is how many more may be trained."""
+
+    def __init__(self, out: Path, hours: float, left: int) -> None:
+        self.out, self.hours, self.left = out, hours, left
+
+    def train(self, name: str, factor: float, seed: int) -> None:
+        """Train a set's proposal at `factor` times its rate, if it has not been and runs are left."""
+        sweep = self._sweep(name, factor, seed)
+        if self.left > 0 and not sweep.checkpoint(sweep.cells[0]).is_dir():
+            sweep.run(lambda line: print(f"{name}: {line}", flush=True))
+            self.left -= 1
+
+    def config(self, name: str) -> TrainConfig:
+        """The run that `hrmcore init` proposes for a set."""
+        return read_config(provided(self.out, name, self.hours))
+
+    def scores(self, name: str, seed: int) -> dict[str, float]:
+        """The share of right answers by factor, of the runs that have ended."""
+        record = self._folder(name, seed) / "sweep.json"
+        runs = json.loads(record.read_text())["runs"] if record.is_file() else {}
+        found = {f"{factor:g}": runs.get(f"learning_rate={self._rate(name, factor):g}") for factor in sorted(FACTORS)}
+        return {factor: result.get("heldout_exact", 0.0) for factor, result in found.items() if result is not None}
+
+    def _sweep(self, name: str, factor: float, seed: int) -> Sweep:
+        changes = [f"seed={seed}"] if seed else []
+        run_file = provided(self.out, name, self.hours)
+        return Sweep(run_file, [f"learning_rate={self._rate(name, factor):g}"], changes, self._folder(name, seed))
+
+    def _folder(self, name: str, seed: int) -> Path:
+        return self.out / (f"{name}-sweep-seed{seed}" if seed else f"{name}-sweep")
+
+    def _rate(self, name: str, factor: float) -> float:
+        return two_digits(factor * self.config(name).learning_rate)
+
+
+def best_other(scores: dict[str, float]) -> float | None:
+    """The best factor beside the proposal's own; None where the set is not complete."""
+    others = {factor: score for factor, score in scores.items() if factor != "1"}
+    return float(max(others, key=others.__getitem__)) if len(scores) == len(FACTORS) else None
 
 
 def supposed(flops: float) -> Any:
@@ -109,30 +155,31 @@ def provided(out: Path, name: str, hours: float) -> Path:
     return run_file
 
 
-def proposed_rate(out: Path, name: str) -> float:
-    return read_config(out / f"{name}.toml").learning_rate
-
-
 def two_digits(rate: float) -> float:
     return float(f"{rate:.2g}")
 
 
-def report(out: Path, names: list[str], hours: float, flops: float | None) -> dict[str, Any]:
+def report(study: Study, names: list[str], flops: float | None, seeds: int = 1) -> dict[str, Any]:
     """The scores by factor of every set so far, and what the rule says of the sets that are complete."""
     sets = {}
     for name in names:
-        config, rate = read_config(out / f"{name}.toml"), proposed_rate(out, name)
-        record = out / f"{name}-sweep" / "sweep.json"
-        runs = json.loads(record.read_text())["runs"] if record.is_file() else {}
-        scores = {}
-        for factor in sorted(FACTORS):
-            result = runs.get(f"learning_rate={two_digits(factor * rate):g}")
-            if result is not None:
-                scores[f"{factor:g}"] = result.get("heldout_exact", 0.0)
+        config, scores = study.config(name), study.scores(name, 0)
         holds = scores["1"] >= max(scores.values()) - MARGIN if len(scores) == len(FACTORS) else None
         size = {"width": config.model.hidden_size, "layers": config.model.num_layers_per_stack, "steps": config.steps}
-        sets[name] = {**size, "batch_tokens": config.batch_tokens, "rate": rate, "scores": scores, "holds": holds}
-    return {"hours": hours, "flops": flops, "margin": MARGIN, "sets": sets}
+        proposed = {"batch_tokens": config.batch_tokens, "rate": config.learning_rate}
+        sets[name] = {**size, **proposed, "scores": scores, "holds": holds, "seeds": pairs(study, name, seeds)}
+    return {"hours": study.hours, "flops": flops, "margin": MARGIN, "sets": sets}
+
+
+def pairs(study: Study, name: str, seeds: int) -> dict[str, Any] | None:
+    """The proposal beside the best other rate with the seeds after the first; None before there is such a pair."""
+    best = best_other(study.scores(name, 0))
+    scores = [study.scores(name, seed) for seed in range(1, seeds)]
+    both = [(line["1"], line[f"{best:g}"]) for line in scores if best and {"1", f"{best:g}"} <= line.keys()]
+    if not both:
+        return None
+    ours, theirs = map(list, zip(*both, strict=True))
+    return {"factor": best, "proposal": ours, "other": theirs, "difference": of_difference(ours, theirs)}
 
 
 def lines_of(found: dict[str, Any]) -> list[str]:
@@ -142,6 +189,10 @@ def lines_of(found: dict[str, Any]) -> list[str]:
         text = "".join(f"{'-' if cell is None else f'{cell:.1%}':>8}" for cell in cells)
         verdict = {True: "holds", False: "does not hold", None: "not complete"}[line["holds"]]
         lines.append(f"{name:<9}{line['width']:>6}{line['steps']:>7}{line['rate']:>9g}  {text}  {verdict}")
+    for name, line in found["sets"].items():
+        if line["seeds"]:
+            texts = [", ".join(f"{score:.1%}" for score in line["seeds"][side]) for side in ("proposal", "other")]
+            lines.append(f"{name}, other seeds: ×1 {texts[0]}; ×{line['seeds']['factor']:g} {texts[1]}")
     return lines
 
 
