@@ -35,6 +35,10 @@ void check(const PackedProduct& args) {
       .size(0, tokens, "T")
       .contiguous();
   const std::int64_t rows = args.out.shape[1] * (args.gated ? 2 : 1);
+  if (args.out.dtype == DType::bf16 && args.out.shape[1] % 2 != 0)
+    reject(op, "out", "of an even number of columns in bfloat16", std::to_string(args.out.shape[1]));
+  if (args.out.dtype == DType::f32 && args.gated)
+    reject(op, "out", "bfloat16 where rows are gated", "float32");
   if (rows < 1 || rows > most) reject(op, "out", "of 1 to 2^24 columns", std::to_string(args.out.shape[1]));
   check_pieces(args, rows);
   if (args.packing != Packing::int8 && args.packing != Packing::int4)

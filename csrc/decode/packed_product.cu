@@ -3,10 +3,10 @@
 #include "core/cuda.cuh"
 #include "decode/schedule.h"
 
-// A block multiplies a tile of tokens with a tile of rows. Its warps own rows of their own: a weight is made bfloat16
-// once a block, in the registers of the lane that the layout gives it. Tokens are the 16 rows of mma.sync and weights
-// its columns: with g = lane / 4 and h = lane % 4 a lane holds weights 4h to 4h + 3 of rows g and g + 8 of a tile, so
-// two products of 8 columns each, and of the activations the same four columns of tokens g and g + 8.
+// A block multiplies a tile of rows with a tile of tokens. Its warps own rows of their own: a weight is made bfloat16
+// once a block, in the registers of the lane that the layout gives it. As in the decode step weights are the 16 rows of
+// mma.sync and tokens its columns: with g = lane / 4 and h = lane % 4 a lane holds of 16 columns 4h to 4h + 3, of rows g
+// and g + 8 of a tile, and of token g. So what it reads of a token is in the registers where a product takes it.
 //
 // Activations and weights come 64 columns at a time through a ring of stages. A stage has the activations as
 // (16 columns, tokens, 16), so that the lanes of a read, and of a copy, meet different banks; then each warp's tiles.
@@ -111,22 +111,23 @@ class StageLoader {
 
 // ---- weights in bfloat16
 
-// Of 16 columns of a tile: the registers of rows 0 to 7, and of rows 8 to 15.
+// Of 16 columns of a tile: the registers of rows g and g + 8, and again of the next columns.
 struct Weights {
-  bf16x2 low[2], high[2];
+  bf16x2 at[4];
 };
 
 // Four bytes w + 128 times a scale. As the upper bits of float32's mantissa a byte b makes 128 + b / 256, whose product
 // with 256 scales is exact, and so is the sum: it is rounded once, to bfloat16.
-__device__ __forceinline__ void scale_bytes(std::uint32_t bytes, float scale, bf16x2 (&scaled)[2]) {
+__device__ __forceinline__ void scale_bytes(std::uint32_t bytes, float scale, bf16x2& first, bf16x2& second) {
   const float by = 256 * scale, offset = -(128 * 256 + 128) * scale;
+  float w[4];
 #pragma unroll
-  for (int pair = 0; pair < 2; ++pair) {
-    const std::uint32_t first = pair == 0 ? 0x7404 : 0x7424, second = pair == 0 ? 0x7414 : 0x7434;
-    const float x = __uint_as_float(byte_permute(bytes, 0x43000000, first)),
-                y = __uint_as_float(byte_permute(bytes, 0x43000000, second));
-    scaled[pair] = to_bf16x2(x * by + offset, y * by + offset);
+  for (int i = 0; i < 4; ++i) {
+    const std::uint32_t raised = byte_permute(bytes, 0x43000000, 0x7404 + 16 * i);
+    w[i] = __uint_as_float(raised) * by + offset;
   }
+  first = to_bf16x2(w[0], w[1]);
+  second = to_bf16x2(w[2], w[3]);
 }
 
 // A lane's part of a tile's items of a stage.
@@ -149,8 +150,8 @@ struct LanePiece<Packing::int8> {
   }
   __device__ __forceinline__ Weights take(int sixteen) const {
     Weights weights;
-    scale_bytes(words.at[sixteen % 2 * 2], scale_low, weights.low);
-    scale_bytes(words.at[sixteen % 2 * 2 + 1], scale_high, weights.high);
+    scale_bytes(words.at[sixteen % 2 * 2], scale_low, weights.at[0], weights.at[2]);
+    scale_bytes(words.at[sixteen % 2 * 2 + 1], scale_high, weights.at[1], weights.at[3]);
     return weights;
   }
 };
@@ -171,24 +172,23 @@ struct LanePiece<Packing::int4> {
     constexpr bf16x2 sixteenth = 0x3d803d80, minus_8_5 = 0xc108c108, minus_0 = 0x80008000;
     const bf16x2 pair = scales.at[sixteen / 2];
     const bf16x2 low = byte_permute(pair, 0, 0x1010), high = byte_permute(pair, 0, 0x3232);
-    bf16x2 scaled[4];
+    Weights weights;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const bf16x2 raised = masked(words.at[sixteen] >> (4 * i), 0x000f000f, 0x43004300);
       const bf16x2 whole = multiply_add_bf16(raised, sixteenth, minus_8_5);
-      scaled[i] = multiply_add_bf16(whole, i % 2 == 0 ? low : high, minus_0);
+      weights.at[i] = multiply_add_bf16(whole, i % 2 == 0 ? low : high, minus_0);
     }
-    return {{scaled[0], scaled[2]}, {scaled[1], scaled[3]}};
+    return weights;
   }
 };
 
 // ---- products
 
-// A warp's sums: of each 16 tokens and 16 rows, lane 4g + h has rows 2h and 2h + 1 of both halves of the tile, first of
-// token g, then of token g + 8.
+// A warp's sums: of each 8 tokens and 16 rows, lane 4g + h has row g of tokens 2h and 2h + 1, then row g + 8 of them.
 template <class S>
 struct Sums {
-  float low[S::token_count / 16][S::row_tiles][4] = {}, high[S::token_count / 16][S::row_tiles][4] = {};
+  float at[S::token_count / 8][S::row_tiles][4] = {};
 };
 
 template <class S>
@@ -206,53 +206,55 @@ __device__ __forceinline__ void multiply_stage(Sums<S>& sums, int slot) {
     const SharedArray<std::uint32_t> rows = shared_array<std::uint32_t>(
         static_cast<std::size_t>(slot + 32 * sixteen * S::token_count + 8 * lane_id()));
 #pragma unroll
-    for (int token = 0; token < S::token_count; token += 16) {
-      const Packed<std::uint32_t, 2> first = load_shared<2>(rows + 8 * token),
-                                     second = load_shared<2>(rows + 8 * (token + 8));
-      const bf16x2 a[4] = {first.at[0], second.at[0], first.at[1], second.at[1]};
+    for (int eight = 0; eight < S::token_count / 8; ++eight) {
+      const Packed<std::uint32_t, 2> columns = load_shared<2>(rows + 64 * eight);
 #pragma unroll
-      for (int tile = 0; tile < S::row_tiles; ++tile) {
-        mma_bf16(sums.low[token / 16][tile], a, weights[tile].low);
-        mma_bf16(sums.high[token / 16][tile], a, weights[tile].high);
-      }
+      for (int tile = 0; tile < S::row_tiles; ++tile)
+        mma_bf16(sums.at[eight][tile], weights[tile].at, columns.at);
     }
   }
 }
 
 // ---- results
 
-template <class E>
-__device__ __forceinline__ void store_two(const ProductParams& params, int token, int column, int columns,
-                                          float first, float second) {
-  E* const out = static_cast<E*>(params.out) + static_cast<std::int64_t>(token) * columns + column;
-  if (columns % 2 == 0) {
-    if (column < columns) store<2>(out, {{first, second}});
+// The lane's row of two tokens becomes two rows of one: even rows take the first token, with the row after them.
+struct Pair {
+  float first, second;
+};
+__device__ __forceinline__ Pair trade(float of_first_token, float of_second) {
+  const bool odd = lane_id() / 4 % 2 != 0;
+  const float got = __shfl_xor_sync(0xffffffffu, odd ? of_first_token : of_second, 4);
+  return odd ? Pair{got, of_second} : Pair{of_first_token, got};
+}
+
+__device__ __forceinline__ void store_pair(const ProductParams& params, int token, int column, int columns,
+                                           Pair pair) {
+  if (token >= params.tokens || column >= columns) return;
+  const std::int64_t at = static_cast<std::int64_t>(token) * columns + column;
+  if (params.float_out) {
+    float* const out = static_cast<float*>(params.out) + at;
+    store<1>(out, {{pair.first}});
+    if (column + 1 < columns) store<1>(out + 1, {{pair.second}});
   } else {
-    if (column < columns) store<1>(out, {{first}});
-    if (column + 1 < columns) store<1>(out + 1, {{second}});
+    store<2>(static_cast<bf16*>(params.out) + at, {{pair.first, pair.second}});
   }
 }
 
-// Two neighbouring rows of a tile and their partners, of one token.
-__device__ __forceinline__ void store_rows(const ProductParams& params, int token, int tile, const float* low,
-                                           const float* high) {
-  const int two = 2 * (lane_id() % 4);
-  const auto put = [&](int column, int columns, float first, float second) {
-    if (params.float_out) {
-      store_two<float>(params, token, column, columns, first, second);
-    } else {
-      store_two<bf16>(params, token, column, columns, first, second);
-    }
-  };
+// The sums of a tile and 8 tokens. Which rows they are is told from `tile`.
+__device__ __forceinline__ void store_sums(const ProductParams& params, int first_token, int tile,
+                                           const float (&sums)[4]) {
+  const int token = first_token + 2 * (lane_id() % 4) + lane_id() / 4 % 2, two = 2 * (lane_id() / 8);
   if (params.gated) {
-    const auto gated = [&](int i) { return low[i] * quick_reciprocal(1 + quick_exp(-low[i])) * high[i]; };
-    put(8 * tile + two, params.rows / 2, gated(0), gated(1));
+    const auto gated = [&](int i) {
+      return sums[i] * quick_reciprocal(1 + quick_exp(-sums[i])) * sums[i + 2];
+    };
+    store_pair(params, token, 8 * tile + two, params.rows / 2, trade(gated(0), gated(1)));
     return;
   }
   const int piece = tile / params.piece_tiles, half = 8 * params.piece_tiles;
   const int column = 2 * half * piece + 8 * (tile - piece * params.piece_tiles) + two;
-  put(column, params.rows, low[0], low[1]);
-  put(column + half, params.rows, high[0], high[1]);
+  store_pair(params, token, column, params.rows, trade(sums[0], sums[1]));
+  store_pair(params, token, column + half, params.rows, trade(sums[2], sums[3]));
 }
 
 template <class S>
@@ -282,11 +284,8 @@ __global__ void __launch_bounds__(S::threads, S::resident) multiply(ProductParam
     const int own = first_tile + warp_id() * S::row_tiles + tile;
     if (own >= params.tiles) break;
 #pragma unroll
-    for (int half = 0; half < S::token_count / 8; ++half) {
-      const int token = first_token + 8 * half + lane_id() / 4, i = half % 2 * 2;
-      if (token < params.tokens)
-        store_rows(params, token, own, sums.low[half / 2][tile] + i, sums.high[half / 2][tile] + i);
-    }
+    for (int eight = 0; eight < S::token_count / 8; ++eight)
+      store_sums(params, first_token + 8 * eight, own, sums.at[eight][tile]);
   }
 }
 

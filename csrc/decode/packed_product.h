@@ -23,7 +23,7 @@ namespace hrmcore {
 struct PackedProduct {
   TensorView x;             // (T, K) bfloat16
   TensorView weights;       // bytes of W (R, K), in tiles of 16 rows
-  TensorView out;           // (T, R), gated (T, R / 2), bfloat16 or float32, written
+  TensorView out;           // written: (T, R) bfloat16, R even, or float32; gated (T, R / 2) bfloat16
   std::int64_t pieces;      // into which the rows were cut to be paired; 0: they are in order
   bool gated;               // pieces is 1
   Packing packing;          // int8 or int4

@@ -54,7 +54,7 @@ class PackedMatrix:
 
 
 class PackedBlock(nn.Module):
-    """What `model.Block` computes, for inference alone. SwiGLU is part of a product, and what it takes is not rounded."""
+    """What `model.Block` computes, for inference alone. SwiGLU is part of a product: what it takes is not rounded."""
 
     def __init__(self, heads: int, eps: float, matrices: list[PackedMatrix]) -> None:
         super().__init__()
@@ -67,9 +67,10 @@ class PackedBlock(nn.Module):
         With `context.rows` the two are of these tokens alone, (R, D).
         """
         gate, q, k, v = self._gqkv.multiply(normed).view(len(normed), 4, self._heads, -1).unbind(1)
-        q, k = rope(q, k, context.table, context.positions)
-        if context.cache is not None:
-            k, v = context.cache.extend(context.slot, k, v)
+        if context.cache is None:
+            q, k = rope(q, k, context.table, context.positions)
+        else:
+            q, k, v = context.cache.extend(q, k, v, context)
         attended = attention(q, k, v, gate, context.mask).flatten(1)
         if context.rows is not None:
             attended, stream = (x.index_select(0, context.rows) for x in (attended, stream))
