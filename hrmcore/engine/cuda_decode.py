@@ -55,7 +55,7 @@ def matrices(model: HRM, dtype: str) -> Iterator[Matrix]:
 def pack(model: HRM, dtype: str) -> Tensor:
     """All matrices of the model, one after the other, as bytes."""
     found = list(matrices(model, dtype))
-    sizes = [bytes_of(*matrix.weight.shape, matrix.dtype) for matrix in found]
+    sizes = [bytes_of(matrix.weight, matrix.dtype) for matrix in found]
     packed = torch.empty(sum(sizes), dtype=torch.uint8, device=model.lm_head.weight.device)
     for matrix, place in zip(found, packed.split(sizes), strict=True):
         weight = paired(matrix.weight, matrix.pieces) if matrix.pieces else matrix.weight

@@ -48,8 +48,9 @@ def in_fragments(weight: Tensor, dtype: str) -> Tensor:
     return torch.cat([bytes_, ordered.view(tiles, items, -1).view(torch.uint8)], dim=-1)
 
 
-def bytes_of(rows: int, columns: int, dtype: str) -> int:
-    """How many bytes `in_fragments` makes of a matrix."""
+def bytes_of(weight: Tensor, dtype: str) -> int:
+    """How many bytes `in_fragments` makes of a matrix (R, K)."""
+    rows, columns = weight.shape
     groups = 0 if dtype == "bfloat16" else ITEMS[dtype] // GROUP
     return -(-rows // TILE) * -(-columns // ITEMS[dtype]) * (32 * 16 + groups * TILE * 2)
 

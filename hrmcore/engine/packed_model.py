@@ -15,7 +15,7 @@ from torch.utils.dlpack import to_dlpack
 from hrmcore import _C
 from hrmcore.engine.cuda_decode import matrices, stacks
 from hrmcore.engine.mma_layout import bytes_of
-from hrmcore.model import HRM, ForwardContext, Stack
+from hrmcore.model import HRM, ForwardContext
 from hrmcore.ops.attention import attention
 from hrmcore.ops.backend import stream_of
 from hrmcore.ops.rms_norm import rms_norm
@@ -94,25 +94,19 @@ def packed_model(model: HRM, weights: Tensor, dtype: str) -> HRM:
     """The model (in bfloat16) with its matrices as cuda_decode.pack has packed them; the embedding is shared."""
     config = model.config
     found = list(matrices(model, dtype))
-    sizes = [bytes_of(*matrix.weight.shape, matrix.dtype) for matrix in found]
-    packed = [
+    sizes = [bytes_of(matrix.weight, matrix.dtype) for matrix in found]
+    packed = (
         PackedMatrix(place, len(matrix.weight), matrix.pieces, matrix.dtype)
         for matrix, place in zip(found, weights.split(sizes), strict=True)
-    ]
+    )
     with torch.device("meta"):
         ours = HRM(config)
     ours.embed_tokens = model.embed_tokens
     ours.z_L_init = model.z_L_init
     ours.reset_positions(len(model.rope_table))
     ours.shares_weights = False
-    taken = iter(packed)
-    for stack, like in zip(stacks(ours), stacks(model), strict=True):
-        stack.layers = _blocks(like, [next(taken) for _ in range(4 * len(like.layers))])
-    ours.lm_head = PackedHead(next(taken))  # type: ignore[assignment]
+    for stack in stacks(ours):
+        blocks = [[next(packed) for _ in range(4)] for _ in stack.layers]
+        stack.layers = nn.ModuleList(PackedBlock(config.num_attention_heads, config.rms_norm_eps, b) for b in blocks)
+    ours.lm_head = PackedHead(next(packed))  # type: ignore[assignment]
     return ours.requires_grad_(False).eval()
-
-
-def _blocks(stack: Stack, matrices: list[PackedMatrix]) -> nn.ModuleList:
-    config = stack.layers[0].config
-    eps, heads = stack.eps, config.num_attention_heads
-    return nn.ModuleList(PackedBlock(heads, eps, matrices[first : first + 4]) for first in range(0, len(matrices), 4))
