@@ -213,6 +213,31 @@ def cuda_draw(
     seen: Output,
     stream: int,
 ) -> None: ...
+def cuda_packed_product(
+    *,
+    x: Tensor,
+    weights: Tensor,
+    out: Output,
+    pieces: int,
+    gated: bool,
+    dtype: str,
+    processors: int,
+    stream: int,
+) -> None: ...
+def cuda_rotate_append(
+    *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+    q_out: Output,
+    k_out: Output,
+    keys: Output,
+    values: Output,
+    stream: int,
+) -> None: ...
 def cuda_step(
     *,
     tokens: Tensor,

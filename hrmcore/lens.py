@@ -86,7 +86,7 @@ def _layout(model: HRM, ids: Sequence[int], prefix_length: int | None) -> tuple[
     prefix = len(ids) if prefix_length is None else prefix_length
     if not ids or not 0 <= prefix <= len(ids):
         raise ValueError(f"prefix_length must be from 0 to the {len(ids)} ids given (at least one), got {prefix}")
-    seen_both_ways, device = prefix if model.config.prefix_lm else 0, model.lm_head.weight.device
+    seen_both_ways, device = prefix if model.config.prefix_lm else 0, model.embed_tokens.weight.device
     return torch.tensor(list(ids), device=device), Layout.of([len(ids)], [seen_both_ways], device=device)
 
 

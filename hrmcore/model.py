@@ -39,8 +39,8 @@ _ROWS = 256  # positions whose logits `greedy_tokens` holds at once
 class Cache(Protocol):
     """Where attention keeps keys and values; one slot for each (visit, layer)."""
 
-    def extend(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append this call's k, v (T, H, d) to a slot; return all keys and values of the slot, packed (Tk, H, d)."""
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Append this call's k, rotated, and v (T, H, d); return q, rotated, and all keys and values, (Tk, H, d)."""
         ...
 
     @property
@@ -159,9 +159,10 @@ class Block(nn.Module):
         config = self.config
         gqkv = self.gqkv_proj(normed).view(-1, 4, config.num_attention_heads, config.head_dim)
         gate, q, k, v = gqkv.unbind(1)
-        q, k = rope(q, k, context.table, context.positions)
-        if context.cache is not None:
-            k, v = context.cache.extend(context.slot, k, v)
+        if context.cache is None:
+            q, k = rope(q, k, context.table, context.positions)
+        else:
+            q, k, v = context.cache.extend(q, k, v, context)
         attended = attention(q, k, v, gate, context.mask)
         normed, stream = rms_norm(self.o_proj(attended.flatten(1)), stream, config.rms_norm_eps)
         return _chosen(self.down_proj(swiglu(self.gate_up_proj(normed))), stream, context.rows)
@@ -444,9 +445,8 @@ class HRM(nn.Module):
         filled = -(-max(1, len(rows)) // multiple) * multiple
         if filled >= len(batch.ids):
             return self.hidden(batch.ids, layout, horizon=horizon, recompute=recompute), rows
-        chosen = torch.cat(
-            [rows, rows.new_zeros(filled - len(rows))]
-        )  # filled up with token 0, whose state is not read
+        # filled up with token 0, whose state is not read
+        chosen = torch.cat([rows, rows.new_zeros(filled - len(rows))])
         states = self.hidden(batch.ids, layout, horizon=horizon, rows=chosen, recompute=recompute)
         return states, torch.arange(len(rows), device=rows.device)
 

@@ -1,8 +1,9 @@
-"""The check of bench/gpu/checklist.py that asks for prefills in buckets, captured as CUDA graphs."""
+"""The checks of bench/gpu/checklist.py that ask for prefills: in buckets, and from packed weights."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import statistics
 import time
 from typing import Any
@@ -11,9 +12,12 @@ import torch
 
 from bench.gpu.checks import Here, WrongError
 from bench.gpu.models import toy
+from bench.gpu.speed import as_quantised
 from bench.gpu.train import Again
 from hrmcore.config import HRMConfig
 from hrmcore.engine.cuda_runner import CudaRunner
+from hrmcore.engine.mma_layout import in_fragments, quantised
+from hrmcore.engine.packed_model import PackedMatrix
 from hrmcore.engine.torch_runner import TorchRunner
 from hrmcore.graphs import CudaGraphs
 from hrmcore.model import HRM
@@ -57,4 +61,56 @@ def _opened(here: Here, runner: TorchRunner, prompts: list[list[int]]) -> tuple[
     return torch.from_numpy(rows), seconds
 
 
-CHECKS = {"captured_prefill": captured_prefill}
+def packed_prefill(here: Here) -> dict[str, Any]:
+    """Prefills from int8 and int4 weights beside the model that has those numbers; on a GPU, milliseconds and bytes."""
+    config, lengths = (toy(), (5, 40)) if here.emulated else (HRMConfig.preset("XL"), (256, 1024))
+    figures: dict[str, Any] = {}
+    for dtype in ("int8", "int4"):
+        figures[dtype] = {"bits": _the_same_bits(here, dtype)}
+        torch.manual_seed(6)
+        model = HRM(config).requires_grad_(False).to(here.device).bfloat16()
+        plain = TorchRunner(as_quantised(copy.deepcopy(model).float(), dtype))
+        ours = CudaRunner(
+            model, dtype, blocks=2 if here.emulated else 0, graphs=Again() if here.emulated else CudaGraphs()
+        )
+        del model
+        for length in lengths:
+            prompt = [[(7 * j) % config.vocab_size for j in range(length)]]
+            found = [_opened(here, runner, prompt)[0] for runner in (ours, plain)]
+            error = float((found[0] - found[1]).norm() / found[1].norm())
+            if not error <= ALLOWED:
+                raise WrongError(f"{dtype}, {length} tokens: logits differ by {error:.3g}, allowed are {ALLOWED:g}")
+            figures[dtype][str(length)] = {"error": error}
+            if not here.emulated:
+                taken = [_opened(here, ours, prompt)[1] for _ in range(10)]
+                figures[dtype][str(length)]["ms"] = round(1000 * statistics.median(taken), 2)
+        if not here.emulated:
+            del plain
+            torch.cuda.empty_cache()
+            figures[dtype]["gigabytes"] = torch.cuda.memory_allocated() / 1e9
+    return figures
+
+
+def _the_same_bits(here: Here, dtype: str) -> str:
+    """A product in blocks of every shape, and of one row alone; and its distance from float64."""
+    rows, columns, tokens = 250, 80, 250
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(rows, columns, generator=generator)
+    x = torch.randn(tokens, columns, generator=generator).bfloat16().to(here.device)
+    matrix = PackedMatrix(in_fragments(weight, dtype).flatten().to(here.device), rows, 0, dtype)
+    with here.kernels():
+        found = [matrix.multiply(x, dtype=torch.float32, processors=n).cpu() for n in (1, 4, 8, 1000)]
+        alone = matrix.multiply(x[7:8], dtype=torch.float32).cpu()
+    if not all(torch.equal(found[0], other) for other in found[1:]) or not torch.equal(found[0][7:8], alone):
+        raise WrongError(f"{dtype}: the bits of a product depend on its blocks or its other rows")
+    whole, scales = quantised(torch.nn.functional.pad(weight, (0, -columns % 64)), dtype)
+    dense = (whole.view(rows, -1, 32) * scales.float()[..., None]).view(rows, -1)[:, :columns].bfloat16().double()
+    exact = x.cpu().double() @ dense.T
+    # a float32 sum of 80 terms, each addition cut off rather than rounded
+    allowed = columns * 2.0**-23 * (x.cpu().double().abs() @ dense.abs().T)
+    if bool(((found[0].double() - exact).abs() > allowed).any()):
+        raise WrongError(f"{dtype}: a product is farther from float64 than {columns} roundings")
+    return "the same"
+
+
+CHECKS = {"captured_prefill": captured_prefill, "packed_prefill": packed_prefill}

@@ -12,6 +12,8 @@
 #include "bindings/fields.h"
 #include "core/philox.h"
 #include "decode/decode_step.h"
+#include "decode/packed_product.h"
+#include "decode/rotate_append.h"
 #include "decode/sampling.h"
 #include "engine/engine.h"
 #include "engine/sampler.h"
@@ -257,6 +259,17 @@ void bind_cuda_step(py::module_& m) {
       input("L_cycles", &Step::l_cycles), input("eps", &Step::eps),
       input("embedding_scale", &Step::embedding_scale), input("window", &Step::window),
       input("dtype", &Step::packing), input("persistent", &Step::persistent), input("blocks", &Step::blocks));
+  using Product = PackedProduct;
+  def_on_cuda<Product>(m, "cuda_packed_product", input("x", &Product::x), input("weights", &Product::weights),
+                       output("out", &Product::out), input("pieces", &Product::pieces),
+                       input("gated", &Product::gated), input("dtype", &Product::packing),
+                       input("processors", &Product::processors));
+  using Append = RotateAppend;
+  def_on_cuda<Append>(m, "cuda_rotate_append", input("q", &Append::q), input("k", &Append::k),
+                      input("v", &Append::v), input("table", &Append::table),
+                      input("positions", &Append::positions), input("rows", &Append::rows),
+                      output("q_out", &Append::q_out), output("k_out", &Append::k_out),
+                      output("keys", &Append::keys), output("values", &Append::values));
   using Draw = TokenDraw;
   def_on_cuda<Draw>(m, "cuda_draw", input("logits", &Draw::logits), input("fed", &Draw::fed),
                     input("slots", &Draw::slots), output("drawn", &Draw::drawn),

@@ -219,6 +219,18 @@ inline int shared_bytes_of_multiprocessor() {
 #endif
 }
 
+// How many multiprocessors the device in use has; the emulator's has one.
+inline int multiprocessors_of_device() {
+#if defined(__CUDACC__)
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count > 0 ? count : 1;
+#else
+  return 1;
+#endif
+}
+
 // The sum over a warp, in every lane, always added in the same order.
 template <class T>
 __device__ __forceinline__ T warp_sum(T x) {

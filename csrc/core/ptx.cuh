@@ -195,6 +195,21 @@ __device__ __forceinline__ f16x2 multiply_add(f16x2 x, f16x2 y, f16x2 z) {
 #endif
 }
 
+// The same of bfloat16.
+__device__ __forceinline__ bf16x2 multiply_add_bf16(bf16x2 x, bf16x2 y, bf16x2 z) {
+#if defined(__CUDACC__)
+  bf16x2 result;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(x), "r"(y), "r"(z));
+  return result;
+#else
+  const auto half = [](bf16x2 pair, int which) {
+    return __uint_as_float((which == 0 ? pair << 16 : pair) & 0xffff0000u);
+  };
+  // As above: rounded twice, alike where the product, or the sum, is exact in float32.
+  return to_bf16x2(half(x, 0) * half(y, 0) + half(z, 0), half(x, 1) * half(y, 1) + half(z, 1));
+#endif
+}
+
 #if !defined(__CUDACC__)
 namespace host {
 

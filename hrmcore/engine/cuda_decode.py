@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.utils.dlpack import to_dlpack
 
 from hrmcore import _C
 from hrmcore.config import HRMConfig
-from hrmcore.engine.mma_layout import MMA_DTYPES, TILE, in_fragments, paired
+from hrmcore.engine.mma_layout import MMA_DTYPES, TILE, bytes_of, in_fragments, paired
 from hrmcore.engine.runner import PAGE
 from hrmcore.model import HRM, Block, Positions, Stack
 from hrmcore.ops.backend import stream_of
@@ -28,25 +28,39 @@ Form = Literal["graph", "persistent"]
 _HEAD_DIMS = (16, 32, 64, 128)
 
 
-def pack(model: HRM, dtype: str) -> Tensor:
-    """All matrices of the model, as bytes in the step's order: L's layers, H's unless they are L's, the head.
+class Matrix(NamedTuple):
+    """A matrix as the step takes it."""
 
-    As in the CPU engine, the head of an int4 model is int8.
+    weight: Tensor  # (R, K)
+    pieces: int  # into which its rows are cut to be paired (mma_layout.paired); 0: they stay in order
+    dtype: str
+
+
+def matrices(model: HRM, dtype: str) -> Iterator[Matrix]:
+    """All of the model in the step's order: L's layers, H's unless they are L's, the head; in a layer gqkv, o, gate_up,
+    down. As in the CPU engine, the head of an int4 model is int8.
     """
     heads = 4 * model.config.num_attention_heads
+    for stack in stacks(model):
+        for layer in stack.layers:
+            assert isinstance(layer, Block)
+            yield Matrix(layer.gqkv_proj.weight, heads, dtype)
+            yield Matrix(layer.o_proj.weight, 0, dtype)
+            yield Matrix(layer.gate_up_proj.weight, 1, dtype)
+            yield Matrix(layer.down_proj.weight, 0, dtype)
+    yield Matrix(model.lm_head.weight, 0, "int8" if dtype == "int4" else dtype)
 
-    def matrices() -> Iterator[Tensor]:
-        for stack in stacks(model):
-            for layer in stack.layers:
-                assert isinstance(layer, Block)
-                yield in_fragments(paired(layer.gqkv_proj.weight, heads), dtype)
-                yield in_fragments(layer.o_proj.weight, dtype)
-                yield in_fragments(paired(layer.gate_up_proj.weight, 1), dtype)
-                yield in_fragments(layer.down_proj.weight, dtype)
-        yield in_fragments(model.lm_head.weight, "int8" if dtype == "int4" else dtype)
 
-    with torch.no_grad():
-        return torch.cat([matrix.flatten() for matrix in matrices()])
+@torch.no_grad()
+def pack(model: HRM, dtype: str) -> Tensor:
+    """All matrices of the model, one after the other, as bytes."""
+    found = list(matrices(model, dtype))
+    sizes = [bytes_of(matrix.weight, matrix.dtype) for matrix in found]
+    packed = torch.empty(sum(sizes), dtype=torch.uint8, device=model.lm_head.weight.device)
+    for matrix, place in zip(found, packed.split(sizes), strict=True):
+        weight = paired(matrix.weight, matrix.pieces) if matrix.pieces else matrix.weight
+        place.copy_(in_fragments(weight, matrix.dtype).flatten())
+    return packed
 
 
 def stacks(model: HRM) -> list[Stack]:

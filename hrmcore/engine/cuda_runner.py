@@ -1,4 +1,4 @@
-"""The engine on CUDA: prefill in torch, decoding and sampling in kernels, one KV cache for both.
+"""The engine on CUDA: prefill layer by layer, decoding and sampling in kernels, one KV cache for both.
 
 Shapes: S sequences, V vocabulary.
 """
@@ -17,8 +17,9 @@ from hrmcore.checkpoint.hrm_text import CONFIG_FILE
 from hrmcore.engine.cuda_decode import CudaStep, Form
 from hrmcore.engine.decode_ahead import DecodeAhead
 from hrmcore.engine.mma_layout import MMA_DTYPES
+from hrmcore.engine.packed_model import packed_model
 from hrmcore.engine.prefill_buckets import BucketedPrefill
-from hrmcore.engine.runner import PAGE, Rows
+from hrmcore.engine.runner import Rows
 from hrmcore.engine.sampling import Sampler
 from hrmcore.engine.torch_runner import TorchRunner, _Sequence, one_at_a_time, upload
 from hrmcore.graphs import CudaGraphs, Graphs
@@ -27,10 +28,11 @@ from hrmcore.ops.backend import require_cuda
 
 
 class CudaRunner(TorchRunner):
-    """Sequences over a model in bfloat16 on a CUDA device; the decode step's weights are `dtype`.
+    """Sequences over a model in bfloat16 on a CUDA device; the weights of its matrices are `dtype`.
 
-    Prefill multiplies with the bfloat16 weights, whatever the dtype: int8 and int4 save time, but no memory. `form` and
-    `blocks` are those of CudaStep, `graphs` what prefills are captured by; None is torch's, on a CUDA device alone.
+    In int8 and int4 nothing of the matrices stays but what the decode step takes: prefills multiply with that. In
+    bfloat16 both have a copy. `form` and `blocks` are those of CudaStep, `graphs` what prefills are captured by; None
+    is torch's, on a CUDA device alone.
     """
 
     def __init__(
@@ -46,12 +48,13 @@ class CudaRunner(TorchRunner):
         super().__init__(model)
         self.dtype = dtype
         self._decode_step = CudaStep(model, form, blocks, dtype)
+        if dtype != "bfloat16":
+            self._model = packed_model(model, self._decode_step.weights, dtype)
         self._ahead = DecodeAhead(self, self.config.vocab_size, self._device)
         if graphs is None and self._device.type == "cuda":
             with self._on_device():
                 graphs = CudaGraphs()
-        self._scratch = _Sequence(0)  # for the keys and values of what fills a bucket up
-        self._prefill = None if graphs is None else BucketedPrefill(model, graphs)
+        self._prefill = None if graphs is None else BucketedPrefill(self._model, graphs)
 
     @classmethod
     def from_checkpoint(cls, folder: Path, dtype: str, device: str, attention_window: int | None) -> CudaRunner:
@@ -134,12 +137,10 @@ class CudaRunner(TorchRunner):
             return super()._advance(sequences, added)
         for sequence, prompt in zip(sequences, added, strict=True):
             self._pool.reserve(sequence, len(prompt))
-        if not self._scratch.pages:
-            self._pool.reserve(self._scratch, PAGE)
         with torch.inference_mode(), self._on_device():
             rows = [sequence.rows(0, len(prompt)) for sequence, prompt in zip(sequences, added, strict=True)]
             prefixes = [sequence.prefix for sequence in sequences]
-            logits = prefill.run(added, prefixes, rows, self._scratch.rows(0, PAGE), self.kv).cpu()
+            logits = prefill.run(added, prefixes, rows, self.kv).cpu()
         for sequence, prompt in zip(sequences, added, strict=True):
             sequence.length = len(prompt)
         return logits.numpy()

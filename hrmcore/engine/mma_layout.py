@@ -48,6 +48,13 @@ def in_fragments(weight: Tensor, dtype: str) -> Tensor:
     return torch.cat([bytes_, ordered.view(tiles, items, -1).view(torch.uint8)], dim=-1)
 
 
+def bytes_of(weight: Tensor, dtype: str) -> int:
+    """How many bytes `in_fragments` makes of a matrix (R, K)."""
+    rows, columns = weight.shape
+    groups = 0 if dtype == "bfloat16" else ITEMS[dtype] // GROUP
+    return -(-rows // TILE) * -(-columns // ITEMS[dtype]) * (32 * 16 + groups * TILE * 2)
+
+
 def quantised(weight: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     """Whole numbers (R, K) and scales (R, K / 32) bfloat16, the same as the CPU engine's (csrc/gemm/pack.cpp)."""
     groups = weight.view(len(weight), -1, GROUP)

@@ -1,8 +1,8 @@
 """Prefills in few shapes, so that each is captured as a CUDA graph: one launch instead of some 1,660 from Python.
 
 New sequences are filled up to a bucket of tokens and sequences: one more sequence holds the rest, whose keys and values
-go to a page that nobody reads. What a real token computes does not depend on it. The first prefill of a bucket runs as
-it is, the second is captured, later ones copy their numbers and replay.
+are not kept. What a real token computes does not depend on it. The first prefill of a bucket runs as it is, the second
+is captured, later ones copy their numbers and replay.
 
 Shapes: T tokens and S sequences of the bucket, V vocabulary, H heads, d head_dim.
 """
@@ -16,9 +16,13 @@ from itertools import chain
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack
 
+from hrmcore import _C
 from hrmcore.graphs import Graphs
-from hrmcore.model import HRM, Layout
+from hrmcore.model import HRM, ForwardContext, Layout
+from hrmcore.ops.backend import runs_on_cuda, stream_of
+from hrmcore.ops.rope import rope
 
 TOKENS = (64, 128, 256, 512, 1024, 2048)
 SEQUENCES = (1, 2, 4, 8)
@@ -30,7 +34,7 @@ class _Numbers:
 
     ids: Tensor  # (T) int64
     positions: Tensor  # (T) int32
-    rows: Tensor  # (T) int64: where in the cache each token's keys and values go
+    rows: Tensor  # (T) int64: where in the cache each token's keys and values go; -1 of the filling
     offsets: Tensor  # (S + 2) int32
     prefix: Tensor  # (S + 1) int32
     last: Tensor  # (S) int64: the last token of each sequence
@@ -50,10 +54,20 @@ class _NewKeys:
         self._kv, self._rows = kv, numbers.rows
         self.key_offsets = numbers.offsets
 
-    def extend(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self._kv[slot, 0].index_copy_(0, self._rows, k)
-        self._kv[slot, 1].index_copy_(0, self._rows, v)
-        return k, v
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
+        keys, values = self._kv[context.slot].unbind()
+        if not (runs_on_cuda(q) and q.dtype == torch.bfloat16):
+            q, k = rope(q, k, context.table, context.positions)
+            kept = self._rows >= 0
+            keys[self._rows[kept]], values[self._rows[kept]] = k[kept], v[kept]
+            return q, k, v
+        rotated = torch.empty(2, *q.shape, dtype=q.dtype, device=q.device)
+        angles = {"table": context.table, "positions": context.positions}
+        operands = {"q": q, "k": k, "v": v, **angles, "rows": self._rows}
+        written = {"q_out": rotated[0], "k_out": rotated[1], "keys": keys, "values": values}
+        capsules = {name: to_dlpack(tensor) for name, tensor in (operands | written).items()}
+        _C.cuda_rotate_append(**capsules, stream=stream_of(q))
+        return rotated[0], rotated[1], v
 
 
 @dataclass(frozen=True)
@@ -86,18 +100,17 @@ class BucketedPrefill:
         prompts: Sequence[Sequence[int]],
         prefixes: Sequence[int],
         rows: Sequence[Tensor],
-        spare: Tensor,
         kv: Tensor,
     ) -> Tensor:
         """The logits (prompts, V) float32 after each prompt; its keys and values go to its `rows` of kv.
 
-        kv is (slots, 2, rows, H, d); `spare` are rows of it for the filling.
+        kv is (slots, 2, rows, H, d).
         """
         if self._cache != kv.data_ptr():
             self._captured.clear()
             self._cache = kv.data_ptr()
         bucket = bucket_of(prompts)
-        numbers = _filled(prompts, prefixes, rows, spare, bucket, kv.device)
+        numbers = _filled(prompts, prefixes, rows, bucket, kv.device)
         logits = self._logits(bucket, numbers, kv)
         return logits[: len(prompts)].to(torch.float32, copy=True)  # the graph writes over its own
 
@@ -131,7 +144,6 @@ def _filled(
     prompts: Sequence[Sequence[int]],
     prefixes: Sequence[int],
     rows: Sequence[Tensor],
-    spare: Tensor,
     bucket: tuple[int, int],
     device: torch.device,
 ) -> _Numbers:
@@ -144,7 +156,7 @@ def _filled(
     numbers = _Numbers(
         ids=torch.tensor([*chain.from_iterable(prompts), *[0] * filling]),
         positions=torch.cat(positions),
-        rows=torch.cat([*rows, spare[torch.arange(filling) % len(spare)]]),
+        rows=torch.cat([*rows, torch.full((filling,), -1)]),
         offsets=offsets,
         prefix=torch.tensor([*prefixes, *[0] * (sequences + 1 - len(prompts))], dtype=torch.int32),
         last=(offsets[1:-1].long() - 1).clamp(min=0),

@@ -19,7 +19,8 @@ from torch import Tensor
 from hrmcore.config import HRMConfig
 from hrmcore.engine.runner import PAGE, Prefill, Rows, WholePrefill
 from hrmcore.lens import look
-from hrmcore.model import HRM, Layout
+from hrmcore.model import HRM, ForwardContext, Layout
+from hrmcore.ops.rope import rope
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -97,13 +98,14 @@ class _CacheView:
     def key_offsets(self) -> Tensor:
         return self._key_offsets
 
-    def extend(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self._kv[slot, 0], self._kv[slot, 1]
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
+        q, k = rope(q, k, context.table, context.positions)
+        keys, values = self._kv[context.slot].unbind()
         keys.index_copy_(0, self._slot_mapping, k)
         values.index_copy_(0, self._slot_mapping, v)
         if self._slice is not None:  # a view, without a copy
-            return keys[self._slice], values[self._slice]
-        return keys.index_select(0, self._rows), values.index_select(0, self._rows)
+            return q, keys[self._slice], values[self._slice]
+        return q, keys.index_select(0, self._rows), values.index_select(0, self._rows)
 
 
 def one_at_a_time(method: Method) -> Method:

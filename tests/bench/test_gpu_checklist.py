@@ -76,6 +76,10 @@ def test_every_check_runs_or_says_why_not(tmp_path: Path, checklist: ModuleType)
     assert by_name["sampling"]["figures"]["all"] == {"draws": 4, "different": 0}
     assert by_name["fed_back"]["figures"] == {"answers": 3, "tokens": 4, "different": 0}
     assert by_name["captured_prefill"]["figures"]["40"]["error"] <= 2e-2
+    for dtype in ("int8", "int4"):
+        packed = by_name["packed_prefill"]["figures"][dtype]
+        assert packed["bits"] == "the same"
+        assert packed["40"]["error"] <= 2e-2
     assert by_name["graph_against_fused_step"]["figures"]["batch_32"] == "same bits"
 
 

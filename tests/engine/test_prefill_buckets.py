@@ -55,19 +55,18 @@ def test_logits_and_cache_are_those_of_a_prefill_as_it_is(lengths: list[int], sh
     rows = [plain._sequences[handle].rows(0, length) for handle, length in zip(handles, lengths, strict=True)]
     kv, used = torch.full_like(plain.kv, 7.0), torch.cat(rows)
     grown = torch.cat([kv, torch.full_like(kv[:, :, :PAGE], 7.0)], 2)
-    spare = torch.arange(kv.shape[2], kv.shape[2] + PAGE)
     graphs = Replayed()
     prefill = BucketedPrefill(model, graphs)
     assert prefill.takes(prompts)
     for expected_log in (["warm"], ["capture", "replay"], ["replay"]):
         grown.fill_(7.0)
-        logits = prefill.run(prompts, prefixes, rows, spare, grown)
+        logits = prefill.run(prompts, prefixes, rows, grown)
         assert graphs.calls == expected_log
         graphs.calls.clear()
         assert distance(logits, expected) < SAME
         assert distance(grown[:, :, used], plain.kv[:, :, used]) < SAME
         others = torch.ones(grown.shape[2], dtype=torch.bool)
-        others[used] = others[spare] = False
+        others[used] = False
         assert bool((grown[:, :, others] == 7.0).all())
 
 
@@ -76,13 +75,12 @@ def test_a_bucket_is_captured_at_its_second_use_and_serves_other_prompts() -> No
     model, graphs = model_of(), Replayed()
     prefill, plain = BucketedPrefill(model, graphs), TorchRunner(model)
     kv = torch.zeros(CONFIG.cache_slots, 2, 5 * PAGE, 2, 16)
-    spare = torch.arange(4 * PAGE, 5 * PAGE)
 
     def both(lengths: list[int]) -> None:
         prompts = prompts_of(lengths)
         starts = [PAGE * index for index in range(len(lengths))]
         rows = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-        logits = prefill.run(prompts, lengths, rows, spare, kv)
+        logits = prefill.run(prompts, lengths, rows, kv)
         assert distance(logits, plain.open(prompts, lengths)[1]) < SAME
 
     for lengths in ([40, 3], [9, 60], [33, 31], [64], [7], [50, 60], [1, 2, 3]):
@@ -95,12 +93,12 @@ def test_a_bucket_is_captured_at_its_second_use_and_serves_other_prompts() -> No
 def test_a_cache_that_moved_is_captured_anew() -> None:
     model, graphs = model_of(), Replayed()
     prefill = BucketedPrefill(model, graphs)
-    prompts, rows, spare = prompts_of([9]), [torch.arange(9)], torch.arange(PAGE, 2 * PAGE)
+    prompts, rows = prompts_of([9]), [torch.arange(9)]
     shape = (CONFIG.cache_slots, 2, 2 * PAGE, 2, 16)
     first, second = torch.zeros(shape), torch.zeros(shape)
     for kv in (first, first, second, second):
         kv.zero_()
-        prefill.run(prompts, [9], rows, spare, kv)
+        prefill.run(prompts, [9], rows, kv)
         assert bool(kv[:, :, :9].any())
     assert graphs.calls == ["warm", "capture", "replay"] * 2
 
@@ -130,9 +128,10 @@ def test_the_kernels_of_cuda_take_empty_sequences_and_the_filling() -> None:
     kv = torch.zeros(config.cache_slots, 2, 3 * PAGE, 1, 64, dtype=torch.bfloat16)
     counters()
     with emulated_cuda():
-        logits = BucketedPrefill(model, Replayed()).run(prompts, [20, 4, 0], rows, torch.arange(2 * PAGE, 3 * PAGE), kv)
+        logits = BucketedPrefill(model, Replayed()).run(prompts, [20, 4, 0], rows, kv)
     assert distance(logits, expected) < 2e-2
-    # A layer: rope, attention, two norms, SwiGLU; the closing norms are among them. One norm opens, one table is made.
+    # A layer: rotation with the cache, attention, two norms, SwiGLU; the closing norms are among them. One norm opens,
+    # one table is made.
     assert counters()["launches"] == 5 * config.cache_slots + 2
 
 
@@ -155,5 +154,4 @@ def test_the_engine_on_cuda_prefills_in_buckets_and_decodes_after_them() -> None
     assert {"warm", "capture", "replay"} == set(graphs.calls)
     for handle in opened[0]:
         ours.close(handle)
-    free = len(ours._pool._free)
-    assert free == ours.kv.shape[2] // PAGE - 1  # all but the page of the filling
+    assert len(ours._pool._free) == ours.kv.shape[2] // PAGE
