@@ -171,6 +171,8 @@ def attention_backward(
     tiles: Tensor | None,
     ungated: Output | None,
     row_terms: Output | None,
+    table: Tensor | None,
+    positions: Tensor | None,
     stream: int = 0,
 ) -> None: ...
 def attention_forward(

@@ -169,6 +169,13 @@ class Memory:
     logits: float
     peak: float
 
+    def state(self, average: float = 4.0) -> float:
+        """Of a training state: what is trained, its moments, and an average of so many bytes a number.
+
+        One GPU copies it to main memory that is page-locked, as large as that, and kept from the first state on.
+        """
+        return self.optimizer * (12 + average) / 8
+
 
 def activation_elements(config: HRMConfig, layers: int, recompute: str = "sublayer") -> int:
     """Numbers per token that one visit with gradient, of a stack of `layers` layers, keeps; log-sum-exps not counted.

@@ -43,7 +43,7 @@ ROOMS = {
     "checkpoint": f"_lazy {GROUND} model optim distributed",
     "lora": f"{GROUND} model checkpoint",
     "growth": f"_lazy {GROUND} model optim gpus planner checkpoint",
-    "train": f"_lazy {GROUND} graphs machine model optim planner data distributed checkpoint lora growth",
+    "train": f"_lazy {GROUND} graphs machine model optim planner data distributed checkpoint lora growth engine",
     "engine": f"_lazy chat {GROUND} graphs model checkpoint lens",
     "step_bench": "config machine model engine",
     "serving": f"{GROUND} chat engine lens_names",

@@ -4,9 +4,11 @@
     python -m bench.gpu.train --emulated          # its own logic, with toy sizes in the emulator; nothing is timed
 
 Right: gradients in bfloat16 beside those of float32 on the CPU, the same bits whatever backward computes again and in
-every run, no wait of the host inside a step, and captured steps with the bits of the same step uncaptured. Then
-milliseconds of attention beside FlexAttention compiled with the same mask, and of whole steps at K = 2 and 5, small and
-large, by kind of kernel; last transformers. What does not fit in the time is left out by name.
+every run, no wait of the host inside a step, and captured steps with the bits of the same step uncaptured, and
+a state copied beside the steps with those of the state. Then milliseconds of attention beside FlexAttention compiled
+with the same mask, and of whole steps at K = 2 and 5, small and large, by kind of kernel; captured steps beside
+uncaptured ones in turns, small and large, which the default of `cuda_graphs` waits for; what a state costs; last
+transformers. What does not fit in the time is left out by name.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,11 +34,13 @@ from bench.gpu.models import random_batch, toy
 from bench.gpu.step_model import table
 from bench.gpu.train_model import SMALL, Work
 from hrmcore import optim
+from hrmcore.checkpoint.host_copies import CudaSide, HostCopies, Pair
 from hrmcore.config import RECOMPUTE, HRMConfig
 from hrmcore.data.packing import Bucket, PackedBatch, pad
 from hrmcore.model import HRM
 from hrmcore.ops.attention import PackedMask, attention
 from hrmcore.train.captured import CapturedSteps, Graphs
+from hrmcore.train.resume import tensors_of
 
 LIMIT = 360.0  # seconds, of the seven minutes that train.sh gives
 ALLOWED = 2e-2  # of a gradient's norm
@@ -137,6 +142,10 @@ def parts_of(plan: Plan) -> dict[str, Callable[[], dict[str, Any]]]:
     for shape in plan.shapes:
         for horizon in HORIZONS:
             parts[f"{shape.name}, K = {horizon}"] = partial(step_of, plan.here, shape, horizon)
+    for shape in (shape for shape in plan.shapes if not shape.captured):
+        for horizon in HORIZONS:
+            parts[f"graphs, {shape.name}, K = {horizon}"] = partial(graphs_in_turns, plan.here, shape, horizon)
+    parts[f"state, {plan.shapes[0].name}"] = partial(state_beside_a_step, plan.here, plan.shapes[0])
     for name, (lengths, heads, head_dim) in plan.attention.items():
         parts[f"attention, {name}"] = partial(attention_times, plan.here, lengths, heads, head_dim)
     if not plan.here.emulated:
@@ -184,6 +193,7 @@ def right(here: Here) -> dict[str, Any]:
         "same_bits_whatever_is_recomputed": all(same(first, gradients(here, model, batch, word)) for word in RECOMPUTE),
         "no_wait_in_a_step": no_wait(here, model, batch),
         "captured_has_the_bits": captured_has_the_bits(here, model, batch),
+        "state_beside_has_the_bits": state_beside_has_the_bits(here),
     }
     wrong = [name for name, value in found.items() if value is False]
     if not found["gradient_error"] <= ALLOWED:
@@ -249,31 +259,81 @@ def captured_has_the_bits(here: Here, model: HRM, batch: PackedBatch) -> bool:
     return same(ours, expected)
 
 
+class AtOnce:
+    """In the place of a stream beside, on the emulator."""
+
+    def memory(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8)
+
+    def begin(self, pairs: Sequence[Pair]) -> None:
+        for place, tensor in pairs:
+            place.copy_(tensor)
+
+    def hold(self) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
+
+def state_beside_has_the_bits(here: Here) -> bool:
+    """Tensors that are changed as soon as they may be; large ones on a GPU, whose copies take a while."""
+    copies = HostCopies(AtOnce() if here.emulated else CudaSide())
+    count = 1000 if here.emulated else 1 << 26
+    tensors = {str(i): torch.randn(count, device=here.device) for i in range(4)}
+    expected = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
+    found = copies.begin(tensors)
+    copies.hold()
+    for tensor in tensors.values():
+        tensor.add_(1)
+    copies.wait()
+    return all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 # How fast
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A model with its optimizer and a batch, and whole steps of it at one horizon, captured or not."""
+
+    here: Here
+    shape: Shape
+    horizon: int
+    model: HRM
+    optimizer: optim.AdamAtan2
+    batch: PackedBatch
+
+    @classmethod
+    def of(cls, here: Here, shape: Shape, horizon: int) -> Steps:
+        torch.manual_seed(9)
+        model = HRM(shape.config).to(here.device)
+        batch, _ = random_batch(list(shape.lengths), shape.config.vocab_size)
+        return cls(here, shape, horizon, model, optim.AdamAtan2(model.parameters(), lr=1e-4, ema=0.999), batch)
+
+    def step(self, captured: bool, before_update: Callable[[], None] = lambda: None) -> Callable[[], None]:
+        here, count = self.here, len(self.batch.targets)
+        precision, graphs = partial(autocast, here), graphs_of(here) if captured else None
+        steps = CapturedSteps(self.model, self.shape.work.tokens, "sublayer", precision, graphs) if captured else None
+
+        def step() -> None:
+            if steps is not None:
+                steps.backward(self.batch, self.horizon, count)
+            else:
+                with autocast(here):
+                    loss = self.model.loss(self.batch, horizon=self.horizon) / count
+                loss.backward()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            before_update()
+            self.optimizer.step(grad_scale=(1.0 / (norm + 1e-6)).clamp(max=1.0).reshape(1))
+            self.optimizer.zero_grad(set_to_none=True)
+
+        return step
 
 
 def step_of(here: Here, shape: Shape, horizon: int) -> dict[str, Any]:
     """Tokens a second of a whole step, its milliseconds by kind of kernel, and what was predicted of both."""
-    torch.manual_seed(9)
-    model = HRM(shape.config).to(here.device)
-    optimizer = optim.AdamAtan2(model.parameters(), lr=1e-4, ema=0.999)
-    batch, _ = random_batch(list(shape.lengths), shape.config.vocab_size)
-    count, tokens = len(batch.targets), shape.work.tokens
-    captured = None
-    if shape.captured:
-        captured = CapturedSteps(model, tokens, "sublayer", partial(autocast, here), graphs_of(here))
-
-    def step() -> None:
-        if captured is not None:
-            captured.backward(batch, horizon, count)
-        else:
-            with autocast(here):
-                loss = model.loss(batch, horizon=horizon) / count
-            loss.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        optimizer.step(grad_scale=(1.0 / (norm + 1e-6)).clamp(max=1.0).reshape(1))
-        optimizer.zero_grad(set_to_none=True)
-
+    step, tokens = Steps.of(here, shape, horizon).step(shape.captured), shape.work.tokens
     predicted = train_model.predict(shape.config, shape.work, horizon, graph=shape.captured)
     found: dict[str, Any] = {
         "tokens": tokens,
@@ -290,6 +350,65 @@ def step_of(here: Here, shape: Shape, horizon: int) -> dict[str, Any]:
         found |= {"tokens_a_second": tokens / seconds, "ms": 1e3 * seconds}
         found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         return found | {"ms_by_kind": by_kind(profiled(step))}
+
+
+def graphs_in_turns(here: Here, shape: Shape, horizon: int) -> dict[str, Any]:
+    """Milliseconds of captured and uncaptured steps of one model, in turns, and what capturing holds in memory."""
+    steps = Steps.of(here, shape, horizon)
+    ways = {"uncaptured": steps.step(False), "captured": steps.step(True)}
+    found: dict[str, Any] = {"tokens": shape.work.tokens}
+    with here.kernels():
+        for name, step in ways.items():
+            try:
+                for _ in range(3):
+                    step()
+            except torch.OutOfMemoryError:
+                return found | {"out_of_memory": name}
+            if not here.emulated:
+                torch.cuda.empty_cache()  # what is left is held for good
+                found[f"held_gb_{name}"] = torch.cuda.memory_reserved() / 1e9
+        if here.emulated:
+            return found
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(3):
+            for name, step in ways.items():
+                times[name].append(seconds_of(step, 5))
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    found |= {f"ms_{name}": 1e3 * seconds for name, seconds in medians.items()}
+    return found | {"times_as_fast": medians["uncaptured"] / medians["captured"]}
+
+
+def state_beside_a_step(here: Here, shape: Shape) -> dict[str, Any]:
+    """What a training state costs: the host where it is copied in its way, and a step where it is copied beside it."""
+    steps = Steps.of(here, shape, HORIZONS[-1])
+    copies = HostCopies(AtOnce() if here.emulated else CudaSide())
+    step, step_that_holds = steps.step(False), steps.step(False, copies.hold)
+
+    def step_beside() -> None:
+        copies.begin(tensors)
+        step_that_holds()
+
+    with here.kernels():
+        step()
+        tensors = tensors_of(steps.model, steps.optimizer)
+        step_beside()
+        copies.wait()
+        found: dict[str, Any] = {"gb": copies.bytes_held / 1e9}
+        if here.emulated:
+            return found
+        started = time.perf_counter()
+        whole = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+        found["in_its_way_s"] = time.perf_counter() - started
+        del whole
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        copies.begin(tensors)
+        found["host_s"] = time.perf_counter() - started
+        copies.wait()
+        found["copied_s"] = time.perf_counter() - started
+        found |= {"step_ms": 1e3 * seconds_of(step, 3), "step_beside_ms": 1e3 * seconds_of(step_beside, 3)}
+    blocking, beside = train_model.state_seconds(shape.config, shape.work, HORIZONS[-1])
+    return found | {"predicted_in_its_way_s": blocking, "predicted_beside_s": beside}
 
 
 def profiled(call: Callable[[], object]) -> list[tuple[str, float]]:

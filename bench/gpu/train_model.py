@@ -46,6 +46,10 @@ class Card:
     kernel: float = 2e-6  # assumed: no kernel of a graph takes less
     thin: float = 0.5  # assumed: share of `product` that a product of an inner size of 192 reaches
     host: float = 2.5e-3  # assumed: what the host does between two replayed steps; filling up a batch alone takes 0.9
+    second_level: float = 5.5e12  # assumed, as in step_model.py: bytes/s of the second-level cache
+    to_host: float = 50e9  # assumed: bytes/s to page-locked main memory (PCIe 5, 16 lanes: 63 at most)
+    to_pageable: float = 6e9  # assumed: to any other, by way of a staging buffer
+    float8: float = 1.8  # assumed: a product in float8 beside one in bfloat16, 2 on the data sheet
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def predict(config: HRMConfig, work: Work, horizon: int, card: Card = Card(), gr
     token_bytes = {
         "norms": forward * 8 * width + backward * 12 * width,
         "swiglu": forward * 3 * ffn + backward * 6 * ffn,
-        "rotation": (forward + backward) * 4 * attention,
+        "rotation": forward * 4 * attention,
     }
     chunks = -(-work.supervised // 2048)
     seconds = {
@@ -101,6 +105,8 @@ def predict(config: HRMConfig, work: Work, horizon: int, card: Card = Card(), gr
         "attention forward": forward * attention_seconds(config, work, card.tile_forward, card.block_forward, card),
         "attention backward": backward * attention_seconds(config, work, card.tile_backward, card.block_backward, card),
         **{name: 2 * work.tokens * count / card.copy for name, count in token_bytes.items()},
+        # of q and of k, cosines and sines for each head: as if none of it were hidden behind products
+        "rotated back": backward * 8.0 * work.tokens * attention / card.second_level,
         # logits are written and read twice, their gradient written and read twice, and the head's sum for each chunk
         "cross-entropy": (16.0 * work.supervised * config.vocab_size + 8.0 * chunks * config.vocab_size * width)
         / card.copy,
@@ -110,7 +116,7 @@ def predict(config: HRMConfig, work: Work, horizon: int, card: Card = Card(), gr
         "optimizer": (28 + 8 + 4) * parameters / card.copy,  # the norm reads each gradient once
     }
     if graph:
-        kernels = {"norms": 2 * forward + 4 * backward, "swiglu": forward + backward, "rotation": forward + backward}
+        kernels = {"norms": 2 * forward + 4 * backward, "swiglu": forward + backward, "rotation": forward}
         for name, count in kernels.items():
             seconds[name] = max(seconds[name], count * card.kernel)
         seconds["products"] = max(seconds["products"], (4 * forward + 8 * backward) * card.kernel)
@@ -123,13 +129,40 @@ def before(config: HRMConfig, work: Work, horizon: int, card: Card = Card()) -> 
     found = predict(config, work, horizon, card)
     forward, backward = passes(config, horizon)
     weights = planner.layer_weights(config)
-    kept = {name: found[name] for name in ("products", "norms", "swiglu", "rotation")}
+    kept = {name: found[name] for name in ("products", "norms", "swiglu")}
+    kept["rotation"] = found["rotation"] * (forward + backward) / forward  # backward had launches of its own
     head = -(-work.supervised // 128) * config.vocab_size * config.hidden_size
     # each matrix for each pass over it, and each product that is a gradient, made float32
     rounded = 6 * ((forward + 2 * backward) * weights + head) / card.copy
     stacks = planner.parameters(config) - 2 * config.vocab_size * config.hidden_size
     added = 12 * (backward * weights - stacks + head) / card.copy
     return kept | {"weights rounded": 1e3 * rounded, "gradients added": 1e3 * added}
+
+
+def with_float8(config: HRMConfig, work: Work, horizon: int, card: Card = Card()) -> dict[str, float]:
+    """`predict`, were the blocks' forward products and those of their inputs' gradients in float8, scales by row.
+
+    Gradients of weights and the head stay in bfloat16. Each operand's row is read once, in bfloat16, and written.
+    """
+    forward, backward = passes(config, horizon)
+    width, attention, ffn = config.hidden_size, config.attention_width, config.intermediate_size
+    parts = predict(config, work, horizon, card)
+    flops = 2.0 * work.tokens * (forward + backward) * planner.layer_weights(config)
+    parts["products"] -= 1e3 * flops / card.product * (1 - 1 / card.float8)
+    elements = forward * (2 * width + attention + ffn) + backward * (2 * width + 4 * attention + 2 * ffn)
+    parts["rounded to float8"] = 1e3 * 3.0 * work.tokens * elements / card.copy
+    return parts
+
+
+def state_seconds(config: HRMConfig, work: Work, horizon: int, card: Card = Card()) -> tuple[float, float]:
+    """What a training state with an average costs a run: copied in its way, and beside the next step.
+
+    There the update alone waits, for what forward and backward leave of the copy's time.
+    """
+    size = 16.0 * planner.parameters(config)
+    parts = predict(config, work, horizon, card)
+    beside = 1e-3 * (sum(parts.values()) - parts["optimizer"])
+    return size / card.to_pageable, max(0.0, size / card.to_host - beside)
 
 
 # GPU milliseconds at the 1B shape, K = 5, 16,335 tokens of mean 297; "gradients added" as the profiler named it.
@@ -191,6 +224,24 @@ def rows() -> Sequence[list[str]]:
     return found
 
 
+def next_experiments() -> Sequence[list[str]]:
+    """What is not shipped, or costs a run besides its steps."""
+    config, work, found = HRMConfig.preset("XL"), mix(), []
+    for horizon in (5, 2):
+        parts, float8 = predict(config, work, horizon), with_float8(config, work, horizon)
+        blocking, beside = state_seconds(config, work, horizon)
+        found.append(
+            [
+                f"XL, K = {horizon}",
+                f"{sum(parts.values()):.0f}, of which products {parts['products']:.0f}",
+                f"{sum(float8.values()):.0f}, of which products {float8['products']:.0f}",
+                f"{blocking:.1f}",
+                f"{beside:.2f}",
+            ]
+        )
+    return found
+
+
 def main() -> None:
     checked = before(HRMConfig.preset("XL"), mix(), 5)
     print(
@@ -201,6 +252,8 @@ def main() -> None:
     )
     print()
     print(table(["", "ms", "tok/s", "goal", "of the product's peak", "parts, ms"], list(rows())))
+    print()
+    print(table(["", "bfloat16, ms", "float8, ms", "a state, s", "beside a step, s"], list(next_experiments())))
 
 
 if __name__ == "__main__":

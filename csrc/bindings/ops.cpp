@@ -37,7 +37,8 @@ void bind_attention(py::module_& m) {
          output("grad_v", &Backward::grad_v), output("grad_gate", &Backward::grad_gate),
          optional("log_decay", &Backward::log_decay), input("window", &Backward::window),
          optional("tiles", &Backward::tiles), optional_output("ungated", &Backward::ungated),
-         optional_output("row_terms", &Backward::row_terms));
+         optional_output("row_terms", &Backward::row_terms), optional("table", &Backward::table),
+         optional("positions", &Backward::positions));
   using Table = AttentionTable;
   def_on_cuda<Table>(m, "attention_table", input("offsets", &Table::offsets),
                      input("key_offsets", &Table::key_offsets), input("prefix", &Table::prefix),

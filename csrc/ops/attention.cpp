@@ -132,6 +132,25 @@ void check(const AttentionForward& args) {
   check_table("attention_forward", args.tiles, lines_over_queries(args));
 }
 
+namespace {
+
+void check_rotation(const char* op, const AttentionBackward& args) {
+  if (!args.table.given() && !args.positions.given()) return;
+  Check(op, "table", args.table).cpu_or_cuda().rank(2).dtype({DType::f32}).last_contiguous();
+  Check(op, "table", args.table).size(1, args.q.shape[2], "d");
+  Check(op, "positions", args.positions)
+      .cpu_or_cuda()
+      .rank(1)
+      .dtype({DType::i32})
+      .size(0, args.q.shape[0], "T");
+  Check(op, "k", args.k).size(0, args.q.shape[0], "T, with a rotation");
+  if (!args.tiles.given() || args.grad_k.dtype != DType::bf16) {
+    reject(op, "table", "None but in bfloat16 on CUDA, with tiles and grad_k in bfloat16", "a table");
+  }
+}
+
+}  // namespace
+
 void check(const AttentionBackward& args) {
   const char* op = "attention_backward";
   check_inputs(op, args);
@@ -143,6 +162,7 @@ void check(const AttentionBackward& args) {
   check_table(op, args.tiles,
               lines_over_queries(args) + lines_of_table(args.k.shape[0], args.prefix.shape[0]));
   if (args.ungated.given()) check_query_rows(op, "ungated", args.ungated, args.q);
+  check_rotation(op, args);
   if (!args.row_terms.given()) return;
   Check(op, "row_terms", args.row_terms).cpu_or_cuda().rank(3).dtype({DType::f32}).contiguous();
   Check(op, "row_terms", args.row_terms).size(0, 2, "2").size(1, args.q.shape[1], "H");

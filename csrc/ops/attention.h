@@ -57,6 +57,10 @@ struct AttentionBackward {
   TensorView tiles;      // as in the forward
   TensorView ungated;    // (T, H, d): grad_out * sigmoid(gate); may be grad_out itself
   TensorView row_terms;  // (2, H, T) float32: lse / log 2, then delta
+  // Where they are given, grad_q and grad_k are those of the rows before ops/rope.h turned them; bfloat16 on CUDA
+  // only, keys that lie as queries do. A position outside of the table gives NaNs.
+  TensorView table;      // (P, d) float32, as in rope.h
+  TensorView positions;  // (T) int32
 };
 
 // Tiles of 64 rows, and the lines that a table of them needs for any lengths of S sequences.

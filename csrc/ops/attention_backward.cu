@@ -386,8 +386,9 @@ __global__ void __launch_bounds__(mma_threads, resident_blocks) backward_queries
     if (xpos) decay_fragments<columns>(grad_q, args.log_decay, position, edge, false);
   }
   const Sequence sequence = line();
-  store_sums<columns, wide, bf16>(args.grad_q, sequence.first_query + sequence.first_row,
-                                  min(sequence.queries - sequence.first_row, tile), grad_q, scale);
+  store_gradient<columns, wide>(args.grad_q, sequence.first_query + sequence.first_row,
+                                min(sequence.queries - sequence.first_row, tile), grad_q, scale, args.table,
+                                args.positions);
 }
 
 // Shared memory of a block of keys.
@@ -530,7 +531,7 @@ __global__ void __launch_bounds__(mma_threads, resident_blocks) backward_keys_mm
   const int rows = min(sequence.keys - sequence.first_row, tile);
   const std::int64_t first_row = sequence.first_key + sequence.first_row;
   if (args.grad_k.dtype == DType::bf16) {
-    store_sums<columns, wide, bf16>(args.grad_k, first_row, rows, grad_k, scale);
+    store_gradient<columns, wide>(args.grad_k, first_row, rows, grad_k, scale, args.table, args.positions);
   } else {
     store_sums<columns, wide, float>(args.grad_k, first_row, rows, grad_k, scale);
   }
@@ -579,7 +580,8 @@ HRMCORE_DEVICE_KERNEL(attention_backward, hrmcore::AttentionBackward) {
     const bool wide =
         rows_are_wide({&args.q, &args.k, &args.v, &args.gate, &args.out, &args.grad_out, &args.ungated,
                        &args.grad_q, &args.grad_k, &args.grad_v, &args.grad_gate});
-    return launch_mma(args, wide, stream);
+    const bool wide_table = !args.table.given() || rows_are_wide({&args.table});
+    return launch_mma(args, wide && wide_table, stream);
   }
   const bool wide = rows_are_wide({&args.q, &args.k, &args.v, &args.grad_q, &args.grad_k, &args.grad_v});
   return with_tiles(args.q, wide, [&](auto columns, auto wideness) {

@@ -182,12 +182,11 @@ constexpr int sums_length = columns + 8;  // rows of float32 start in different 
 template <int columns>
 constexpr int sums_bytes = 4 * tile * sums_length<columns>;
 
-// The warp's rows of a sum, each times its factor, by way of shared memory that nobody else uses any more: calls
-// f(row of the warp, column, Floats of neighbouring columns) for what lies within `rows` and head_dim.
-template <int columns, bool wide, class F>
-__device__ __forceinline__ void for_each_piece(const float (&sums)[columns / 8][4], const float (&factor)[2],
-                                               int rows, int head_dim, const F& f) {
-  constexpr int length = sums_length<columns>, piece = wide ? widest<bf16> : 1;
+// The warp's rows of a sum, each times its factor, in shared memory that nobody else uses any more.
+template <int columns>
+__device__ __forceinline__ SharedArray<float> lay_out(const float (&sums)[columns / 8][4],
+                                                      const float (&factor)[2]) {
+  constexpr int length = sums_length<columns>;
   const SharedArray<float> own = shared_array<float>(0) + 16 * warp_id() * length;
   __syncwarp();  // what it was used for before
 #pragma unroll
@@ -200,22 +199,37 @@ __device__ __forceinline__ void for_each_piece(const float (&sums)[columns / 8][
     }
   }
   __syncwarp();
+  return own;
+}
+
+template <int piece>
+__device__ __forceinline__ Floats<piece> piece_at(SharedArray<float> at) {
+  Floats<piece> numbers;
+  if constexpr (piece == 1) {
+    numbers[0] = at[0];
+  } else {
+#pragma unroll
+    for (int half = 0; half < piece; half += 4) {
+      const Packed<float, 4> four = load_shared<4>(at + half);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) numbers[half + n] = four.at[n];
+    }
+  }
+  return numbers;
+}
+
+// The warp's rows of a sum, each times its factor: calls f(row of the warp, column, Floats of neighbouring
+// columns) for what lies within `rows` and head_dim.
+template <int columns, bool wide, class F>
+__device__ __forceinline__ void for_each_piece(const float (&sums)[columns / 8][4], const float (&factor)[2],
+                                               int rows, int head_dim, const F& f) {
+  constexpr int piece = wide ? widest<bf16> : 1;
+  const SharedArray<float> own = lay_out<columns>(sums, factor);
 #pragma unroll 2
   for (int i = lane_id(); i < 16 * columns / piece; i += 32) {
     const int row = i / (columns / piece), column = i % (columns / piece) * piece;
     if (row >= rows || column >= head_dim) continue;
-    Floats<piece> numbers;
-    if constexpr (wide) {
-#pragma unroll
-      for (int half = 0; half < piece; half += 4) {
-        const Packed<float, 4> four = load_shared<4>(own + row * length + column + half);
-#pragma unroll
-        for (int n = 0; n < 4; ++n) numbers[half + n] = four.at[n];
-      }
-    } else {
-      numbers[0] = own[row * length + column];
-    }
-    f(row, column, numbers);
+    f(row, column, piece_at<piece>(own + (row * sums_length<columns> + column)));
   }
 }
 
@@ -229,6 +243,56 @@ __device__ __forceinline__ void store_sums(const TensorView& tensor, std::int64_
                                 [&](int row, int column, const Floats<piece>& numbers) {
                                   store<piece>(head_row<E>(tensor, first_row + own + row) + column, numbers);
                                 });
+}
+
+// The rows of `sums` turned back by the angles of their positions (ops/rope.h), as rows of a packed tensor of
+// bfloat16; `piece` divides head_dim / 2. A position outside of the table gives a row of NaNs.
+template <int columns, int piece>
+__device__ __forceinline__ void store_turned_back(const TensorView& tensor, std::int64_t first_row, int rows,
+                                                  SharedArray<float> sums, const TensorView& table,
+                                                  const TensorView& positions) {
+  const int half = static_cast<int>(tensor.shape[2] / 2);
+#pragma unroll 1
+  for (int i = lane_id(); i < 8 * columns / piece; i += 32) {
+    const int row = i / (columns / 2 / piece), column = i % (columns / 2 / piece) * piece;
+    if (row >= rows || column >= half) continue;
+    const std::int32_t position =
+        load_one(positions.as<std::int32_t>() + (first_row + row) * positions.strides[0]);
+    const bool inside = position >= 0 && position < table.shape[0];
+    const float* cosine = table.as<float>() + (inside ? position : 0) * table.strides[0] + column;
+    const SharedArray<float> at = sums + (row * sums_length<columns> + column);
+    const Floats<piece> low = piece_at<piece>(at), high = piece_at<piece>(at + half);
+    const Floats<piece> cos = load<piece>(cosine), sin = load<piece>(cosine + half);
+    Floats<piece> low_out, high_out;
+#pragma unroll
+    for (int n = 0; n < piece; ++n) {
+      const float s = inside ? sin[n] : __uint_as_float(0x7fc00000u);
+      low_out[n] = low[n] * cos[n] + high[n] * s;
+      high_out[n] = high[n] * cos[n] - low[n] * s;
+    }
+    bf16* out = head_row<bf16>(tensor, first_row + row) + column;
+    store<piece>(out, low_out);
+    store<piece>(out + half, high_out);
+  }
+}
+
+// Sums over rows that the rotation has turned, as the gradient of rows before it where there is one.
+template <int columns, bool wide>
+__device__ __forceinline__ void store_gradient(const TensorView& tensor, std::int64_t first_row, int rows,
+                                               const float (&sums)[columns / 8][4], float factor,
+                                               const TensorView& table, const TensorView& positions) {
+  if (!table.given()) {
+    store_sums<columns, wide, bf16>(tensor, first_row, rows, sums, factor);
+    return;
+  }
+  const SharedArray<float> own = lay_out<columns>(sums, {factor, factor});
+  const int skipped = 16 * warp_id();
+  if (wide && tensor.shape[2] % (2 * widest<bf16>) == 0) {
+    store_turned_back<columns, widest<bf16>>(tensor, first_row + skipped, rows - skipped, own, table,
+                                             positions);
+  } else {
+    store_turned_back<columns, 1>(tensor, first_row + skipped, rows - skipped, own, table, positions);
+  }
 }
 
 __device__ __forceinline__ float quick_sigmoid(float x) { return quick_reciprocal(1.0f + quick_exp(-x)); }

@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from hrmcore.checkpoint.host_copies import HostCopies, Side
 from hrmcore.checkpoint.safetensors_writer import write_tensors
 from hrmcore.checkpoint.sharded_state import (
     is_text,
@@ -225,27 +226,46 @@ def lock(folder: Path) -> TextIOWrapper:
 class StateWriter:
     """Writes states in a thread, so that a step waits only for the copy of the tensors; one at a time.
 
-    `sharded` states are folders: every rank of `group` makes a writer and saves the same steps. Nothing else may use
-    that group. An error of the thread is raised in the caller's thread by the next `save`, `check` or `finish`.
+    Not even for that with a `side`, which copies beside the computation. `sharded` states are folders: every rank of
+    `group` makes a writer and saves the same steps. Nothing else may use that group; they are copied where they lie. An
+    error of the thread is raised in the caller's thread by the next `save`, `check` or `finish`.
     """
 
     def __init__(
-        self, folder: Path, keep: int, keep_every: int, sharded: bool = False, group: dist.ProcessGroup | None = None
+        self,
+        folder: Path,
+        keep: int,
+        keep_every: int,
+        sharded: bool = False,
+        group: dist.ProcessGroup | None = None,
+        side: Side | None = None,
     ) -> None:
         self._folder, self._keep, self._keep_every = folder, keep, keep_every
         self._sharded, self._group = sharded, group
+        self._copies = HostCopies(side) if side is not None and not sharded else None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def save(
         self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], best: int | None = None
     ) -> None:
-        """Copy the tensors as they are now, then write them while the caller goes on; the state after `best` stays."""
+        """Copy the tensors as they are now, then write them while the caller goes on; the state after `best` stays.
+
+        The caller calls `hold` before it changes one of them.
+        """
         self.finish()
-        copies = {name: _copy(tensor.detach()) for name, tensor in tensors.items()}
+        if self._copies is None:
+            copies = {name: _copy(tensor.detach()) for name, tensor in tensors.items()}
+        else:
+            copies = self._copies.begin(tensors)
         arguments = (step, copies, dict(metadata), best)
         self._thread = threading.Thread(target=self._write, args=arguments, name="state writer")
         self._thread.start()
+
+    def hold(self) -> None:
+        """What the caller enqueues from now on may change the tensors: it begins once they are copied."""
+        if self._copies is not None:
+            self._copies.hold()
 
     def check(self) -> None:
         """Raise what went wrong in the thread."""
@@ -262,6 +282,8 @@ class StateWriter:
 
     def _write(self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], best: int | None) -> None:
         try:
+            if self._copies is not None:
+                self._copies.wait()
             path = state_path(self._folder, step, self._sharded)
             if self._sharded:
                 save_shards(path, tensors, metadata, self._group)

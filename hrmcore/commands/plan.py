@@ -189,6 +189,7 @@ def as_dict(planned: Plan) -> dict[str, Any]:
         "dollars": planned.dollars,
         "memory_bytes_per_gpu": planned.memory.peak,
         "memory_by_part": _parts(planned.memory),
+        "state_bytes_per_gpu": planned.memory.state(),
         "fits": planned.memory.peak <= budget.device.memory,
         "gpu": dataclasses.asdict(budget.device),
         "count": budget.count,
@@ -243,6 +244,7 @@ def table(planned: Plan) -> str:
     step = f"a step of {budget.batch_tokens:,} tokens in {budget.precision}{again}"
     lines.append(("memory each", f"{_bytes(memory.peak)}, {step}; {verdict} {_bytes(device.memory)}; of it at most"))
     lines += [(f"  {name}", _bytes(value)) for name, value in _parts(memory).items() if value]
+    lines.append(("a state", f"{_bytes(memory.state())} of main memory each, with an average of the weights"))
     return "\n".join(f"{name:<14} {text}" for name, text in lines)
 
 

@@ -134,10 +134,13 @@ def launch_backward(
     grad_out: Tensor,
     grads: Operands,
     overwrite: bool = False,
+    rotation: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Run the backward kernel, given what `launch_forward` returned; writes the gradients of the operands to `grads`.
 
-    With `overwrite` grad_out is lost. The CPU sums the gradients of keys and values in float32, in place.
+    With `overwrite` grad_out is lost. With a `rotation`, (table, positions) as in `rope`, q and k are rows that it has
+    turned, keys lying as queries do, and their gradients those of the rows before: bfloat16 on CUDA turns them before
+    it rounds them, all else in a launch of its own. The CPU sums the gradients of keys and values in float32, in place.
     """
     grad_q, grad_k, grad_v, grad_gate = grads
     grad_out = grad_out.contiguous()
@@ -148,10 +151,14 @@ def launch_backward(
         sums = grad_k.new_empty(grad_k.shape, dtype=torch.float32), grad_v.new_empty(grad_v.shape, dtype=torch.float32)
     inputs = *operands, *_offsets(mask), *results, grad_out
     exported = map(to_dlpack, (*inputs, grad_q, *sums, grad_gate))
-    _C.attention_backward(*exported, *_form(mask), *workspace, stream_of(grad_q))
+    turned_back = rotation if mask.tiles is not None else None
+    exported_rotation = (None, None) if turned_back is None else tuple(map(to_dlpack, turned_back))
+    _C.attention_backward(*exported, *_form(mask), *workspace, *exported_rotation, stream_of(grad_q))
     if sums[0] is not grad_k:
         grad_k.copy_(sums[0])
         grad_v.copy_(sums[1])
+    if rotation is not None and turned_back is None:
+        _C.rope(*map(to_dlpack, (grad_q, grad_k, *rotation, grad_q, grad_k)), True, stream_of(grad_q))
 
 
 def backward_workspace(q: Tensor, ungated: Tensor | None = None) -> tuple[Any, Any]:

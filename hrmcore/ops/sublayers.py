@@ -132,8 +132,8 @@ def rotate_and_attend_backward(
     grad_gqkv = torch.empty_like(gqkv)
     grad_gate, grad_q, grad_k, grad_v = _split(grad_gqkv)
     grads = grad_q, grad_k, grad_v, grad_gate
-    launch_backward((q, k, v, gate), mask, results, grad_attended.view(q.shape), grads, overwrite=True)
-    _C.rope(*map(to_dlpack, (grad_q, grad_k, *rotation, grad_q, grad_k)), True, stream_of(q))
+    grad_out = grad_attended.view(q.shape)
+    launch_backward((q, k, v, gate), mask, results, grad_out, grads, overwrite=True, rotation=rotation)
     return grad_gqkv
 
 

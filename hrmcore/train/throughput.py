@@ -80,16 +80,17 @@ def memory_needed(config: TrainConfig, largest: HRMConfig, corpus: Corpus, world
     holders = world.ranks if config.parallel == "sharded" else 1
     of_step = largest, config.horizon_last, tokens, supervised
     if config.lora:
-        need, kept = planner.adapted_memory(*of_step, config.precision, config.lora), 4.0 * adapters
+        need = planner.adapted_memory(*of_step, config.precision, config.lora)
     else:
         need = planner.memory(*of_step, holders, config.precision, config.recompute)
-        kept = need.weights
-    average = kept * (0.5 if config.ema_dtype == "bfloat16" else 1.0) if config.ema else 0.0
-    state = kept + need.optimizer + average
-    more = "more" if world.device.type == "cpu" else "of main memory"
+    average = (2.0 if config.ema_dtype == "bfloat16" else 4.0) if config.ema else 0.0
+    state, averages = need.state(average), need.state(average) - need.state(0.0)
+    # A shard is copied where it lies; what one GPU holds goes to main memory, which is kept for the next state.
+    in_main = world.device.type == "cuda" and config.parallel != "sharded"
+    when = "of main memory from the first state on" if in_main else "more while a state is written"
     return (
-        f"{planner.parameters(largest) / 1e6:.2f} M parameters{trained}; about {(need.peak + average) / 1e9:.2f} GB at "
-        f"a step's peak, torch and the data aside, and {state / 1e9:.2f} GB {more} while a state is written; "
+        f"{planner.parameters(largest) / 1e6:.2f} M parameters{trained}; about {(need.peak + averages) / 1e9:.2f} GB "
+        f"at a step's peak, torch and the data aside, and {state / 1e9:.2f} GB {when}; "
         f"{machine.available_memory(world.device) / 1e9:.2f} GB are free"
     )
 

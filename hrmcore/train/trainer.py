@@ -19,12 +19,14 @@ from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 from hrmcore import optim
+from hrmcore.checkpoint.host_copies import CudaSide, Side
 from hrmcore.checkpoint.training_state import StateWriter, find_newest, lock, read_metadata, verify
 from hrmcore.data.packing import Ahead, BatchStream, Bookmark, PackedBatch, epoch_batches, pack, share
 from hrmcore.data.records import Corpus
 from hrmcore.data.store import load_corpus
 from hrmcore.distributed import fsdp
 from hrmcore.distributed.world import World
+from hrmcore.engine.runner import Runner
 from hrmcore.growth.stages import GrowthSchedule
 from hrmcore.model import HRM
 from hrmcore.tokenizer import Tokenizer
@@ -87,7 +89,7 @@ class Trainer:
         self._stopping = EarlyStopping(config.patience)
         sharded = config.parallel == "sharded"  # of one process, too: the state is a folder with one shard
         group = self.world.group() if sharded else None
-        self._writer = StateWriter(self.out, config.keep, config.keep_every, sharded, group)
+        self._writer = StateWriter(self.out, config.keep, config.keep_every, sharded, group, self._side())
         with self.world.main_first():  # it compares checksums and sets damaged states aside
             newest = find_newest(self.out, self._say, contents=self.world.is_main)
         if newest is None and self._start is not None:
@@ -101,6 +103,10 @@ class Trainer:
             self._metrics = Metrics(self.out, self.step, config.log, dataclasses.asdict(config))
             self._held.callback(self._metrics.close)
         self._heart.rest()
+
+    def _side(self) -> Side | None:
+        """What copies states beside the steps; the CPU has nothing beside them."""
+        return CudaSide() if self.world.device.type == "cuda" else None
 
     def _new_optimizer(self, config: TrainConfig) -> Any:
         """The run file's, over the model as it is now. A study of others has them from here."""
@@ -232,7 +238,7 @@ class Trainer:
         if self.validation is None or not count:
             return
         with self._precision(), self._averaged():
-            answers = validation.sample_answers(self.model, self.validation, count, self.tokenizer)
+            answers = validation.sample_answers(self.model, self.validation, count, self.tokenizer, self._decoder())
         samples: list[dict[str, Any]] = [{"step": self.step, **answer} for answer in answers]
         for answer in answers:
             keys = ("answer", "expected", "instruction")
@@ -240,6 +246,12 @@ class Trainer:
             self._say(f"step {self.step}: {asked} -> {said}" + ("" if said == expected else f" (expected {expected})"))
         if self._metrics is not None:
             self._metrics.record_samples(samples)
+
+    def _decoder(self) -> Runner | None:
+        """What decodes them on a GPU, in the precision of the run; None: whole passes of the model do."""
+        config = self.config
+        fits = config.precision == "bfloat16" and not self._sharded and config.lora is None
+        return validation.decoder_of(self.model) if fits and self.world.device.type == "cuda" else None
 
     # One step
 
@@ -257,6 +269,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             self._stream = self._stream_at(position, bookmark)
             raise
+        self._writer.hold()  # until here a step only reads what a state holds
         if wrong := fault.wrong(loss, norm, self.config.spike_factor, self.typical_loss):
             self._skip_or_stop(batches, wrong)
         else:
@@ -425,6 +438,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
+        self._writer.hold()  # weights and averages change places
         with self.optimizer.swap_ema() if self.config.ema else nullcontext():
             yield
             if self._sharded:

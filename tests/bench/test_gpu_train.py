@@ -133,3 +133,17 @@ def test_no_step_is_faster_than_its_products() -> None:
 def test_the_table_has_a_line_for_each_goal() -> None:
     assert [row[0] for row in rows()] == [f"{name}, K = {horizon}" for name, horizon in GOALS]
     assert planner.parameters(SMALL) == pytest.approx(2.06e6, rel=0.05)
+
+
+def test_float8_changes_products_alone_and_none_is_faster_than_assumed() -> None:
+    for horizon in (2, 5):
+        plain, float8 = predict(XL, mix(), horizon), train_model.with_float8(XL, mix(), horizon)
+        assert {name for name in float8 if float8[name] != plain.get(name)} == {"products", "rounded to float8"}
+        assert plain["products"] / train_model.Card().float8 < float8["products"] < plain["products"]
+
+
+def test_a_state_costs_what_a_step_does_not_cover() -> None:
+    card, size = train_model.Card(), 16 * planner.parameters(XL)
+    assert train_model.state_seconds(XL, mix(), 5) == (size / card.to_pageable, 0.0)
+    _, beside = train_model.state_seconds(XL, mix(1000), 2)
+    assert 0 < beside < size / card.to_host

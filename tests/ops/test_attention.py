@@ -330,7 +330,7 @@ def test_bad_backward_operand(position, wrong, message):
     operands = [Q, Q, Q, Q, INTS, INTS, ints(0, 0), Q, torch.ones(5, 2), Q, *torch.empty(4, 5, 2, 8)]
     operands[position] = wrong
     with pytest.raises(ValueError, match=re.escape(message)):
-        call(_C.attention_backward, *operands, None, 0, None, None, None)
+        call(_C.attention_backward, *operands, None, 0, None, None, None, None, None)
 
 
 @pytest.mark.emulated

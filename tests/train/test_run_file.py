@@ -31,6 +31,13 @@ from hrmcore.train.run_file import (
         ("learning_rate = 0.003", "learning_rate = -1", "learning_rate must be above 0"),
         ("seed = 7", 'schedule = "triangle"', "schedule must be one of"),
         ("seed = 7", 'optimizer = "sgd"', "optimizer must be one of"),
+        ("seed = 7", 'precision = "half"', "precision must be one of"),
+        (
+            "seed = 7",
+            'precision = "float8"',
+            "'float8' is not offered: no GPU has measured what it gains, and no run has shown that it converges; set "
+            "precision = 'bfloat16'$",
+        ),
         ("seed = 7", 'optimizer = "adamw"\nrho = 0.1', "rho means nothing to adamw; remove it"),
         ("seed = 7", "betas = [0.9]", r"betas must be of type tuple\[float, float\]"),
         ("seed = 7", "ema = 1.0", "ema must be at least 0 and below 1"),
