@@ -54,8 +54,9 @@ def _bring(x: Tensor, device: torch.device) -> Tensor:
 def pack(corpus: Corpus, records: Sequence[int], multiple: int = 1) -> PackedBatch:
     """The batch of these records, in this order. The last instruction token predicts the first response token.
 
-    A last, unsupervised padding sequence of token 0 brings T up to a multiple of `multiple`. Matrix libraries that
-    compile a kernel for each shape (oneDNN in bfloat16) would otherwise compile one in every step.
+    Unsupervised padding sequences of token 0, no longer than the longest record, bring T up to a multiple of
+    `multiple`. Matrix libraries that compile a kernel for each shape (oneDNN in bfloat16) would otherwise compile one
+    in every step.
     """
     import torch
 
@@ -70,7 +71,8 @@ def pack(corpus: Corpus, records: Sequence[int], multiple: int = 1) -> PackedBat
         targets.append(sequence[prefix:])
         offsets.append(offsets[-1] + length)
     prefixes = corpus.prefix[list(records)]
-    if padding := -offsets[-1] % multiple:
+    longest = max(map(len, ids))  # no model has fewer positions
+    while padding := min(-offsets[-1] % multiple, longest):
         ids.append(np.zeros(padding, dtype=np.int32))
         positions.append(np.arange(padding, dtype=np.int32))
         prefixes = np.append(prefixes, np.int32(0))

@@ -84,16 +84,18 @@ def test_a_batch_supervises_response_and_eoa_only(tokenizer: Tokenizer, corpus: 
     assert row == len(batch.targets) == len(batch.supervised)
 
 
-def test_filling_up_adds_one_unsupervised_sequence(corpus: Corpus) -> None:
-    plain, filled = pack(corpus, [5, 0, 250]), pack(corpus, [5, 0, 250], multiple=64)
-    length = len(plain.ids)
-    assert length % 64
-    assert len(filled.ids) == int(filled.offsets[-1]) == -(-length // 64) * 64
+def test_filling_up_adds_unsupervised_sequences_no_longer_than_a_record(corpus: Corpus) -> None:
+    plain, filled = pack(corpus, [5, 0, 250]), pack(corpus, [5, 0, 250], multiple=1024)
+    length, longest = len(plain.ids), int(plain.offsets.diff().max())
+    added = -(-(1024 - length) // longest)
+    assert added > 1
+    assert len(filled.ids) == int(filled.offsets[-1]) == 1024
+    assert int(filled.offsets.diff().max()) == longest
     assert torch.equal(filled.ids[:length], plain.ids)
-    assert torch.equal(filled.offsets[:-1], plain.offsets)
+    assert torch.equal(filled.offsets[:-added], plain.offsets)
     assert torch.equal(filled.supervised, plain.supervised)
     assert torch.equal(filled.targets, plain.targets)
-    assert filled.prefix.tolist() == [*plain.prefix.tolist(), 0]
+    assert filled.prefix.tolist() == [*plain.prefix.tolist(), *[0] * added]
 
 
 def test_real_lengths_fill_the_slots(corpus: Corpus) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.rounding import reordering
-from support.runs import metrics, rewrite
+from support.runs import WORDS, metrics, repetitions, rewrite, write_run
 
 from hrmcore.checkpoint.hrm_text import save_model
 from hrmcore.checkpoint.training_state import state_path
@@ -145,6 +145,17 @@ def test_a_run_is_the_same_whatever_backward_computes_again(recompute: str, run_
     assert metrics["horizon"] == 5
     assert found[0][:2] == found[1][:2]
     assert all(torch.equal(a, b) for a, b in zip(found[0][2:], found[1][2:], strict=True))
+
+
+def test_a_model_of_fewer_positions_than_a_batch_is_filled_up_by_trains(tmp_path: Path) -> None:
+    run_file = write_run(tmp_path, repetitions(WORDS), model={"max_position_embeddings": 32}, steps=2)
+    records = Path(read_config(run_file).train_files[0])
+    records.write_text(records.read_text().splitlines()[0] + "\n")
+    trainer = Trainer(read_config(run_file))
+    (record,) = trainer.corpus.lengths
+    assert 64 - record > 32
+    trainer.run()
+    assert [row["step"] for row in metrics(trainer.out)] == [1, 2]
 
 
 def test_loss_is_the_mean_over_response_tokens(trainer: Trainer) -> None:
