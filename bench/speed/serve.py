@@ -1,19 +1,22 @@
-"""Servers beside each other on the same weights: `hrmcore serve` and llama.cpp's (llama-cpp-python's), in turns.
+"""Servers on the same weights, in turns: `hrmcore serve`, llama.cpp's (llama-cpp-python's) and `transformers serve`.
 
     python -m bench.speed.serve CHECKPOINT --gguf model-q8_0.gguf --dtype int8 --out bench/serve
+    python -m bench.speed.serve CHECKPOINT --transformers FOLDER --callers 1,4,16 --out bench/serve
     python -m bench.speed.serve CHECKPOINT --gguf model-q8_0.gguf --callers 16 --seconds 10 --out bench/serve
 
 Callers ask in a closed loop: each sends its next question as soon as its last answer is complete. The questions are
 reasoning-gym's, of 20 to 800 tokens, evenly spread over the logarithm of their length, and none comes twice before all
 have come: its prefill would be there already. Answers are of 16 to 128 tokens, greedy. Each number of callers is
-measured in turns: every server for so many seconds, there and back. Both servers stand meanwhile, in processes of their
-own, with the same number of threads; who asks shares the processors with them.
+measured in turns: every server for so many seconds, there and back. All servers stand meanwhile, in processes of their
+own, with the same number of threads; who asks shares the processors with them. The first seconds of a turn do not count
+(--warm): make them long enough for all callers' first prompts to be read, or else it is their reading that is measured.
 
 The work is the same only where no answer ends early: give a checkpoint that never answers with a control token, and a
 GGUF of it that holds its tokenizer; servers that count other tokens in a prompt are refused. A piece of text counts as
 one token until its answer is complete, which then says how many tokens its pieces were. llama.cpp attends causally over
-the prompt, and llama-cpp-python's server answers one request after the other. Needs the extras `serve`, `demo` and
-`bench`, and llama-cpp-python[server].
+the prompt, and llama-cpp-python's server answers one request after the other. transformers takes a folder with the same
+weights and a tokenizer.json, in bfloat16. Needs the extras `serve`, `demo` and `bench`, llama-cpp-python[server], and
+transformers[serving].
 
 With --out, OUT.json keeps what earlier calls found for other numbers of callers; OUT.png and OUT.md are made from all.
 """
@@ -26,17 +29,20 @@ import http.client
 import itertools
 import json
 import math
+import os
 import random
+import shutil
 import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from hrmcore import _C, plots
 from hrmcore.machine import processor
@@ -49,38 +55,44 @@ TASKS = (
 )
 SHORTEST, LONGEST, BINS = 20, 800, 12
 ANSWERS = (16, 32, 64, 128)
-WARM_SECONDS = 2.0
+FRAMED = "<boq><direct>{}<eoq>"
 
 
 @dataclass
 class Server:
-    """One server: how it is called in tables, how it is started, and what is put around a question."""
+    """One server: its name in tables, how it is started, what is put around a question, seconds until it listens."""
 
     name: str
     command: list[str]
     port: int
     framed: str = "{}"
+    patience: float = 120.0
+    environment: dict[str, str] = field(default_factory=dict)
     asked: Iterator[int] = field(default_factory=itertools.count)  # goes on from turn to turn: answers are kept
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Start it, wait until it listens, end it."""
-        process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        try:
-            self._wait(process)
-            yield
-        finally:
-            process.terminate()
-            process.communicate()
+        environment = {**os.environ, **self.environment}
+        with tempfile.TemporaryFile("w+") as said:  # a pipe would be full one day
+            process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=said, env=environment)
+            try:
+                self._wait(process, said)
+                yield
+            finally:
+                process.terminate()
+                process.wait()
 
-    def _wait(self, process: subprocess.Popen[str]) -> None:
-        for _ in range(1200):
+    def _wait(self, process: subprocess.Popen[bytes], said: IO[str]) -> None:
+        end = time.perf_counter() + self.patience
+        while time.perf_counter() < end:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
                 return
             if process.poll() is not None:
-                raise SystemExit(f"{self.name} has ended: {process.communicate()[1][-2000:]}")
+                said.seek(0)
+                raise SystemExit(f"{self.name} has ended: {said.read()[-2000:]}")
             time.sleep(0.1)
-        raise SystemExit(f"{self.name} does not listen")
+        raise SystemExit(f"{self.name} does not listen after {self.patience:.0f} seconds")
 
 
 @dataclass
@@ -97,10 +109,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--gguf", type=Path, help="the same weights for llama.cpp, with the tokenizer")
+    parser.add_argument("--transformers", type=Path, help="the same weights for transformers, with a tokenizer.json")
     parser.add_argument("--dtype", default="int8", help="of hrmcore (int8)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--callers", default="1,4,16,64")
     parser.add_argument("--seconds", type=float, default=10.0, help="a server and turn (10)")
+    parser.add_argument("--warm", type=float, default=2.0, help="seconds before those (2)")
     parser.add_argument("--turns", type=int, default=2, help="of each server (2)")
     parser.add_argument("--out", type=Path, help="write OUT.json, OUT.md and OUT.png")
     args = parser.parse_args()
@@ -131,7 +145,12 @@ def servers_of(args: argparse.Namespace) -> Iterator[Server]:
         command = [sys.executable, "-m", "llama_cpp.server", "--model", str(args.gguf), "--port", str(port)]
         command += ["--n_ctx", "1024", "--n_threads", threads, "--n_threads_batch", threads]
         command += ["--interrupt_requests", "False", "--verbose", "False"]
-        yield Server("llama.cpp", command, port, "<boq><direct>{}<eoq>")
+        yield Server("llama.cpp", command, port, FRAMED)
+    if args.transformers is not None:
+        port = free_port()
+        command = [shutil.which("transformers") or "transformers", "serve", str(args.transformers), "--device", "cpu"]
+        command += ["--dtype", "bfloat16", "--host", "127.0.0.1", "--port", str(port)]
+        yield Server("transformers", command, port, FRAMED, 600.0, {"OMP_NUM_THREADS": threads})
 
 
 def free_port() -> int:
@@ -181,14 +200,14 @@ def measure(servers: Sequence[Server], questions: Sequence[str], callers: int, a
     turns: dict[str, list[dict[str, Any]]] = {server.name: [] for server in servers}
     for turn in range(args.turns):
         for server in servers[:: 1 if turn % 2 == 0 else -1]:
-            turns[server.name].append(call(server, questions, callers, args.seconds))
+            turns[server.name].append(call(server, questions, callers, args.warm, args.seconds))
     return {name: summary(found) for name, found in turns.items()}
 
 
-def call(server: Server, questions: Sequence[str], callers: int, seconds: float) -> dict[str, Any]:
-    """One turn: callers ask until the time is up; what came while it ran counts."""
-    began = time.perf_counter()
-    start, end = began + WARM_SECONDS, began + WARM_SECONDS + seconds
+def call(server: Server, questions: Sequence[str], callers: int, warm: float, seconds: float) -> dict[str, Any]:
+    """One turn: callers ask until the time is up; what came in its last `seconds` counts."""
+    start = time.perf_counter() + warm
+    end = start + seconds
     answers: list[Answer] = []
 
     def caller() -> None:
@@ -233,10 +252,10 @@ def read(server: Server, response: http.client.HTTPResponse, answer: Answer, end
             break
         if line.startswith(b"data: {"):
             choice = json.loads(line[6:])["choices"][0]
-            if choice["text"]:
+            if choice.get("text"):
                 answer.pieces.append(now)
-            if choice["finish_reason"]:
-                if choice["finish_reason"] != "length":
+            if reason := choice.get("finish_reason"):
+                if reason != "length":
                     raise RuntimeError(
                         f"{server.name}: an answer ended early: {choice}; the work would not be the same"
                     )

@@ -172,7 +172,7 @@ HRMCORE_INLINE void mix_part(QueryTile& tile, int first, const T* values, std::i
                              std::int64_t channel, std::int64_t keys, PrefetchRange& ahead) {
   constexpr std::int64_t lines = (sizeof(T) * vectors * lanes + 63) / 64;  // of a key's part
   vfloat sums[queries][vectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 12
   for (int q = 0; q < queries; ++q) {
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v)
@@ -183,14 +183,14 @@ HRMCORE_INLINE void mix_part(QueryTile& tile, int first, const T* values, std::i
     vfloat value[vectors];
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) value[v] = load(values + j * channels + channel + v * lanes);
-#pragma GCC unroll 4
+#pragma GCC unroll 12
     for (int q = 0; q < queries; ++q) {
       const vfloat weight = splat(tile.weight[first + q][j]);
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) sums[q][v] = fma(weight, value[v], sums[q][v]);
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 12
   for (int q = 0; q < queries; ++q) {
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) store(tile.out[first + q] + channel + v * lanes, sums[q][v]);
@@ -204,14 +204,25 @@ void mix_channels(QueryTile& tile, int first, const T* values, std::int64_t chan
     mix_part<T, queries, vectors>(tile, first, values, channels, channel, keys, ahead);
 }
 
-// out = out * rescale + weights * values, for all queries of the tile. A query alone needs more channels at a
+// The queries from `query` on, `block` at a time as long as there are so many; `query` is the next one then.
+template <class T, int block>
+void mix_blocks(QueryTile& tile, int& query, int queries, const T* values, std::int64_t channels,
+                std::int64_t keys, PrefetchRange& ahead) {
+  constexpr int vectors = 32 / lanes < 4 ? 32 / lanes : 4;
+  for (; query + block <= queries; query += block)
+    mix_channels<T, block, vectors>(tile, query, values, channels, keys, ahead);
+}
+
+// out = out * rescale + weights * values, for all queries of the tile. Values are converted anew for each block
+// of queries, so a whole tile is one where the registers hold its sums. A query alone needs more channels at a
 // time for as many independent sums, and reads its values in order then.
 template <class T>
 void mix(QueryTile& tile, int queries, const T* values, std::int64_t channels, std::int64_t keys,
          PrefetchRange& ahead) {
   constexpr int vectors = 32 / lanes < 4 ? 32 / lanes : 4, wide = lanes == 16 ? 8 : vectors;
   int q = 0;
-  for (; q + 4 <= queries; q += 4) mix_channels<T, 4, vectors>(tile, q, values, channels, keys, ahead);
+  if constexpr (lanes == 16) mix_blocks<T, query_tile>(tile, q, queries, values, channels, keys, ahead);
+  mix_blocks<T, 4>(tile, q, queries, values, channels, keys, ahead);
   for (; q < queries; ++q) {
     if (channels % (wide * lanes) == 0) {
       mix_channels<T, 1, wide>(tile, q, values, channels, keys, ahead);

@@ -28,6 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loading.add_argument(
         "--dtype", default="auto", help="weights in float32, bfloat16, int8 or int4 (auto: as the checkpoint has them)"
     )
+    loading.add_argument(
+        "--kv-dtype",
+        help="keys and values in float32, bfloat16 or int8 (default: bfloat16; float32 beside such weights)",
+    )
     loading.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
     loading.add_argument("--threads", type=int, metavar="N", help="threads to compute with (default: all cores)")
     address = parser.add_argument_group("the address")
@@ -64,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from hrmcore.serving.app import Service
     from hrmcore.serving.server import Server, listen
 
-    engine = load(args.model, dtype=args.dtype, device=args.device, threads=args.threads)
+    engine = load(args.model, args.dtype, args.device, args.threads, args.kv_dtype)
     if engine.tokenizer is None:
         raise ValueError(f"{engine.source} has no tokenizer, so it cannot take a question")
     samples = [{"task": s.task, "instruction": s.instruction} for s in read_samples(engine.source)]

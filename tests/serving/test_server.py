@@ -348,6 +348,7 @@ def test_the_grace_is_an_end(checkpoint: Path) -> None:
         (["--grace", "-1"], "--grace must be a number of seconds"),
         (["--timeout", "0"], "--timeout must be a number of seconds"),
         (["--max-queue", "0"], "max_queue must be"),
+        (["--kv-dtype", "int4"], "kv_dtype must be float32, bfloat16 or int8"),
         (["--api-key-file", "none.txt"], "none.txt: No such file"),
         (["--model", "none/none"], "none/none"),
         (["--device", "tpu"], "device must be"),
