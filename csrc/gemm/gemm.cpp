@@ -38,15 +38,15 @@ enum class Cells : std::uint8_t { floats, halves, bytes, nibbles, bytes_of_nibbl
 
 constexpr bool is_float(Cells cells) { return cells == Cells::floats || cells == Cells::halves; }
 // Tiles of few tokens have more rows where registers are narrow: on Arm for enough independent chains of sums, on x86 so
-// that one token meets a panel in one piece. In tiles of 16 rows it would come by for every fourth line of memory, which
-// no prefetching of the processor's own follows; what the registers then do not hold stays in the nearest cache.
+// that one or two meet a panel in one piece. In tiles of 16 rows they would come by for every fourth line of memory,
+// which no prefetching of the processor's own follows; what the registers then do not hold stays in the nearest cache.
 constexpr int vectors_of([[maybe_unused]] Cells cells, [[maybe_unused]] std::int64_t tokens) {
 #if defined(HRMCORE_ARM64)
   return tokens <= (is_float(cells) ? 2 : 1) ? 2 * vectors : vectors;
 #elif defined(HRMCORE_AVX512)
   return vectors;
 #else
-  return tokens == 1 ? 4 * vectors : vectors;
+  return tokens <= 2 ? 4 * vectors : vectors;
 #endif
 }
 constexpr int slabs_of(Cells cells) {

@@ -13,6 +13,7 @@ from typing import Any
 
 from hrmcore.checkpoint.hrm_text import read_config as read_checkpoint_config
 from hrmcore.checkpoint.hrm_text import resolve
+from hrmcore.checkpoint.sharded_state import shard_files
 from hrmcore.checkpoint.training_state import is_state, read_metadata
 from hrmcore.config import RECOMPUTE, HRMConfig, LoraConfig, Range
 from hrmcore.data.store import MANIFEST, TOKENIZER, tokenizer_of
@@ -238,6 +239,8 @@ class TrainConfig:
             raise ValueError(f"train config: {who} works on whole parameters; set parallel = 'data'")
         if self.parallel == "sharded" and self.ema_dtype != "float32":
             raise ValueError("train config: sharded averages are kept in float32; set ema_dtype = 'float32'")
+        if self.parallel == "sharded":
+            shard_files()  # what older releases of torch lack is said now, not at the first state
         self._choose("on_nonfinite", ("stop", "skip"))
         self._hold("log", set(self.log) <= set(SINKS) and len(set(self.log)) == len(self.log), f"some of {SINKS}")
         if self.horizon_first > self.horizon_last:
