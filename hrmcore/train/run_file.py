@@ -239,8 +239,6 @@ class TrainConfig:
             raise ValueError(f"train config: {who} works on whole parameters; set parallel = 'data'")
         if self.parallel == "sharded" and self.ema_dtype != "float32":
             raise ValueError("train config: sharded averages are kept in float32; set ema_dtype = 'float32'")
-        if self.parallel == "sharded":
-            shard_files()  # what older releases of torch lack is said now, not at the first state
         self._choose("on_nonfinite", ("stop", "skip"))
         self._hold("log", set(self.log) <= set(SINKS) and len(set(self.log)) == len(self.log), f"some of {SINKS}")
         if self.horizon_first > self.horizon_last:
@@ -255,6 +253,8 @@ class TrainConfig:
         growths_of(self.grow, self.model, self.seed)  # each of them must be possible
         if self.lora is not None:
             self._check_lora()
+        if self.parallel == "sharded":
+            shard_files()  # what older releases of torch lack is said now, not at the first state
 
     def _check_lora(self) -> None:
         if self.init_from is None:
