@@ -16,10 +16,13 @@ from hrmcore import _C
 pytestmark = pytest.mark.native
 
 
+PATIENCE = 600  # seconds: under an emulator, importing torch takes minutes
+
+
 def child(program, **environment):
     """Run a Python program in a fresh process; returns (exit status, stdout, stderr)."""
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=os.environ | environment
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE, env=os.environ | environment
     )
     return done.returncode, done.stdout.strip(), done.stderr.strip()
 

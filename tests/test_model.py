@@ -516,4 +516,9 @@ def test_random_small_shapes_against_plain_torch() -> None:
         ids = torch.randint(61, (length,))
         with torch.no_grad():
             expected = plain_logits(leaves(model), c, ids, prefix, set())
-            assert relative(model(ids[None], prefix_length=prefix)[0], expected) <= 1e-5, c
+            # What is rounded on the way moves the logits as weights rounded once more would, a few times so far: a
+            # shape of width 8 can multiply that by hundreds.
+            rounded = {name: leaf * (1 + 2.0**-23 * torch.randn_like(leaf)) for name, leaf in leaves(model).items()}
+            bound = 8 * relative(plain_logits(rounded, c, ids, prefix, set()), expected)
+            assert bound < 1e-3, c
+            assert relative(model(ids[None], prefix_length=prefix)[0], expected) <= bound, c

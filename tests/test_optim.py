@@ -22,6 +22,7 @@ from support.optimizers import (
     take_step,
     tensors,
 )
+from support.runs import needs_shard_files
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -255,6 +256,7 @@ def one_process() -> Iterator[DeviceMesh]:
     dist.destroy_process_group()
 
 
+@needs_shard_files
 @pytest.mark.parametrize("kind", KINDS)
 def test_sharded_parameters_take_the_same_steps(processor: str, kind: str, one_process: DeviceMesh) -> None:
     def weights_after_steps(sharded: bool) -> list[Tensor]:
@@ -278,6 +280,7 @@ def test_sharded_parameters_take_the_same_steps(processor: str, kind: str, one_p
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@needs_shard_files
 def test_hutchinson_refuses_shards(one_process: DeviceMesh) -> None:
     model = fully_shard(torch.nn.Linear(2, 2), mesh=one_process)
     with pytest.raises(ValueError, match="variant H needs whole parameters"):

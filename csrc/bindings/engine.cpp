@@ -1,5 +1,6 @@
 // The engine, the decode step on CUDA and the sampler in Python.
 #include <array>
+#include <chrono>
 #include <cstdint>
 #include <exception>
 #include <memory>
@@ -16,6 +17,7 @@
 #include "decode/rotate_append.h"
 #include "decode/sampling.h"
 #include "engine/engine.h"
+#include "engine/prefetch_trial.h"
 #include "engine/sampler.h"
 
 namespace hrmcore::python {
@@ -93,6 +95,16 @@ void bind_engine(py::module_& m) {
         return CacheShape{packing_of("Engine", "kv_dtype", kv_dtype), slots, heads, head_dim}.page_bytes();
       },
       py::arg("kv_dtype"), py::arg("slots"), py::arg("heads"), py::arg("head_dim"));
+  py::class_<PrefetchTrial>(m, "PrefetchTrial")  // for its test
+      .def(py::init())
+      .def("begin", &PrefetchTrial::begin, py::arg("tokens"))
+      .def(
+          "end",
+          [](PrefetchTrial& trial, std::int64_t nanoseconds) {
+            trial.end(std::chrono::nanoseconds(nanoseconds));
+          },
+          py::arg("nanoseconds"))
+      .def_property_readonly("decided", &PrefetchTrial::decided);
   py::class_<Engine::Step>(m, "Step")
       .def(
           "run",  // whether it is done; None when `stop` said so

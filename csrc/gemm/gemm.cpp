@@ -37,14 +37,17 @@ constexpr std::int64_t expand_from_tokens = lanes == 16 ? 64 : 13;
 enum class Cells : std::uint8_t { floats, halves, bytes, nibbles, bytes_of_nibbles };
 
 constexpr bool is_float(Cells cells) { return cells == Cells::floats || cells == Cells::halves; }
-// Arm's 32 registers are narrow: a few tokens alone would leave too few independent chains of sums.
+// Tiles of few tokens have more rows where registers are narrow: on Arm for enough independent chains of sums, on x86 so
+// that one or two meet a panel in one piece. In tiles of 16 rows they would come by for every fourth line of memory,
+// which no prefetching of the processor's own follows; what the registers then do not hold stays in the nearest cache.
+constexpr int vectors_of([[maybe_unused]] Cells cells, [[maybe_unused]] std::int64_t tokens) {
 #if defined(HRMCORE_ARM64)
-constexpr bool narrow_registers = true;
+  return tokens <= (is_float(cells) ? 2 : 1) ? 2 * vectors : vectors;
+#elif defined(HRMCORE_AVX512)
+  return vectors;
 #else
-constexpr bool narrow_registers = false;
+  return tokens <= 2 ? 4 * vectors : vectors;
 #endif
-constexpr int vectors_of(Cells cells, std::int64_t tokens) {
-  return narrow_registers && tokens <= (is_float(cells) ? 2 : 1) ? 2 * vectors : vectors;
 }
 constexpr int slabs_of(Cells cells) {
   return cells == Cells::floats ? 32 : cells == Cells::halves ? 16 : cells == Cells::nibbles ? 4 : 8;

@@ -14,6 +14,7 @@ import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
@@ -41,6 +41,18 @@ _UNREADABLE = (SafetensorError, CheckpointException, ValueError, KeyError, Index
 
 # One process needs no process group to write or read a state.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+def shard_files() -> ModuleType:
+    """torch's reader and writer of shards in safetensors; ValueError where torch is older than they are."""
+    try:
+        from torch.distributed.checkpoint import hf_storage
+    except ImportError:
+        raise ValueError(
+            f"sharded training needs torch 2.9 or newer, this is {torch.__version__}; update torch or set "
+            "parallel = 'data'"
+        ) from None
+    return hf_storage
 
 
 def save_shards(
@@ -83,9 +95,10 @@ def read_shards_metadata(path: Path) -> dict[str, str]:
 
 def shapes_of_shards(path: Path) -> dict[str, tuple[int, ...]]:
     """The shape of every whole tensor of a state."""
+    storage = shard_files()
     try:
-        entries = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-        return {name: tuple(entry.size) for name, entry in entries.items()}  # type: ignore[union-attr]
+        entries = storage.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        return {name: tuple(entry.size) for name, entry in entries.items()}
     except _UNREADABLE as error:
         raise ValueError(f"{path}: damaged, a shard's header is none ({_line(error)})") from None
 
@@ -97,8 +110,9 @@ def read_shards(path: Path, tensors: Mapping[str, Tensor]) -> None:
     The number of ranks need not be the one that wrote the state. All ranks must call this when tensors are sharded.
     """
     alone = not any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    storage = shard_files()
     try:
-        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=alone)
+        load(dict(tensors), storage_reader=storage.HuggingFaceStorageReader(str(path)), no_dist=alone)
     except _UNREADABLE as error:
         raise ValueError(f"{path}: damaged, its shards do not make the tensors ({_line(error)})") from None
 
@@ -121,7 +135,7 @@ def _save(
     faults = [name for name, tensor in tensors.items() if not bool(torch.isfinite(local(tensor)).all())]
     if faults := [name for names in _exchange(faults, group) for name in names]:
         raise FloatingPointError(f"{path}: not written, because {faults[0]} is not finite")
-    writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+    writer = shard_files().HuggingFaceStorageWriter(str(temporary), save_distributed=True)
     try:
         save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
     except CheckpointException as error:  # on every rank

@@ -13,6 +13,7 @@ from typing import Any
 
 from hrmcore.checkpoint.hrm_text import read_config as read_checkpoint_config
 from hrmcore.checkpoint.hrm_text import resolve
+from hrmcore.checkpoint.sharded_state import shard_files
 from hrmcore.checkpoint.training_state import is_state, read_metadata
 from hrmcore.config import RECOMPUTE, HRMConfig, LoraConfig, Range
 from hrmcore.data.store import MANIFEST, TOKENIZER, tokenizer_of
@@ -257,6 +258,8 @@ class TrainConfig:
         growths_of(self.grow, self.model, self.seed)  # each of them must be possible
         if self.lora is not None:
             self._check_lora()
+        if self.parallel == "sharded":
+            shard_files()  # what older releases of torch lack is said now, not at the first state
 
     def _check_lora(self) -> None:
         if self.init_from is None:

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.runs import needs_shard_files
 from torch import Tensor
 
 from hrmcore.checkpoint.sharded_state import read_shards, save_shards, verify_shards
 from hrmcore.checkpoint.training_state import find_newest, find_states, load_state, remove_old, state_path
+
+pytestmark = needs_shard_files
 
 METADATA = {"step": "3", "data_position": "[0, 7]"}
 

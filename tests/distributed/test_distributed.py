@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.runs import needs_shard_files
 from support.two_ranks import ENVIRONMENT, Ranks, check_curve, go_on_from, rows, write_run
 
 from hrmcore.checkpoint.training_state import find_states, load_state, state_path
@@ -85,7 +86,7 @@ def test_both_ranks_grow(tmp_path: Path, tokenizer: Path, ranks: Ranks) -> None:
     assert ["growth_loss_after" in row for row in rows(two)].count(True) == 1
 
 
-@pytest.mark.parametrize("parallel", ["data", "sharded"])
+@pytest.mark.parametrize("parallel", ["data", pytest.param("sharded", marks=needs_shard_files)])
 def test_a_nan_of_one_rank_stops_both_is_named_and_reaches_no_state(
     tmp_path: Path, tokenizer: Path, ranks: Ranks, parallel: str
 ) -> None:
@@ -152,7 +153,7 @@ def test_one_process_needs_no_group(tmp_path: Path, tokenizer: Path) -> None:
     trainer.close()
 
 
-@pytest.mark.parametrize("parallel", ["data", "sharded"])
+@pytest.mark.parametrize("parallel", ["data", pytest.param("sharded", marks=needs_shard_files)])
 def test_both_ranks_end_early_and_the_best_is_exported(
     tmp_path: Path, tokenizer: Path, ranks: Ranks, parallel: str
 ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.runs import needs_shard_files
 from support.two_ranks import ENVIRONMENT, STEPS, Ranks, check_curve, go_on_from, rows, write_run
 
 from hrmcore import planner
@@ -19,7 +20,7 @@ from hrmcore.model import HRM
 from hrmcore.train.run_file import read_config
 from hrmcore.train.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("no_peak")
+pytestmark = [pytest.mark.usefixtures("no_peak"), needs_shard_files]
 
 
 def train_in_two(ranks: Ranks, file: Path) -> None:

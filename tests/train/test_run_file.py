@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from support.runs import rewrite
 
 from hrmcore.cli import main
@@ -77,6 +80,18 @@ def test_every_number_of_a_run_file_has_a_range() -> None:
     kinds = ("int", "float", "tuple[float, float]")
     numbers = {f.name for f in dataclasses.fields(TrainConfig) if str(f.type).removesuffix(" | None") in kinds}
     assert numbers == set(RANGES)
+
+
+def test_an_older_torch_is_named_where_a_run_is_to_be_sharded(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at the first state, after hours."""
+    name = "torch.distributed.checkpoint.hf_storage"
+    monkeypatch.setitem(sys.modules, name, None)  # as if it were not there
+    monkeypatch.delattr(name, raising=False)
+    read_config(run_file)
+    with pytest.raises(
+        ValueError, match=f"^{run_file}: sharded training needs torch 2.9 .*{re.escape(torch.__version__)}"
+    ):
+        read_config(rewrite(run_file, "seed = 7", 'seed = 7\nparallel = "sharded"'))
 
 
 def test_explain_says_what_every_key_means() -> None:
