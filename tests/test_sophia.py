@@ -108,9 +108,9 @@ def test_hutchinson_starts_what_was_frozen_and_leaves_the_unused(processor: str)
 
 
 def sampled_gradient(weight: Tensor, x: Tensor, generator: torch.Generator) -> Tensor:
-    """The gradient of the mean loss of labels that the model draws for itself."""
+    """The gradient of the mean loss of labels that the model draws for itself, in float32 whatever the dtype."""
     logits = x @ weight.T
-    labels = torch.multinomial(logits.softmax(-1).detach(), 1, generator=generator).squeeze(1)
+    labels = torch.multinomial(logits.detach().float().softmax(-1), 1, generator=generator).squeeze(1)
     return torch.autograd.grad(F.cross_entropy(logits, labels), weight)[0]
 
 

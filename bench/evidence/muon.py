@@ -25,6 +25,8 @@ class MuonBeside(torch.optim.Optimizer):
     """Muon for matrices of the stacks, AdamW for the rest, with an average of both."""
 
     def __init__(self, model: HRM, lr: float, momentum: float, weight_decay: float, ema: float) -> None:
+        if not hasattr(torch.optim, "Muon"):
+            raise RuntimeError(f"this torch, {torch.__version__}, has no Muon; 2.9 has it")
         named = dict(model.named_parameters())
         self._matrices = [p for name, p in named.items() if p.ndim == 2 and "_module." in name]
         chosen = {id(p) for p in self._matrices}

@@ -150,6 +150,7 @@ def echoes() -> Iterator[sets.Pair]:
 @pytest.fixture(scope="module")
 def tiny() -> Iterator[Claim]:
     """The claim of the optimizers at a size that takes seconds: AdamW and Muon, two rungs, two seeds."""
+    skip_without_muon()
     scale = Scale(("echoes",), 200, 20, 32, 1, 128, (4, 8), seeds=2, warmup=2, eval_every=2, checked=20)
     arms = {name: optimizers.CLAIM.arms[name][:2] for name in ("adamw", "muon")}
     with pytest.MonkeyPatch.context() as patch:
@@ -305,7 +306,13 @@ def test_growth_spends_its_flops() -> None:
     assert 0.25 * tokens * 2e6 + 0.75 * tokens * 8e6 == pytest.approx(1e12)
 
 
+def skip_without_muon() -> None:
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon; 2.9 has it")
+
+
 def test_muon_steps_as_torchs_own_and_averages() -> None:
+    skip_without_muon()
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 96, "num_layers_per_stack": 1, "num_attention_heads": 1}
     model = HRM(HRMConfig(vocab_size=20, head_dim=32, **shape))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,25 @@ def test_tokens_are_chosen_by_keyboard(page: Browser) -> None:
     page.run("document.querySelector('.look').click()")
     assert page.run("document.querySelector('.lens').hidden") is True
     assert page.run("document.querySelector('.look').getAttribute('aria-expanded')") == "false"
+
+
+@pytest.mark.parametrize("name", ["7", "<direct>", "Solve this 4x4 Mini Sudoku puzzle"])
+@pytest.mark.parametrize("leads", [False, True])
+def test_the_title_is_inside_however_long_the_answer(page: Browser, name: str, leads: bool) -> None:
+    answer = {"token": 1, "text": name, "probabilities": [0.1, 0.9]}
+    steps = [
+        {"visit": f"H{n}", "stack": "H", "token": int(leads and n == 2), "text": "x", "probability": 0.5}
+        for n in (1, 2)
+    ]
+    report = {"answer": answer, "contenders": [], "steps": steps, "tokens": [name], "token": 0, "model": "m"}
+    over = page.run(f"""import('/picture.js').then(({{ draw }}) => {{
+      const svg = draw({json.dumps(report)}, "a question", 290, false);
+      document.body.append(svg);
+      const [title, frame] = [svg.querySelector('text'), svg].map((one) => one.getBoundingClientRect());
+      svg.remove();
+      return title.right - frame.right;
+    }})""")
+    assert over <= 0
 
 
 @pytest.mark.parametrize("width", [360, 900])
