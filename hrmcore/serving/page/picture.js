@@ -38,10 +38,10 @@ export function visits(steps) {
   return found;
 }
 
-// From which visit on every visit ends in the answer.
-export function standing(report) {
+// From which visit on every visit ends in the answer, of which at most so many letters are said.
+export function standing(report, most = Infinity) {
   const all = visits(report.steps), leads = (visit) => report.steps[visit.last].token === report.answer.token;
-  const other = all.findLastIndex((visit) => !leads(visit)), answer = cut(report.answer.text, 16);
+  const other = all.findLastIndex((visit) => !leads(visit)), answer = cut(report.answer.text, most);
   if (other === all.length - 1) return `“${answer}” was not the likeliest`;
   return `“${answer}” leads from ${all[other + 1].name} on`;
 }
@@ -83,7 +83,7 @@ export function draw(report, asked, width, dark) {
     svg.append(make("text", { x, y: at, fill, "data-on": on, "font-family": SANS, "font-size": 12, ...more }, text));
 
   svg.append(make("rect", { width, height, fill: colour.back }));
-  const title = standing(report), size = Math.min(17, (width - 24) / (0.7 * title.length));  // wide letters, too
+  const title = standing(report, 16), size = Math.min(17, (width - 24) / (0.7 * title.length));  // wide letters, too
   label(title, 12, 28, colour.text, colour.back, { "font-size": size.toFixed(1), "font-weight": 700 });
   label(cut(asked.replace(/\s+/g, " "), Math.floor((width - 24) / 7)), 12, 48, colour.dim, colour.back);
   const before = report.tokens.slice(0, report.token).join(""), room = Math.floor((width - 24) / 8) - 12;
