@@ -22,29 +22,48 @@ Draw = Callable[[random.Random, bool], tuple[str, str]]
 
 
 def sums(rng: random.Random, heldout: bool) -> tuple[str, str]:
-    """Two numbers added, subtracted, multiplied or divided, as a person asks; answers are whole, none is negative."""
-    operation = rng.choice("+-*/")
-    if operation in "*/":
-        a, b = rng.randint(0, 12), rng.randint(1, 12)
-    else:
-        a, b = rng.randint(0, 99), rng.randint(0, 99)
+    """Two numbers below 100 added or subtracted, as a person asks; no answer is negative."""
+    operation = rng.choice("+-")
+    a, b = rng.randint(0, 99), rng.randint(0, 99)
     if operation == "-" and a < b:
         a, b = b, a
-    # Held out are pairs of numbers, not wordings: every tenth pair, in both orders and under all operations.
-    if heldout != ((min(a, b) * 7 + max(a, b) * 3) % 10 == 0):
+    # Held out are pairs of numbers, not wordings: a tenth of them, in both orders and under both operations.
+    if heldout != ((min(a, b), max(a, b)) in _HELDOUT_PAIRS):
         return sums(rng, heldout)
-    answer = {"+": a + b, "-": a - b, "*": a * b, "/": a}[operation]
+    return rng.choice(ASKED).format(rng.choice(TERMS[operation]).format(a=a, b=b)), str(_value(operation, a, b))
+
+
+def tables(rng: random.Random, heldout: bool) -> tuple[str, str]:
+    """The tables up to 12 times 12, and divisions that they answer."""
+    operation = rng.choice("*/")
+    a, b = rng.randint(0, 12), rng.randint(1, 12)
+    term, asked = rng.randrange(len(TERMS[operation])), rng.randrange(len(ASKED))
+    # Nobody can tell 7 x 8 from other products, so each is met. Held out are tenths of its wordings.
+    if heldout != ((5 * a + 3 * b + term + asked) % 10 == 0):
+        return tables(rng, heldout)
     if operation == "/":
         a *= b
-    words = {
-        "+": ("{a} + {b}", "{a}+{b}", "{a} plus {b}", "the sum of {a} and {b}"),
-        "-": ("{a} - {b}", "{a}-{b}", "{a} minus {b}"),
-        "*": ("{a} * {b}", "{a} x {b}", "{a} times {b}", "{a} multiplied by {b}"),
-        "/": ("{a} / {b}", "{a}/{b}", "{a} divided by {b}"),
-    }[operation]
-    term = rng.choice(words).format(a=a, b=b)
-    asked = ("What is {}?", "what is {}", "What's {}?", "{} = ?", "{} =", "{}", "How much is {}?", "Calculate {}.")
-    return rng.choice(asked).format(term), str(answer)
+    return ASKED[asked].format(TERMS[operation][term].format(a=a, b=b)), str(_value(operation, a, b))
+
+
+# Drawn, since a rule of digits would keep all pairs of a kind from the training draws.
+_HELDOUT_PAIRS = frozenset(random.Random(SEED).sample([(a, b) for b in range(100) for a in range(b + 1)], 505))
+
+TERMS = {
+    "+": ("{a} + {b}", "{a}+{b}", "{a} plus {b}", "the sum of {a} and {b}"),
+    "-": ("{a} - {b}", "{a}-{b}", "{a} minus {b}"),
+    "*": ("{a} * {b}", "{a} x {b}", "{a} times {b}", "{a} multiplied by {b}"),
+    "/": ("{a} / {b}", "{a}/{b}", "{a} divided by {b}"),
+}
+ASKED = ("What is {}?", "what is {}", "What's {}?", "{} = ?", "{} =", "{}", "How much is {}?", "Calculate {}.")
+
+
+def _value(operation: str, a: int, b: int) -> int:
+    if operation == "+":
+        return a + b
+    if operation == "-":
+        return a - b
+    return a * b if operation == "*" else a // b
 
 
 def letters(rng: random.Random, heldout: bool) -> tuple[str, str]:
@@ -278,12 +297,13 @@ def _word(rng: random.Random, heldout: bool) -> str:
 
 # task: (records drawn to train on, generator)
 EVERYDAY: dict[str, tuple[int, Draw]] = {
-    "sums": (45_000, sums),
-    "letters": (60_000, letters),
+    "sums": (250_000, sums),
+    "tables": (40_000, tables),
+    "letters": (120_000, letters),
     "backward": (20_000, backward),
-    "stories": (45_000, stories),
+    "stories": (50_000, stories),
     "talk": (5_000, talk),
-    "unknown": (40_000, unknown),
+    "unknown": (25_000, unknown),
 }
 assert not EVERYDAY.keys() & TASKS.keys()
 

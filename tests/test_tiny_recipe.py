@@ -36,8 +36,9 @@ def operands(question: str) -> tuple[int, str, int]:
 
 
 @pytest.mark.parametrize("heldout", [False, True])
-def test_a_sum_has_the_value_that_fractions_give_it(heldout: bool) -> None:
-    for question, answer in drawn("sums", 800, heldout):
+@pytest.mark.parametrize("task", ["sums", "tables"])
+def test_a_sum_has_the_value_that_fractions_give_it(task: str, heldout: bool) -> None:
+    for question, answer in drawn(task, 800, heldout):
         a, sign, b = operands(question)
         value = {"+": Fraction(a) + b, "-": Fraction(a) - b, "*": Fraction(a) * b, "/": Fraction(a) / max(b, 1)}[sign]
         assert value == Fraction(answer) >= 0, question
@@ -81,8 +82,11 @@ def test_what_is_held_out_is_met_in_no_training_record() -> None:
     lengthy = [{word.strip('."?') for word in side if len(word) > 6} for side in words.values()]
     assert lengthy[0] & lengthy[1] <= {"backward", "backwards", "letters", "spelled", "Reverse", "reverse"}
 
-    pairs = [{frozenset(pair(question)) for question, _ in drawn("sums", 3000, heldout)} for heldout in (False, True)]
+    pairs = [{frozenset(operands(q)[::2]) for q, _ in drawn("sums", 3000, heldout)} for heldout in (False, True)]
     assert not pairs[0] & pairs[1]
+
+    asked_tables = [{question for question, _ in drawn("tables", 3000, heldout)} for heldout in (False, True)]
+    assert not asked_tables[0] & asked_tables[1]
 
     named = [
         {word for q, _ in drawn("stories", 600, heldout) for word in re.findall(r"[A-Z][a-z]+", q)}
@@ -97,9 +101,13 @@ def test_what_is_held_out_is_met_in_no_training_record() -> None:
     assert not asked[0] & asked[1]
 
 
-def pair(question: str) -> tuple[int, int]:
-    a, sign, b = operands(question)
-    return (a // b, b) if sign == "/" else (a, b)
+def test_training_meets_every_kind_of_sum_and_every_product() -> None:
+    """What is held out is of no kind of its own: any two last digits, any product, are met in training."""
+    digits = {(sign, a % 10, b % 10) for a, sign, b in (operands(question) for question, _ in drawn("sums", 20_000))}
+    assert len(digits) == 200
+
+    met = {operands(question) for question, _ in drawn("tables", 5000)}
+    assert {(a, "*", b) for a in range(13) for b in range(1, 13)} <= met
 
 
 def test_every_way_to_talk_has_one_answer() -> None:
