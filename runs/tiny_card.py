@@ -12,43 +12,62 @@ import json
 import shutil
 from collections import defaultdict
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+from tiny_everyday import EVERYDAY, UNKNOWN
 from tqdm import tqdm
 
 import hrmcore
+from hrmcore.data.puzzles import TASKS
 
 BATCH = 64
-SAMPLES_PER_TASK = 2
+SAMPLES_PER_TASK = 1
+LONGEST_ANSWER = 128  # tokens; a sentence about itself has up to 110, since most of its tokens are characters
 
 
 def answer_all(engine: Any, records: list[dict[str, str]]) -> list[str]:
     """The engine's greedy answers, in order."""
     answers: list[str] = []
     for start in tqdm(range(0, len(records), BATCH), desc="answering"):
-        answers += engine.generate([r["instruction"] for r in records[start : start + BATCH]], max_new_tokens=64)
+        asked = [record["instruction"] for record in records[start : start + BATCH]]
+        answers += engine.generate(asked, max_new_tokens=LONGEST_ANSWER)
     return answers
 
 
 def card(parameters: int, scores: dict[str, list[bool]]) -> str:
-    """The model card: what it is, how it was made, how well it does on prompts it never saw."""
-    rows = "\n".join(
-        f"| {task} | {100 * sum(right) / len(right):.1f}% | {len(right)} |" for task, right in sorted(scores.items())
-    )
+    """The model card: what it is, how it was made, how well it does on questions it never saw."""
+    tables = []
+    for tasks in (TASKS, EVERYDAY):
+        rows = [f"| {task} | {100 * mean(scores[task]):.1f}% | {len(scores[task])} |" for task in sorted(tasks)]
+        tables.append("\n".join(["| task | exact match | n |", "|---|---|---|", *rows]))
     return f"""# The embedded model
 
 A hierarchical recurrent language model of {parameters / 1e6:.2f} M parameters, trained from scratch by
-`runs/tiny.sh` (seed and settings in `runs/tiny.toml`, problems and difficulties in `runs/tiny_data.py`) on problems
-that the `reasoning-gym` package generates. It knows these tasks in the wording of that package and nothing else.
+`runs/tiny.sh` in two runs. The first (`runs/tiny.toml`) teaches it eight puzzles of the `reasoning-gym` package in that
+package's wording, the second (`runs/tiny_everyday.toml`) what people type at a first meeting in many wordings, beside a
+part of the puzzles. Problems, difficulties and wordings stand in `runs/tiny_data.py` and `runs/tiny_everyday.py`, all
+made by programs. It knows nothing else; asked for anything else, it should say "{UNKNOWN}".
 
-Exact match on held-out problems, none of which occurs in the training data; greedy decoding:
+Exact match on held-out questions, none of which occurs in the training data; greedy decoding. The puzzles:
 
-| task | exact match | n |
-|---|---|---|
-{rows}
+{tables[0]}
 
-Measured by `python runs/tiny_card.py`. A mini sudoku counts as right only if it equals the generator's solution; the
-puzzles are new to the model, but there are only 288 complete 4x4 grids and it has met them all.
+What people type:
+
+{tables[1]}
+
+- **mini_sudoku** counts as right only if it equals the generator's solution; the puzzles are new to the model, but
+  there are only 288 complete 4x4 grids and it has met them all.
+- **sums** add and subtract two numbers below 100; each held-out pair of numbers occurs in no training sum.
+- **tables** go up to 12 times 12; every product occurs in training, the held-out ones in other words.
+- **letters** and **backward** are about one word; held-out words occur in no training question of these two.
+- **stories** are word problems of one step or two, with names and things that occur in no training story.
+- **talk** is about itself, asked in ways that occur in no training question, so it shows what a model of this size does
+  not do: understand.
+- **unknown** are general questions, sums of larger numbers and other puzzles, of kinds that no training question has.
+
+Measured by `python runs/tiny_card.py`.
 """
 
 

@@ -39,7 +39,7 @@ def title(shown: dict[str, Any]) -> str:
     sides = {line["arm"]: line["verdict"] for line in shown["lines"] if line["verdict"] in ("lower", "higher")}
     if sides:
         said = ", ".join(f"{arm} {side}" for arm, side in sides.items())
-        return f"{shown['data']}: beside {shown['reference']} loss is {said}"
+        return f"{shown['data']}, loss beside that of {shown['reference']}: {said}"
     best = min(shown["lines"], key=lambda line: line["loss"]["mean"])
     return (
         f"{shown['data']}: {best['arm']} has the lowest mean loss, {best['loss']['mean']:.3f}; no difference is shown"

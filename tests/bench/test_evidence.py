@@ -227,7 +227,7 @@ def test_a_page_has_the_figures_of_its_picture(whole: dict[str, Any], tmp_path: 
     lowest = f"echoes: {best['arm']} has the lowest mean loss, {best['loss']['mean']:.3f}; no difference is shown"
     assert picture.title(shown) == lowest
     shown["lines"][1]["verdict"] = "higher"
-    assert picture.title(shown) == "echoes: beside adamw loss is muon higher"
+    assert picture.title(shown) == "echoes, loss beside that of adamw: muon higher"
 
 
 def test_a_killed_cell_is_repeated(
