@@ -3,7 +3,7 @@
     python -m bench.studies.float8 OUT --minutes 20
 
 The blocks' forward products and those of their inputs' gradients take operands that are rounded to float8 with a scale
-a row, as torch's scaled product does on a card: the row's largest number becomes the format's largest. Weights, too, are
+a row, as torch's scaled product does on a card: the row's largest number becomes the format's largest. Weights are
 rounded where a product takes them. Their gradients, the head and everything between products stay as they are in a
 bfloat16 run. The rounded operands are multiplied here in float32, which holds each of their products exactly, and the
 sum is rounded to bfloat16 once. Held-out losses and answers are of the averaged weights with bfloat16's products: how
