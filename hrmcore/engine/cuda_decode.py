@@ -5,7 +5,6 @@ Shapes: B requests, V vocabulary, D width, H heads, d head_dim, F ffn width, R a
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -156,15 +155,15 @@ class CudaStep:
         length = self._table_length(pages)
         if length not in self._most_requests:
             device, config, numbers = self.weights.device, self.config, self._numbers
-            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-                most = _C.cuda_step_most_requests(
-                    width=config.hidden_size,
-                    heads=config.num_attention_heads,
-                    head_dim=config.head_dim,
-                    xpos=self._log_decay is not None,
-                    table_length=length,
-                    **{name: numbers[name] for name in ("ffn", "window", "dtype", "blocks")},
-                )
+            most = _C.cuda_step_most_requests(
+                width=config.hidden_size,
+                heads=config.num_attention_heads,
+                head_dim=config.head_dim,
+                xpos=self._log_decay is not None,
+                table_length=length,
+                **{name: numbers[name] for name in ("ffn", "window", "dtype", "blocks")},
+                device=device.index or 0,
+            )
             if most == 0:
                 raise RuntimeError(
                     f"the decode step of this model with {pages * PAGE:,} tokens in a request's cache does not fit in "
@@ -189,20 +188,19 @@ class CudaStep:
             captured = _Captured(tokens.clone(), positions.clone(), tables.clone(), logits, torch.cuda.CUDAGraph())
             operands = captured.tokens, captured.positions, captured.tables, kv, logits
             self._launch(*operands)  # loads the kernels, which a capture must not; the replay does the same again
-            with torch.cuda.graph(captured.graph):
+            with torch.cuda.device(tokens.device), torch.cuda.graph(captured.graph):
                 self._launch(*operands)
             self._graphs[key] = captured
         return self._graphs[key].replay(tokens, positions, tables)
 
     def _launch(self, tokens: Tensor, positions: Tensor, tables: Tensor, kv: Tensor, logits: Tensor) -> None:
         operands = {"tokens": tokens, "positions": positions, "tables": tables, "kv": kv, "logits": logits}
-        with torch.cuda.device(tokens.device) if tokens.is_cuda else contextlib.nullcontext():
-            _C.cuda_step(
-                **{name: to_dlpack(tensor) for name, tensor in (operands | self._tensors).items()},
-                log_decay=None if self._log_decay is None else to_dlpack(self._log_decay),
-                **self._numbers,
-                stream=stream_of(tokens),
-            )
+        _C.cuda_step(
+            **{name: to_dlpack(tensor) for name, tensor in (operands | self._tensors).items()},
+            log_decay=None if self._log_decay is None else to_dlpack(self._log_decay),
+            **self._numbers,
+            stream=stream_of(tokens),
+        )
 
 
 def _check(config: HRMConfig, dtype: str) -> None:

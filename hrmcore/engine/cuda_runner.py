@@ -6,9 +6,7 @@ Shapes: S sequences, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,8 +50,7 @@ class CudaRunner(TorchRunner):
             self._model = packed_model(model, self._decode_step.weights, dtype)
         self._ahead = DecodeAhead(self, self.config.vocab_size, self._device)
         if graphs is None and self._device.type == "cuda":
-            with self._on_device():
-                graphs = CudaGraphs()
+            graphs = CudaGraphs(self._device)
         self._prefill = None if graphs is None else BucketedPrefill(self._model, graphs)
 
     @classmethod
@@ -137,17 +134,13 @@ class CudaRunner(TorchRunner):
             return super()._advance(sequences, added)
         for sequence, prompt in zip(sequences, added, strict=True):
             self._pool.reserve(sequence, len(prompt))
-        with torch.inference_mode(), self._on_device():
+        with torch.inference_mode():
             rows = [sequence.rows(0, len(prompt)) for sequence, prompt in zip(sequences, added, strict=True)]
             prefixes = [sequence.prefix for sequence in sequences]
             logits = prefill.run(added, prefixes, rows, self.kv).cpu()
         for sequence, prompt in zip(sequences, added, strict=True):
             sequence.length = len(prompt)
         return logits.numpy()
-
-    def _on_device(self) -> AbstractContextManager[Any]:
-        """Streams and graphs are those of the device in use."""
-        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     def _lengthen(self, handles: Sequence[int]) -> None:
         for handle in handles:
