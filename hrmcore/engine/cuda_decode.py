@@ -22,6 +22,8 @@ from hrmcore.ops.backend import stream_of
 
 MOST_REQUESTS: int = _C.max_batch  # of any device; CudaStep.most_requests says how many this one takes
 
+PACKED_AT_ONCE = 1 << 22  # weights; packing takes up to 19 bytes for each
+
 Form = Literal["graph", "persistent"]
 
 _HEAD_DIMS = (16, 32, 64, 128)
@@ -52,14 +54,27 @@ def matrices(model: HRM, dtype: str) -> Iterator[Matrix]:
 
 @torch.no_grad()
 def pack(model: HRM, dtype: str) -> Tensor:
-    """All matrices of the model, one after the other, as bytes."""
-    found = list(matrices(model, dtype))
+    """All matrices of the model, one after the other, as bytes, on the device of its embedding.
+
+    They may lie in main memory: no more than one at a time is on the device, and PACKED_AT_ONCE of its weights are
+    packed at a time.
+    """
+    found, device = list(matrices(model, dtype)), model.embed_tokens.weight.device
     sizes = [bytes_of(matrix.weight, matrix.dtype) for matrix in found]
-    packed = torch.empty(sum(sizes), dtype=torch.uint8, device=model.lm_head.weight.device)
+    packed = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     for matrix, place in zip(found, packed.split(sizes), strict=True):
-        weight = paired(matrix.weight, matrix.pieces) if matrix.pieces else matrix.weight
-        place.copy_(in_fragments(weight, matrix.dtype).flatten())
+        for part in _parts(matrix, device):
+            fragments = in_fragments(part, matrix.dtype).flatten()
+            place[: len(fragments)] = fragments
+            place = place[len(fragments) :]
     return packed
+
+
+def _parts(matrix: Matrix, device: torch.device) -> Iterator[Tensor]:
+    """A matrix on the device, some tiles of its rows at a time, in the step's order."""
+    weight = paired(matrix.weight.to(device), matrix.pieces) if matrix.pieces else matrix.weight
+    tiles = max(1, PACKED_AT_ONCE // (TILE * weight.shape[1]))
+    return (part.to(device) for part in weight.split(tiles * TILE))
 
 
 def stacks(model: HRM) -> list[Stack]:
