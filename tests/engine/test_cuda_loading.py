@@ -19,7 +19,7 @@ from hrmcore.model import HRM
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIG = HRMConfig(400, 64, 96, 2, 2, 32, H_cycles=2, L_cycles=2, max_position_embeddings=64)
-# Of a weight that is packed: its bfloat16, four numbers in float32 (for int4 the weight, its whole number, the miss and a
+# Of a weight that is packed: its bfloat16, four numbers in float32 (for int4 the weight, its whole number, a miss and a
 # product of these), and of every 32 weights some numbers more.
 BYTES_OF_PACKING = 20
 
