@@ -232,8 +232,8 @@ class TrainConfig:
         self._choose("schedule", ("constant", "cosine"))
         if self.precision == "float8":
             raise ValueError(
-                "train config: precision 'float8' is not offered: no GPU has measured what it gains, and no run has "
-                "shown that it converges; set precision = 'bfloat16'"
+                "train config: precision 'float8' is not offered: no GPU has measured what it gains; "
+                "set precision = 'bfloat16'"
             )
         self._choose("precision", ("float32", "bfloat16"))
         self._choose("ema_dtype", ("float32", "bfloat16"))
