@@ -27,15 +27,16 @@ class Graphs(Protocol):
 
 
 class CudaGraphs:
-    """torch's, all in one pool of memory: they run one after the other."""
+    """torch's, of computations on one device, all in one pool of memory: they run one after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream(device)
 
     def warm(self, run: Run) -> list[Tensor | None]:
         """On the stream that captures, for what libraries allocate at first."""
-        current = torch.cuda.current_stream()
+        current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             results = run()
@@ -48,6 +49,7 @@ class CudaGraphs:
     def capture(self, run: Run) -> tuple[list[Tensor | None], Callable[[], None]]:
         """Nothing runs yet."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # torch waits for the device in use before it records
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             results = run()
         return results, graph.replay

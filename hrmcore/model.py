@@ -163,9 +163,9 @@ class Block(nn.Module):
             q, k = rope(q, k, context.table, context.positions)
         else:
             q, k, v = context.cache.extend(q, k, v, context)
-        attended = attention(q, k, v, gate, context.mask)
-        normed, stream = rms_norm(self.o_proj(attended.flatten(1)), stream, config.rms_norm_eps)
-        return _chosen(self.down_proj(swiglu(self.gate_up_proj(normed))), stream, context.rows)
+        attended, stream = _chosen(attention(q, k, v, gate, context.mask).flatten(1), stream, context.rows)
+        normed, stream = rms_norm(self.o_proj(attended), stream, config.rms_norm_eps)
+        return self.down_proj(swiglu(self.gate_up_proj(normed))), stream
 
     def _fused(self, normed: Tensor, stream: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """The same without a cache, in two ops that keep less for backward; of `rows` alone from the MLP on."""

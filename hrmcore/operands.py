@@ -15,12 +15,8 @@ from hrmcore.averages import local
 
 def run_kernel(kernel: Callable[..., None], device: torch.device, numbers: list[int], *operands: object) -> None:
     """Call a kernel on tensors, lists of tensors and numbers, in the order of the device's stream."""
-    exported = [_exported(operand) for operand in operands]
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            kernel(numbers, *exported, stream=torch.cuda.current_stream().cuda_stream)
-    else:
-        kernel(numbers, *exported)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    kernel(numbers, *[_exported(operand) for operand in operands], stream=stream)
 
 
 def _exported(operand: Any) -> Any:

@@ -163,7 +163,7 @@ def test_a_product_is_added_in_float32(dtype: torch.dtype) -> None:
 def test_on_cuda_the_product_adds_to_float32_where_torch_can(adds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     grad, rows = mock.Mock(), mock.Mock(dtype=torch.bfloat16, is_cuda=True)
     total, calls = torch.zeros(2, 3), []
-    monkeypatch.setattr(weights, "_adds_to_float32", lambda: adds)
+    monkeypatch.setattr(weights, "_adds_to_float32", lambda device: adds)
     monkeypatch.setattr(torch, "addmm", lambda *operands, **keys: calls.append((operands, keys)))
     monkeypatch.setattr(torch, "mm", lambda *operands: torch.ones(2, 3, dtype=torch.bfloat16))
     gemm_weight_backward_(total, True, grad, rows)
@@ -190,7 +190,7 @@ def test_torch_is_asked_once_whether_it_adds_to_float32(refuses: bool, monkeypat
     monkeypatch.setattr(torch, "addmm", addmm)
     monkeypatch.setattr(torch.ops.aten.addmm, "overloads", lambda: ["default", "dtype_out"])
     weights._adds_to_float32.cache_clear()
-    assert [weights._adds_to_float32() for _ in range(2)] == 2 * [not refuses]
+    assert [weights._adds_to_float32(torch.device("cuda", 1)) for _ in range(2)] == 2 * [not refuses]
     weights._adds_to_float32.cache_clear()
     assert asked == [torch.float32]
 

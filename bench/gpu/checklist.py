@@ -27,13 +27,21 @@ from typing import Any
 import torch
 
 from bench.gpu import checks as gpu_checks
+from bench.gpu import devices as gpu_devices
 from bench.gpu import endurance as gpu_endurance
 from bench.gpu import models as gpu_models
 from bench.gpu import prefill as gpu_prefill
 from bench.gpu import sampling as gpu_sampling
 from bench.gpu.checks import Here, NotRunError, WrongError
 
-CHECKS = gpu_checks.CHECKS | gpu_models.CHECKS | gpu_sampling.CHECKS | gpu_prefill.CHECKS | gpu_endurance.CHECKS
+CHECKS = (
+    gpu_checks.CHECKS
+    | gpu_models.CHECKS
+    | gpu_sampling.CHECKS
+    | gpu_prefill.CHECKS
+    | gpu_devices.CHECKS
+    | gpu_endurance.CHECKS
+)
 GOLDENS = Path(__file__).with_name("goldens.json")
 LIMIT = 240.0  # seconds for one check
 WHOLE = 1200.0  # seconds for all of them

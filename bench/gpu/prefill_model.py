@@ -48,6 +48,7 @@ class Tile(NamedTuple):
 
 
 # Instructions of 16 columns: a turn of the sm_90 code's loop, counted (bench/gpu/sass.py), over its four 16 columns.
+# There is no such kernel of bfloat16 weights: they are left out.
 TILES = (
     Tile(256, 128, {"int8": 208.5, "int4": 174.5}),  # two warps a scheduler
     Tile(256, 64, {"int8": 146.3, "int4": 112.3}),
@@ -79,7 +80,7 @@ def bounds(tile: Tile, rows: int, columns: int, tokens: int, dtype: str, card: C
     weight = WEIGHT_BYTES[dtype]
     return {
         "mma": turns * 2 * tile.rows * tile.tokens * columns / (card.mma / card.processors),
-        "instructions": turns * tile.instructions[dtype] * columns / 16 / card.clock,  # a warp a scheduler
+        "instructions": turns * tile.instructions.get(dtype, 0.0) * columns / 16 / card.clock,  # a warp a scheduler
         "cache": blocks * columns * (tile.tokens * 2 + tile.rows * weight) / card.cache,
         "memory": rows * columns * weight / card.copy,
     }
@@ -110,15 +111,27 @@ def matrices(config: HRMConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def passes(config: HRMConfig, tokens: int, rotations: int, fused: bool, card: Card) -> float:
-    """Seconds of a layer's other kernels: two norms, attention, rotating and appending; SwiGLU where it is one."""
-    width, attention, ffn = config.hidden_size, config.attention_width, config.intermediate_size
-    elements = 2 * 4 * width + 6 * attention + (0 if fused else 3 * ffn)
-    kernels = 2 + 1 + rotations + (0 if fused else 1)
-    of_attention = attention_seconds(
-        config, Work((tokens,)), TrainCard.tile_forward, TrainCard.block_forward, TrainCard()
-    )
-    return kernels * card.launch + 2 * elements * tokens / card.cache + of_attention
+def attention(config: HRMConfig, tokens: int) -> float:
+    """Seconds of attention over a prompt, all of which is a prefix: every tile of 64 queries sees all keys."""
+    work = Work((tokens,), prefix=1.0)
+    return attention_seconds(config, work, TrainCard.tile_forward, TrainCard.block_forward, TrainCard())
+
+
+def passed(elements: float, tokens: int, card: Card) -> float:
+    """Seconds of reading and writing so many bfloat16 of each token, through the second-level cache."""
+    return 2 * elements * tokens / card.cache
+
+
+def passes(config: HRMConfig, tokens: int, rotations: int, fused: bool, card: Card = Card()) -> dict[str, float]:
+    """Seconds of a layer's other kernels without their launches; SwiGLU where it is one."""
+    width, attended, ffn = config.hidden_size, config.attention_width, config.intermediate_size
+    return {
+        "attention": attention(config, tokens),
+        "norms": passed(2 * 4 * width, tokens, card),
+        "rotation": passed((7 if rotations == 1 else 8) * attended, tokens, card),
+        "SwiGLU": 0.0 if fused else passed(3 * ffn, tokens, card),
+        "launches": (3 + rotations + (0 if fused else 1)) * card.launch,
+    }
 
 
 def first_token(config: HRMConfig, tokens: int, way: str, dtype: str, rotations: int, card: Card = Card()) -> float:
@@ -133,9 +146,43 @@ def first_token(config: HRMConfig, tokens: int, way: str, dtype: str, rotations:
         ),
     }
     layer = sum(products[way](*shape) for shape in matrices(config).values())
-    layer += passes(config, tokens, rotations, way == "packed", card)
+    layer += sum(passes(config, tokens, rotations, way == "packed", card).values())
+    # the last layer's o and MLP are for the last token alone: they take their weights' time
+    spared = sum(
+        products[way](*shape) - card.launch - shape[0] * shape[1] * WEIGHT_BYTES[dtype] / card.copy
+        for name, shape in matrices(config).items()
+        if name != "gqkv"
+    )
     head = config.vocab_size * config.hidden_size * 2 / card.copy + card.launch
-    return 1e3 * (config.cache_slots * layer + head)
+    return 1e3 * (config.cache_slots * layer - max(0.0, spared) + head)
+
+
+def layer_of(config: HRMConfig, tokens: int, card: Card = Card()) -> dict[str, float]:
+    """Seconds of each part of a layer in bfloat16, torch's products without their launches."""
+    products = {name: torch_product(*shape, tokens, card) for name, shape in matrices(config).items()}
+    others = passes(config, tokens, 1, False, card)
+    others["launches"] += len(products) * card.launch
+    return products | others
+
+
+def savings(config: HRMConfig, tokens: int, card: Card = Card()) -> dict[str, float]:
+    """What a layer in bfloat16 could save with torch's products, seconds. The last two do not go together.
+
+    The norm has no gain: a product of its input, scaled by row afterwards, is a product of its output.
+    """
+    width, attended = config.hidden_size, config.attention_width
+    norm = card.launch + passed(4 * width, tokens, card)  # reads two and writes two
+    pieces, (rows, columns) = 4, matrices(config)["down"]
+    # each piece a product of its own in the same launch, in turns of a quarter; written, and read by the norm
+    whole, cut = (torch_product(n * rows, columns // n, tokens, card) for n in (1, pieces))
+    return {
+        "o adds the residual, SwiGLU scales": norm - passed(2 * width, tokens, card),
+        "queries rotated by attention": passed(2 * attended, tokens, card),
+        "down adds the residual, rotation and attention scale": norm - passed(2 * width + attended, tokens, card),
+        "down in four pieces of its columns, the norm adds them": (
+            whole - cut - passed(2 * (pieces - 1) * width, tokens, card)
+        ),
+    }
 
 
 def main() -> None:
@@ -143,8 +190,8 @@ def main() -> None:
     cases = [
         ("bfloat16, torch's products, three launches to rotate and append", "torch", "bfloat16", 3),
         ("bfloat16, one launch to rotate and append", "torch", "bfloat16", 1),
-        *((f"{dtype}, unpacked for torch's products", "unpacked", dtype, 1) for dtype in ("int8", "int4")),
-        *((f"{dtype}, products of packed weights", "packed", dtype, 1) for dtype in ("int8", "int4")),
+        *((f"{dtype}, unpacked for torch's products", "unpacked", dtype, 1) for dtype in WEIGHT_BYTES),
+        *((f"{dtype}, products of packed weights", "packed", dtype, 1) for dtype in WEIGHT_BYTES),
     ]
     rows = [
         [name, *(f"{first_token(config, n, way, dtype, rotations):.1f}" for n in (64, 256, 1024, 2048))]
@@ -160,6 +207,14 @@ def main() -> None:
         for name, shape in matrices(config).items()
         for found in [packed_product(*shape, tokens, dtype)]
     ]
+    parts = {n: layer_of(config, n) for n in (256, 1024)}
+    rows = [[name, *(f"{1e6 * parts[n][name]:.1f}" for n in parts)] for name in parts[256]]
+    print(table(["us of a layer in bfloat16", *map(str, parts)], rows))
+    print()
+    saved = {n: savings(config, n) for n in parts}
+    rows = [[name, *(f"{1e3 * config.cache_slots * saved[n][name]:.2f}" for n in saved)] for name in saved[256]]
+    print(table(["ms of a first token that could be saved", *map(str, saved)], rows))
+    print()
     print(table(["us of a product's bounds", "mma", "instructions", "cache", "memory"], of_products))
 
 

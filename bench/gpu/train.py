@@ -278,7 +278,7 @@ class AtOnce:
 
 def state_beside_has_the_bits(here: Here) -> bool:
     """Tensors that are changed as soon as they may be; large ones on a GPU, whose copies take a while."""
-    copies = HostCopies(AtOnce() if here.emulated else CudaSide())
+    copies = HostCopies(AtOnce() if here.emulated else CudaSide(torch.device("cuda", 0)))
     count = 1000 if here.emulated else 1 << 26
     tensors = {str(i): torch.randn(count, device=here.device) for i in range(4)}
     expected = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
@@ -381,7 +381,7 @@ def graphs_in_turns(here: Here, shape: Shape, horizon: int) -> dict[str, Any]:
 def state_beside_a_step(here: Here, shape: Shape) -> dict[str, Any]:
     """What a training state costs: the host where it is copied in its way, and a step where it is copied beside it."""
     steps = Steps.of(here, shape, HORIZONS[-1])
-    copies = HostCopies(AtOnce() if here.emulated else CudaSide())
+    copies = HostCopies(AtOnce() if here.emulated else CudaSide(torch.device("cuda", 0)))
     step, step_that_holds = steps.step(False), steps.step(False, copies.hold)
 
     def step_beside() -> None:

@@ -54,9 +54,10 @@ class Card:
 
 @dataclass(frozen=True)
 class Work:
-    """One packed batch: lengths of its sequences, half of each the instruction."""
+    """One packed batch: lengths of its sequences, and which share of each is the instruction, read both ways."""
 
     lengths: tuple[int, ...]
+    prefix: float = 0.5
 
     @property
     def tokens(self) -> int:
@@ -64,12 +65,14 @@ class Work:
 
     @property
     def supervised(self) -> int:
-        return sum(n - n // 2 for n in self.lengths)
+        return sum(n - int(n * self.prefix) for n in self.lengths)
 
     @property
     def tiles(self) -> int:
         """Tiles of 64 queries x 64 keys that a head computes."""
-        return sum(-(-max(n // 2, min(first + 64, n)) // 64) for n in self.lengths for first in range(0, n, 64))
+        return sum(
+            -(-max(int(n * self.prefix), min(first + 64, n)) // 64) for n in self.lengths for first in range(0, n, 64)
+        )
 
 
 def attention_seconds(config: HRMConfig, work: Work, tile: float, block: float, card: Card) -> float:

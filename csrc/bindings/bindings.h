@@ -83,16 +83,18 @@ class DlpackArgs {
       v.strides[axis] = t->strides != nullptr ? t->strides[axis] : packed;
       packed *= t->shape[axis];
     }
-    if (!capsules_.empty() && v.device != device_) {
+    if (!capsules_.empty() && (v.device != device_ || t->device_id != number_)) {
       reject(op_, argument, "on the device of the operands before it", "a tensor on another device");
     }
     device_ = v.device;
+    number_ = t->device_id;
     capsules_.push_back(std::move(capsule));
     return v;
   }
 
   const char* op() const { return op_; }
-  Device device() const { return device_; }  // of all operands
+  Device device() const { return device_; }      // of all operands
+  int device_number() const { return number_; }  // among those of its kind
 
   TensorView optional(const py::object& array, const char* argument) {
     return array.is_none() ? TensorView{} : view(array, argument);
@@ -109,6 +111,7 @@ class DlpackArgs {
 
   const char* op_;
   Device device_ = Device::cpu;
+  std::int32_t number_ = 0;
   std::vector<py::object> capsules_;
 };
 
@@ -119,14 +122,16 @@ void run(const Args& args, void (*kernel)(const Args&) noexcept) {
   kernel(args);
 }
 
+// Launches on this device, whichever the calling thread uses, in the order of a stream of the device.
 template <class Args>
-void run_on_cuda(const char* op, std::uintptr_t stream, const Args& args) {
+void run_on_cuda(const char* op, int device, std::uintptr_t stream, const Args& args) {
   using Launch = const char* (*)(const Args&, void*);
   const auto launch = reinterpret_cast<Launch>(device_kernel(op));
   const char* error = nullptr;
   {
     py::gil_scoped_release unlocked;
-    error = launch(args, reinterpret_cast<void*>(stream));
+    const DeviceInUse in_use(device);
+    error = in_use.error() != nullptr ? in_use.error() : launch(args, reinterpret_cast<void*>(stream));
   }
   if (error != nullptr) throw std::runtime_error(std::string(op) + " on CUDA: " + error);
 }
@@ -137,7 +142,7 @@ void run(const DlpackArgs& operands, std::uintptr_t stream, const Args& args,
          void (*kernel)(const Args&) noexcept) {
   check(args);
   if (operands.device() != Device::cpu || emulating_cuda()) {
-    run_on_cuda(operands.op(), stream, args);
+    run_on_cuda(operands.op(), operands.device_number(), stream, args);
     return;
   }
   py::gil_scoped_release unlocked;

@@ -171,7 +171,7 @@ void def_on_cuda(py::module_& m, const char* op, const Fields&... fields) {
         if (operands.device() == Device::cpu && !emulating_cuda()) {
           reject(op, first, "on a CUDA device", "a tensor on the CPU");
         }
-        run_on_cuda(op, stream, args);
+        run_on_cuda(op, operands.device_number(), stream, args);
       },
       py::kw_only(), py::arg(fields.name)..., py::arg("stream"));
 }

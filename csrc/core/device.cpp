@@ -9,7 +9,9 @@ namespace {
 
 struct Library {
   std::string path;
-  void* handle;
+  void* handle = nullptr;
+  const char* (*enter_device)(int, DeviceBefore*) = nullptr;
+  void (*leave_device)(const DeviceBefore*) = nullptr;
 };
 
 Library open_library(const std::string& path) {
@@ -18,7 +20,12 @@ Library open_library(const std::string& path) {
     throw std::runtime_error(
         std::string("this hrmcore has no CUDA kernels, build it with HRMCORE_CUDA=ON: ") + dlerror());
   }
-  return {path, handle};
+  const auto enter = dlsym(handle, "hrmcore_enter_device"), leave = dlsym(handle, "hrmcore_leave_device");
+  if (enter == nullptr || leave == nullptr) {
+    throw std::runtime_error(path + " belongs to another build of hrmcore; build both again");
+  }
+  return {path, handle, reinterpret_cast<decltype(Library::enter_device)>(enter),
+          reinterpret_cast<decltype(Library::leave_device)>(leave)};
 }
 
 std::string beside_this_module(const char* name) {
@@ -29,7 +36,7 @@ std::string beside_this_module(const char* name) {
 }
 
 Library& emulator() {
-  static Library library{"", nullptr};
+  static Library library;
   return library;
 }
 
@@ -50,9 +57,15 @@ void* device_kernel(const char* op) {
   return kernel;
 }
 
-void emulate_cuda(const std::string& path) {
-  emulator() = path.empty() ? Library{"", nullptr} : open_library(path);
+DeviceInUse::DeviceInUse(int device) : leave_(current_library().leave_device) {
+  error_ = current_library().enter_device(device, &before_);
 }
+
+DeviceInUse::~DeviceInUse() {
+  if (before_.changed) leave_(&before_);
+}
+
+void emulate_cuda(const std::string& path) { emulator() = path.empty() ? Library() : open_library(path); }
 
 bool emulating_cuda() { return emulator().handle != nullptr; }
 

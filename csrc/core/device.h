@@ -7,6 +7,31 @@
 
 namespace hrmcore {
 
+// What was before a launch went to another device; csrc/core/device.cu fills it in and puts it back.
+struct DeviceBefore {
+  bool changed = false;
+  int device = 0;
+  bool has_context = false;  // whether `context`, the driver's, is known; it may be none
+  void* context = nullptr;
+};
+
+// While it lives the calling thread's launches go to this device; then to the one before again. Nothing is done where
+// it is that one already. Throws std::runtime_error without a library, saying why.
+class DeviceInUse {
+ public:
+  explicit DeviceInUse(int device);
+  ~DeviceInUse();
+  DeviceInUse(const DeviceInUse&) = delete;
+  DeviceInUse& operator=(const DeviceInUse&) = delete;
+
+  const char* error() const { return error_; }  // nullptr, or why the device cannot be used
+
+ private:
+  DeviceBefore before_;
+  const char* error_;
+  void (*leave_)(const DeviceBefore*);
+};
+
 // The address of an op's kernel. Throws std::runtime_error without a library or without that op in it, saying
 // why.
 void* device_kernel(const char* op);

@@ -8,6 +8,7 @@
 #include <mutex>
 #include <new>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "emulator/fiber.h"
@@ -274,11 +275,28 @@ const char* refuse(const std::string& message) {
   return machine.message.c_str();
 }
 
+thread_local int device_of_thread = 0;
+
 }  // namespace
 
-std::size_t shared_bytes_of_device() { return machine.shared_bytes; }
+int current_device() { return device_of_thread; }
 
-void set_shared_bytes(std::size_t bytes) { machine.shared_bytes = std::min(bytes, max_shared_bytes); }
+bool set_device(int device) {
+  if (device < 0 || device >= most_devices) return false;
+  device_of_thread = device;
+  return true;
+}
+
+std::uint64_t take_launches_on(int device) {
+  const std::lock_guard lock(machine.one_launch);
+  return std::exchange(machine.launches_on[device], 0);
+}
+
+std::size_t shared_bytes_of_device() { return machine.shared_bytes[device_of_thread]; }
+
+void set_shared_bytes(int device, std::size_t bytes) {
+  machine.shared_bytes[device] = std::min(bytes, max_shared_bytes);
+}
 
 void set_seed(std::uint64_t seed) {
   const std::lock_guard<std::mutex> lock(machine.one_launch);
@@ -314,6 +332,7 @@ const char* run(const Shape& shape, void (*body)(const void* params), const void
   }
   machine.opened = ++machine.tick;  // all of the launch comes after what was before
   ++machine.counters.launches;
+  ++machine.launches_on[device_of_thread];
   for (auto& block : machine.resident) {
     for (Warp& warp : block->warps) warp.queued = false;
   }

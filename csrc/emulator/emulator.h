@@ -52,9 +52,16 @@ struct Shape {
 
 constexpr std::size_t max_shared_bytes = 227 << 10;
 
-// What a kernel that asks takes for the device's shared memory: 99 KB until set_shared_bytes says otherwise.
+// Two devices are pretended. A thread's launches go to the one that it has set, at first 0; how many went to each is
+// all that tells them apart, with their shared memory.
+constexpr int most_devices = 2;
+int current_device();
+bool set_device(int device);                 // false: there is none of this number
+std::uint64_t take_launches_on(int device);  // and starts again from zero
+
+// What a kernel that asks takes for the current device's shared memory: 99 KB until set_shared_bytes says otherwise.
 std::size_t shared_bytes_of_device();
-void set_shared_bytes(std::size_t bytes);
+void set_shared_bytes(int device, std::size_t bytes);
 
 // What the launches so far did, by count: the bytes that kernels asked of global memory, caches not
 // considered; and of those read the ones that nobody had read since the last grid barrier or launch, which is

@@ -357,8 +357,14 @@ HRMCORE_TEST_ENTRY const char* hrmcore_test_ldmatrix(const std::uint16_t* elemen
   return launch(one_ldmatrix, {dim3(1), 32, 512}, Matrices{elements, registers}, nullptr);
 }
 
-HRMCORE_TEST_ENTRY void hrmcore_test_shared_bytes(std::uint64_t bytes) {
-  hrmcore::emulator::set_shared_bytes(bytes);
+HRMCORE_TEST_ENTRY void hrmcore_test_shared_bytes(int device, std::uint64_t bytes) {
+  hrmcore::emulator::set_shared_bytes(device, bytes);
+}
+
+HRMCORE_TEST_ENTRY int hrmcore_test_current_device() { return hrmcore::emulator::current_device(); }
+
+HRMCORE_TEST_ENTRY std::uint64_t hrmcore_test_launches_on(int device) {
+  return hrmcore::emulator::take_launches_on(device);
 }
 
 HRMCORE_TEST_ENTRY void hrmcore_test_seed(std::uint64_t seed) { hrmcore::emulator::set_seed(seed); }

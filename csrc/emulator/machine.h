@@ -78,7 +78,8 @@ struct Memory {  // of the stacks
 struct Machine {
   std::mutex one_launch;
   std::uint64_t seed = 0, random = 0;
-  std::size_t shared_bytes = 99 << 10;  // of the device
+  std::size_t shared_bytes[most_devices] = {99 << 10, 99 << 10};
+  std::uint64_t launches_on[most_devices] = {};
   Shape shape{dim3(), 0, 0, false};
   Site launch{"", 0};
   void (*body)(const void*) = nullptr;

@@ -66,10 +66,11 @@ class HostCopies:
 
 
 class CudaSide:
-    """A stream of the device in use, and page-locked memory: a copy to any other stops the host."""
+    """A stream of the device, and page-locked memory: a copy to any other stops the host."""
 
-    def __init__(self) -> None:
-        self._stream = torch.cuda.Stream()
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
         self._copied: torch.cuda.Event | None = None
         self._unlock: weakref.finalize[..., CudaSide] | None = None
 
@@ -83,7 +84,7 @@ class CudaSide:
         return memory
 
     def begin(self, pairs: Sequence[Pair]) -> None:
-        self._stream.wait_stream(torch.cuda.current_stream())
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for place, tensor in pairs:
                 place.copy_(tensor, non_blocking=True)
@@ -91,7 +92,7 @@ class CudaSide:
 
     def hold(self) -> None:
         if self._copied is not None:
-            torch.cuda.current_stream().wait_event(self._copied)
+            torch.cuda.current_stream(self._device).wait_event(self._copied)
 
     def wait(self) -> None:
         if self._copied is not None:

@@ -382,13 +382,29 @@ def load_model(path: str | Path) -> HRM:
     """
     import torch
 
+    tensors = read_tensors(resolve(path))
+    weights = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
+    return _model_of(tensors.config, weights, path)
+
+
+def map_model(path: str | Path, attention_window: int | None = None) -> HRM:
+    """The model of a checkpoint, whose weights lie where they are: in its mapped files, in the dtype stored there.
+
+    A checkpoint in the split form is put together in memory. `attention_window` takes the place of its own. Raises
+    what `load_model` does.
+    """
+    tensors = read_tensors(resolve(path))
+    windowed = {} if attention_window is None else {"attention_window": attention_window}
+    return _model_of(tensors.config.replace(**windowed), dict(tensors), path)
+
+
+def _model_of(config: HRMConfig, weights: dict[str, Tensor], path: str | Path) -> HRM:
+    import torch
+
     from hrmcore.model import HRM
 
-    tensors = read_tensors(resolve(path))
-    config = tensors.config
     with torch.device("meta"):  # no time and no random numbers for weights that are replaced
         model = HRM(config)
-    weights = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
     for name, weight in weights.items():
         if not math.isfinite(float(weight.sum())) and not bool(weight.isfinite().all()):  # finite ones may overflow
             raise ValueError(f"{path}: {name!r} has a value that is NaN or infinite")

@@ -28,7 +28,7 @@ class World:
     """
 
     def __init__(self, device: str = "cpu") -> None:
-        """Meet the other ranks; `device` ("cpu" or "cuda") is what this one computes on.
+        """Meet the other ranks; `device` ("cpu", "cuda", for one process alone "cuda:N") is what this one computes on.
 
         Whoever has called torch.distributed.init_process_group before has chosen what the tensors travel over.
         Raises ValueError when the environment names only a part of what that takes, or when there is no such device.
@@ -117,14 +117,19 @@ def lost_rank(where: str, error: RuntimeError) -> ConnectionError:
 
 
 def _device_of_rank(device: str) -> torch.device:
-    """The CPU, or the GPU of this process's number on its machine, which becomes the current one."""
+    """The CPU, or the GPU that is named or of this process's number on its machine; it becomes the current one."""
     if device == "cpu":
         return torch.device("cpu")
     try:
         require_cuda()
     except RuntimeError as error:
         raise ValueError(str(error)) from None
-    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    count, named = torch.cuda.device_count(), device.removeprefix("cuda").removeprefix(":")
+    if named and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"device {device!r}: each of several processes takes a GPU of its own; give 'cuda'")
+    number = int(named or os.environ.get("LOCAL_RANK", "0"))
+    if number >= count and named:
+        raise ValueError(f"device {device!r}: this machine has {count} GPUs, numbered from 0")
     if number >= count:
         raise ValueError(
             f"device 'cuda': process {number} of this machine has no GPU, for there are {count}; start {count}"

@@ -5,7 +5,6 @@ Shapes: B requests, V vocabulary, D width, H heads, d head_dim, F ffn width, R a
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -22,6 +21,8 @@ from hrmcore.model import HRM, Block, Positions, Stack
 from hrmcore.ops.backend import stream_of
 
 MOST_REQUESTS: int = _C.max_batch  # of any device; CudaStep.most_requests says how many this one takes
+
+PACKED_AT_ONCE = 1 << 22  # weights; packing takes up to 19 bytes for each
 
 Form = Literal["graph", "persistent"]
 
@@ -53,14 +54,27 @@ def matrices(model: HRM, dtype: str) -> Iterator[Matrix]:
 
 @torch.no_grad()
 def pack(model: HRM, dtype: str) -> Tensor:
-    """All matrices of the model, one after the other, as bytes."""
-    found = list(matrices(model, dtype))
+    """All matrices of the model, one after the other, as bytes, on the device of its embedding.
+
+    They may lie in main memory: no more than one at a time is on the device, and PACKED_AT_ONCE of its weights are
+    packed at a time.
+    """
+    found, device = list(matrices(model, dtype)), model.embed_tokens.weight.device
     sizes = [bytes_of(matrix.weight, matrix.dtype) for matrix in found]
-    packed = torch.empty(sum(sizes), dtype=torch.uint8, device=model.lm_head.weight.device)
+    packed = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     for matrix, place in zip(found, packed.split(sizes), strict=True):
-        weight = paired(matrix.weight, matrix.pieces) if matrix.pieces else matrix.weight
-        place.copy_(in_fragments(weight, matrix.dtype).flatten())
+        for part in _parts(matrix, device):
+            fragments = in_fragments(part, matrix.dtype).flatten()
+            place[: len(fragments)] = fragments
+            place = place[len(fragments) :]
     return packed
+
+
+def _parts(matrix: Matrix, device: torch.device) -> Iterator[Tensor]:
+    """A matrix on the device, some tiles of its rows at a time, in the step's order."""
+    weight = paired(matrix.weight.to(device), matrix.pieces) if matrix.pieces else matrix.weight
+    tiles = max(1, PACKED_AT_ONCE // (TILE * weight.shape[1]))
+    return (part.to(device) for part in weight.split(tiles * TILE))
 
 
 def stacks(model: HRM) -> list[Stack]:
@@ -156,15 +170,15 @@ class CudaStep:
         length = self._table_length(pages)
         if length not in self._most_requests:
             device, config, numbers = self.weights.device, self.config, self._numbers
-            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-                most = _C.cuda_step_most_requests(
-                    width=config.hidden_size,
-                    heads=config.num_attention_heads,
-                    head_dim=config.head_dim,
-                    xpos=self._log_decay is not None,
-                    table_length=length,
-                    **{name: numbers[name] for name in ("ffn", "window", "dtype", "blocks")},
-                )
+            most = _C.cuda_step_most_requests(
+                width=config.hidden_size,
+                heads=config.num_attention_heads,
+                head_dim=config.head_dim,
+                xpos=self._log_decay is not None,
+                table_length=length,
+                **{name: numbers[name] for name in ("ffn", "window", "dtype", "blocks")},
+                device=device.index or 0,
+            )
             if most == 0:
                 raise RuntimeError(
                     f"the decode step of this model with {pages * PAGE:,} tokens in a request's cache does not fit in "
@@ -189,20 +203,19 @@ class CudaStep:
             captured = _Captured(tokens.clone(), positions.clone(), tables.clone(), logits, torch.cuda.CUDAGraph())
             operands = captured.tokens, captured.positions, captured.tables, kv, logits
             self._launch(*operands)  # loads the kernels, which a capture must not; the replay does the same again
-            with torch.cuda.graph(captured.graph):
+            with torch.cuda.device(tokens.device), torch.cuda.graph(captured.graph):
                 self._launch(*operands)
             self._graphs[key] = captured
         return self._graphs[key].replay(tokens, positions, tables)
 
     def _launch(self, tokens: Tensor, positions: Tensor, tables: Tensor, kv: Tensor, logits: Tensor) -> None:
         operands = {"tokens": tokens, "positions": positions, "tables": tables, "kv": kv, "logits": logits}
-        with torch.cuda.device(tokens.device) if tokens.is_cuda else contextlib.nullcontext():
-            _C.cuda_step(
-                **{name: to_dlpack(tensor) for name, tensor in (operands | self._tensors).items()},
-                log_decay=None if self._log_decay is None else to_dlpack(self._log_decay),
-                **self._numbers,
-                stream=stream_of(tokens),
-            )
+        _C.cuda_step(
+            **{name: to_dlpack(tensor) for name, tensor in (operands | self._tensors).items()},
+            log_decay=None if self._log_decay is None else to_dlpack(self._log_decay),
+            **self._numbers,
+            stream=stream_of(tokens),
+        )
 
 
 def _check(config: HRMConfig, dtype: str) -> None:

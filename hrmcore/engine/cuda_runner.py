@@ -6,14 +6,12 @@ Shapes: S sequences, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hrmcore.checkpoint.hrm_text import CONFIG_FILE
+from hrmcore.checkpoint.hrm_text import CONFIG_FILE, map_model
 from hrmcore.engine.cuda_decode import CudaStep, Form
 from hrmcore.engine.decode_ahead import DecodeAhead
 from hrmcore.engine.mma_layout import MMA_DTYPES
@@ -31,8 +29,9 @@ class CudaRunner(TorchRunner):
     """Sequences over a model in bfloat16 on a CUDA device; the weights of its matrices are `dtype`.
 
     In int8 and int4 nothing of the matrices stays but what the decode step takes: prefills multiply with that. In
-    bfloat16 both have a copy. `form` and `blocks` are those of CudaStep, `graphs` what prefills are captured by; None
-    is torch's, on a CUDA device alone.
+    bfloat16 both have a copy. `device` is where it computes, by default where the model lies: from main memory the
+    matrices of an int8 or int4 runner come there one at a time. `form` and `blocks` are those of CudaStep, `graphs`
+    what prefills are captured by; None is torch's, on a CUDA device alone.
     """
 
     def __init__(
@@ -42,8 +41,11 @@ class CudaRunner(TorchRunner):
         form: Form = "persistent",
         blocks: int = 0,
         graphs: Graphs | None = None,
+        device: torch.device | None = None,
     ) -> None:
         model = model.to(torch.bfloat16)
+        if device is not None:
+            _bring(model, device, matrices=dtype == "bfloat16")
         model.reset_positions(len(model.rope_table))  # angles stay float32
         super().__init__(model)
         self.dtype = dtype
@@ -52,8 +54,7 @@ class CudaRunner(TorchRunner):
             self._model = packed_model(model, self._decode_step.weights, dtype)
         self._ahead = DecodeAhead(self, self.config.vocab_size, self._device)
         if graphs is None and self._device.type == "cuda":
-            with self._on_device():
-                graphs = CudaGraphs()
+            graphs = CudaGraphs(self._device)
         self._prefill = None if graphs is None else BucketedPrefill(self._model, graphs)
 
     @classmethod
@@ -70,12 +71,8 @@ class CudaRunner(TorchRunner):
             raise ValueError(f"dtype must be auto, {', '.join(MMA_DTYPES)} on {device}, got {dtype!r}")
         if not (folder / CONFIG_FILE).is_file():
             raise ValueError(f"{folder}: a packed checkpoint is for the CPU; give the one that it was made from")
-        model = HRM.from_pretrained(folder).requires_grad_(False)
-        if attention_window is not None:
-            windowed = HRM(model.config.replace(attention_window=attention_window))
-            windowed.load_state_dict(model.state_dict())
-            model = windowed.requires_grad_(False)
-        return cls(model.to(device), "bfloat16" if dtype == "auto" else dtype)
+        model = map_model(folder, attention_window).requires_grad_(False)
+        return cls(model, "bfloat16" if dtype == "auto" else dtype, device=torch.device(device))
 
     @one_at_a_time
     @torch.inference_mode()
@@ -137,7 +134,7 @@ class CudaRunner(TorchRunner):
             return super()._advance(sequences, added)
         for sequence, prompt in zip(sequences, added, strict=True):
             self._pool.reserve(sequence, len(prompt))
-        with torch.inference_mode(), self._on_device():
+        with torch.inference_mode():
             rows = [sequence.rows(0, len(prompt)) for sequence, prompt in zip(sequences, added, strict=True)]
             prefixes = [sequence.prefix for sequence in sequences]
             logits = prefill.run(added, prefixes, rows, self.kv).cpu()
@@ -145,10 +142,15 @@ class CudaRunner(TorchRunner):
             sequence.length = len(prompt)
         return logits.numpy()
 
-    def _on_device(self) -> AbstractContextManager[Any]:
-        """Streams and graphs are those of the device in use."""
-        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
-
     def _lengthen(self, handles: Sequence[int]) -> None:
         for handle in handles:
             self._sequences[handle].length += 1
+
+
+def _bring(model: HRM, device: torch.device, matrices: bool) -> None:
+    """Move a model to a device; or all but the matrices of its stacks and its head."""
+    if matrices:
+        model.to(device)
+        return
+    model.embed_tokens.to(device)
+    model.z_L_init = model.z_L_init.to(device)

@@ -5,7 +5,6 @@ Shapes: B requests of a step, S slots, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -54,11 +53,8 @@ class SamplerSlots:
         """
         drawn = torch.empty_like(fed)
         operands = {"logits": logits, "fed": fed, "slots": slots, "drawn": drawn, "positions": positions}
-        with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
-            _C.cuda_draw(
-                **{name: to_dlpack(tensor) for name, tensor in (operands | self._tensors).items()},
-                stream=stream_of(logits),
-            )
+        capsules = {name: to_dlpack(tensor) for name, tensor in (operands | self._tensors).items()}
+        _C.cuda_draw(**capsules, stream=stream_of(logits))
         return drawn
 
     def _grow(self, slots: int) -> None:

@@ -135,11 +135,11 @@ class TorchRunner:
     def __init__(self, model: HRM) -> None:
         self.config = model.config
         self.parameters = sum(p.numel() for p in model.parameters()) + model.z_L_init.numel()
-        dtype = model.lm_head.weight.dtype
+        dtype = model.embed_tokens.weight.dtype
         self.dtype = str(dtype).removeprefix("torch.")
         self.cache_bytes_per_token = 2 * self.config.cache_slots * self.config.attention_width * dtype.itemsize
         self._model = model.eval()
-        self._device = model.lm_head.weight.device
+        self._device = model.embed_tokens.weight.device
         self._pool = _Pool(self.config, dtype, self._device)
         self._sequences: dict[int, _Sequence] = {}
         self._kept: dict[int, _Sequence] = {}

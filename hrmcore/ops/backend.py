@@ -33,7 +33,10 @@ def reference_ops() -> Iterator[None]:
 
 
 def stream_of(x: Tensor) -> int:
-    """The CUDA stream, as a number, in whose order a kernel on `x` must run; 0 on the CPU."""
+    """The CUDA stream, as a number, in whose order a kernel on `x` must run; 0 on the CPU.
+
+    It belongs to the tensor's device, and so does the launch, whichever device the thread uses (csrc/core/device.h).
+    """
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
 

@@ -18,11 +18,11 @@ from torch import Tensor
 
 
 @functools.cache
-def _adds_to_float32() -> bool:
-    """Whether this torch has a GEMM of bfloat16 on CUDA that adds to float32; since 2.8 some have it and refuse."""
+def _adds_to_float32(device: torch.device) -> bool:
+    """Whether torch has a GEMM of bfloat16 that adds to float32 on this GPU; since 2.8 some have it and refuse."""
     if "dtype_out" not in torch.ops.aten.addmm.overloads():
         return False
-    rows, total = (torch.zeros(8, 8, dtype=dtype, device="cuda") for dtype in (torch.bfloat16, torch.float32))
+    rows, total = (torch.zeros(8, 8, dtype=dtype, device=device) for dtype in (torch.bfloat16, torch.float32))
     try:
         torch.addmm(total, rows, rows, out_dtype=torch.float32, out=total)
     except RuntimeError:
@@ -121,7 +121,7 @@ def gemm_weight_backward_(total: Tensor, begins: bool, grad: Tensor, rows: Tenso
     beta = 0 if begins else 1
     if rows.dtype == total.dtype:
         torch.addmm(total, grad.T, rows, beta=beta, out=total)
-    elif rows.is_cuda and _adds_to_float32():
+    elif rows.is_cuda and _adds_to_float32(rows.device):
         torch.addmm(total, grad.T, rows, out_dtype=total.dtype, beta=beta, out=total)
     elif begins:
         total.copy_(torch.mm(grad.T, rows))

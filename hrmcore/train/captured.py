@@ -46,7 +46,7 @@ class CapturedSteps:
         self.model = model
         self._parameters = list(model.parameters())
         self._batch_tokens, self._recompute, self._precision = batch_tokens, recompute, precision
-        self._graphs: Graphs = CudaGraphs() if graphs is None else graphs
+        self._graphs: Graphs = CudaGraphs(self._parameters[0].device) if graphs is None else graphs
         self._steps: dict[tuple[Bucket, int], _Captured | None] = {}
         if model.xpos_log_decay is not None:
             model.reset_positions(model.config.context)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -164,7 +165,9 @@ class TrainConfig:
     precision: str = _key(
         "precision and devices", "of matrix products and activations: 'float32' or 'bfloat16'", "float32"
     )
-    device: str = _key("precision and devices", "'cpu' or 'cuda'; under torchrun each process takes one GPU", "cpu")
+    device: str = _key(
+        "precision and devices", "'cpu', 'cuda' or 'cuda:N'; under torchrun each process takes one GPU", "cpu"
+    )
     parallel: str = _key(
         "precision and devices",
         "under torchrun: 'data', every process holds the whole model, or 'sharded', each a shard of it (FSDP2)",
@@ -229,15 +232,16 @@ class TrainConfig:
         self._choose("schedule", ("constant", "cosine"))
         if self.precision == "float8":
             raise ValueError(
-                "train config: precision 'float8' is not offered: no GPU has measured what it gains, and no run has "
-                "shown that it converges; set precision = 'bfloat16'"
+                "train config: precision 'float8' is not offered: no GPU has measured what it gains; "
+                "set precision = 'bfloat16'"
             )
         self._choose("precision", ("float32", "bfloat16"))
         self._choose("ema_dtype", ("float32", "bfloat16"))
-        self._choose("device", ("cpu", "cuda"))
+        if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", str(self.device)):
+            raise ValueError(f"train config: device must be 'cpu', 'cuda' or 'cuda:N', got {self.device!r}")
         self._choose("parallel", ("data", "sharded"))
         self._choose("recompute", RECOMPUTE)
-        if self.cuda_graphs and (self.device != "cuda" or self.parallel != "data"):
+        if self.cuda_graphs and (self.device == "cpu" or self.parallel != "data"):
             raise ValueError("train config: cuda_graphs needs device = 'cuda' and parallel = 'data'")
         if self.parallel == "sharded" and (self.grow or self.optimizer == "sophia-h"):
             who = "[[grow]]" if self.grow else "sophia-h"

@@ -106,7 +106,7 @@ class Trainer:
 
     def _side(self) -> Side | None:
         """What copies states beside the steps; the CPU has nothing beside them."""
-        return CudaSide() if self.world.device.type == "cuda" else None
+        return CudaSide(self.world.device) if self.world.device.type == "cuda" else None
 
     def _new_optimizer(self, config: TrainConfig) -> Any:
         """The run file's, over the model as it is now. A study of others has them from here."""

@@ -80,6 +80,7 @@ def test_every_check_runs_or_says_why_not(tmp_path: Path, checklist: ModuleType)
         packed = by_name["packed_prefill"]["figures"][dtype]
         assert packed["bits"] == "the same"
         assert packed["40"]["error"] <= 2e-2
+    assert by_name["second_device"]["figures"] == {"results": 9 + 2, "bits": "the same"}
     assert by_name["graph_against_fused_step"]["figures"]["batch_32"] == "same bits"
 
 
@@ -215,6 +216,20 @@ def test_pairs_of_a_batch_and_the_model_that_fits(models: ModuleType) -> None:
     assert models.largest_that_fits(24e9) in ("B", "L")
     with pytest.raises(models.NotRunError, match=r"the smallest model takes \d+\.\d GB, 2\.0 GB are free"):
         models.largest_that_fits(2e9)
+
+
+def test_one_gpu_is_not_two(checks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = importlib.import_module("bench.gpu.devices")
+    monkeypatch.setattr(checks.torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(checks.NotRunError, match="needs two GPUs, this machine has 1"):
+        devices.second_device(checks.Here(False, Path()))
+
+
+def test_a_second_device_with_other_bits(checks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices, turns = importlib.import_module("bench.gpu.devices"), iter([0.0, 1.0])
+    monkeypatch.setattr(devices, "computed_on", lambda device, here: [("a draw", checks.torch.tensor(next(turns)))])
+    with pytest.raises(checks.WrongError, match="cpu and cpu have other bits: a draw"):
+        devices.second_device(checks.Here(True, Path()))
 
 
 def sleep() -> dict[str, Any]:

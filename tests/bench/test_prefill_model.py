@@ -50,4 +50,22 @@ def test_a_longer_prompt_and_more_launches_take_longer() -> None:
         times = [prefill_model.first_token(config, n, way, dtype, 1) for n in (64, 256, 1024, 2048)]
         assert times == sorted(times)
         launches = prefill_model.first_token(config, 256, way, dtype, 3) - times[1]
-        assert launches == pytest.approx(1e3 * config.cache_slots * 2 * Card().launch)
+        # two launches more, and keys are read a second time
+        more = 2 * Card().launch + 2 * config.attention_width * 256 / Card().cache
+        assert launches == pytest.approx(1e3 * config.cache_slots * more)
+
+
+def test_a_layer_s_parts_by_hand() -> None:
+    """The 1B shape: 12 heads of 128, width 1,536, F = 4,096; 1,024 tokens that all see each other."""
+    config, card = HRMConfig.preset("XL"), Card()
+    parts = prefill_model.layer_of(config, 1024)
+    assert parts["attention"] == pytest.approx(12 * 16 * 16 * 0.90e-6 / 132)  # tiles of 64 x 64, a head
+    assert parts["norms"] == pytest.approx(2 * 4 * 1536 * 2 * 1024 / card.cache)
+    assert parts["launches"] == pytest.approx(9 * card.launch)
+    # 96 blocks of 128 x 128 for 132 multiprocessors are one turn; in four pieces 384 quarters of one are three
+    assert parts["down"] == pytest.approx(2 * 128 * 128 * 4096 * 132 / card.product)
+    saved = list(prefill_model.savings(config, 1024).values())
+    assert saved[3] == pytest.approx(parts["down"] / 4 - 2 * 3 * 1536 * 2 * 1024 / card.cache)
+    whole = 1e3 * (config.cache_slots * sum(parts.values()) + 65536 * 1536 * 2 / card.copy + card.launch)
+    found = prefill_model.first_token(config, 1024, "torch", "bfloat16", 1)
+    assert 0 < whole - found < 1e3 * sum(parts[name] for name in ("o", "gate_up", "down"))

@@ -257,6 +257,13 @@ def test_the_graph_form_is_captured_once_a_shape_and_replayed(tmp_path: Path, mo
     model = random_model(num_layers_per_stack=1, H_cycles=1, L_cycles=1)
     requests = Requests(model, [62, 5], tmp_path)
     launch, graphs = CudaStep._launch, []
+    in_use: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def using(device: torch.device) -> Iterator[None]:
+        in_use.append(device)
+        yield
+        in_use.pop()
 
     class Graph:
         def __init__(self) -> None:
@@ -267,12 +274,14 @@ def test_the_graph_form_is_captured_once_a_shape_and_replayed(tmp_path: Path, mo
 
     @contextlib.contextmanager
     def capture(graph: Graph) -> Iterator[None]:
+        assert in_use == [requests.tables.device]  # on another, torch would record another's streams
         with monkeypatch.context() as patch:
             patch.setattr(CudaStep, "_launch", lambda *operands: setattr(graph, "operands", operands))
             yield
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "device", using)
     plain, captured, kv = CudaStep(model, "graph", 2), CudaStep(model, "graph", 2), requests.kv.clone()
     with emulated_cuda():
         for turn in range(3):  # the first request crosses into its second page of the cache

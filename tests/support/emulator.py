@@ -6,9 +6,11 @@ import contextlib
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack
 
 from hrmcore import _C
 
@@ -21,7 +23,13 @@ library.hrmcore_test_planted.argtypes = [
     *(ctypes.c_void_p, ctypes.c_void_p),
 ]
 library.hrmcore_test_mma.restype = library.hrmcore_test_ldmatrix.restype = ctypes.c_char_p
-library.hrmcore_test_seed.argtypes = library.hrmcore_test_shared_bytes.argtypes = [ctypes.c_uint64]
+library.hrmcore_test_seed.argtypes = [ctypes.c_uint64]
+library.hrmcore_test_shared_bytes.argtypes = [ctypes.c_int, ctypes.c_uint64]
+library.hrmcore_test_launches_on.restype = ctypes.c_uint64
+
+_struct_of = ctypes.pythonapi.PyCapsule_GetPointer
+_struct_of.restype, _struct_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+_DEVICE_NUMBER = 12  # bytes into DLTensor (dlpack.h): behind the data's address and the kind of device
 
 
 @contextlib.contextmanager
@@ -35,13 +43,13 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def device_with(shared_kib: int) -> Iterator[None]:
+def device_with(shared_kib: int, number: int = 0) -> Iterator[None]:
     """The emulated device has so much shared memory a block in this context, instead of 99 KiB."""
-    library.hrmcore_test_shared_bytes(shared_kib << 10)
+    library.hrmcore_test_shared_bytes(number, shared_kib << 10)
     try:
         yield
     finally:
-        library.hrmcore_test_shared_bytes(99 << 10)
+        library.hrmcore_test_shared_bytes(number, 99 << 10)
 
 
 @contextlib.contextmanager
@@ -62,6 +70,18 @@ def same_bits_for_every_schedule(compute: Callable[[], Sequence[Tensor]]) -> boo
             with seeded(seed):
                 results.append(compute())
     return all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def launches_by_device() -> list[int]:
+    """How many launches went to each of the two emulated devices since the last call."""
+    return [library.hrmcore_test_launches_on(number) for number in range(2)]
+
+
+def on_device(tensor: Tensor, number: int) -> Any:
+    """A tensor's capsule as `to_dlpack` gives it, which says that it lies on the emulated device of this number."""
+    capsule = to_dlpack(tensor)
+    ctypes.c_int32.from_address(_struct_of(capsule, b"dltensor") + _DEVICE_NUMBER).value = number
+    return capsule
 
 
 def counters() -> dict[str, int]:

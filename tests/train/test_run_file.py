@@ -38,8 +38,7 @@ from hrmcore.train.run_file import (
         (
             "seed = 7",
             'precision = "float8"',
-            "'float8' is not offered: no GPU has measured what it gains, and no run has shown that it converges; set "
-            "precision = 'bfloat16'$",
+            "'float8' is not offered: no GPU has measured what it gains; set precision = 'bfloat16'$",
         ),
         ("seed = 7", 'optimizer = "adamw"\nrho = 0.1', "rho means nothing to adamw; remove it"),
         ("seed = 7", "betas = [0.9]", r"betas must be of type tuple\[float, float\]"),

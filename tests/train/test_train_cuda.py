@@ -144,7 +144,22 @@ def test_each_process_of_a_machine_has_its_gpu(monkeypatch: pytest.MonkeyPatch) 
     assert current == [1]
 
 
+def test_a_run_takes_the_gpu_that_it_names(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    current = []
+    monkeypatch.setattr(distributed, "require_cuda", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    config = read_config(run_file(tmp_path / "run", tokenizer, device="cuda:1", cuda_graphs=True))
+    assert distributed.World(config.device).device == torch.device("cuda", 1)
+    assert current == [1]
+    with pytest.raises(ValueError, match=r"device 'cuda:2': this machine has 2 GPUs, numbered from 0"):
+        distributed.World("cuda:2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"device 'cuda:1': each of several processes takes a GPU of its own"):
+        distributed.World("cuda:1")
+
+
 def test_an_unknown_device(tmp_path: Path, tokenizer: Path) -> None:
     path = run_file(tmp_path / "run", tokenizer, device="gpu")
-    with pytest.raises(ValueError, match=r"device must be one of \('cpu', 'cuda'\), got 'gpu'"):
+    with pytest.raises(ValueError, match="device must be 'cpu', 'cuda' or 'cuda:N', got 'gpu'"):
         read_config(path)
