@@ -168,33 +168,27 @@ __device__ __forceinline__ Packed<bf16x2, 4> key_channels(const P& params, int s
   }
 }
 
+// The scales of this lane's two keys and values; of another cache none.
+using TwoScales = Int8Scales[2];
+template <class P>
+__device__ __forceinline__ void read_scales(const P& params, int slot, TwoScales& scales) {
+  const int first = int8_stage(params, slot).scales(2 * (lane_id() % 4));
+#pragma unroll
+  for (int i = 0; i < 2; ++i) scales[i] = shared_array<Int8Scales>(static_cast<std::size_t>(first))[i];
+}
+
 // The scores of this lane's two keys, of which each piece has been summed up alone.
 template <class P>
-__device__ __forceinline__ void add_pieces(const P& params, int slot, const float (&sums)[4][4],
-                                           float (&scores)[2]) {
+__device__ __forceinline__ void add_pieces(const P& params, const TwoScales& scales,
+                                           const float (&sums)[4][4], float (&scores)[2]) {
   if constexpr (P::int8_cache) {
-    const int groups = params.page().groups(), h = lane_id() % 4;
-    const int at = int8_stage(params, slot).key_scales(2 * h);
-    float scales[2][4] = {};
-    if (groups == 4) {  // one read
-      const Packed<std::uint32_t, 4> words =
-          shared_array<Packed<std::uint32_t, 4>>(static_cast<std::size_t>(at))[0];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) scales[i / 4][i % 4] = half_of(words.at[i / 2], i % 2);
-    } else {
-      const SharedArray<bf16> of_lane = shared_array<bf16>(static_cast<std::size_t>(at));
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (i % 4 < groups)
-          scales[i / 4][i % 4] = to_float(static_cast<bf16>(of_lane[i / 4 * groups + i % 4]));
-      }
-    }
+    const int groups = params.page().groups();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      scores[i] = scales[i][0] * (sums[0][i] + sums[0][i + 2]);
+      scores[i] = key_scale(scales[i], 0) * (sums[0][i] + sums[0][i + 2]);
 #pragma unroll
       for (int piece = 1; piece < 4; ++piece) {
-        if (piece < groups) scores[i] += scales[i][piece] * (sums[piece][i] + sums[piece][i + 2]);
+        if (piece < groups) scores[i] += key_scale(scales[i], piece) * (sums[piece][i] + sums[piece][i + 2]);
       }
       scores[i] *= 1 / query_scale<P>;
     }
@@ -210,7 +204,7 @@ __device__ __forceinline__ void add_pieces(const P& params, int slot, const floa
 // This lane's two keys of the 8 in a stage, 2 (lane % 4) and the next: q k.
 template <class P>
 __device__ __forceinline__ void score(const P& params, const SharedLayout& layout, const Query& q, int slot,
-                                      int distance, float (&scores)[2]) {
+                                      int distance, const TwoScales& scales, float (&scores)[2]) {
   const int d = params.head_dim, row = lane_id() / 4;
   const bool decays = params.log_decay != nullptr;
   float sums[4][4] = {};
@@ -227,7 +221,7 @@ __device__ __forceinline__ void score(const P& params, const SharedLayout& layou
       multiply_sums<P>(sums[piece], a, b);
     }
   }
-  add_pieces(params, slot, sums, scores);
+  add_pieces(params, scales, sums, scores);
   if (decays) {  // row g of the product is that of key g: what counts is its diagonal
     const int h = lane_id() % 4;
 #pragma unroll
@@ -261,12 +255,11 @@ __device__ __forceinline__ void add_values(const P& params, Softmax& softmax, co
 // The same of an int8 cache. A register of ldmatrix has two channels of two keys: rows g and g + 8 of the product.
 template <class P>
 __device__ __forceinline__ void add_int8_values(const P& params, Softmax& softmax, const float (&weights)[2],
-                                                int slot) {
+                                                const TwoScales& scales, int slot) {
   const Int8Stage stage = int8_stage(params, slot);
-  const int pieces = params.head_dim / 16, row = lane_id() % 8, h = lane_id() % 4;
-  const Packed<float, 2> scales =
-      shared_array<Packed<float, 2>>(static_cast<std::size_t>(stage.value_scales(2 * h)))[0];
-  int largest = max(magnitude(scales.at[0]), magnitude(scales.at[1]));
+  const int pieces = params.head_dim / 16, row = lane_id() % 8;
+  constexpr int scale_word = Int8Page::value_scale / 4;
+  int largest = max(static_cast<int>(scales[0].at[scale_word]), static_cast<int>(scales[1].at[scale_word]));
   largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
   largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
   constexpr int exponent = 0x7f800000, last_unit = 0x7e800000;  // 2^126, so that its inverse is a number, too
@@ -285,7 +278,8 @@ __device__ __forceinline__ void add_int8_values(const P& params, Softmax& softma
   }
   const float of_unit = inverse(softmax.unit);
   f16x2 b[2];
-  split_pair_f16(weights[0] * (scales.at[0] * of_unit), weights[1] * (scales.at[1] * of_unit), b[0], b[1]);
+  split_pair_f16(weights[0] * (value_scale(scales[0]) * of_unit),
+                 weights[1] * (value_scale(scales[1]) * of_unit), b[0], b[1]);
 #pragma unroll
   for (int first = 0; first < 8; first += 4) {
     if (first >= pieces) break;
@@ -363,12 +357,12 @@ struct OwnInt8Row {
     std::byte* row = at + inner * page.head_dim + 8 * lane_id();
     store_packed<2>(reinterpret_cast<std::uint32_t*>(row), key);
     store_packed<2>(reinterpret_cast<std::uint32_t*>(row + page.values()), value);
+    std::byte* scales = at + page.scales() + inner * Int8Page::scale_bytes;
     if (lane_id() % 4 == 0) {
-      std::byte* scale = at + page.key_scales() + inner * page.key_scale_bytes() + 2 * (lane_id() / 4);
-      store<1>(reinterpret_cast<bf16*>(scale), Floats<1>{{key_scale}});
+      store<1>(reinterpret_cast<bf16*>(scales) + lane_id() / 4, Floats<1>{{key_scale}});
     }
     if (lane_id() == 0) {
-      store<1>(reinterpret_cast<float*>(at + page.value_scales()) + inner, Floats<1>{{value_scale}});
+      store<1>(reinterpret_cast<float*>(scales + Int8Page::value_scale), Floats<1>{{value_scale}});
     }
   }
 
@@ -382,12 +376,9 @@ struct OwnInt8Row {
     if (8 * lane_id() < params.head_dim) {
       place(stage.keys(inner, piece) + half)[0] = key;
       place(stage.values(inner, piece) + half)[0] = value;
-      if (lane_id() % 4 == 0) {
-        shared_array<bf16>(static_cast<std::size_t>(stage.key_scales(inner)))[lane_id() / 4] =
-            to_bf16(key_scale);
-      }
-      if (lane_id() == 0)
-        shared_array<float>(static_cast<std::size_t>(stage.value_scales(inner)))[0] = value_scale;
+      const auto scales = static_cast<std::size_t>(stage.scales(inner));
+      if (lane_id() % 4 == 0) shared_array<bf16>(scales)[lane_id() / 4] = to_bf16(key_scale);
+      if (lane_id() == 0) shared_array<float>(scales + Int8Page::value_scale)[0] = value_scale;
     }
     __syncwarp();
   }
@@ -477,7 +468,7 @@ __device__ __forceinline__ void attend_page(const P& params, const SharedLayout&
     const int slot = loader.wait();
     if (has_own) own.put(params, which == 1, slot, distance);
     if (which == 0) {
-      score(params, layout, q, slot, distance, weights);
+      score(params, layout, q, slot, distance, {}, weights);
       soften(softmax, weights);
     } else {
       add_values(params, softmax, weights, slot);
@@ -492,9 +483,11 @@ __device__ __forceinline__ void attend_page(const P& params, const SharedLayout&
   const int slot = loader.wait();
   if (distance >= 0 && distance < page_rows_of_warp) own.put(params, slot, distance);
   float weights[2];
-  score(params, layout, q, slot, distance, weights);
+  TwoScales scales;
+  read_scales(params, slot, scales);
+  score(params, layout, q, slot, distance, scales, weights);
   soften(softmax, weights);
-  add_int8_values(params, softmax, weights, slot);
+  add_int8_values(params, softmax, weights, scales, slot);
   loader.refill();
 }
 

@@ -66,6 +66,10 @@ void check_cache(const TensorView& kv, std::int64_t head_dim) {
     const std::int64_t bytes = Int8Page{static_cast<int>(head_dim)}.bytes();
     Check(op, "kv", kv).rank(4).size(3, bytes, "bytes of a page in int8").contiguous();
     if (kv.shape[1] < 1) reject(op, "kv", "of at least one page", "none");
+    check_range("the cache's pages of all slots and heads", kv.shape[0] * kv.shape[1] * kv.shape[2], 1,
+                INT32_MAX);
+    if (reinterpret_cast<std::uintptr_t>(kv.data) % 16 != 0)
+      reject(op, "kv", "aligned to 16 bytes", "a misaligned view");
   } else {
     Check(op, "kv", kv).dtype({DType::bf16, DType::u8}).rank(5).size(1, 2, "keys and values").contiguous();
     Check(op, "kv", kv).size(4, head_dim, "d");

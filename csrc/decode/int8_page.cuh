@@ -51,26 +51,34 @@ __device__ __forceinline__ void split_pair_f16(float x, float y, f16x2& first, f
   second = to_f16x2(x - half_of_f16(first, 0), y - half_of_f16(first, 1));
 }
 
-// Eight rows of a page in a stage of a ring, as the loader leaves them: keys, values, the keys' scales, the values'.
-// Rows of d bytes are pieces of 16; those of a row have changed places, so that 8 rows of a piece, and 4 rows of two
-// neighbours, lie in different banks.
+// The 16 bytes of a token's scales.
+using Int8Scales = Packed<std::uint32_t, 4>;
+__device__ __forceinline__ float key_scale(const Int8Scales& scales, int group) {
+  const std::uint32_t pair = scales.at[group / 2];
+  return __uint_as_float(group % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
+}
+__device__ __forceinline__ float value_scale(const Int8Scales& scales) {
+  return __uint_as_float(scales.at[Int8Page::value_scale / 4]);
+}
+
+// Eight rows of a page in a stage of a ring, as the loader leaves them: keys, values, scales. Rows of d bytes are pieces
+// of 16; those of a row have changed places, so that 8 rows of a piece, and 4 rows of two neighbours, lie in different
+// banks.
 struct Int8Stage {
   int at, head_dim, shift;  // where it begins in shared memory; 1 << shift pieces are a row
   static constexpr int rows = 8;
 
-  __device__ __forceinline__ int places_of(int row) const {
-    return ((row & 3) << 1 | row >> 2) & ((1 << shift) - 1);
-  }
   // Of a row, of its piece.
   __device__ __forceinline__ int keys(int row, int piece) const {
-    return at + (row << (shift + 4)) + 16 * (piece ^ places_of(row));
+    const int exchanged = ((row & 3) << 1 | row >> 2) & ((1 << shift) - 1);
+    return at + (row << (shift + 4)) + 16 * (piece ^ exchanged);
   }
   __device__ __forceinline__ int values(int row, int piece) const {
     return keys(row, piece) + rows * head_dim;
   }
-  __device__ __forceinline__ int key_scales(int row) const {
-    return at + 2 * rows * head_dim + Int8Page{head_dim}.key_scale_bytes() * row;
+  __device__ __forceinline__ int scales(int row) const {
+    return at + 2 * rows * head_dim + Int8Page::scale_bytes * row;
   }
-  __device__ __forceinline__ int value_scales(int row) const { return key_scales(rows) + 4 * row; }
 };
+
 }  // namespace hrmcore::cuda

@@ -186,25 +186,22 @@ class Loader {
     const Int8Page page = params_.page();
     const Int8Stage stage{slot, params_.head_dim, params_.head_shift - 4};
     const int first = page_rows_of_warp * warp_id(), earlier = entry.earlier - first, lane = lane_id();
-    const std::byte* from = params_.page_at(slot_of_cache_, entry.row / page_tokens, entry.head);
-    const auto copy = [](int to, const std::byte* piece, int filled) {
-      copy_async(shared_array<std::byte>(static_cast<std::size_t>(to)).data, piece, filled);
+    const int piece = lane & ((1 << stage.shift) - 1),
+              page_number = static_cast<int>(static_cast<unsigned>(entry.row) / page_tokens);
+    const std::byte* from = params_.page_at(slot_of_cache_, page_number, entry.head);
+    const std::byte* rows = from + first * page.head_dim + 16 * lane;
+    const auto copy = [](int to, const std::byte* source, bool filled) {
+      copy_async(shared_array<std::byte>(static_cast<std::size_t>(to)).data, source, filled ? 16 : 0);
     };
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int number = lane + 32 * i, inner = number >> stage.shift,
-                piece = number & ((1 << stage.shift) - 1), filled = inner < earlier ? 16 : 0;
+      const int inner = (lane >> stage.shift) + i * (32 >> stage.shift);
       if (inner >= page_rows_of_warp) break;
-      const std::byte* row = from + first * page.head_dim + 16 * number;
-      copy(stage.keys(inner, piece), row, filled);
-      copy(stage.values(inner, piece), row + page.values(), filled);
+      copy(stage.keys(inner, piece), rows + 512 * i, inner < earlier);
+      copy(stage.values(inner, piece), rows + 512 * i + page.values(), inner < earlier);
     }
-    // Their scales, the values' 32 bytes behind the keys' 16 for each 32 channels.
-    const int key_pieces = page.groups(), of_row = lane < key_pieces ? page.key_scale_bytes() : 4,
-              begin = lane < key_pieces ? 16 * lane : 16 * (lane - key_pieces);
-    if (lane < key_pieces + 2) {
-      const int place = (lane < key_pieces ? page.key_scales() : page.value_scales()) + first * of_row;
-      copy(stage.key_scales(0) + 16 * lane, from + place + begin, max(0, min(earlier * of_row - begin, 16)));
+    if (lane < page_rows_of_warp) {
+      copy(stage.scales(lane), from + page.scales() + Int8Page::scale_bytes * (first + lane), lane < earlier);
     }
   }
 

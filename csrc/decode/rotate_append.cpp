@@ -31,17 +31,14 @@ void check(const RotateAppend& args) {
   if (args.int8_cache()) {
     if (!Int8Page::takes(head_dim))
       reject(op, "q", "of head_dim 16, 32, 64 or 128 beside an int8 cache", std::to_string(head_dim));
-    const Int8Page page{static_cast<int>(head_dim)};
+    const std::int64_t bytes = Int8Page{static_cast<int>(head_dim)}.bytes();
     Check(op, "values", args.values).dtype({DType::u8});
-    check_cache("keys", args.keys, page.values(), "bytes of a page's keys");
-    check_cache("values", args.values, page.bytes() - page.values(), "bytes of a page's values");
-    for (const TensorView* cache : {&args.keys, &args.values}) {
-      if (reinterpret_cast<std::uintptr_t>(cache->data) % 16 != 0 || cache->strides[0] % 16 != 0 ||
-          cache->strides[1] % 16 != 0)
-        reject(op, "keys", "pages aligned to 16 bytes, and so values", "a misaligned view");
-    }
-    if (args.values.shape[0] != args.keys.shape[0])
-      reject(op, "values", "as many pages as of keys", std::to_string(args.values.shape[0]));
+    check_cache("keys", args.keys, bytes, "bytes of a page");
+    check_cache("values", args.values, bytes, "bytes of a page");
+    if (args.values.data != args.keys.data) reject(op, "values", "the pages that keys are in", "others");
+    Check(op, "keys", args.keys).contiguous();
+    if (reinterpret_cast<std::uintptr_t>(args.keys.data) % 16 != 0)
+      reject(op, "keys", "aligned to 16 bytes", "a misaligned view");
   } else {
     Check(op, "values", args.values).dtype({DType::bf16});
     check_cache("keys", args.keys, head_dim, "d");

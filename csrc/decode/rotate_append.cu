@@ -76,12 +76,11 @@ __global__ void __launch_bounds__(threads) rotate_append_int8(RotateAppend args)
   const auto operand = static_cast<Operand>(blockIdx.y);
   const TensorView& in = operand == query ? args.q : operand == key ? args.k : args.v;
   const TensorView& out = operand == query ? args.q_out : args.k_out;
-  const TensorView& cache = operand == value ? args.values : args.keys;
   const std::int64_t token = blockIdx.x;
   const Int8Page page{static_cast<int>(in.shape[2])};
   const int half = page.head_dim / 2, heads = static_cast<int>(in.shape[1]), lanes = half / 4;  // of a head
   const std::int64_t row = load_one(args.rows.as<std::int64_t>() + token);
-  const bool kept = operand != query && row >= 0 && row < cache.shape[0] * Int8Page::tokens;
+  const bool kept = operand != query && row >= 0 && row < args.keys.shape[0] * Int8Page::tokens;
   const int inner = static_cast<int>(row % Int8Page::tokens);
   const std::int32_t position = load_one(args.positions.as<std::int32_t>() + token);
   const bool inside = position >= 0 && position < args.table.shape[0];
@@ -111,14 +110,15 @@ __global__ void __launch_bounds__(threads) rotate_append_int8(RotateAppend args)
     }
     if (!there) continue;
     const Int8Scale low_scale(of_low, operand == key), high_scale(of_high, operand == key);
-    std::uint8_t* at = cache.as<std::uint8_t>() + row / Int8Page::tokens * cache.strides[0] +
-                       head * cache.strides[1];
-    put_bytes(at + inner * page.head_dim + c, half, low, high, low_scale.inverse, high_scale.inverse);
-    std::uint8_t* scales = at + Int8Page::tokens * page.head_dim;
+    std::uint8_t* at = args.keys.as<std::uint8_t>() + (row / Int8Page::tokens * heads + head) * page.bytes();
+    put_bytes(at + (operand == value ? page.values() : 0) + inner * page.head_dim + c, half, low, high,
+              low_scale.inverse, high_scale.inverse);
+    std::uint8_t* scales = at + page.scales() + inner * Int8Page::scale_bytes;
     if (operand == value) {
-      if (c == 0) store<1>(reinterpret_cast<float*>(scales) + inner, Floats<1>{{low_scale.scale}});
+      if (c == 0)
+        store<1>(reinterpret_cast<float*>(scales + Int8Page::value_scale), Floats<1>{{low_scale.scale}});
     } else if (c % Int8Page::scale_channels == 0) {
-      bf16* mine = reinterpret_cast<bf16*>(scales) + inner * page.groups() + c / Int8Page::scale_channels;
+      bf16* mine = reinterpret_cast<bf16*>(scales) + c / Int8Page::scale_channels;
       store<1>(mine, Floats<1>{{low_scale.scale}});
       if (!of_head) store<1>(mine + page.groups() / 2, Floats<1>{{high_scale.scale}});
     }

@@ -17,8 +17,7 @@ struct RotateAppend {
   TensorView
       rows;  // (T) int64, no two alike: the cache's row of each token; one outside of it is not written
   TensorView q_out, k_out;  // (T, H, d) bfloat16, written
-  // Written: (rows, H, d) bfloat16; or of int8_page.h in uint8 (pages, H, bytes), keys and their scales, values and
-  // theirs.
+  // Written: (rows, H, d) bfloat16; or both the pages of int8_page.h, (pages, H, bytes) uint8.
   TensorView keys, values;
 
   bool int8_cache() const { return keys.dtype == DType::u8; }

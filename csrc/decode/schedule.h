@@ -53,7 +53,7 @@ constexpr int page_rows_of_warp = page_tokens / decode_warps;
 template <Packing packing>
 constexpr int stage_weights = stage_items<packing> * item_bytes<packing>;  // bytes
 constexpr int page_stage = page_rows_of_warp * 128 * 2;                    // of head_dim 128
-constexpr int int8_page_stage = page_rows_of_warp * (2 * 128 + Int8Page{128}.key_scale_bytes() + 4);
+constexpr int int8_page_stage = page_rows_of_warp * (2 * 128 + Int8Page::scale_bytes);
 template <Packing packing, class P>
 constexpr int stage_bytes = max_of(stage_weights<packing>, P::int8_cache ? int8_page_stage : page_stage);
 
@@ -223,7 +223,7 @@ struct Int8Cache : Base {
   // Where a page of a head begins.
   HRMCORE_HOST_DEVICE std::byte* page_at(int slot, int page_number, int head) const {
     const std::int64_t number =
-        (static_cast<std::int64_t>(slot) * this->cache_pages + page_number) * this->heads + head;
+        (slot * this->cache_pages + page_number) * this->heads + head;  // fits 32 bits
     return static_cast<std::byte*>(this->kv) + number * page().bytes();
   }
 };

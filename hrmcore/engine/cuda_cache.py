@@ -15,6 +15,7 @@ from hrmcore.engine.runner import PAGE
 
 KV_DTYPES = ("bfloat16", "int8")
 SCALE_CHANNELS = 32  # of a key that share a scale
+_SCALE_BYTES = 16  # of a token: the key's, the value's
 _LEAST_SCALE = 2.0**-100  # below it numbers are taken for zeros
 
 
@@ -56,8 +57,8 @@ class Int8Parts(NamedTuple):
     """Views of one slot's pages in int8: (pages, H, 64, d or G), scales of keys bfloat16, of values (pages, H, 64)."""
 
     keys: Tensor
-    key_scales: Tensor
     values: Tensor
+    key_scales: Tensor
     value_scales: Tensor
 
 
@@ -67,18 +68,17 @@ class Int8Page:
     def __init__(self, head_dim: int) -> None:
         self.head_dim = head_dim
         self.groups = max(1, head_dim // SCALE_CHANNELS)
-        self.values = PAGE * (head_dim + 2 * self.groups)  # where they begin, behind the keys
-        self.bytes = self.values + PAGE * (head_dim + 4)
+        self.bytes = PAGE * (2 * head_dim + _SCALE_BYTES)
 
     def parts(self, pages: Tensor) -> Int8Parts:
         """Of pages (pages, H, bytes) uint8."""
-        ends = (PAGE * self.head_dim, self.values, self.values + PAGE * self.head_dim)
-        keys, key_scales, values, value_scales = pages.tensor_split(ends, dim=-1)
+        numbers = pages[..., : 2 * PAGE * self.head_dim].unflatten(-1, (2, PAGE, self.head_dim))
+        scales = pages[..., 2 * PAGE * self.head_dim :].unflatten(-1, (PAGE, _SCALE_BYTES))
         return Int8Parts(
-            keys.unflatten(-1, (PAGE, self.head_dim)),
-            key_scales.view(torch.bfloat16).unflatten(-1, (PAGE, self.groups)),
-            values.unflatten(-1, (PAGE, self.head_dim)),
-            value_scales.view(torch.float32),
+            numbers[:, :, 0],
+            numbers[:, :, 1],
+            scales[..., : 2 * self.groups].view(torch.bfloat16),
+            scales[..., 8:12].view(torch.float32)[..., 0],
         )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
 from hrmcore import _C
-from hrmcore.engine.cuda_cache import Int8Page, store_int8
+from hrmcore.engine.cuda_cache import store_int8
 from hrmcore.graphs import Graphs
 from hrmcore.model import HRM, ForwardContext, Layout
 from hrmcore.ops.backend import runs_on_cuda, stream_of
@@ -66,7 +66,7 @@ class _NewKeys:
             else:
                 cache[:, self._rows[kept]] = torch.stack((k[kept], v[kept]))
             return q, k, v
-        keys, values = cache.tensor_split((Int8Page(q.shape[-1]).values,), dim=-1) if in_int8 else cache.unbind()
+        keys, values = (cache, cache) if in_int8 else cache.unbind()
         rotated = torch.empty(2, *q.shape, dtype=q.dtype, device=q.device)
         angles = {"table": context.table, "positions": context.positions}
         operands = {"q": q, "k": k, "v": v, **angles, "rows": self._rows}
