@@ -124,6 +124,9 @@ def new_step(kernel: Kernel, name: str) -> Counts:
     without = outside(kernel, tiles[0]).blocks
     if int8_cache:
         keys = {"HMMA": 16, "SHFL": 4, "MUFU": 2, "LDSM": 2, "LDGSTS": 5}
+        copies = [b for b in pages.blocks if kernel.count([b], "LDGSTS") == 4]  # a page's; or a stage's of bf16
+        if len(copies) == 1:
+            keys[copies[0]] = 1
         found["page"] = page = sure(kernel.once_round(pages, keys), "a page")
         own: Asked = {**keys, "LDG": 13, "SHFL": 10, "STG": 4}  # with the new token's row
         found["task"] = sure(kernel.once_round(pages, own), "a task") - page

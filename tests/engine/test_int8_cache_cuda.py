@@ -147,7 +147,8 @@ class Requests:
             ours_at, theirs_at = (table.long()[places // PAGE] * PAGE + places % PAGE for table in (here, there))
             for slot, pages in enumerate(self.kv):
                 stored = torch.stack(from_int8(pages, ours_at, model.config.head_dim))
-                self.exact.kv[slot][:, theirs_at] = stored
+                with torch.inference_mode():  # what the runner's tensors may be of
+                    self.exact.kv[slot][:, theirs_at] = stored
 
     def expected(self, tokens: list[int]) -> Tensor:
         """The logits of the float32 model, whose new keys and values are not rounded."""
