@@ -237,7 +237,7 @@ def _new_attention(case: Case, c: Counts, fixed: float, reads: int) -> Work:
             stages=pages,
             stage_instructions=c["page"],
             stage_waits=2,
-            reads=reads + 2 * tasks,
+            reads=reads + tasks,
             bytes=case.cache_bytes,
         )
     return Work(

@@ -248,7 +248,7 @@ def test_up_to_32_requests_at_once_have_the_bits_of_fewer(dtype: str) -> None:
     tokens = list(range(32))
 
     def run(form: Form, blocks: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-        with device_with(227):
+        with device_with(227), emulated_cuda():
             step = CudaStep(model, form, blocks, dtype, "int8")
             assert step.most_requests(requests.tables.shape[1]) == 32
             return requests.run(step, tokens, slice(first, last))
