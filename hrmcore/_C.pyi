@@ -280,6 +280,7 @@ def cuda_step_most_requests(
     heads: int,
     head_dim: int,
     xpos: bool,
+    int8_cache: bool,
     window: int,
     table_length: int,
     dtype: str,

@@ -5,9 +5,12 @@ As in checks.py, on the emulator sizes are toys and nothing is timed.
 
 from __future__ import annotations
 
+import copy
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,8 @@ from hrmcore import machine, optim, planner
 from hrmcore.config import HRMConfig
 from hrmcore.data.packing import PackedBatch, pack
 from hrmcore.data.records import Corpus
-from hrmcore.engine.cuda_decode import MOST_REQUESTS, CudaStep
+from hrmcore.engine.cpu_runner import CpuRunner
+from hrmcore.engine.cuda_decode import MOST_REQUESTS, CudaStep, Form
 from hrmcore.engine.cuda_runner import CudaRunner
 from hrmcore.engine.engine import EMBEDDED_MODEL
 from hrmcore.engine.mma_layout import MMA_DTYPES
@@ -32,6 +36,18 @@ QUESTION = "What is 3 + 4?"  # its first tokens are decided
 BATCHES = (1, 8, 17, 32)  # of the decode step's forms; in several steps where the device takes fewer at once
 BATCH_TOKENS, MEAN_LENGTH = 16_384, 297  # of the training step
 HORIZONS = (2, 5)
+INT8_PROMPTS = (62, 9, 300)  # tokens; the first comes to its second page
+INT8_SHAPE: dict[str, Any] = {
+    "vocab_size": 4096,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_layers_per_stack": 2,
+    "num_attention_heads": 4,
+    "head_dim": 128,
+    "H_cycles": 2,
+    "L_cycles": 2,
+    "max_position_embeddings": 512,
+}
 SIZES = ("XL", "L", "B")  # of the model that trains: the first that the memory takes
 
 
@@ -102,6 +118,43 @@ def graph_against_fused_step(here: Here) -> dict[str, Any]:
             raise WrongError(f"batch {batch}: the two forms have other bits")
         figures[f"batch_{batch}"] = "same bits"
     return figures
+
+
+def int8_cache(here: Here) -> dict[str, Any]:
+    """The engine with an int8 cache beside the CPU engine with one: prompts, then tokens over a page's end; and the
+    bits of both forms, and of sequences that were kept and forked."""
+    torch.manual_seed(6)
+    config = toy() if here.emulated else HRMConfig(**INT8_SHAPE)
+    model = HRM(config).requires_grad_(False)
+    prompts = [torch.randint(0, config.vocab_size, (n,)).tolist() for n in INT8_PROMPTS]
+    prefixes, turns = [n // 2 for n in INT8_PROMPTS], 2 if here.emulated else 24
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(Path(folder))
+        cpu = CpuRunner.from_checkpoint(Path(folder), "bfloat16", "int8", None, 0)
+    theirs, expected = cpu.open(prompts, prefixes)
+    errors, seen = [], {}
+    forms: tuple[Form, Form] = ("persistent", "graph")
+    for form in forms:
+        ours = CudaRunner(
+            copy.deepcopy(model).to(here.device), form=form, blocks=3 if here.emulated else 0, kv_dtype="int8"
+        )
+        with here.kernels():
+            handles, found = ours.open(prompts, prefixes)
+            rows = [found, *(ours.step(handles, [turn + i for i in range(len(prompts))]) for turn in range(turns))]
+            forked = ours.fork(ours.keep(handles[0]))
+            both = [ours.step([handle], [1]) for handle in (handles[0], forked)]
+        if not np.array_equal(*both):
+            raise WrongError(f"{form}: a forked sequence has other logits")
+        seen[form] = np.stack(rows)
+    if not np.array_equal(*seen.values()):
+        raise WrongError("the two forms have other bits")
+    for turn, found in enumerate(seen["graph"]):
+        errors.append(float(np.linalg.norm(found - expected) / np.linalg.norm(expected)))
+        if turn < turns:
+            expected = cpu.step(theirs, [turn + i for i in range(len(prompts))])
+    if not max(errors) <= ALLOWED:
+        raise WrongError(f"logits differ by {max(errors):.3g} in norm, allowed are {ALLOWED:g}: {errors}")
+    return {"errors": errors, "bytes_a_token": ours.cache_bytes_per_token}
 
 
 def every_small_step(here: Here) -> int:
@@ -202,5 +255,6 @@ def random_batch(lengths: list[int], vocabulary: int) -> tuple[PackedBatch, floa
 CHECKS: dict[str, Callable[[Here], dict[str, Any]]] = {
     "greedy_tokens": greedy_tokens,
     "graph_against_fused_step": graph_against_fused_step,
+    "int8_cache": int8_cache,
     "training_mfu": training_mfu,
 }

@@ -33,6 +33,7 @@ from bench.gpu.models import toy
 from bench.gpu.step_model import PHASES, Constants, table
 from bench.gpu.step_shapes import Case
 from hrmcore.config import HRMConfig
+from hrmcore.engine.cuda_cache import Int8Page, from_int8, store_int8
 from hrmcore.engine.cuda_decode import CudaStep, Form
 from hrmcore.engine.mma_layout import GROUP, MMA_DTYPES, quantised
 from hrmcore.engine.runner import PAGE
@@ -60,7 +61,8 @@ class Plan:
     def cases(self) -> list[Case]:
         grid = self.blocks or torch.cuda.get_device_properties(0).multi_processor_count
         shapes = [(b, n) for b in self.batches for n in self.lengths if b * n <= MOST_CACHED]
-        return [Case(self.config, d, b, n, grid) for d in MMA_DTYPES for b, n in shapes]
+        kinds = [(d, "bfloat16") for d in MMA_DTYPES] + [("bfloat16", "int8")]  # of the weights, of the cache
+        return [Case(self.config, d, b, n, grid, kv) for d, kv in kinds for b, n in shapes]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,11 +95,12 @@ def run(plan: Plan, deadline: float) -> dict[str, Any]:
         constants = dataclasses.replace(constants, bandwidth=bandwidth)
     model = random_model(plan)
     errors = {dtype: error_of(plan, model, dtype) for dtype in MMA_DTYPES}
+    errors["bfloat16, int8 cache"] = error_of(plan, model, "bfloat16", "int8")
     counts = step_model.load_counts("new")
     cases, left_out = [], []
     for case in plan.cases():
         if time.monotonic() > deadline:
-            left_out.append(step_model.name_of((case.dtype, case.batch, case.cached)))
+            left_out.append(step_model.name_of((case.dtype, case.batch, case.cached), case.kv_dtype))
             continue
         cases.append(step_model.predict(case, counts, constants) | {"measured": measured(plan, model, case)})
     return {
@@ -130,8 +133,11 @@ def random_model(plan: Plan) -> HRM:
     return model
 
 
-def error_of(plan: Plan, model: HRM, dtype: str) -> float:
-    """The step's logits after prompts, beside the model in torch with the same rounded weights; in norm."""
+def error_of(plan: Plan, model: HRM, dtype: str, kv_dtype: str = "bfloat16") -> float:
+    """The step's logits after prompts, beside the model in torch with the same rounded weights; in norm.
+
+    Over an int8 cache the model reads what was rounded, in float32; its new token's row alone is exact.
+    """
     exact = as_quantised(model, dtype) if dtype != "bfloat16" else model
     device = plan.here.device
     torch.manual_seed(1)
@@ -139,14 +145,26 @@ def error_of(plan: Plan, model: HRM, dtype: str) -> float:
     runner = TorchRunner(exact)
     handles, _ = runner.open(prompts, [n // 2 for n in PROMPTS])
     runner.reserve(handles, 1)
-    tables, kv = runner.page_tables(handles), runner.kv.bfloat16()
+    tables = runner.page_tables(handles)
+    kv = in_int8(runner.kv) if kv_dtype == "int8" else runner.kv.bfloat16()
     tokens = list(range(3, 3 + len(PROMPTS)))
-    step = packed(model, "persistent", plan.blocks, dtype)
+    step = packed(model, "persistent", plan.blocks, dtype, kv_dtype)
     ids, positions = (torch.tensor(x, dtype=torch.int32, device=device) for x in (tokens, PROMPTS))
     with plan.here.kernels():
         ours = step(ids, positions, tables, kv).cpu()
     theirs = torch.from_numpy(runner.step(handles, tokens))
     return float((ours - theirs).norm() / theirs.norm())
+
+
+def in_int8(kv: Tensor) -> Tensor:
+    """A cache (slots, 2, rows, H, d) in int8. The numbers of the first are rounded alike, in place."""
+    slots, _, rows, heads, head_dim = kv.shape
+    pages = torch.zeros(slots, rows // PAGE, heads, Int8Page(head_dim).bytes, dtype=torch.uint8, device=kv.device)
+    every = torch.arange(rows, device=kv.device)
+    for exact, rounded in zip(kv, pages, strict=True):
+        store_int8(rounded, every, exact[0], exact[1])
+        exact.copy_(torch.stack(from_int8(rounded, every, head_dim)))
+    return pages
 
 
 def as_quantised(model: HRM, dtype: str) -> HRM:
@@ -181,9 +199,9 @@ def measured(plan: Plan, model: HRM, case: Case) -> dict[str, Any]:
 
 
 @functools.cache
-def packed(model: HRM, form: Form, blocks: int, dtype: str) -> CudaStep:
+def packed(model: HRM, form: Form, blocks: int, dtype: str, kv_dtype: str = "bfloat16") -> CudaStep:
     """Packing the weights takes longer than all that is timed."""
-    return CudaStep(model, form, blocks, dtype)
+    return CudaStep(model, form, blocks, dtype, kv_dtype)
 
 
 def step_of(plan: Plan, model: HRM, case: Case, form: Form) -> Callable[[], Tensor]:
@@ -192,10 +210,12 @@ def step_of(plan: Plan, model: HRM, case: Case, form: Form) -> Callable[[], Tens
     generator = torch.Generator(device).manual_seed(7)
     shape = (config.cache_slots, 2, PAGE * case.batch * case.pages, config.num_attention_heads, config.head_dim)
     kv = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
+    if case.int8_cache:
+        kv = in_int8(kv)
     tables = torch.arange(case.batch * case.pages, dtype=torch.int32, device=device).view(case.batch, -1)
     positions = torch.full((case.batch,), case.cached, dtype=torch.int32, device=device)
     tokens = torch.arange(1, 1 + case.batch, dtype=torch.int32, device=device)
-    return partial(packed(model, form, plan.blocks, case.dtype), tokens, positions, tables, kv)
+    return partial(packed(model, form, plan.blocks, case.dtype, case.kv_dtype), tokens, positions, tables, kv)
 
 
 Span = tuple[float, float]  # of a kernel: its begin and end, microseconds
@@ -233,7 +253,8 @@ def show(report: dict[str, Any]) -> None:
     print("error of the logits: " + ", ".join(f"{dtype} {error:.1e}" for dtype, error in report["errors"].items()))
     rows, phase_rows = [], []
     for case in report["cases"]:
-        name, found = step_model.name_of((case["dtype"], case["batch"], case["cached"])), case["measured"]
+        key, found = (case["dtype"], case["batch"], case["cached"]), case["measured"]
+        name = step_model.name_of(key, case["kv_dtype"])
         share = found["ms"] and case["limit_ms"] / found["ms"]
         rows.append(
             [

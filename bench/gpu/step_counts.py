@@ -24,7 +24,7 @@ from bench.gpu.step_shapes import COLUMNS, STAGE_ITEMS, Matrix, kernel_name
 DTYPES = {"1": "bfloat16", "2": "int8", "3": "int4"}  # enum Packing, in a mangled name
 ROWS = 8  # pieces that a lane brings at once
 PRODUCTS = {"bfloat16": 1, "int8": 2, "int4": 4}  # of the tensor cores, an item
-KERNEL = re.compile(r"decodeILN\w*7PackingE(\d)ELi(\d+)ENS\w*PlainParams(?:ELi(\d))?")
+KERNEL = re.compile(r"decodeILN\w*7PackingE(\d)ELi(\d+)ENS\w*PlainParamsE*?(?:ELi(\d))?E*vN")
 GROUPS = (1, 2, 4)  # of 8 requests
 
 Counts = dict[str, Any]
@@ -51,10 +51,12 @@ def deepest(kernels: Iterable[Kernel]) -> dict[str, Kernel]:
     found: dict[str, tuple[int, Kernel]] = {}
     for kernel in kernels:
         if match := KERNEL.search(kernel.name):
-            name, stages = kernel_name(DTYPES[match[1]], int(match[3] or 1)), int(match[2])
+            kv_dtype = "int8" if "Int8Cache" in match[0] else "bfloat16"
+            name, stages = kernel_name(DTYPES[match[1]], int(match[3] or 1), kv_dtype), int(match[2])
             if name not in found or found[name][0] < stages:
                 found[name] = stages, kernel
-    names = [kernel_name(dtype, groups) for groups in GROUPS for dtype in DTYPES.values()]
+    kinds = [(groups, kv_dtype) for kv_dtype in ("bfloat16", "int8") for groups in GROUPS]
+    names = [kernel_name(dtype, *kind) for kind in kinds for dtype in DTYPES.values()]
     return {name: found[name][1] for name in names if name in found}
 
 
@@ -88,15 +90,16 @@ def sure(count: int | None, what: str) -> int:
 
 
 def new_step(kernel: Kernel, name: str) -> Counts:
-    dtype, _, requests = name.partition(", ")
-    groups = int(requests.split()[0]) // COLUMNS if requests else 1
+    dtype, *rest = name.split(", ")
+    int8_cache = "int8 cache" in rest
+    groups = next((int(what.split()[0]) // COLUMNS for what in rest if "requests" in what), 1)
     phases = phase_loop(kernel)
-    halves = kernel.innermost("HMMA", "LDSM")[0]  # of a page: keys, and then values
+    halves = kernel.innermost("HMMA", "LDSM")[0]  # of a page: keys, and then values; of an int8 cache, the page
     products = [loop for loop in kernel.innermost("HMMA") if loop != halves]
     if len(products) != 2 or not products[0].blocks < phases.blocks or products[1].blocks & phases.blocks:
         raise UnknownCodeError("one loop of products is expected in the loop over the phases, and the head's after it")
     head_dtype = "int8" if dtype == "int4" else dtype
-    pages = outside(kernel, halves)
+    pages = halves if int8_cache else outside(kernel, halves)
     done: Asked = {products[0].head: 1, "BAR": 3}
     skipped = sure(kernel.once_round(products[0], {}), "a stage")
     normed: Asked = {"SHFL": 2 * groups, "LDG": 2}
@@ -119,11 +122,20 @@ def new_step(kernel: Kernel, name: str) -> Counts:
     # A tile's loop is around that of its stages, or around the loop of the parts in which activations come.
     tiles = [outside(kernel, loop) if groups == 1 else outside(kernel, outside(kernel, loop)) for loop in products]
     without = outside(kernel, tiles[0]).blocks
-    found["keys"] = sure(kernel.once_round(halves, keys), "keys")
-    found["values"] = sure(kernel.once_round(halves, values), "values")
-    page = sure(kernel.once_round(pages, keys), "a page")
-    found["page"] = page - found["keys"]
-    found["task"] = sure(kernel.once_round(pages, {**keys, "LDG": 9}), "a task") - page
+    if int8_cache:
+        keys = {"HMMA": 16, "SHFL": 4, "MUFU": 2, "LDSM": 2, "LDGSTS": 5}
+        copies = [b for b in pages.blocks if kernel.count([b], "LDGSTS") == 4]  # a page's; or a stage's of bf16
+        if len(copies) == 1:
+            keys[copies[0]] = 1
+        found["page"] = page = sure(kernel.once_round(pages, keys), "a page")
+        own: Asked = {**keys, "LDG": 13, "SHFL": 10, "STG": 4}  # with the new token's row
+        found["task"] = sure(kernel.once_round(pages, own), "a task") - page
+    else:
+        found["keys"] = sure(kernel.once_round(halves, keys), "keys")
+        found["values"] = sure(kernel.once_round(halves, values), "values")
+        page = sure(kernel.once_round(pages, keys), "a page")
+        found["page"] = page - found["keys"]
+        found["task"] = sure(kernel.once_round(pages, {**keys, "LDG": 9}), "a task") - page
     found["split"] = sure(kernel.once_round(pages, {**keys, "BAR": 1, "STG": 1, "MUFU": 13}), "a split") - page
     attending: Asked = {**keys, pages.head: 1, "BAR": 2}
     found["turn"]["attention"] = sure(kernel.once_round(phases, attending, without), "attention") - page

@@ -63,6 +63,9 @@ PREDICTED = [
     for batch in (1, 8, 16, 32)
     for cached in (200, 1500)
 ]
+PREDICTED_INT8 = [  # over an int8 cache
+    (dtype, batch, cached) for dtype in ("bfloat16", "int8", "int4") for batch in (1, 8, 32) for cached in (200, 1500)
+]
 
 
 @dataclass(frozen=True)
@@ -228,6 +231,15 @@ def _new_attention(case: Case, c: Counts, fixed: float, reads: int) -> Work:
     pages = case.pages_of_block(case.splits_apart)
     tasks = case.tasks_of_block
     splits = tasks * (1 if case.splits_apart else min(case.pages, 8))
+    if case.int8_cache:  # keys and values lie in one stage, and are multiplied one after the other all the same
+        return Work(
+            instructions=fixed + c["turn"]["attention"] + tasks * c["task"] + splits * c["split"],
+            stages=pages,
+            stage_instructions=c["page"],
+            stage_waits=2,
+            reads=reads + tasks,
+            bytes=case.cache_bytes,
+        )
     return Work(
         instructions=fixed + c["turn"]["attention"] + tasks * c["task"] + splits * c["split"],
         stages=2 * pages,
@@ -299,8 +311,8 @@ def order(case: Case) -> Iterator[str]:
 # What is printed
 
 
-def xl(dtype: str, batch: int, cached: int) -> Case:
-    return Case(HRMConfig.preset("XL"), dtype, batch, cached)
+def xl(dtype: str, batch: int, cached: int, kv_dtype: str = "bfloat16") -> Case:
+    return Case(HRMConfig.preset("XL"), dtype, batch, cached, kv_dtype=kv_dtype)
 
 
 def load_counts(step: str) -> Counts:
@@ -350,6 +362,7 @@ def predict(case: Case, counts: Counts, c: Constants) -> dict[str, Any]:
     graph = sum(repeated(case)[phase] * found["graph_us"] for phase, found in phases.items()) / 1e3
     return {
         "dtype": case.dtype,
+        "kv_dtype": case.kv_dtype,
         "batch": case.batch,
         "cached": case.cached,
         "ms": total,
@@ -386,9 +399,10 @@ def fit(counts: Counts, c: Constants) -> Constants:
     return c
 
 
-def name_of(key: tuple[str, int, int]) -> str:
+def name_of(key: tuple[str, int, int], kv_dtype: str = "bfloat16") -> str:
     dtype, batch, cached = key
-    return f"{dtype}, {batch} request{'s' if batch > 1 else ''}, {cached:,} tokens"
+    cache = " in int8" if kv_dtype == "int8" else ""
+    return f"{dtype}, {batch} request{'s' if batch > 1 else ''}, {cached:,} tokens{cache}"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -426,7 +440,7 @@ def print_predicted(
     show("\nThe step of csrc/decode, predicted: milliseconds of a token\n")
     rows = [
         [
-            name_of((p["dtype"], p["batch"], p["cached"])),
+            name_of((p["dtype"], p["batch"], p["cached"]), p["kv_dtype"]),
             f"{p['ms']:.2f}",
             f"{s['ms']:.2f}",
             f"{p['limit_ms']:.2f}",
@@ -453,7 +467,7 @@ def print_predicted(
     show("\nMicroseconds of a phase, persistent: all (memory alone / chain alone, what binds)\n")
     rows = [
         [
-            name_of((p["dtype"], p["batch"], p["cached"])),
+            name_of((p["dtype"], p["batch"], p["cached"]), p["kv_dtype"]),
             *(
                 f"{q['us']:.1f} ({q['memory_us']:.1f} / {q['chain_us']:.1f}, {q['binds']})"
                 for q in p["phases"].values()
@@ -477,12 +491,13 @@ def main() -> int:
         print(fit(load_counts("old"), c))
         return 0
     counts = load_counts("new")
-    found = [predict(xl(*key), counts, c) for key in PREDICTED]
+    cases = [xl(*key) for key in PREDICTED] + [xl(*key, kv_dtype="int8") for key in PREDICTED_INT8]
+    found = [predict(case, counts, c) for case in cases]
     if options.json:
         print(json.dumps(found, indent=1))
         return 0
     print_explained(c)
-    print_predicted(found, [predict(xl(*k), counts, dataclasses.replace(c, read=SLOW_READ)) for k in PREDICTED])
+    print_predicted(found, [predict(case, counts, dataclasses.replace(c, read=SLOW_READ)) for case in cases])
     return 0
 
 

@@ -23,11 +23,15 @@ WIDE_DEPTHS = {  # of up to 16 and up to 32
     2: {"bfloat16": (9, 3), "int8": (5, 2), "int4": (9, 4)},
     4: {"bfloat16": (5, 3), "int8": (3, 2), "int4": (5, 4)},
 }
+INT8_PAGE_STAGE = 2176  # of an int8 cache: keys, values and scales
+INT8_DEPTHS = {"bfloat16": (10, 7, 3), "int8": (5, 5, 2), "int4": (8, 8, 3)}  # and the rings beside one
+INT8_WIDE_DEPTHS = {2: {"bfloat16": 8, "int8": 5, "int4": 8}, 4: {"bfloat16": 5, "int8": 3, "int4": 5}}
 PRODUCT_PHASES = ("gqkv", "o", "gate_up", "down", "head")
 
 
-def kernel_name(dtype: str, column_groups: int) -> str:
-    return dtype if column_groups == 1 else f"{dtype}, {COLUMNS * column_groups} requests"
+def kernel_name(dtype: str, column_groups: int, kv_dtype: str = "bfloat16") -> str:
+    requests = "" if column_groups == 1 else f", {COLUMNS * column_groups} requests"
+    return dtype + requests + (", int8 cache" if kv_dtype == "int8" else "")
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,14 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Case:
-    """One step: a model, weights in a dtype, requests that each have `cached` tokens, a grid."""
+    """One step: a model, weights in a dtype, requests that each have `cached` tokens, a grid, the cache's dtype."""
 
     config: HRMConfig
     dtype: str
     batch: int
     cached: int
     blocks: int = 132
+    kv_dtype: str = "bfloat16"
 
     def matrix(self, phase: str) -> Matrix:
         c = self.config
@@ -89,7 +94,12 @@ class Case:
     @property
     def cache_bytes(self) -> int:
         """Keys and values of earlier tokens, of one layer."""
-        return self.batch * self.cached * 4 * self.config.attention_width
+        d = self.config.head_dim
+        return self.batch * self.cached * self.config.num_attention_heads * (2 * d + 16 if self.int8_cache else 4 * d)
+
+    @property
+    def int8_cache(self) -> bool:
+        return self.kv_dtype == "int8"
 
     @property
     def bytes(self) -> int:
@@ -122,7 +132,7 @@ class Case:
     @property
     def kernel(self) -> str:
         """Its name among the counts."""
-        return kernel_name(self.dtype, self.column_groups)
+        return kernel_name(self.dtype, self.column_groups, self.kv_dtype)
 
     def columns_of_warp(self, phase: str) -> int:
         matrix = self.matrix(phase)
@@ -170,7 +180,8 @@ class Case:
 
     def ring_stages(self) -> int:
         """How many stages a warp's ring has, as launch_packed chooses."""
-        stage = WARPS * max(PAGE_STAGE, STAGE_ITEMS[self.dtype] * self.matrix("gqkv").item_bytes)
+        page = INT8_PAGE_STAGE if self.int8_cache else PAGE_STAGE
+        stage = WARPS * max(page, STAGE_ITEMS[self.dtype] * self.matrix("gqkv").item_bytes)
         for stages, together in self.depths:
             if self.shared_bytes(together) + stages * stage <= SHARED_BYTES:
                 return stages
@@ -186,9 +197,12 @@ class Case:
     @property
     def depths(self) -> tuple[tuple[int, int], ...]:
         """Of the rings that there are, and for how many tiles of 8 requests each there are partial sums."""
+        if self.int8_cache and self.column_groups > 1:
+            return ((INT8_WIDE_DEPTHS[self.column_groups][self.dtype], PARTIAL_SLOTS),)
         if self.column_groups > 1:
             return tuple((stages, PARTIAL_SLOTS) for stages in WIDE_DEPTHS[self.column_groups][self.dtype])
-        return tuple(zip(DEPTHS[self.dtype], (PARTIAL_SLOTS, PARTIAL_SLOTS, 1), strict=True))
+        depths = (INT8_DEPTHS if self.int8_cache else DEPTHS)[self.dtype]
+        return tuple(zip(depths, (PARTIAL_SLOTS, PARTIAL_SLOTS, 1), strict=True))
 
     def shared_bytes(self, slots: int) -> int:
         """What lies before the rings."""

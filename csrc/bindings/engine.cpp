@@ -248,19 +248,21 @@ void bind_cuda_step(py::module_& m) {
   m.def(
       "cuda_step_most_requests",
       [](std::int64_t width, std::int64_t ffn, std::int64_t heads, std::int64_t head_dim, bool xpos,
-         std::int64_t window, std::int64_t table_length, const std::string& dtype, std::int64_t blocks,
-         int device) {
+         bool int8_cache, std::int64_t window, std::int64_t table_length, const std::string& dtype,
+         std::int64_t blocks, int device) {
         const char* op = "cuda_step_most_requests";
         std::int64_t most = 0;
-        const DecodeRoom room{width,  ffn,    heads,        head_dim,
-                              xpos,   window, table_length, packing_of(op, "dtype", dtype),
-                              blocks, &most};
+        const DecodeRoom room{width,    ffn,          heads,
+                              head_dim, xpos,         int8_cache,
+                              window,   table_length, packing_of(op, "dtype", dtype),
+                              blocks,   &most};
         check(room);
         run_on_cuda(op, device, 0, room);
         return most;
       },
       py::kw_only(), py::arg("width"), py::arg("ffn"), py::arg("heads"), py::arg("head_dim"), py::arg("xpos"),
-      py::arg("window"), py::arg("table_length"), py::arg("dtype"), py::arg("blocks"), py::arg("device") = 0);
+      py::arg("int8_cache"), py::arg("window"), py::arg("table_length"), py::arg("dtype"), py::arg("blocks"),
+      py::arg("device") = 0);
   using Step = DecodeStep;
   def_on_cuda<Step>(
       m, "cuda_step", input("tokens", &Step::tokens), input("positions", &Step::positions),

@@ -76,6 +76,16 @@ __device__ __forceinline__ f16 to_f16(float x) {
 #endif
 }
 
+__device__ __forceinline__ f16x2 to_f16x2(float low, float high) {
+#if defined(__CUDACC__)
+  f16x2 result;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+#else
+  return to_f16(low).bits | static_cast<std::uint32_t>(to_f16(high).bits) << 16;
+#endif
+}
+
 __device__ __forceinline__ float from_f16(f16 x) {
 #if defined(__CUDACC__)
   float result;

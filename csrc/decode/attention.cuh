@@ -6,9 +6,13 @@
 //
 // Both products are the tensor cores': 8 keys of head_dim 128 take 4 reads of shared memory and 8 mma for the scores,
 // and as many for the values. Query and weights go in as sums of two bfloat16, in places that would be empty.
+//
+// Over an int8 cache the two are sums of two f16, and 64 instructions of a warp's 8 rows of a page make f16 of bytes. A
+// key's scale multiplies the sums of 32 channels, a value's the weight that meets its bytes.
 #pragma once
 
 #include "decode/activations.cuh"
+#include "decode/int8_row.cuh"
 
 namespace hrmcore::cuda {
 
@@ -84,8 +88,34 @@ __device__ __forceinline__ void load_request_state(const P& params, const Shared
   __syncthreads();
 }
 
+// A number as the sum of two halves: bfloat16, or f16 beside the bytes of an int8 cache.
+template <class P>
+__device__ __forceinline__ float half_of_sum(bf16x2 pair, int which) {
+  if constexpr (P::int8_cache) return half_of_f16(pair, which);
+  return half_of(pair, which);
+}
+template <class P>
+__device__ __forceinline__ void split_sum(float x, float y, bf16x2& first, bf16x2& second) {
+  if constexpr (P::int8_cache) {
+    split_pair_f16(x, y, first, second);
+  } else {
+    split_pair(x, y, first, second);
+  }
+}
+template <class P>
+__device__ __forceinline__ void multiply_sums(float (&c)[4], const bf16x2 (&a)[4], const bf16x2 (&b)[2]) {
+  if constexpr (P::int8_cache) {
+    mma_f16(c, a, b);
+  } else {
+    mma_bf16(c, a, b);
+  }
+}
+// Queries beside an int8 cache are stored in sixteenths, as activations that are f16.
+template <class P>
+constexpr float query_scale = P::int8_cache ? 1.0f / 16 : 1.0f;
+
 // The query of a head as the tensor cores take it: four lanes share a row, each has every fourth 8 channels. It is
-// the sum of two bfloat16, 16 bits in all: rows 0 to 7 of a product are all the first, rows 8 to 15 the second.
+// the sum of two halves, 16 bits in all: rows 0 to 7 of a product are all the first, rows 8 to 15 the second.
 struct Query {
   Packed<bf16x2, 4> high[4], low[4];
 };
@@ -103,10 +133,10 @@ __device__ __forceinline__ void decay(const P& params, const SharedLayout& layou
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int channel = query_channel(piece) + 2 * pair + i;
-      x[i] = (half_of(high.at[pair], i) + half_of(low.at[pair], i)) *
+      x[i] = (half_of_sum<P>(high.at[pair], i) + half_of_sum<P>(low.at[pair], i)) *
              quick_exp(log_decay[channel & (params.head_dim / 2 - 1)] * static_cast<float>(distance));
     }
-    split_pair(x[0], x[1], high.at[pair], low.at[pair]);
+    split_sum<P>(x[0], x[1], high.at[pair], low.at[pair]);
   }
 }
 
@@ -115,38 +145,83 @@ __device__ __forceinline__ void decay(const P& params, const SharedLayout& layou
 struct Softmax {
   float row_max = -__builtin_inff(), row_sum = 0;
   float out[8][4] = {};
+  int unit = 0x00800000;  // of an int8 cache: what `out` is counted in, the bits of a power of two
 };
+
+// Eight channels of this lane's key, of row lane / 4.
+template <class P>
+__device__ __forceinline__ Packed<bf16x2, 4> key_channels(const P& params, int slot, int piece) {
+  const int row = lane_id() / 4, channel = query_channel(piece);
+  if constexpr (P::int8_cache) {
+    const int at = int8_stage(params, slot).keys(row, channel / 16) + channel % 16;
+    const Packed<std::uint32_t, 2> bytes =
+        shared_array<Packed<std::uint32_t, 2>>(static_cast<std::size_t>(at))[0];
+    return {{from_bytes(bytes.at[0], first_two), from_bytes(bytes.at[0], last_two),
+             from_bytes(bytes.at[1], first_two), from_bytes(bytes.at[1], last_two)}};
+  } else {
+    return shared_array<Packed<bf16x2, 4>>(
+        static_cast<std::size_t>(slot + row * params.head_dim * 2))[channel / 8];
+  }
+}
+
+// The scales of this lane's two keys and values; of another cache none.
+using TwoScales = Int8Scales[2];
+template <class P>
+__device__ __forceinline__ void read_scales(const P& params, int slot, TwoScales& scales) {
+  const int first = int8_stage(params, slot).scales(2 * (lane_id() % 4));
+#pragma unroll
+  for (int i = 0; i < 2; ++i) scales[i] = shared_array<Int8Scales>(static_cast<std::size_t>(first))[i];
+}
+
+// The scores of this lane's two keys, of which each piece has been summed up alone.
+template <class P>
+__device__ __forceinline__ void add_pieces(const P& params, const TwoScales& scales,
+                                           const float (&sums)[4][4], float (&scores)[2]) {
+  if constexpr (P::int8_cache) {
+    const int groups = params.page().groups();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      scores[i] = key_scale(scales[i], 0) * (sums[0][i] + sums[0][i + 2]);
+#pragma unroll
+      for (int piece = 1; piece < 4; ++piece) {
+        if (piece < groups) scores[i] += key_scale(scales[i], piece) * (sums[piece][i] + sums[piece][i + 2]);
+      }
+      scores[i] *= 1 / query_scale<P>;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      scores[i] = (sums[0][i] + sums[0][i + 2]) + (sums[1][i] + sums[1][i + 2]) +
+                  ((sums[2][i] + sums[2][i + 2]) + (sums[3][i] + sums[3][i + 2]));
+    }
+  }
+}
 
 // This lane's two keys of the 8 in a stage, 2 (lane % 4) and the next: q k.
 template <class P>
 __device__ __forceinline__ void score(const P& params, const SharedLayout& layout, const Query& q, int slot,
-                                      int distance, float (&scores)[2]) {
+                                      int distance, const TwoScales& scales, float (&scores)[2]) {
   const int d = params.head_dim, row = lane_id() / 4;
-  const SharedArray<Packed<bf16x2, 4>> key =
-      shared_array<Packed<bf16x2, 4>>(static_cast<std::size_t>(slot + row * d * 2));
   const bool decays = params.log_decay != nullptr;
   float sums[4][4] = {};
 #pragma unroll
   for (int piece = 0; piece < 4; ++piece) {
     if (32 * piece >= d) break;
     Packed<bf16x2, 4> k{}, high = q.high[piece], low = q.low[piece];
-    if (query_channel(piece) < d) k = key[query_channel(piece) / 8];
+    if (query_channel(piece) < d) k = key_channels(params, slot, piece);
     if (decays) decay(params, layout, piece, distance - row, high, low);
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
       const bf16x2 a[4] = {high.at[i], low.at[i], high.at[i + 1], low.at[i + 1]};
       const bf16x2 b[2] = {k.at[i], k.at[i + 1]};
-      mma_bf16(sums[piece], a, b);
+      multiply_sums<P>(sums[piece], a, b);
     }
   }
+  add_pieces(params, scales, sums, scores);
+  if (decays) {  // row g of the product is that of key g: what counts is its diagonal
+    const int h = lane_id() % 4;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    scores[i] = (sums[0][i] + sums[0][i + 2]) + (sums[1][i] + sums[1][i + 2]) +
-                ((sums[2][i] + sums[2][i + 2]) + (sums[3][i] + sums[3][i + 2]));
-    if (decays) {  // row g of the product is that of key g: what counts is its diagonal
-      const int h = lane_id() % 4;
-      scores[i] = __shfl_sync(0xffffffffu, scores[i], 4 * (2 * h + i) + h);
-    }
+    for (int i = 0; i < 2; ++i) scores[i] = __shfl_sync(0xffffffffu, scores[i], 4 * (2 * h + i) + h);
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -170,6 +245,50 @@ __device__ __forceinline__ void add_values(const P& params, Softmax& softmax, co
     const bf16x2 first[4] = {v[0], v[1], v[0], v[1]}, second[4] = {v[2], v[3], v[2], v[3]};
     mma_bf16(softmax.out[tile], first, b);
     if (16 * tile + 16 < d) mma_bf16(softmax.out[tile + 1], second, b);
+  }
+}
+
+// The same of an int8 cache. A register of ldmatrix has two channels of two keys: rows g and g + 8 of the product.
+template <class P>
+__device__ __forceinline__ void add_int8_values(const P& params, Softmax& softmax, const float (&weights)[2],
+                                                const TwoScales& scales, int slot) {
+  const Int8Stage stage = int8_stage(params, slot);
+  const int pieces = params.head_dim / 16, row = lane_id() % 8;
+  constexpr int scale_word = Int8Page::value_scale / 4;
+  int largest = max(static_cast<int>(scales[0].at[scale_word]), static_cast<int>(scales[1].at[scale_word]));
+  largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+  largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+  constexpr int exponent = 0x7f800000, last_unit = 0x7e800000;  // 2^126, so that its inverse is a number, too
+  const int unit = min(largest & exponent, last_unit);
+  const auto inverse = [](int bits) {
+    return __uint_as_float(static_cast<std::uint32_t>(0x7f000000 - bits));
+  };
+  if (unit > softmax.unit) {
+    const float smaller = __uint_as_float(static_cast<std::uint32_t>(softmax.unit)) * inverse(unit);
+#pragma unroll
+    for (float (&tile)[4] : softmax.out) {
+      tile[0] *= smaller;
+      tile[2] *= smaller;
+    }
+    softmax.unit = unit;
+  }
+  const float of_unit = inverse(softmax.unit);
+  f16x2 b[2];
+  split_pair_f16(weights[0] * (value_scale(scales[0]) * of_unit),
+                 weights[1] * (value_scale(scales[1]) * of_unit), b[0], b[1]);
+#pragma unroll
+  for (int first = 0; first < 8; first += 4) {
+    if (first >= pieces) break;
+    const int piece = min(first + lane_id() / 8, pieces - 1);
+    std::uint32_t v[4];
+    ldmatrix<true>(v, shared_array<bf16>(static_cast<std::size_t>(stage.values(row, piece))).data);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (first + i >= pieces) break;
+      const f16x2 even = from_bytes(v[i], even_two), odd = from_bytes(v[i], odd_two);
+      const f16x2 a[4] = {even, odd, even, odd};
+      mma_f16(softmax.out[first + i], a, b);
+    }
   }
 }
 
@@ -241,7 +360,28 @@ __device__ __forceinline__ SplitResult join_warps(const Exchange& exchange, int 
   return {rounded<bf16>(value * quick_reciprocal(sum * (1.0f + quick_exp(-gate)))), highest + quick_log(sum)};
 }
 
-// A page of a split: the keys' stage, then the values'. `distance`: of the new token from this warp's first row.
+// Scores of 8 keys to weights, this lane's two.
+__device__ __forceinline__ void soften(Softmax& softmax, float (&weights)[2]) {
+  float highest = fmaxf(weights[0], weights[1]);
+  highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
+  highest = fmaxf(fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2)), softmax.row_max);
+  if (highest > softmax.row_max && softmax.row_max > -__builtin_inff()) {
+    const float decay = quick_exp(softmax.row_max - highest);
+    softmax.row_sum *= decay;
+#pragma unroll
+    for (float (&tile)[4] : softmax.out) {
+      tile[0] *= decay;
+      tile[2] *= decay;
+    }
+  }
+  softmax.row_max = highest;
+  const float base = highest == -__builtin_inff() ? 0.0f : highest;  // nothing seen yet
+#pragma unroll
+  for (float& weight : weights) softmax.row_sum += weight = quick_exp(weight - base);
+}
+
+// A page of a split: the keys' stage, then the values'; of an int8 cache, one. `distance`: of the new token from this
+// warp's first row.
 template <class Stages, class P>
 __device__ __forceinline__ void attend_page(const P& params, const SharedLayout& layout, Stages& loader,
                                             const Query& q, const OwnRow& own, int distance,
@@ -253,31 +393,32 @@ __device__ __forceinline__ void attend_page(const P& params, const SharedLayout&
     const int slot = loader.wait();
     if (has_own) own.put(params, which == 1, slot, distance);
     if (which == 0) {
-      score(params, layout, q, slot, distance, weights);
-      float highest = fmaxf(weights[0], weights[1]);
-      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
-      highest = fmaxf(fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2)), softmax.row_max);
-      if (highest > softmax.row_max && softmax.row_max > -__builtin_inff()) {
-        const float decay = quick_exp(softmax.row_max - highest);
-        softmax.row_sum *= decay;
-#pragma unroll
-        for (float (&tile)[4] : softmax.out) {
-          tile[0] *= decay;
-          tile[2] *= decay;
-        }
-      }
-      softmax.row_max = highest;
-      const float base = highest == -__builtin_inff() ? 0.0f : highest;  // nothing seen yet
-#pragma unroll
-      for (float& weight : weights) softmax.row_sum += weight = quick_exp(weight - base);
+      score(params, layout, q, slot, distance, {}, weights);
+      soften(softmax, weights);
     } else {
       add_values(params, softmax, weights, slot);
     }
     loader.refill();
   }
 }
+template <class Stages, class P>
+__device__ __forceinline__ void attend_page(const P& params, const SharedLayout& layout, Stages& loader,
+                                            const Query& q, const OwnInt8Row& own, int distance,
+                                            Softmax& softmax) {
+  const int slot = loader.wait();
+  if (distance >= 0 && distance < page_rows_of_warp) own.put(params, slot, distance);
+  float weights[2];
+  TwoScales scales;
+  read_scales(params, slot, scales);
+  score(params, layout, q, slot, distance, scales, weights);
+  soften(softmax, weights);
+  add_int8_values(params, softmax, weights, scales, slot);
+  loader.refill();
+}
 
-__device__ __forceinline__ void tell(const Exchange& exchange, const Softmax& softmax, int d) {
+template <class P>
+__device__ __forceinline__ void tell(const P& params, const Exchange& exchange, const Softmax& softmax) {
+  const int d = params.head_dim;
   float row_sum = softmax.row_sum;
   row_sum += __shfl_xor_sync(0xffffffffu, row_sum, 1);
   row_sum += __shfl_xor_sync(0xffffffffu, row_sum, 2);
@@ -289,19 +430,26 @@ __device__ __forceinline__ void tell(const Exchange& exchange, const Softmax& so
 #pragma unroll
   for (int tile = 0; tile < 8; ++tile) {
     if (16 * tile >= d) break;
-    const int channel = warp_id() * d + 16 * tile + lane_id() / 4;
-    exchange.out[channel] = softmax.out[tile][0];
-    exchange.out[channel + 8] = softmax.out[tile][2];
+    if constexpr (P::int8_cache) {
+      const int channel = warp_id() * d + 16 * tile + 2 * (lane_id() / 4);
+      const float unit = __uint_as_float(static_cast<std::uint32_t>(softmax.unit));
+      exchange.out[channel] = softmax.out[tile][0] * unit;
+      exchange.out[channel + 1] = softmax.out[tile][2] * unit;
+    } else {
+      const int channel = warp_id() * d + 16 * tile + lane_id() / 4;
+      exchange.out[channel] = softmax.out[tile][0];
+      exchange.out[channel + 8] = softmax.out[tile][2];
+    }
   }
 }
 
 // What a task reads when it begins: a head's query and gate, and the new token's own row.
+template <class P>
 struct TaskStart {
   Query q;
-  OwnRow own;
+  std::conditional_t<P::int8_cache, OwnInt8Row, OwnRow> own;
   float gate;
 
-  template <class P>
   __device__ __forceinline__ void read(const P& params, const PageEntry& page, int slot) {
     const int d = params.head_dim, width = params.attention_width(), channel = static_cast<int>(threadIdx.x);
     const int head_row = page.request * width + page.head * d;
@@ -315,8 +463,15 @@ struct TaskStart {
       }
     }
     const int inner = page.earlier % page_tokens - page_rows_of_warp * warp_id();
-    if ((page.marks & PageEntry::task_has_own_row) != 0 && inner >= 0 && inner < page_rows_of_warp &&
-        8 * lane_id() < d) {
+    const bool has_own =
+        (page.marks & PageEntry::task_has_own_row) != 0 && inner >= 0 && inner < page_rows_of_warp;
+    if constexpr (P::int8_cache) {
+      if (has_own) {
+        own.read(params, page.request, page.head);
+        const int row = static_cast<int>(HRMCORE_REQUEST_STATE(std::int64_t, slot_mapping)[page.request]);
+        own.append(params, params.page_at(slot, row / page_tokens, page.head), row % page_tokens);
+      }
+    } else if (has_own && 8 * lane_id() < d) {
       const std::int64_t at = HRMCORE_REQUEST_STATE(std::int64_t, slot_mapping)[page.request] * width +
                               page.head * d + 8 * lane_id();
       own.key = load_packed<4>(reinterpret_cast<const bf16x2*>(cache_of(params, slot, 0) + at));
@@ -333,7 +488,7 @@ __device__ __forceinline__ void finish_split(const P& params, const SharedLayout
                                              int parity) {
   const int d = params.head_dim, width = params.attention_width(), channel = static_cast<int>(threadIdx.x);
   const Exchange exchange(layout, d, parity);
-  tell(exchange, softmax, d);
+  tell(params, exchange, softmax);
   __syncthreads();
   if (channel >= d) return;
   const SplitResult result = join_warps(exchange, d, channel, gate);
@@ -360,7 +515,7 @@ __device__ __forceinline__ void attend(const P& params, const SharedLayout& layo
                                        int slot) {
   const SharedArray<PageEntry> list = shared_array<PageEntry>(static_cast<std::size_t>(layout.pages));
   const int entries = HRMCORE_REQUEST_STATE(int, page_entries)[0];
-  TaskStart task;  // read by the first page of each task
+  TaskStart<P> task;  // read by the first page of each task
   Softmax softmax;
 #pragma unroll 1
   for (int entry = 0, parity = 0; entry < entries; ++entry) {

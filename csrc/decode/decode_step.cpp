@@ -2,6 +2,7 @@
 
 #include <string>
 
+#include "decode/int8_page.h"
 #include "decode/schedule.h"
 
 namespace hrmcore {
@@ -30,7 +31,7 @@ cuda::DecodeParams shape_of(std::int64_t width, std::int64_t ffn, std::int64_t h
 }
 
 std::int64_t weight_bytes(const DecodeStep& args, std::int64_t vocabulary) {
-  cuda::DecodeParams params = shape_of(args.z_init.shape[0], args.ffn, args.kv.shape[3], args.kv.shape[4]);
+  cuda::DecodeParams params = shape_of(args.z_init.shape[0], args.ffn, args.heads(), args.rope.shape[1]);
   params.item = cuda::item(args.packing);
   params.head_item = cuda::item(cuda::head_packing(args.packing));
   params.vocabulary = static_cast<int>(vocabulary);
@@ -59,6 +60,23 @@ void check_bytes(const char* argument, const TensorView& bytes, std::int64_t lea
   }
 }
 
+// Of either kind; the head_dim is that of the angles.
+void check_cache(const TensorView& kv, std::int64_t head_dim) {
+  if (kv.dtype == DType::u8) {
+    const std::int64_t bytes = Int8Page{static_cast<int>(head_dim)}.bytes();
+    Check(op, "kv", kv).rank(4).size(3, bytes, "bytes of a page in int8").contiguous();
+    if (kv.shape[1] < 1) reject(op, "kv", "of at least one page", "none");
+    check_range("the cache's pages of all slots and heads", kv.shape[0] * kv.shape[1] * kv.shape[2], 1,
+                INT32_MAX);
+    if (reinterpret_cast<std::uintptr_t>(kv.data) % 16 != 0)
+      reject(op, "kv", "aligned to 16 bytes", "a misaligned view");
+  } else {
+    Check(op, "kv", kv).dtype({DType::bf16, DType::u8}).rank(5).size(1, 2, "keys and values").contiguous();
+    Check(op, "kv", kv).size(4, head_dim, "d");
+    check_multiple("the cache's tokens", kv.shape[2], cuda::page_tokens);
+  }
+}
+
 }  // namespace
 
 std::int64_t decode_workspace_bytes(std::int64_t width, std::int64_t ffn, std::int64_t heads,
@@ -80,29 +98,29 @@ void check(const DecodeStep& args) {
   check_range("the number of tokens", requests, 1, max_batch);
   Check(op, "positions", args.positions).dtype({DType::i32}).rank(1).size(0, requests, "B").contiguous();
   Check(op, "tables", args.tables).dtype({DType::i32}).rank(2).size(0, requests, "B").contiguous();
-  Check(op, "kv", args.kv).dtype({DType::bf16}).rank(5).size(1, 2, "keys and values").contiguous();
   Check(op, "z_init", args.z_init).dtype({DType::f32}).rank(1).contiguous();
   Check(op, "embedding", args.embedding)
       .dtype({DType::bf16})
       .rank(2)
       .size(1, args.z_init.shape[0], "D")
       .contiguous();
-  Check(op, "rope", args.rope).dtype({DType::f32}).rank(2).size(1, args.kv.shape[4], "d").contiguous();
+  Check(op, "rope", args.rope).dtype({DType::f32}).rank(2).contiguous();
+  const std::int64_t vocabulary = args.embedding.shape[0], head_dim = args.rope.shape[1];
+  check_cache(args.kv, head_dim);
   if (args.log_decay.given()) {
     Check(op, "log_decay", args.log_decay)
         .dtype({DType::f32})
         .rank(1)
-        .size(0, args.kv.shape[4] / 2, "d / 2")
+        .size(0, head_dim / 2, "d / 2")
         .contiguous();
   }
-  const std::int64_t vocabulary = args.embedding.shape[0], head_dim = args.kv.shape[4];
   Check(op, "logits", args.logits)
       .dtype({DType::f32})
       .rank(2)
       .size(0, requests, "B")
       .size(1, vocabulary, "V")
       .contiguous();
-  check_shape(args.z_init.shape[0], args.ffn, args.kv.shape[3], head_dim);
+  check_shape(args.z_init.shape[0], args.ffn, args.heads(), head_dim);
   check_range("the vocabulary", vocabulary, 1, 1 << 24);
   check_range("L_layers", args.l_layers, 1, 1 << 10);
   check_range("H_layers", args.h_layers, 0, 1 << 10);
@@ -111,14 +129,13 @@ void check(const DecodeStep& args) {
   check_range("blocks", args.blocks, 0, 1 << 16);
   check_range("the table's length", args.tables.shape[1], 1, 1 << 20);
   check_range("the table of rotations", args.rope.shape[0], 1, 1 << 26);
-  check_multiple("the cache's tokens", args.kv.shape[2], cuda::page_tokens);
   if (args.window != 0) check_multiple("window", args.window, cuda::page_tokens);
   const std::int64_t h_layers = args.h_layers > 0 ? args.h_layers : args.l_layers;
   Check(op, "kv", args.kv).size(0, args.h_cycles * (args.l_cycles * args.l_layers + h_layers), "slots");
   if (args.packing == Packing::f32) reject(op, "dtype", "bfloat16, int8 or int4", "float32");
   check_bytes("weights", args.weights, weight_bytes(args, vocabulary));
   check_bytes("workspace", args.workspace,
-              decode_workspace_bytes(args.z_init.shape[0], args.ffn, args.kv.shape[3], head_dim));
+              decode_workspace_bytes(args.z_init.shape[0], args.ffn, args.heads(), head_dim));
 }
 
 }  // namespace hrmcore

@@ -43,8 +43,8 @@ __global__ void __launch_bounds__(decode_threads, 1) decode(Segment<P> segment) 
     }
   }
   constexpr Packing head = head_packing(packing);
-  Loader<head, stages * stage_bytes<packing> / stage_bytes<head>, P> loader(params, layout, block.at, 1,
-                                                                            block.tile);
+  Loader<head, stages * stage_bytes<packing, P> / stage_bytes<head, P>, P> loader(params, layout, block.at, 1,
+                                                                                  block.tile);
   if (persistent) barrier.wait();
   multiply_phase<head>(block, loader);
 }
@@ -87,7 +87,8 @@ const char* launch_decode(const DecodeStep& args, const DecodeParams& params, co
   Segment<P> segment{{}, layout, {0, 0, 0, 0, Phase::gqkv}, 1, 0};
   static_cast<DecodeParams&>(segment.params) = params;
   LaunchShape shape{dim3(static_cast<unsigned>(blocks)), decode_threads};
-  shape.shared_bytes = static_cast<std::size_t>(layout.rings + decode_warps * stages * stage_bytes<packing>);
+  shape.shared_bytes =
+      static_cast<std::size_t>(layout.rings + decode_warps * stages * stage_bytes<packing, P>);
   if (args.persistent) {
     segment.phases = params.schedule.phases();
     shape.cooperative = true;
@@ -169,7 +170,7 @@ Choice choose(DecodeParams& params, int blocks, int shared_bytes) {
   const int groups = params.batch <= product_columns ? 1 : params.batch <= 2 * product_columns ? 2 : 4;
   const int rows = groups == 1 ? params.batch : groups * product_columns;
   const auto fits = [&](const SharedLayout& layout, int stages) {
-    return layout.rings + decode_warps * stages * stage_bytes<packing> <= shared_bytes;
+    return layout.rings + decode_warps * stages * stage_bytes<packing, DecodeParams> <= shared_bytes;
   };
   const SharedLayout wide = shared_layout(params, rows, pages, partial_slots);
   if (groups == 1) {
@@ -196,10 +197,54 @@ Choice choose(DecodeParams& params, int blocks, int shared_bytes) {
   return {};
 }
 
-Choice choose(Packing packing, DecodeParams& params, int blocks, int shared_bytes) {
-  if (packing == Packing::int8) return choose<Packing::int8>(params, blocks, shared_bytes);
-  if (packing == Packing::int4) return choose<Packing::int4>(params, blocks, shared_bytes);
-  return choose<Packing::bf16>(params, blocks, shared_bytes);
+// Over an int8 cache. A stage may be larger, so the rings are less deep, and there are fewer kernels: one for each kind
+// of card, and for more than 8 requests those of head_dim 128 alone.
+struct Int8Depths {
+  int deep, middle, shallow;
+  int of_16, of_32;
+};
+template <Packing packing>
+constexpr Int8Depths int8_depths = packing == Packing::int8   ? Int8Depths{5, 5, 2, 5, 3}
+                                   : packing == Packing::int4 ? Int8Depths{8, 8, 3, 8, 5}
+                                                              : Int8Depths{10, 7, 3, 8, 5};
+
+template <Packing packing>
+Choice choose_over_int8(DecodeParams& params, int blocks, int shared_bytes) {
+  using Plain = Int8Cache<PlainParams>;
+  using Any = Int8Cache<DecodeParams>;
+  constexpr Int8Depths depth = int8_depths<packing>;
+  const bool plain = params.head_dim == PlainParams::head_dim && params.log_decay == nullptr;
+  params.splits_apart = splits_apart(params, blocks);
+  const int pages = page_shares(params, blocks, params.splits_apart).of_block;
+  const int groups = params.batch <= product_columns ? 1 : params.batch <= 2 * product_columns ? 2 : 4;
+  const int rows = groups == 1 ? params.batch : groups * product_columns;
+  const SharedLayout wide = shared_layout(params, rows, pages, partial_slots),
+                     narrow = shared_layout(params, rows, pages, 1);
+  const auto fits = [&](const SharedLayout& layout, int stages) {
+    return layout.rings + decode_warps * stages * stage_bytes<packing, Any> <= shared_bytes;
+  };
+  if (groups > 1) {
+    if (!plain || !fits(wide, groups == 2 ? depth.of_16 : depth.of_32)) return {};
+    return {groups == 2 ? launch_decode<packing, depth.of_16, WideParams<Plain, 2>>
+                        : launch_decode<packing, depth.of_32, WideParams<Plain, 4>>,
+            wide};
+  }
+  if (plain && fits(wide, depth.deep)) return {launch_decode<packing, depth.deep, Plain>, wide};
+  if (plain && fits(wide, depth.middle)) return {launch_decode<packing, depth.middle, Plain>, wide};
+  if (fits(narrow, depth.shallow)) return {launch_decode<packing, depth.shallow, Any>, narrow};
+  return {};
+}
+
+template <Packing packing>
+Choice choose(DecodeParams& params, bool int8_cache, int blocks, int shared_bytes) {
+  return int8_cache ? choose_over_int8<packing>(params, blocks, shared_bytes)
+                    : choose<packing>(params, blocks, shared_bytes);
+}
+
+Choice choose(Packing packing, DecodeParams& params, bool int8_cache, int blocks, int shared_bytes) {
+  if (packing == Packing::int8) return choose<Packing::int8>(params, int8_cache, blocks, shared_bytes);
+  if (packing == Packing::int4) return choose<Packing::int4>(params, int8_cache, blocks, shared_bytes);
+  return choose<Packing::bf16>(params, int8_cache, blocks, shared_bytes);
 }
 
 int size(const TensorView& tensor, int axis) { return static_cast<int>(tensor.shape[axis]); }
@@ -210,8 +255,8 @@ DecodeParams params_of(const DecodeStep& args) {
   params.inverse_batch = static_cast<std::uint32_t>(((std::uint64_t{1} << 32) - 1) / params.batch + 1);
   params.width = size(args.z_init, 0);
   params.ffn = static_cast<int>(args.ffn);
-  params.heads = size(args.kv, 3);
-  params.head_dim = size(args.kv, 4);
+  params.heads = static_cast<int>(args.heads());
+  params.head_dim = size(args.rope, 1);
   params.vocabulary = size(args.logits, 1);
   params.schedule.l_layers = static_cast<int>(args.l_layers);
   params.schedule.h_layers = static_cast<int>(args.h_layers > 0 ? args.h_layers : args.l_layers);
@@ -219,7 +264,7 @@ DecodeParams params_of(const DecodeStep& args) {
   params.schedule.l_cycles = static_cast<int>(args.l_cycles);
   params.window = static_cast<int>(args.window);
   params.table_length = size(args.tables, 1);
-  params.cache_pages = size(args.kv, 2) / page_tokens;
+  params.cache_pages = static_cast<int>(args.cache_pages());
   params.rotations = size(args.rope, 0);
   params.item = item(args.packing);
   params.head_item = item(head_packing(args.packing));
@@ -268,7 +313,8 @@ HRMCORE_DEVICE_KERNEL(cuda_step, hrmcore::DecodeStep) {
   cuda::Limits limits;
   if (const char* error = cuda::read_limits(limits)) return error;
   const int blocks = args.blocks > 0 ? static_cast<int>(args.blocks) : limits.multiprocessors;
-  const cuda::Choice choice = cuda::choose(args.packing, params, blocks, limits.shared_bytes);
+  const cuda::Choice choice =
+      cuda::choose(args.packing, params, args.int8_cache(), blocks, limits.shared_bytes);
   if (choice.launch == nullptr)
     return "the step's activations do not fit this device's shared memory: fewer requests at once would";
   return choice.launch(args, params, choice.layout, blocks, stream);
@@ -283,8 +329,9 @@ HRMCORE_DEVICE_KERNEL(cuda_step_most_requests, hrmcore::DecodeRoom) {
   cuda::DecodeParams params = cuda::params_of(args);
   *args.most = 0;
   for (params.batch = max_batch; params.batch > 0 && *args.most == 0; --params.batch) {
-    if (cuda::choose(args.packing, params, blocks, limits.shared_bytes).launch != nullptr)
-      *args.most = params.batch;
+    const cuda::Choice choice =
+        cuda::choose(args.packing, params, args.int8_cache, blocks, limits.shared_bytes);
+    if (choice.launch != nullptr) *args.most = params.batch;
   }
   return nullptr;
 }

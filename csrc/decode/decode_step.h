@@ -31,7 +31,8 @@ struct DecodeStep {
   TensorView tokens;     // (B) int32, each in [0, V)
   TensorView positions;  // (B) int32: how many tokens the request's cache holds
   TensorView tables;     // (B, C) int32: the request's pages of 64 tokens in the cache, in order
-  TensorView kv;         // (slots, 2, tokens, H, d) bfloat16; the token's keys and values are written
+  TensorView kv;         // (slots, 2, tokens, H, d) bfloat16, or (slots, pages, H, bytes) of int8_page.h in
+                         // uint8; the token's keys and values are written
   TensorView embedding;  // (V, D) bfloat16
   TensorView z_init;     // (D) float32
   TensorView rope;       // (P, d) float32
@@ -46,13 +47,17 @@ struct DecodeStep {
   Packing packing;      // bf16, int8 or int4
   bool persistent;
   std::int64_t blocks;  // 0: one for each multiprocessor
+
+  bool int8_cache() const { return kv.dtype == DType::u8; }
+  std::int64_t heads() const { return kv.shape[int8_cache() ? 2 : 3]; }
+  std::int64_t cache_pages() const { return int8_cache() ? kv.shape[1] : kv.shape[2] / 64; }
 };
 
 // What decides of how many requests a step has room for, on the device in use: its shared memory holds their
 // activations, angles and lists of pages.
 struct DecodeRoom {
   std::int64_t width, ffn, heads, head_dim;
-  bool xpos;
+  bool xpos, int8_cache;
   std::int64_t window, table_length;
   Packing packing;
   std::int64_t blocks;

@@ -6,6 +6,7 @@
 #include <cstddef>
 
 #include "core/cuda.cuh"
+#include "decode/int8_page.cuh"
 #include "decode/schedule.h"
 
 namespace hrmcore::cuda {
@@ -110,19 +111,21 @@ __device__ __forceinline__ int first_tile(int dealt) {
 //   refill()  once the warp's lanes have read it: the next one to load, into the place of the stage before
 template <Packing packing, int stages, class P>
 class Loader {
+  static constexpr int stage_size = stage_bytes<packing, P>;
+
  public:
   // The stages of `phases` phases from `first` on, whose first tile for this block is `tile`.
   __device__ __forceinline__ Loader(const P& params, const SharedLayout& layout, SchedulePoint first,
                                     int phases, int tile)
       : params_(params),
         layout_(layout),
-        ring_(layout.rings + warp_id() * stages * stage_bytes<packing>),
+        ring_(layout.rings + warp_id() * stages * stage_size),
         slot_(ring_),
         at_(first),
         phases_left_(phases),
         tile_(tile) {
 #pragma unroll 1
-    for (int stage = 0; stage < stages - 1; ++stage) load(ring_ + stage * stage_bytes<packing>);
+    for (int stage = 0; stage < stages - 1; ++stage) load(ring_ + stage * stage_size);
   }
 
   __device__ __forceinline__ int wait() const {
@@ -131,9 +134,9 @@ class Loader {
     return slot_;
   }
   __device__ __forceinline__ void refill() {
-    constexpr int last = (stages - 1) * stage_bytes<packing>;
-    load(slot_ == ring_ ? ring_ + last : slot_ - stage_bytes<packing>);
-    slot_ = slot_ == ring_ + last ? ring_ : slot_ + stage_bytes<packing>;
+    constexpr int last = (stages - 1) * stage_size;
+    load(slot_ == ring_ ? ring_ + last : slot_ - stage_size);
+    slot_ = slot_ == ring_ + last ? ring_ : slot_ + stage_size;
   }
 
  private:
@@ -142,7 +145,11 @@ class Loader {
     if (stages_left_ > 0) {
       --stages_left_;
       if (tiles_ == 0) {
-        load_page(slot);
+        if constexpr (P::int8_cache) {
+          load_int8_page(slot);
+        } else {
+          load_page(slot);
+        }
       } else {
         load_items(slot);
       }
@@ -171,6 +178,31 @@ class Loader {
     }
     next_ += stage_weights<packing>;
     pieces_left_ -= stage_pieces<packing>;
+  }
+
+  // Of an int8 cache, keys, values and scales at once: 16-byte pieces, each row's in other places (Int8Stage).
+  __device__ __forceinline__ void load_int8_page(int slot) {
+    const PageEntry entry = shared_array<PageEntry>(static_cast<std::size_t>(layout_.pages))[entry_++];
+    const Int8Page page = params_.page();
+    const Int8Stage stage{slot, params_.head_dim, params_.head_shift - 4};
+    const int first = page_rows_of_warp * warp_id(), earlier = entry.earlier - first, lane = lane_id();
+    const int piece = lane & ((1 << stage.shift) - 1),
+              page_number = static_cast<int>(static_cast<unsigned>(entry.row) / page_tokens);
+    const std::byte* from = params_.page_at(slot_of_cache_, page_number, entry.head);
+    const std::byte* rows = from + first * page.head_dim + 16 * lane;
+    const auto copy = [](int to, const std::byte* source, bool filled) {
+      copy_async(shared_array<std::byte>(static_cast<std::size_t>(to)).data, source, filled ? 16 : 0);
+    };
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int inner = (lane >> stage.shift) + i * (32 >> stage.shift);
+      if (inner >= page_rows_of_warp) break;
+      copy(stage.keys(inner, piece), rows + 512 * i, inner < earlier);
+      copy(stage.values(inner, piece), rows + 512 * i + page.values(), inner < earlier);
+    }
+    if (lane < page_rows_of_warp) {
+      copy(stage.scales(lane), from + page.scales() + Int8Page::scale_bytes * (first + lane), lane < earlier);
+    }
   }
 
   // This warp's 8 rows of a page, first of keys and then of values; zeros from the new token on.
@@ -219,7 +251,7 @@ class Loader {
     if (at.phase == Phase::attention) {
       entry_ = 0;
       slot_of_cache_ = at.slot;
-      stages_left_ = 2 * HRMCORE_REQUEST_STATE(int, page_entries)[0];
+      stages_left_ = P::page_stages * HRMCORE_REQUEST_STATE(int, page_entries)[0];
       return;
     }
     const MatrixShape& shape = params_.shape(at.phase);

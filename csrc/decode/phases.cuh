@@ -240,7 +240,14 @@ __device__ __forceinline__ void finish_gqkv(const Consumer<P>& block, const Sums
     low = low * cosine - high * sine;
     high = high * cosine + before * sine;
   }
-  if (kind >= 2) {
+  if constexpr (P::int8_cache) {
+    if (kind >= 2) {  // the attention, which has all of a head, rounds and appends
+      float* fresh = params.fresh + ((kind - 2) * max_batch + sums.request) * width;
+      store<1>(fresh + channel, Floats<1>{{low}});
+      store<1>(fresh + partner, Floats<1>{{high}});
+      return;
+    }
+  } else if (kind >= 2) {
     bf16* cached = cache_of(params, block.at.slot, kind - 2) +
                    HRMCORE_REQUEST_STATE(std::int64_t, slot_mapping)[sums.request] * width;
     store<1>(cached + channel, Floats<1>{{low}});
@@ -253,13 +260,15 @@ __device__ __forceinline__ void finish_gqkv(const Consumer<P>& block, const Sums
     store<1>(params.gate + row + partner, Floats<1>{{high}});
     return;
   }
-  bf16 *const first = static_cast<bf16*>(params.q) + row, *const second = first + max_batch * width;
-  const float scale = quick_reciprocal_root(static_cast<float>(d)), scaled[2] = {low * scale, high * scale};
+  using Half = std::conditional_t<P::int8_cache, f16, bf16>;
+  Half *const first = static_cast<Half*>(params.q) + row, *const second = first + max_batch * width;
+  const float scale = quick_reciprocal_root(static_cast<float>(d)) * query_scale<P>,
+              scaled[2] = {low * scale, high * scale};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int at = half == 0 ? channel : partner;
     store<1>(first + at, Floats<1>{{scaled[half]}});
-    store<1>(second + at, Floats<1>{{scaled[half] - rounded<bf16>(scaled[half])}});
+    store<1>(second + at, Floats<1>{{scaled[half] - rounded<Half>(scaled[half])}});
   }
 }
 

@@ -9,6 +9,7 @@
 
 #include "core/tensor.h"
 #include "decode/decode_step.h"
+#include "decode/int8_page.h"
 #include "gemm/weight_layout.h"
 
 namespace hrmcore::cuda {
@@ -20,6 +21,8 @@ constexpr int page_tokens = 64;
 constexpr int product_columns = 8;  // requests of one product of the tensor cores
 constexpr int partial_slots = 4;    // a tile's sums of 8 requests each, between two barriers of the block
 constexpr std::int64_t bf16_bytes = 2;
+
+constexpr int max_of(int a, int b) { return a > b ? a : b; }
 
 // An item of a tile: what one 16-byte piece for each lane holds, and the scales (bfloat16) of its 16 rows.
 template <Packing packing>
@@ -50,8 +53,9 @@ constexpr int page_rows_of_warp = page_tokens / decode_warps;
 template <Packing packing>
 constexpr int stage_weights = stage_items<packing> * item_bytes<packing>;  // bytes
 constexpr int page_stage = page_rows_of_warp * 128 * 2;                    // of head_dim 128
-template <Packing packing>
-constexpr int stage_bytes = stage_weights<packing> > page_stage ? stage_weights<packing> : page_stage;
+constexpr int int8_page_stage = page_rows_of_warp * (2 * 128 + Int8Page::scale_bytes);
+template <Packing packing, class P>
+constexpr int stage_bytes = max_of(stage_weights<packing>, P::int8_cache ? int8_page_stage : page_stage);
 
 struct Item {
   int columns, bytes, of_stage;
@@ -130,6 +134,8 @@ inline MatrixShape matrix_shape(std::int64_t rows, std::int64_t depth, Item item
 // as many rows as it takes requests, and what lies in those of no request is nobody's.
 struct DecodeParams {
   static constexpr int column_groups = 1;  // of 8 requests, that one read of a weight is multiplied with
+  static constexpr bool int8_cache = false;
+  static constexpr int page_stages = 2;  // of a ring: keys, then values
 
   Schedule schedule;
   int batch, width, ffn, heads, head_dim, head_shift, vocabulary;  // head_dim = 1 << head_shift
@@ -145,8 +151,9 @@ struct DecodeParams {
   const float *z_init, *rope, *log_decay;
   void* kv;
   const std::byte *l_weights, *h_weights, *head_weights;
-  float *logits, *streams[2], *states[2], *squares, *gate, *split_lse;
+  float *logits, *streams[2], *states[2], *squares, *gate, *split_lse, *fresh;
   void *x, *q, *attended, *hidden;  // q: all first halves of its sums, then the second
+  // fresh: the new tokens' keys, then values, for an int8 cache
   std::uint32_t* barrier;
 
   // Places what a step keeps between its phases, for max_batch requests, from `base` on; returns its bytes. A null
@@ -164,6 +171,7 @@ struct DecodeParams {
     place(squares, row / tile_rows, sizeof(float));
     place(gate, heads_row, sizeof(float));
     place(q, 2 * heads_row, bf16_bytes);
+    place(fresh, 2 * heads_row, sizeof(float));
     place(split_lse, max_batch * max_kv_splits * heads, sizeof(float));
     place(x, row, bf16_bytes);
     place(attended, max_kv_splits * heads_row, bf16_bytes);
@@ -203,6 +211,21 @@ struct PlainParams : DecodeParams {
   static constexpr const float* log_decay = nullptr;
 
   HRMCORE_HOST_DEVICE int attention_width() const { return heads * head_dim; }
+};
+
+// Either of them over an int8 cache, whose pages are those of int8_page.h.
+template <class Base>
+struct Int8Cache : Base {
+  static constexpr bool int8_cache = true;
+  static constexpr int page_stages = 1;  // keys, values and their scales
+
+  HRMCORE_HOST_DEVICE Int8Page page() const { return {this->head_dim}; }
+  // Where a page of a head begins.
+  HRMCORE_HOST_DEVICE std::byte* page_at(int slot, int page_number, int head) const {
+    const std::int64_t number =
+        (slot * this->cache_pages + page_number) * this->heads + head;  // fits 32 bits
+    return static_cast<std::byte*>(this->kv) + number * page().bytes();
+  }
 };
 
 // Either of them for more than 8 requests, up to 8 times `groups`.

@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     loading.add_argument(
         "--kv-dtype",
-        help="keys and values in float32, bfloat16 or int8 (default: bfloat16; float32 beside such weights)",
+        help="keys and values in float32, bfloat16 or int8, on CUDA one of the last two "
+        "(default: bfloat16; float32 beside such weights)",
     )
     loading.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
     loading.add_argument("--threads", type=int, metavar="N", help="threads to compute with (default: all cores)")

@@ -105,15 +105,24 @@ class CudaStep:
 
     `form` is "persistent" (one cooperative launch) or "graph" (a launch for each phase; on a GPU, these are captured as
     a CUDA graph at the first step of a shape and replayed from then on). Both give the same bits. `blocks` is the grid:
-    0 is one thread block for each multiprocessor. `dtype` is that of the weights: bfloat16, int8 or int4.
+    0 is one thread block for each multiprocessor. `dtype` is that of the weights: bfloat16, int8 or int4; `kv_dtype`
+    that of the cache: bfloat16 or int8.
 
     Raises ValueError on a model that the kernels do not take: a head_dim other than 16, 32, 64 or 128, or a width that
     is not a multiple of 16.
     """
 
-    def __init__(self, model: HRM, form: Form = "persistent", blocks: int = 0, dtype: str = "bfloat16") -> None:
+    def __init__(
+        self,
+        model: HRM,
+        form: Form = "persistent",
+        blocks: int = 0,
+        dtype: str = "bfloat16",
+        kv_dtype: str = "bfloat16",
+    ) -> None:
         config = model.config
         _check(config, dtype)
+        self.kv_dtype = kv_dtype
         self.config: HRMConfig = config
         self.form = form
         self._graphs: dict[tuple[int, int], _Captured] = {}  # by the batch and the tables' length
@@ -152,7 +161,7 @@ class CudaStep:
         """Append a token to each request's cache; the logits (B, V) float32 that follow.
 
         tokens and positions (how many tokens the cache holds) are (B) int32, B at most most_requests(C), and `tables`
-        (B, C) int32 the numbers of each request's pages of 64 rows in kv, which is (slots, 2, rows, H, d) bfloat16.
+        (B, C) int32 the numbers of each request's pages of 64 rows in kv, which is as cuda_cache.empty_cache makes it.
         Values out of range are taken to be the nearest in range.
         """
         if self.form == "graph" and tokens.is_cuda:
@@ -175,6 +184,7 @@ class CudaStep:
                 heads=config.num_attention_heads,
                 head_dim=config.head_dim,
                 xpos=self._log_decay is not None,
+                int8_cache=self.kv_dtype == "int8",
                 table_length=length,
                 **{name: numbers[name] for name in ("ffn", "window", "dtype", "blocks")},
                 device=device.index or 0,

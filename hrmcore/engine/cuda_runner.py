@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hrmcore.checkpoint.hrm_text import CONFIG_FILE, map_model
+from hrmcore.engine.cuda_cache import KV_DTYPES
 from hrmcore.engine.cuda_decode import CudaStep, Form
 from hrmcore.engine.decode_ahead import DecodeAhead
 from hrmcore.engine.mma_layout import MMA_DTYPES
@@ -31,7 +32,8 @@ class CudaRunner(TorchRunner):
     In int8 and int4 nothing of the matrices stays but what the decode step takes: prefills multiply with that. In
     bfloat16 both have a copy. `device` is where it computes, by default where the model lies: from main memory the
     matrices of an int8 or int4 runner come there one at a time. `form` and `blocks` are those of CudaStep, `graphs`
-    what prefills are captured by; None is torch's, on a CUDA device alone.
+    what prefills are captured by; None is torch's, on a CUDA device alone. `kv_dtype`, of the cached keys and values,
+    is bfloat16 or int8.
     """
 
     def __init__(
@@ -42,14 +44,15 @@ class CudaRunner(TorchRunner):
         blocks: int = 0,
         graphs: Graphs | None = None,
         device: torch.device | None = None,
+        kv_dtype: str = "bfloat16",
     ) -> None:
         model = model.to(torch.bfloat16)
         if device is not None:
             _bring(model, device, matrices=dtype == "bfloat16")
         model.reset_positions(len(model.rope_table))  # angles stay float32
-        super().__init__(model)
+        super().__init__(model, torch.uint8 if kv_dtype == "int8" else torch.bfloat16)
         self.dtype = dtype
-        self._decode_step = CudaStep(model, form, blocks, dtype)
+        self._decode_step = CudaStep(model, form, blocks, dtype, kv_dtype)
         if dtype != "bfloat16":
             self._model = packed_model(model, self._decode_step.weights, dtype)
         self._ahead = DecodeAhead(self, self.config.vocab_size, self._device)
@@ -58,8 +61,10 @@ class CudaRunner(TorchRunner):
         self._prefill = None if graphs is None else BucketedPrefill(self._model, graphs)
 
     @classmethod
-    def from_checkpoint(cls, folder: Path, dtype: str, device: str, attention_window: int | None) -> CudaRunner:
-        """Load a checkpoint; dtype auto is bfloat16.
+    def from_checkpoint(
+        cls, folder: Path, dtype: str, device: str, attention_window: int | None, kv_dtype: str | None = None
+    ) -> CudaRunner:
+        """Load a checkpoint; dtype auto is bfloat16, and so is a kv_dtype of None.
 
         Raises ValueError on another dtype, on a packed checkpoint, and where there is no CUDA: it says what is missing.
         """
@@ -69,10 +74,13 @@ class CudaRunner(TorchRunner):
             raise ValueError(str(error)) from None
         if dtype not in ("auto", *MMA_DTYPES):
             raise ValueError(f"dtype must be auto, {', '.join(MMA_DTYPES)} on {device}, got {dtype!r}")
+        if kv_dtype not in (None, *KV_DTYPES):
+            raise ValueError(f"kv_dtype must be {' or '.join(KV_DTYPES)} on {device}, got {kv_dtype!r}")
         if not (folder / CONFIG_FILE).is_file():
             raise ValueError(f"{folder}: a packed checkpoint is for the CPU; give the one that it was made from")
         model = map_model(folder, attention_window).requires_grad_(False)
-        return cls(model, "bfloat16" if dtype == "auto" else dtype, device=torch.device(device))
+        weights = "bfloat16" if dtype == "auto" else dtype
+        return cls(model, weights, device=torch.device(device), kv_dtype=kv_dtype or "bfloat16")
 
     @one_at_a_time
     @torch.inference_mode()

@@ -75,8 +75,9 @@ def load(
 
     `device` is cpu, cuda or cuda:N; on CUDA, decoding runs the fused step and prefill the model in torch.
     `dtype` is float32, bfloat16, int8 or int4; auto is what the checkpoint holds. `kv_dtype`, of the cached keys and
-    values, is float32, bfloat16 or int8; None is float32 beside float32 weights, else bfloat16. `threads` sets the
-    threads of the kernels, and of torch where it is loaded, for the whole process; None leaves them as they are.
+    values, is float32, bfloat16 or int8, on CUDA one of the last two; None is float32 beside float32 weights, else
+    bfloat16. `threads` sets the threads of the kernels, and of torch where it is loaded, for the whole process; None
+    leaves them as they are.
 
     `attention_window` (a multiple of 64, or 0 for none) replaces the model's, for inputs longer than it was trained on:
     each token sees its own window of so many tokens and the one before; a token of the prefix also sees the one after.
@@ -112,8 +113,8 @@ def _open_runner(
         return CpuRunner.from_checkpoint(folder, dtype, kv_dtype, threads, CACHE_BUDGET, window)
     from hrmcore.engine.cuda_runner import CudaRunner
 
-    require(kv_dtype in (None, "bfloat16"), "kv_dtype", f"bfloat16 on {device}", kv_dtype)
-    return CudaRunner.from_checkpoint(folder, dtype, device, window)
+    require(kv_dtype != "float32", "kv_dtype", f"bfloat16 or int8 on {device}", kv_dtype)
+    return CudaRunner.from_checkpoint(folder, dtype, device, window, kv_dtype)
 
 
 class Engine:

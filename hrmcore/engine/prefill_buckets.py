@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
 from hrmcore import _C
+from hrmcore.engine.cuda_cache import store_int8
 from hrmcore.graphs import Graphs
 from hrmcore.model import HRM, ForwardContext, Layout
 from hrmcore.ops.backend import runs_on_cuda, stream_of
@@ -55,12 +56,17 @@ class _NewKeys:
         self.key_offsets = numbers.offsets
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
-        keys, values = self._kv[context.slot].unbind()
+        cache = self._kv[context.slot]
+        in_int8 = cache.dtype == torch.uint8
         if not (runs_on_cuda(q) and q.dtype == torch.bfloat16):
             q, k = rope(q, k, context.table, context.positions)
             kept = self._rows >= 0
-            keys[self._rows[kept]], values[self._rows[kept]] = k[kept], v[kept]
+            if in_int8:
+                store_int8(cache, self._rows[kept], k[kept], v[kept])
+            else:
+                cache[:, self._rows[kept]] = torch.stack((k[kept], v[kept]))
             return q, k, v
+        keys, values = (cache, cache) if in_int8 else cache.unbind()
         rotated = torch.empty(2, *q.shape, dtype=q.dtype, device=q.device)
         angles = {"table": context.table, "positions": context.positions}
         operands = {"q": q, "k": k, "v": v, **angles, "rows": self._rows}
@@ -104,7 +110,7 @@ class BucketedPrefill:
     ) -> Tensor:
         """The logits (prompts, V) float32 after each prompt; its keys and values go to its `rows` of kv.
 
-        kv is (slots, 2, rows, H, d).
+        kv is as cuda_cache.empty_cache makes it.
         """
         if self._cache != kv.data_ptr():
             self._captured.clear()

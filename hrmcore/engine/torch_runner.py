@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hrmcore.config import HRMConfig
+from hrmcore.engine.cuda_cache import bytes_per_token, empty_cache, grown, page_count, pages_of, store_int8
 from hrmcore.engine.runner import PAGE, Prefill, Rows, WholePrefill
 from hrmcore.lens import look
 from hrmcore.model import HRM, ForwardContext, Layout
@@ -38,11 +39,13 @@ class _Sequence:
 
 
 class _Pool:
-    """Keys and values of all sequences: (slots, 2, rows, H, d), handed out in pages of rows. Grows, never shrinks."""
+    """Keys and values of all sequences (cuda_cache.empty_cache), handed out in pages. Grows, never shrinks.
+
+    `dtype` is that of the cache's tensor: uint8 is an int8 cache.
+    """
 
     def __init__(self, config: HRMConfig, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (config.cache_slots, 2, 0, config.num_attention_heads, config.head_dim)
-        self.kv = torch.empty(shape, dtype=dtype, device=device)
+        self.kv = empty_cache(config, dtype, device)
         self._free: list[int] = []  # highest page first, so that a lone sequence gets neighbouring pages
         self._shared: Counter[int] = Counter()  # pages that several sequences hold: how many hold them beyond the first
 
@@ -60,8 +63,8 @@ class _Pool:
         self._shared.update(copied.pages)
         self.reserve(copied, sequence.length)
         if full * PAGE < sequence.length:
-            old, new = sequence.pages[full] * PAGE, copied.pages[full] * PAGE
-            self.kv[:, :, new : new + PAGE] = self.kv[:, :, old : old + PAGE]
+            old, new = sequence.pages[full], copied.pages[full]
+            pages_of(self.kv, new, 1).copy_(pages_of(self.kv, old, 1))
         return copied
 
     def release(self, sequence: _Sequence) -> None:
@@ -72,16 +75,17 @@ class _Pool:
         sequence.pages = []
 
     def _grow(self, pages: int) -> None:
-        slots, two, rows, heads, head_dim = self.kv.shape
-        added = max(pages * PAGE, rows)
-        grown = self.kv.new_empty(slots, two, rows + added, heads, head_dim)
-        grown[:, :, :rows] = self.kv
-        self.kv = grown
-        self._free = sorted([*self._free, *range(rows // PAGE, (rows + added) // PAGE)], reverse=True)
+        before = page_count(self.kv)
+        after = before + max(pages, before)
+        self.kv = grown(self.kv, after)
+        self._free = sorted([*self._free, *range(before, after)], reverse=True)
 
 
 class _CacheView:
-    """What one packed forward sees of the pool (model.Cache): where its new tokens go, and what they attend to."""
+    """What one packed forward sees of the pool (model.Cache): where its new tokens go, and what they attend to.
+
+    Over an int8 cache sequences must be new: their tokens see each other's keys and values as they are.
+    """
 
     def __init__(self, kv: Tensor, sequences: Sequence[_Sequence], counts: Sequence[int]) -> None:
         lengths = [s.length + n for s, n in zip(sequences, counts, strict=True)]
@@ -100,6 +104,9 @@ class _CacheView:
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
         q, k = rope(q, k, context.table, context.positions)
+        if self._kv.dtype == torch.uint8:
+            store_int8(self._kv[context.slot], self._slot_mapping, k, v)
+            return q, k, v
         keys, values = self._kv[context.slot].unbind()
         keys.index_copy_(0, self._slot_mapping, k)
         values.index_copy_(0, self._slot_mapping, v)
@@ -130,17 +137,21 @@ def upload(numbers: Sequence[int] | Sequence[Sequence[int]], device: torch.devic
 
 
 class TorchRunner:
-    """The reference runner: HRM.hidden over packed sequences. The cache has a slot for each (visit, layer)."""
+    """The reference runner: HRM.hidden over packed sequences. The cache has a slot for each (visit, layer).
 
-    def __init__(self, model: HRM) -> None:
+    `cache_dtype` is that of the cache's tensor, None the weights'.
+    """
+
+    def __init__(self, model: HRM, cache_dtype: torch.dtype | None = None) -> None:
         self.config = model.config
         self.parameters = sum(p.numel() for p in model.parameters()) + model.z_L_init.numel()
         dtype = model.embed_tokens.weight.dtype
         self.dtype = str(dtype).removeprefix("torch.")
-        self.cache_bytes_per_token = 2 * self.config.cache_slots * self.config.attention_width * dtype.itemsize
+        cache_dtype = cache_dtype or dtype
+        self.cache_bytes_per_token = bytes_per_token(self.config, cache_dtype)
         self._model = model.eval()
         self._device = model.embed_tokens.weight.device
-        self._pool = _Pool(self.config, dtype, self._device)
+        self._pool = _Pool(self.config, cache_dtype, self._device)
         self._sequences: dict[int, _Sequence] = {}
         self._kept: dict[int, _Sequence] = {}
         self._handles = itertools.count()
@@ -152,7 +163,7 @@ class TorchRunner:
 
     @property
     def kv(self) -> Tensor:
-        """The keys and values of all sequences: (slots, 2, rows, H, d). Replaced when the pool grows."""
+        """The keys and values of all sequences (cuda_cache.empty_cache). Replaced when the pool grows."""
         return self._pool.kv
 
     @one_at_a_time

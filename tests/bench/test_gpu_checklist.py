@@ -75,6 +75,7 @@ def test_every_check_runs_or_says_why_not(tmp_path: Path, checklist: ModuleType)
     assert by_name["ranks"]["figures"]["backends"] == ["gloo", "gloo"]
     assert by_name["sampling"]["figures"]["all"] == {"draws": 4, "different": 0}
     assert by_name["fed_back"]["figures"] == {"answers": 3, "tokens": 4, "different": 0}
+    assert len(by_name["int8_cache"]["figures"]["errors"]) == 3
     assert by_name["captured_prefill"]["figures"]["40"]["error"] <= 2e-2
     for dtype in ("int8", "int4"):
         packed = by_name["packed_prefill"]["figures"][dtype]

@@ -28,8 +28,8 @@ def test_it_runs_on_the_emulator(tmp_path: Path) -> None:
     report = json.loads(out.read_text())
     assert json.loads(ran.stdout.splitlines()[-1]) == report
     assert report["right"] is True
-    assert set(report["errors"]) == {"bfloat16", "int8", "int4"}
-    assert len(report["cases"]) == 6
+    assert set(report["errors"]) == {"bfloat16", "int8", "int4", "bfloat16, int8 cache"}
+    assert len(report["cases"]) == 8
     assert report["left_out"] == []
     for case in report["cases"]:
         assert case["measured"] == {"same_bits": True, "ms": None, "graph_ms": None, "phases": None}
@@ -47,13 +47,13 @@ def test_launches_are_dealt_to_phases() -> None:
 
 
 def test_an_error_too_large_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(speed, "error_of", lambda plan, model, dtype: 0.5 if dtype == "int4" else 1e-3)
+    monkeypatch.setattr(speed, "error_of", lambda plan, model, dtype, *cache: 0.5 if dtype == "int4" else 1e-3)
     monkeypatch.setattr(speed, "LIMIT", -1.0)
     assert speed.main(["--emulated"]) == 1
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["right"] is False
     assert report["cases"] == []
-    assert len(report["left_out"]) == 6
+    assert len(report["left_out"]) == 8
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,6 +159,18 @@ def test_more_than_8_requests_are_predicted_with_kernels_of_their_own(dtype: str
     assert step_model.xl(dtype, 32, 200).parts("gate_up") == [12]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
+def test_an_int8_cache_takes_half_the_bytes_and_spares_many_long_requests_time(dtype: str) -> None:
+    counts, c = step_model.load_counts("new"), Constants()
+    cases = [step_model.xl(dtype, 32, 1500, kv_dtype) for kv_dtype in ("bfloat16", "int8")]
+    assert cases[1].kernel == f"{cases[0].kernel}, int8 cache"
+    expected = traffic(HRMConfig.preset("XL"), [1500] * 32, 132, dtype, kv_dtype="int8")
+    assert cases[1].bytes == pytest.approx(expected.floor, rel=3e-3)  # less the new tokens' own keys and values
+    assert cases[1].cache_bytes == cases[0].cache_bytes * 272 // 512
+    wide, narrow = (step_model.predict(case, counts, c) for case in cases)
+    assert narrow["limit_ms"] < narrow["ms"] < wide["ms"]
+
+
 def test_activations_take_as_long_as_the_second_level_cache_needs_for_them() -> None:
     c = MADE_UP_CONSTANTS
     assert Work(reads=2, asked=1e6).before(c) == pytest.approx(2 * c.read)
@@ -167,18 +179,21 @@ def test_activations_take_as_long_as_the_second_level_cache_needs_for_them() -> 
 
 @pytest.mark.emulated
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("shared_kib", [99, 163, 227])
-def test_as_many_requests_fit_as_the_core_says(dtype: str, shared_kib: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_many_requests_fit_as_the_core_says(
+    dtype: str, kv_dtype: str, shared_kib: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(step_shapes, "SHARED_BYTES", shared_kib << 10)
     with device_with(shared_kib), emulated_cuda():
         most = _C.cuda_step_most_requests(
             **{"width": 1536, "ffn": 4096, "heads": 12, "head_dim": 128, "xpos": False, "window": 0},
-            **{"table_length": 24, "dtype": dtype, "blocks": 132},
+            **{"table_length": 24, "dtype": dtype, "blocks": 132, "int8_cache": kv_dtype == "int8"},
         )
-    step_model.xl(dtype, most, 1500).ring_stages()
+    step_model.xl(dtype, most, 1500, kv_dtype).ring_stages()
     for more in range(most + 1, 33):
         with pytest.raises(ValueError, match="do not fit"):
-            step_model.xl(dtype, more, 1500).ring_stages()
+            step_model.xl(dtype, more, 1500, kv_dtype).ring_stages()
 
 
 def test_shapes_follow_the_schedule() -> None:

@@ -468,7 +468,7 @@ def test_threads_are_set_for_torch_and_the_kernels(checkpoint: Path) -> None:
         ({"kv_dtype": "int4"}, "kv_dtype must be float32, bfloat16 or int8, got 'int4'"),
         ({"device": "tpu"}, "device must be 'cpu', 'cuda' or 'cuda:N', got 'tpu'"),
         ({"device": "cuda:"}, "device must be 'cpu', 'cuda' or 'cuda:N', got 'cuda:'"),
-        ({"device": "cuda", "kv_dtype": "int8"}, "kv_dtype must be bfloat16 on cuda, got 'int8'"),
+        ({"device": "cuda", "kv_dtype": "float32"}, "kv_dtype must be bfloat16 or int8 on cuda, got 'float32'"),
         ({"device": None}, "device must be"),
         ({"threads": 0}, "threads must be a whole number from 1 to 1024, got 0"),
         ({"threads": "2"}, "threads must be"),

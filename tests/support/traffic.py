@@ -37,12 +37,17 @@ class Traffic:
 
 
 def traffic(
-    config: HRMConfig, positions: Sequence[int], blocks: int, dtype: str = "bfloat16", table_length: int | None = None
+    config: HRMConfig,
+    positions: Sequence[int],
+    blocks: int,
+    dtype: str = "bfloat16",
+    table_length: int | None = None,
+    kv_dtype: str = "bfloat16",
 ) -> Traffic:
     """What the kernels of csrc/decode/phases.cuh read for requests with `positions` tokens in the cache.
 
-    `blocks` is the grid, `dtype` that of the weights, `table_length` the pages that a request's table has room for:
-    as many as the longest needs unless given.
+    `blocks` is the grid, `dtype` that of the weights, `kv_dtype` of the cache, `table_length` the pages that a table
+    has room for: as many as the longest needs unless given.
     """
     width, ffn, heads, d = config.hidden_size, config.intermediate_size, config.num_attention_heads, config.head_dim
     attention, batch = config.attention_width, len(positions)
@@ -64,9 +69,9 @@ def traffic(
     squares, row = 4 * batch * width // TILE, 2 * batch * width  # of the residual stream
     matrices = ((4 * attention, width), (width, attention), (2 * ffn, width), (width, ffn))
     layer = sum(matrix_bytes(rows, columns, dtype) for rows, columns in matrices)
-    cache = sum(
-        4 * attention * (position + 1 - PAGE * first) for position, first in zip(positions, first_pages, strict=True)
-    )
+    # The new token's own row is read with them; for an int8 cache it comes in float32.
+    token, own = (heads * (2 * d + 16), 8 * attention) if kv_dtype == "int8" else (4 * attention, 4 * attention)
+    cache = sum(token * (position - PAGE * first) + own for position, first in zip(positions, first_pages, strict=True))
     joined = [MAX_SPLITS if n > MAX_SPLITS // 2 else MAX_SPLITS // 2 for n in splits]  # read, some of them twice
     attended = sum(attention // 8 * (20 * n + 4 * max(0, n - MAX_SPLITS // 2) if apart else 16) for n in joined)
     once_attended = sum(2 * attention * n + 4 * heads * n * apart for n in splits)
