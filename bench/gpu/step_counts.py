@@ -22,10 +22,10 @@ from bench.gpu.sass import Kernel, Loop, cuobjdump, disassembled
 from bench.gpu.step_shapes import COLUMNS, STAGE_ITEMS, Matrix, kernel_name
 
 DTYPES = {"1": "bfloat16", "2": "int8", "3": "int4"}  # enum Packing, in a mangled name
-ROWS = 8  # pieces that a lane brings at once
+ROWS = (2, 8)  # pieces that a lane brings at once: of a single request, of more
 PRODUCTS = {"bfloat16": 1, "int8": 2, "int4": 4}  # of the tensor cores, an item
-KERNEL = re.compile(r"decodeILN\w*7PackingE(\d)ELi(\d+)ENS\w*PlainParams(?:ELi(\d))?")
-GROUPS = (1, 2, 4)  # of 8 requests
+KERNEL = re.compile(r"decodeILN\w*7PackingE(\d)ELi(\d+)ENS\w*?(Single|Plain)Params(?:ELi(\d))?")
+REQUESTS = (1, 8, 16, 32)  # at most, of a kernel
 
 Counts = dict[str, Any]
 Asked = dict[str | int, int]  # work of a way: kinds of instructions, numbers of blocks
@@ -51,10 +51,11 @@ def deepest(kernels: Iterable[Kernel]) -> dict[str, Kernel]:
     found: dict[str, tuple[int, Kernel]] = {}
     for kernel in kernels:
         if match := KERNEL.search(kernel.name):
-            name, stages = kernel_name(DTYPES[match[1]], int(match[3] or 1)), int(match[2])
+            most = 1 if match[3] == "Single" else COLUMNS * int(match[4] or 1)
+            name, stages = kernel_name(DTYPES[match[1]], most), int(match[2])
             if name not in found or found[name][0] < stages:
                 found[name] = stages, kernel
-    names = [kernel_name(dtype, groups) for groups in GROUPS for dtype in DTYPES.values()]
+    names = [kernel_name(dtype, most) for most in REQUESTS for dtype in DTYPES.values()]
     return {name: found[name][1] for name in names if name in found}
 
 
@@ -89,7 +90,7 @@ def sure(count: int | None, what: str) -> int:
 
 def new_step(kernel: Kernel, name: str) -> Counts:
     dtype, _, requests = name.partition(", ")
-    groups = int(requests.split()[0]) // COLUMNS if requests else 1
+    groups = max(1, int(requests.split()[0]) // COLUMNS) if requests else 1
     phases = phase_loop(kernel)
     halves = kernel.innermost("HMMA", "LDSM")[0]  # of a page: keys, and then values
     products = [loop for loop in kernel.innermost("HMMA") if loop != halves]
@@ -99,12 +100,13 @@ def new_step(kernel: Kernel, name: str) -> Counts:
     pages = outside(kernel, halves)
     done: Asked = {products[0].head: 1, "BAR": 3}
     skipped = sure(kernel.once_round(products[0], {}), "a stage")
-    normed: Asked = {"SHFL": 2 * groups, "LDG": 2}
+    single = int(requests.startswith("1 "))  # its sums of two rows are exchanged between two lanes
+    normed: Asked = {"SHFL": 2 * groups + single, "LDG": 2, "MUFU.RSQ": 1}
     kinds: dict[str, Asked] = {
         "gqkv": {"STG": 2, **normed},
-        "o": {"STG": 5, "SHFL": 3},
+        "o": {"STG": 5, "SHFL": 3 + single},
         "gate_up": {"MUFU.EX2": 1, "STG": 1, **normed},
-        "down": {"STG": 5, "SHFL": 3, "LDG": 3},
+        "down": {"STG": 5, "SHFL": 3 + single, "LDG": 3},
     }
     keys: Asked = {"HMMA": 8, "SHFL": 2, "MUFU": 2, "LDGSTS": 4}  # of 128 channels
     values: Asked = {"HMMA": 8, "LDSM": 4, "LDGSTS": 4}
@@ -144,9 +146,9 @@ def new_step(kernel: Kernel, name: str) -> Counts:
 
 
 def stage_work(dtype: str, items: int, groups: int = 1) -> Asked:
-    """Of a stage that multiplies so many items with so many groups of 8 requests and loads as many."""
+    """Of a stage that reads so many items, multiplies them with so many groups of 8 requests and loads as many."""
     pieces = items * Matrix(16, 1, dtype).item_bytes // 16
-    return {"HMMA": items * PRODUCTS[dtype] * groups, "LDGSTS": -(-pieces // 32)}
+    return {"HMMA": items * PRODUCTS[dtype] * groups, "LDGSTS": -(-pieces // 32), "LDS.128": items}
 
 
 def _bringing(kernel: Kernel, phases: Loop, others: frozenset[int], groups: int) -> Counts:
@@ -158,15 +160,16 @@ def _bringing(kernel: Kernel, phases: Loop, others: frozenset[int], groups: int)
         has = {kind: kernel.count(loop.blocks, kind) for kind in ("LDG", "STS", "STG", "MUFU.EX2")}
         whole: Asked = {kind: n for kind, n in has.items() if n}
         if has["MUFU.EX2"] and has["STS"]:
-            found["join_half"] = sure(kernel.once_round(loop, {"LDG": 8, "MUFU.EX2": 4, "STS": 1}), "four splits")
+            found["join_half"] = sure(kernel.once_round(loop, {"LDG": 5, "MUFU.EX2": 4, "STS": 1}), "four splits")
             found["join"] = sure(kernel.once_round(loop, whole), "all splits")
         elif has["STG"]:
             entered = sure(kernel.once_round(loop, whole), "entering a visit")
             found["write_entered"] = min(
                 entered, found.get("write_entered", entered)
             )  # the loop over 8 requests holds it
-        elif has["LDG"] == ROWS and has["STS"] == ROWS:
-            found["rows"] = [sure(kernel.once_round(loop, {"LDG": n, "STS": n}), "rows") for n in range(1, ROWS + 1)]
+        elif has["LDG"] in ROWS and has["STS"] == has["LDG"]:
+            turns = range(1, has["LDG"] + 1)
+            found["rows"] = [sure(kernel.once_round(loop, {"LDG": n, "STS": n}), "rows") for n in turns]
         elif has["LDG"] in (4, 4 * groups) and not has["STS"]:  # of 8 requests where a visit is entered
             kinds = ["squares"] * (has["LDG"] == 4 * groups) + ["enter_squares"] * (has["LDG"] == 4)
             found |= dict.fromkeys(kinds, sure(kernel.once_round(loop, whole), "squares"))

@@ -26,8 +26,9 @@ WIDE_DEPTHS = {  # of up to 16 and up to 32
 PRODUCT_PHASES = ("gqkv", "o", "gate_up", "down", "head")
 
 
-def kernel_name(dtype: str, column_groups: int) -> str:
-    return dtype if column_groups == 1 else f"{dtype}, {COLUMNS * column_groups} requests"
+def kernel_name(dtype: str, most: int) -> str:
+    """Of the kernel for up to so many requests: 1, 8, 16 or 32."""
+    return dtype if most == COLUMNS else f"{dtype}, {most} request{'s' if most > 1 else ''}"
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Case:
     @property
     def kernel(self) -> str:
         """Its name among the counts."""
-        return kernel_name(self.dtype, self.column_groups)
+        return kernel_name(self.dtype, 1 if self.batch == 1 else COLUMNS * self.column_groups)
 
     def columns_of_warp(self, phase: str) -> int:
         matrix = self.matrix(phase)

@@ -130,6 +130,7 @@ inline MatrixShape matrix_shape(std::int64_t rows, std::int64_t depth, Item item
 // as many rows as it takes requests, and what lies in those of no request is nobody's.
 struct DecodeParams {
   static constexpr int column_groups = 1;  // of 8 requests, that one read of a weight is multiplied with
+  static constexpr bool single = false;    // one request alone
 
   Schedule schedule;
   int batch, width, ffn, heads, head_dim, head_shift, vocabulary;  // head_dim = 1 << head_shift
@@ -139,14 +140,14 @@ struct DecodeParams {
   Item item, head_item;
   MatrixShape shapes[phase_count];  // by phase; attention has none
   std::int64_t layer_bytes;
-  float eps, inverse_width, embedding_scale;
+  float eps, inverse_width, embedding_scale, query_scale;  // query_scale: 1 / (sqrt(d) log 2)
   const std::int32_t *tokens, *positions, *tables;
   const void* embedding;
   const float *z_init, *rope, *log_decay;
   void* kv;
   const std::byte *l_weights, *h_weights, *head_weights;
   float *logits, *streams[2], *states[2], *squares, *gate, *split_lse;
-  void *x, *q, *attended, *hidden;  // q: all first halves of its sums, then the second
+  void *x, *q, *attended, *hidden;  // q: of each two channels the first halves of their sums, then the second
   std::uint32_t* barrier;
 
   // Places what a step keeps between its phases, for max_batch requests, from `base` on; returns its bytes. A null
@@ -205,7 +206,15 @@ struct PlainParams : DecodeParams {
   HRMCORE_HOST_DEVICE int attention_width() const { return heads * head_dim; }
 };
 
-// Either of them for more than 8 requests, up to 8 times `groups`.
+// And of one request alone, whose number every index is then free of.
+struct SingleParams : PlainParams {
+  static constexpr bool single = true;
+  static constexpr int batch = 1;
+
+  HRMCORE_HOST_DEVICE static constexpr int rows() { return 1; }
+};
+
+// Either of the first two for more than 8 requests, up to 8 times `groups`.
 template <class Base, int groups>
 struct WideParams : Base {
   static constexpr int column_groups = groups;
