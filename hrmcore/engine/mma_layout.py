@@ -3,8 +3,9 @@
 A tile is 16 rows; an item is the tile's next 16, 32 or 64 columns: 16 bytes for each of 32 lanes, then the scales
 (bfloat16) of rows g and g + 8 for each group of 32 columns, g from 0 to 7. They are 16 * 2^24 times the weights' own:
 activations beside int8 and int4 are stored in sixteenths (csrc/decode/activations.cuh), and whole numbers become f16
-as multiples of 2^-24, the smallest (csrc/decode/gemm.cuh). Rows g + 8 of int4 become multiples of 2^-20 instead. Lane 4g + h holds, of each 16
-columns, 4h to 4h + 3 of rows g and g + 8: what mma.m16n8k16 takes, with the columns of activations renumbered alike.
+as multiples of 2^-24, the smallest (csrc/decode/gemm.cuh). Rows g + 8 of int4 become multiples of 2^-20 instead.
+Lane 4g + h holds, of each 16 columns, 4h to 4h + 3 of rows g and g + 8: what mma.m16n8k16 takes, with the columns of
+activations renumbered alike.
 Shapes: R rows, K columns of a matrix, as the model has them; T tiles, I items.
 """
 
