@@ -133,7 +133,8 @@ def new_step(kernel: Kernel, name: str) -> Counts:
         group = outside(kernel, tile)
         stages = [stage_work(of, items, groups) for items in range(1, STAGE_ITEMS[of] + 1)]
         found[f"{which}stage"] = [sure(kernel.once_round(loop, work), "a stage") for work in stages]
-        one, put = found[f"{which}stage"][0], {"STS": 2 * groups}
+        one = found[f"{which}stage"][0]
+        put: Asked = {"STS": 2 * groups}
         round_tile = sure(kernel.once_round(tile, {**stages[0], **put}), "a tile")
         round_group = sure(kernel.once_round(group, {**stages[0], **put, "BAR": 2, "STG": 2}), "tiles together")
         found |= {f"{which}tile": round_tile - one, f"{which}group": round_group - round_tile}
