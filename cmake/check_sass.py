@@ -81,7 +81,7 @@ def rows_of(kernels: dict[str, dict[str, Kernel]], counts: dict[str, dict[str, C
             (
                 f"{name}: instructions for {item}",
                 each(name, lambda _, c: c["stage"][-1] / len(c["stage"])),
-                ITEM_BUDGETS.get(name),
+                ITEM_BUDGETS.get(name.removesuffix(", 1 request")),
             ),
             (f"{name}: KB of code", each(name, lambda k, _: k.code_bytes / 1024), CODE_BUDGET),
             (f"{name}: KB of the loop over phases", each(name, lambda _, c: c["turn_bytes"] / 1024), TURN_BUDGET),

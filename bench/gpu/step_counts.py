@@ -22,10 +22,10 @@ from bench.gpu.sass import Kernel, Loop, cuobjdump, disassembled
 from bench.gpu.step_shapes import COLUMNS, STAGE_ITEMS, Matrix, kernel_name
 
 DTYPES = {"1": "bfloat16", "2": "int8", "3": "int4"}  # enum Packing, in a mangled name
-ROWS = 8  # pieces that a lane brings at once
+ROWS = (2, 8)  # pieces that a lane brings at once: of a single request, of more
 PRODUCTS = {"bfloat16": 1, "int8": 2, "int4": 4}  # of the tensor cores, an item
-KERNEL = re.compile(r"decodeILN\w*7PackingE(\d)ELi(\d+)ENS\w*PlainParamsE*?(?:ELi(\d))?E*vN")
-GROUPS = (1, 2, 4)  # of 8 requests
+KERNEL = re.compile(r"decodeILN\w*7PackingE(\d)ELi(\d+)ENS\w*?(Single|Plain)ParamsE*?(?:ELi(\d))?E*vN")
+KINDS = [(most, kv_dtype) for kv_dtype in ("bfloat16", "int8") for most in (1, 8, 16, 32)]  # requests at most
 
 Counts = dict[str, Any]
 Asked = dict[str | int, int]  # work of a way: kinds of instructions, numbers of blocks
@@ -52,11 +52,11 @@ def deepest(kernels: Iterable[Kernel]) -> dict[str, Kernel]:
     for kernel in kernels:
         if match := KERNEL.search(kernel.name):
             kv_dtype = "int8" if "Int8Cache" in match[0] else "bfloat16"
-            name, stages = kernel_name(DTYPES[match[1]], int(match[3] or 1), kv_dtype), int(match[2])
+            most = 1 if match[3] == "Single" else COLUMNS * int(match[4] or 1)
+            name, stages = kernel_name(DTYPES[match[1]], most, kv_dtype), int(match[2])
             if name not in found or found[name][0] < stages:
                 found[name] = stages, kernel
-    kinds = [(groups, kv_dtype) for kv_dtype in ("bfloat16", "int8") for groups in GROUPS]
-    names = [kernel_name(dtype, *kind) for kind in kinds for dtype in DTYPES.values()]
+    names = [kernel_name(dtype, *kind) for kind in KINDS for dtype in DTYPES.values()]
     return {name: found[name][1] for name in names if name in found}
 
 
@@ -92,7 +92,8 @@ def sure(count: int | None, what: str) -> int:
 def new_step(kernel: Kernel, name: str) -> Counts:
     dtype, *rest = name.split(", ")
     int8_cache = "int8 cache" in rest
-    groups = next((int(what.split()[0]) // COLUMNS for what in rest if "requests" in what), 1)
+    most = next((int(what.split()[0]) for what in rest if "request" in what), COLUMNS)
+    groups = max(1, most // COLUMNS)
     phases = phase_loop(kernel)
     halves = kernel.innermost("HMMA", "LDSM")[0]  # of a page: keys, and then values; of an int8 cache, the page
     products = [loop for loop in kernel.innermost("HMMA") if loop != halves]
@@ -102,12 +103,13 @@ def new_step(kernel: Kernel, name: str) -> Counts:
     pages = halves if int8_cache else outside(kernel, halves)
     done: Asked = {products[0].head: 1, "BAR": 3}
     skipped = sure(kernel.once_round(products[0], {}), "a stage")
-    normed: Asked = {"SHFL": 2 * groups, "LDG": 2}
+    single = int(most == 1)  # its sums of two rows are exchanged between two lanes
+    normed: Asked = {"SHFL": 2 * groups + single, "LDG": 2, "MUFU.RSQ": 1}
     kinds: dict[str, Asked] = {
         "gqkv": {"STG": 2, **normed},
-        "o": {"STG": 5, "SHFL": 3},
+        "o": {"STG": 5, "SHFL": 3 + single},
         "gate_up": {"MUFU.EX2": 1, "STG": 1, **normed},
-        "down": {"STG": 5, "SHFL": 3, "LDG": 3},
+        "down": {"STG": 5, "SHFL": 3 + single, "LDG": 3},
     }
     keys: Asked = {"HMMA": 8, "SHFL": 2, "MUFU": 2, "LDGSTS": 4}  # of 128 channels
     values: Asked = {"HMMA": 8, "LDSM": 4, "LDGSTS": 4}
@@ -143,7 +145,8 @@ def new_step(kernel: Kernel, name: str) -> Counts:
         group = outside(kernel, tile)
         stages = [stage_work(of, items, groups) for items in range(1, STAGE_ITEMS[of] + 1)]
         found[f"{which}stage"] = [sure(kernel.once_round(loop, work), "a stage") for work in stages]
-        one, put = found[f"{which}stage"][0], {"STS": 2 * groups}
+        one = found[f"{which}stage"][0]
+        put: Asked = {"STS": 2 * groups}
         round_tile = sure(kernel.once_round(tile, {**stages[0], **put}), "a tile")
         round_group = sure(kernel.once_round(group, {**stages[0], **put, "BAR": 2, "STG": 2}), "tiles together")
         found |= {f"{which}tile": round_tile - one, f"{which}group": round_group - round_tile}
@@ -156,9 +159,9 @@ def new_step(kernel: Kernel, name: str) -> Counts:
 
 
 def stage_work(dtype: str, items: int, groups: int = 1) -> Asked:
-    """Of a stage that multiplies so many items with so many groups of 8 requests and loads as many."""
+    """Of a stage that reads so many items, multiplies them with so many groups of 8 requests and loads as many."""
     pieces = items * Matrix(16, 1, dtype).item_bytes // 16
-    return {"HMMA": items * PRODUCTS[dtype] * groups, "LDGSTS": -(-pieces // 32)}
+    return {"HMMA": items * PRODUCTS[dtype] * groups, "LDGSTS": -(-pieces // 32), "LDS.128": items}
 
 
 def _bringing(kernel: Kernel, phases: Loop, others: frozenset[int], groups: int) -> Counts:
@@ -170,15 +173,16 @@ def _bringing(kernel: Kernel, phases: Loop, others: frozenset[int], groups: int)
         has = {kind: kernel.count(loop.blocks, kind) for kind in ("LDG", "STS", "STG", "MUFU.EX2")}
         whole: Asked = {kind: n for kind, n in has.items() if n}
         if has["MUFU.EX2"] and has["STS"]:
-            found["join_half"] = sure(kernel.once_round(loop, {"LDG": 8, "MUFU.EX2": 4, "STS": 1}), "four splits")
+            found["join_half"] = sure(kernel.once_round(loop, {"LDG": 5, "MUFU.EX2": 4, "STS": 1}), "four splits")
             found["join"] = sure(kernel.once_round(loop, whole), "all splits")
         elif has["STG"]:
             entered = sure(kernel.once_round(loop, whole), "entering a visit")
             found["write_entered"] = min(
                 entered, found.get("write_entered", entered)
             )  # the loop over 8 requests holds it
-        elif has["LDG"] == ROWS and has["STS"] == ROWS:
-            found["rows"] = [sure(kernel.once_round(loop, {"LDG": n, "STS": n}), "rows") for n in range(1, ROWS + 1)]
+        elif has["LDG"] in ROWS and has["STS"] == has["LDG"]:
+            turns = range(1, has["LDG"] + 1)
+            found["rows"] = [sure(kernel.once_round(loop, {"LDG": n, "STS": n}), "rows") for n in turns]
         elif has["LDG"] in (4, 4 * groups) and not has["STS"]:  # of 8 requests where a visit is entered
             kinds = ["squares"] * (has["LDG"] == 4 * groups) + ["enter_squares"] * (has["LDG"] == 4)
             found |= dict.fromkeys(kinds, sure(kernel.once_round(loop, whole), "squares"))

@@ -29,8 +29,9 @@ INT8_WIDE_DEPTHS = {2: {"bfloat16": 8, "int8": 5, "int4": 8}, 4: {"bfloat16": 5,
 PRODUCT_PHASES = ("gqkv", "o", "gate_up", "down", "head")
 
 
-def kernel_name(dtype: str, column_groups: int, kv_dtype: str = "bfloat16") -> str:
-    requests = "" if column_groups == 1 else f", {COLUMNS * column_groups} requests"
+def kernel_name(dtype: str, most: int, kv_dtype: str = "bfloat16") -> str:
+    """Of the kernel for up to so many requests: 1, 8, 16 or 32."""
+    requests = "" if most == COLUMNS else f", {most} request{'s' if most > 1 else ''}"
     return dtype + requests + (", int8 cache" if kv_dtype == "int8" else "")
 
 
@@ -132,7 +133,8 @@ class Case:
     @property
     def kernel(self) -> str:
         """Its name among the counts."""
-        return kernel_name(self.dtype, self.column_groups, self.kv_dtype)
+        single = self.batch == 1 and self.kv_dtype == "bfloat16"
+        return kernel_name(self.dtype, 1 if single else COLUMNS * self.column_groups, self.kv_dtype)
 
     def columns_of_warp(self, phase: str) -> int:
         matrix = self.matrix(phase)

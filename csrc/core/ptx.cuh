@@ -121,15 +121,16 @@ __device__ __forceinline__ float quick_exp2(float x) {
   return std::exp2(x);
 #endif
 }
-__device__ __forceinline__ float quick_log(float x) {
+__device__ __forceinline__ float quick_log2(float x) {
 #if defined(__CUDACC__)
   float result;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result * 0.693147181f;
+  return result;
 #else
-  return std::log(x);
+  return std::log2(x);
 #endif
 }
+__device__ __forceinline__ float quick_log(float x) { return quick_log2(x) * 0.693147181f; }
 __device__ __forceinline__ float quick_reciprocal(float x) {
 #if defined(__CUDACC__)
   float result;
@@ -350,6 +351,20 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
                : "memory");
 #else
   emulator::copy_async(shared, global, 16, static_cast<std::size_t>(filled), site);
+#endif
+}
+
+// The same under a condition: all 16 bytes, or nothing is copied at all.
+__device__ __forceinline__ void copy_async_if(bool copied, void* shared, const void* global HRMCORE_SITE) {
+#if defined(__CUDACC__)
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile(
+      "{.reg .pred copied; setp.ne.b32 copied, %2, 0; @copied cp.async.cg.shared.global [%0], [%1], 16;}" ::
+          "r"(address),
+      "l"(global), "r"(static_cast<int>(copied))
+      : "memory");
+#else
+  if (copied) emulator::copy_async(shared, global, 16, 16, site);
 #endif
 }
 

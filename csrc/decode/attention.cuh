@@ -112,31 +112,33 @@ __device__ __forceinline__ void multiply_sums(float (&c)[4], const bf16x2 (&a)[4
 }
 // Queries beside an int8 cache are stored in sixteenths, as activations that are f16.
 template <class P>
-constexpr float query_scale = P::int8_cache ? 1.0f / 16 : 1.0f;
+constexpr float query_unit = P::int8_cache ? 1.0f / 16 : 1.0f;
 
 // The query of a head as the tensor cores take it: four lanes share a row, each has every fourth 8 channels. It is
-// the sum of two halves, 16 bits in all: rows 0 to 7 of a product are all the first, rows 8 to 15 the second.
+// the sum of two halves, 16 bits in all: rows 0 to 7 of a product are all the first, rows 8 to 15 the second. So of two
+// neighbouring channels the first halves come, then the second: in memory, too. It is in units of log 2.
 struct Query {
-  Packed<bf16x2, 4> high[4], low[4];
+  Packed<bf16x2, 4> pieces[4][2];
 };
 __device__ __forceinline__ int query_channel(int piece) { return 8 * (lane_id() % 4 + 4 * piece); }
 
 // A piece of it with each channel decayed by the distance of this lane's key, of row lane / 4: xPos.
 template <class P>
 __device__ __forceinline__ void decay(const P& params, const SharedLayout& layout, int piece, int distance,
-                                      Packed<bf16x2, 4>& high, Packed<bf16x2, 4>& low) {
+                                      Packed<bf16x2, 4> (&query)[2]) {
   const SharedArray<float> log_decay = shared_array<float>(static_cast<std::size_t>(layout.log_decay));
   if (query_channel(piece) >= params.head_dim) return;
 #pragma unroll
   for (int pair = 0; pair < 4; ++pair) {
+    bf16x2 &high = query[pair / 2].at[pair % 2 * 2], &low = query[pair / 2].at[pair % 2 * 2 + 1];
     float x[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int channel = query_channel(piece) + 2 * pair + i;
-      x[i] = (half_of_sum<P>(high.at[pair], i) + half_of_sum<P>(low.at[pair], i)) *
+      x[i] = (half_of_sum<P>(high, i) + half_of_sum<P>(low, i)) *
              quick_exp(log_decay[channel & (params.head_dim / 2 - 1)] * static_cast<float>(distance));
     }
-    split_sum<P>(x[0], x[1], high.at[pair], low.at[pair]);
+    split_sum<P>(x[0], x[1], high, low);
   }
 }
 
@@ -186,7 +188,7 @@ __device__ __forceinline__ void add_pieces(const P& params, const TwoScales& sca
       for (int piece = 1; piece < 4; ++piece) {
         if (piece < groups) scores[i] += key_scale(scales[i], piece) * (sums[piece][i] + sums[piece][i + 2]);
       }
-      scores[i] *= 1 / query_scale<P>;
+      scores[i] *= 1 / query_unit<P>;
     }
   } else {
 #pragma unroll
@@ -207,14 +209,13 @@ __device__ __forceinline__ void score(const P& params, const SharedLayout& layou
 #pragma unroll
   for (int piece = 0; piece < 4; ++piece) {
     if (32 * piece >= d) break;
-    Packed<bf16x2, 4> k{}, high = q.high[piece], low = q.low[piece];
+    Packed<bf16x2, 4> k{}, query[2] = {q.pieces[piece][0], q.pieces[piece][1]};
     if (query_channel(piece) < d) k = key_channels(params, slot, piece);
-    if (decays) decay(params, layout, piece, distance - row, high, low);
+    if (decays) decay(params, layout, piece, distance - row, query);
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
-      const bf16x2 a[4] = {high.at[i], low.at[i], high.at[i + 1], low.at[i + 1]};
       const bf16x2 b[2] = {k.at[i], k.at[i + 1]};
-      multiply_sums<P>(sums[piece], a, b);
+      multiply_sums<P>(sums[piece], query[i / 2].at, b);
     }
   }
   add_pieces(params, scales, sums, scores);
@@ -309,13 +310,13 @@ struct OwnRow {
   }
 };
 
-// Splits of a head joined in order, out of their normalised values and the logarithms of their weights.
+// Splits of a head joined in order, out of their normalised values and the base 2 logarithms of their weights.
 template <class Value, class LogWeight>
 __device__ __forceinline__ float join_splits(int count, const Value& value, const LogWeight& log_weight) {
   float highest = -__builtin_inff(), sum = 0, joined = 0;
   for (int split = 0; split < count; ++split) highest = fmaxf(highest, log_weight(split));
   for (int split = 0; split < count; ++split) {
-    const float weight = quick_exp(log_weight(split) - highest);
+    const float weight = quick_exp2(log_weight(split) - highest);
     sum += weight;
     joined += weight * value(split);
   }
@@ -340,7 +341,7 @@ inline int exchange_bytes(int d) {
   return (2 * decode_warps * (d + 2) + 2 * max_kv_splits * d) * static_cast<int>(sizeof(float));
 }
 
-// This thread's channel of a split, gated, and the logarithm of the split's weight.
+// This thread's channel of a split, gated, and the base 2 logarithm of the split's weight.
 struct SplitResult {
   float value, lse;
 };
@@ -353,11 +354,12 @@ __device__ __forceinline__ SplitResult join_warps(const Exchange& exchange, int 
   for (int warp = 0; warp < decode_warps; ++warp) highest = fmaxf(highest, row_max[warp / 4].at[warp % 4]);
 #pragma unroll
   for (int warp = 0; warp < decode_warps; ++warp) {
-    const float weight = quick_exp(row_max[warp / 4].at[warp % 4] - highest);
+    const float weight = quick_exp2(row_max[warp / 4].at[warp % 4] - highest);
     sum += weight * row_sum[warp / 4].at[warp % 4];
     value += weight * exchange.out[warp * d + channel];
   }
-  return {rounded<bf16>(value * quick_reciprocal(sum * (1.0f + quick_exp(-gate)))), highest + quick_log(sum)};
+  return {rounded<bf16>(value * quick_reciprocal(sum * (1.0f + quick_exp(-gate)))),
+          highest + quick_log2(sum)};
 }
 
 // Scores of 8 keys to weights, this lane's two.
@@ -366,7 +368,7 @@ __device__ __forceinline__ void soften(Softmax& softmax, float (&weights)[2]) {
   highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
   highest = fmaxf(fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2)), softmax.row_max);
   if (highest > softmax.row_max && softmax.row_max > -__builtin_inff()) {
-    const float decay = quick_exp(softmax.row_max - highest);
+    const float decay = quick_exp2(softmax.row_max - highest);
     softmax.row_sum *= decay;
 #pragma unroll
     for (float (&tile)[4] : softmax.out) {
@@ -377,7 +379,7 @@ __device__ __forceinline__ void soften(Softmax& softmax, float (&weights)[2]) {
   softmax.row_max = highest;
   const float base = highest == -__builtin_inff() ? 0.0f : highest;  // nothing seen yet
 #pragma unroll
-  for (float& weight : weights) softmax.row_sum += weight = quick_exp(weight - base);
+  for (float& weight : weights) softmax.row_sum += weight = quick_exp2(weight - base);
 }
 
 // A page of a split: the keys' stage, then the values'; of an int8 cache, one. `distance`: of the new token from this
@@ -453,13 +455,13 @@ struct TaskStart {
   __device__ __forceinline__ void read(const P& params, const PageEntry& page, int slot) {
     const int d = params.head_dim, width = params.attention_width(), channel = static_cast<int>(threadIdx.x);
     const int head_row = page.request * width + page.head * d;
-    const bf16x2 *high = static_cast<const bf16x2*>(params.q), *low = high + max_batch * width / 2;
+    const bf16x2* const query = static_cast<const bf16x2*>(params.q) + head_row + query_channel(0);
 #pragma unroll
     for (int piece = 0; piece < 4; ++piece) {
-      q.high[piece] = q.low[piece] = Packed<bf16x2, 4>{};
-      if (query_channel(piece) < d) {
-        q.high[piece] = load_packed<4>(high + (head_row + query_channel(piece)) / 2);
-        q.low[piece] = load_packed<4>(low + (head_row + query_channel(piece)) / 2);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        q.pieces[piece][half] = Packed<bf16x2, 4>{};
+        if (query_channel(piece) < d) q.pieces[piece][half] = load_packed<4>(query + 32 * piece + 4 * half);
       }
     }
     const int inner = page.earlier % page_tokens - page_rows_of_warp * warp_id();
@@ -496,7 +498,10 @@ __device__ __forceinline__ void finish_split(const P& params, const SharedLayout
     const int row = page.request * max_kv_splits + page.split;
     store<1>(static_cast<bf16*>(params.attended) + row * width + page.head * d + channel,
              Floats<1>{{result.value}});
-    if (channel == 0) store<1>(params.split_lse + row * params.heads + page.head, Floats<1>{{result.lse}});
+    if (channel == 0) {
+      const int of_split = (page.request * params.heads + page.head) * max_kv_splits + page.split;
+      store<1>(params.split_lse + of_split, Floats<1>{{result.lse}});
+    }
     return;
   }
   exchange.split_values[page.split * d + channel] = result.value;
@@ -536,52 +541,50 @@ template <Packing packing, class P>
 __device__ __forceinline__ ActivationPiece<packing> attended_channels(const P& params, int request, int k) {
   const int width = params.attention_width(), row = request * max_kv_splits * width + k;
   const int count = HRMCORE_REQUEST_STATE(int, kv_splits)[request];
-  const bf16* values = static_cast<const bf16*>(params.attended) + row;
-  const float* lse = params.split_lse + request * max_kv_splits * params.heads + (k >> params.head_shift);
+  const auto* values = reinterpret_cast<const std::byte*>(static_cast<const bf16*>(params.attended) + row);
+  const float* lse = params.split_lse + (request * params.heads + (k >> params.head_shift)) * max_kv_splits;
   // As join_splits, four splits at a time: their weights are those of all channels. What lies beyond the last split
   // is the last one, without weight.
   constexpr int together = max_kv_splits / 2;
-  float weights[max_kv_splits], highest, sum = 0;
-  Packed<bf16, 8> of_split[together];
-  const auto read = [&](int first) {
+  float weights[max_kv_splits], highest = -__builtin_inff(), sum = 0;
+  Packed<bf16x2, 4> of_split[together];
+  const auto read_values = [&](int first) {
 #pragma unroll
-    for (int split = first; split < first + together; ++split) {
-      const int there = min(split, count - 1);
-      weights[split] = load_one(lse + there * params.heads);
-      of_split[split - first] = load_packed<8>(values + there * width);
+    for (int i = 0; i < together; ++i) {
+      const std::int64_t split = min(first + i, count - 1);
+      of_split[i] = load_packed<4>(reinterpret_cast<const bf16x2*>(values + split * (2 * width)));
     }
   };
-  const auto highest_of = [&](int first) {
-    return fmaxf(fmaxf(weights[first], weights[first + 1]), fmaxf(weights[first + 2], weights[first + 3]));
+  const auto read_weights = [&](int first) {
+    const Packed<float, together> four = load_packed<together>(lse + first);
+#pragma unroll
+    for (int i = 0; i < together; ++i) {
+      weights[first + i] = first + i < count ? four.at[i] : -__builtin_inff();
+      highest = fmaxf(highest, weights[first + i]);
+    }
   };
   Floats<8> joined{};
   const auto add = [&](int first) {
 #pragma unroll
-    for (int split = first; split < first + together; ++split) {
-      const float weight = split < count ? quick_exp(weights[split] - highest) : 0.0f;
+    for (int i = 0; i < together; ++i) {
+      const float weight = quick_exp2(weights[first + i] - highest);
       sum += weight;
 #pragma unroll
-      for (int c = 0; c < 8; ++c) joined[c] += weight * to_float(of_split[split - first].at[c]);
+      for (int c = 0; c < 8; ++c) joined[c] += weight * half_of(of_split[i].at[c / 2], c % 2);
     }
   };
-  read(0);
-  highest = highest_of(0);
-  if (count <= together) {
-    add(0);
-  } else {
-#pragma unroll
-    for (int split = together; split < max_kv_splits; ++split) {
-      weights[split] = load_one(lse + min(split, count - 1) * params.heads);
-    }
-    highest = fmaxf(highest, highest_of(together));
-    add(0);
-    read(together);
+  read_values(0);
+  read_weights(0);
+  if (count > together) read_weights(together);
+  add(0);
+  if (count > together) {
+    read_values(together);
     add(together);
   }
-  const float inverse = quick_reciprocal(sum);
+  const float inverse = quick_reciprocal(sum) * ActivationOf<packing>::scale;
   ActivationPiece<packing> piece;
 #pragma unroll
-  for (int c = 0; c < 8; ++c) piece.at[c] = to_activation<packing>(joined[c] * inverse);
+  for (int c = 0; c < 8; ++c) assign(piece.at[c], joined[c] * inverse);
   return piece;
 }
 

@@ -1,5 +1,7 @@
 #include "decode/decode_step.h"
 
+#include <cmath>
+
 #include "core/cuda.cuh"
 #include "decode/phases.cuh"
 
@@ -175,7 +177,10 @@ Choice choose(DecodeParams& params, int blocks, int shared_bytes) {
   const SharedLayout wide = shared_layout(params, rows, pages, partial_slots);
   if (groups == 1) {
     const SharedLayout narrow = shared_layout(params, rows, pages, 1);
-    if (plain && fits(wide, depth.deep)) return {launch_decode<packing, depth.deep, PlainParams>, wide};
+    if (plain && fits(wide, depth.deep))
+      return {params.batch == 1 ? launch_decode<packing, depth.deep, SingleParams>
+                                : launch_decode<packing, depth.deep, PlainParams>,
+              wide};
     if (fits(wide, depth.middle))
       return {plain ? launch_decode<packing, depth.middle, PlainParams>
                     : launch_decode<packing, depth.middle, DecodeParams>,
@@ -270,6 +275,8 @@ DecodeParams params_of(const DecodeStep& args) {
   params.head_item = item(head_packing(args.packing));
   params.eps = static_cast<float>(args.eps);
   params.inverse_width = 1.0f / static_cast<float>(params.width);
+  params.query_scale =
+      static_cast<float>(1 / (std::sqrt(static_cast<double>(params.head_dim)) * std::log(2.0)));
   params.embedding_scale = static_cast<float>(args.embedding_scale);
   params.tokens = args.tokens.as<std::int32_t>();
   params.positions = args.positions.as<std::int32_t>();

@@ -9,33 +9,33 @@
 // a block waits for another warp before the partial sums are added.
 //
 // Instructions of a lane for an item, at least: its piece 1, activations 1 for each 16 columns, a product for each
-// of these; int8 8 and 8 that make f16 of bytes, int4 20 and 16; scales 3 a group, sums 4. Of each 8 requests more
-// only activations, products and sums.
+// of these; int8 12 that make f16 of bytes, int4 20 and 16; scales 3 a group, sums 4 (2 of a single request). Of each
+// 8 requests more only activations, products and sums.
 #pragma once
 
 #include "decode/activations.cuh"
 
 namespace hrmcore::cuda {
 
-constexpr f16x2 half_one = 0x3c003c00, half_sixteenth = 0x2c002c00;
-constexpr f16x2 half_magic = 0x64006400;  // 1024: the last bit counts ones
+constexpr f16x2 half_one = 0x3c003c00;
 
-// Four bytes w + 128, as two pairs of f16: exact.
+// Four bytes as two pairs of f16, each a whole number times 2^-24: below 2^-14 f16 are such, and so an integer under a
+// sign needs nothing but its place. Of each 16 bits the first pair has the lower seven and the highest for its sign.
 __device__ __forceinline__ void expand_bytes(std::uint32_t bytes, f16x2& first, f16x2& second) {
-  constexpr f16x2 minus_1152 = 0xe480e480;
-  first = multiply_add(byte_permute(bytes, half_magic, 0x5150), half_one, minus_1152);
-  second = multiply_add(byte_permute(bytes, half_magic, 0x5352), half_one, minus_1152);
+  constexpr std::uint32_t sign_and_magnitude = 0x807f807f;
+  first = bytes & sign_and_magnitude;
+  second = byte_permute(bytes, 0, 0x2301) & sign_and_magnitude;
 }
 
-// The four registers of 16 columns, of eight nibbles w + 8: exact. Every other one is read 16 times as large, where
-// it stands.
+// The four registers of 16 columns, of eight nibbles w + 8: w times 2^-24 in rows g, times 2^-20 in rows g + 8, whose
+// nibbles are read where they stand.
 __device__ __forceinline__ void expand_nibbles(std::uint32_t nibbles, f16x2 (&a)[4]) {
-  constexpr f16x2 minus_1032 = 0xe408e408, minus_72 = 0xd480d480;
+  constexpr f16x2 minus_8 = 0x80088008, minus_128 = 0x80808080;
 #pragma unroll
   for (int i = 0; i < 4; i += 2) {
     const std::uint32_t four = nibbles >> (4 * i);
-    a[i] = multiply_add(masked(four, 0x000f000f, half_magic), half_one, minus_1032);
-    a[i + 1] = multiply_add(masked(four, 0x00f000f0, half_magic), half_sixteenth, minus_72);
+    a[i] = multiply_add(four & 0x000f000f, half_one, minus_8);
+    a[i + 1] = multiply_add(four & 0x00f000f0, half_one, minus_128);
   }
 }
 
@@ -54,8 +54,9 @@ struct LaneItem {
     }
   }
 
-  // sum += item x, of each group of 8 requests: a weight is read and expanded once for all of them.
-  template <int groups_of_8>
+  // sum += item x, of each group of 8 requests: a weight is read and expanded once for all of them. Of a `single`
+  // request each lane has the two rows twice, and adds up one of them.
+  template <bool single, int groups_of_8>
   __device__ __forceinline__ void multiply(float (&sum)[groups_of_8][4],
                                            ActivationReader<groups_of_8>& x) const {
     Columns<groups_of_8> b;
@@ -86,9 +87,9 @@ struct LaneItem {
 #pragma unroll
         for (int eight = 0; eight < groups_of_8; ++eight) {
           sum[eight][0] += low * of_group[eight][0];
-          sum[eight][1] += low * of_group[eight][1];
+          if (!single) sum[eight][1] += low * of_group[eight][1];
           sum[eight][2] += high * of_group[eight][2];
-          sum[eight][3] += high * of_group[eight][3];
+          if (!single) sum[eight][3] += high * of_group[eight][3];
         }
       }
     }
@@ -96,22 +97,29 @@ struct LaneItem {
 };
 
 // A warp's sums of a tile, for each group of 8 requests: lane 4g + h has rows g and g + 8 of requests 2h and 2h + 1.
-// Even and odd items of a stage are added up apart, so that an mma waits for the one before the last.
-template <int groups>
+// Even and odd items of bf16 are added up apart, so that an mma waits for the one before the last.
+template <Packing packing, int groups>
 struct TileSums {
   float even[groups][4] = {}, odd[groups][4] = {};
+
+  __device__ __forceinline__ float all(int eight, int i) const {
+    return packing == Packing::bf16 ? even[eight][i] + odd[eight][i] : even[eight][i];
+  }
 };
 
-// Adds some stages of a tile, whose activations begin at `activations`. `items`: how many of these stages' and later
-// ones' are this warp's.
-template <Packing packing, int groups, class Stages>
-__device__ __forceinline__ void multiply_stages(TileSums<groups>& sums, Stages& loader, int stages, int items,
-                                                const Activations& activations) {
+// Adds `stages` stages of a tile, at least one, whose activations begin at `activations`. `items`: how many of these
+// stages' and later ones' are this warp's.
+template <Packing packing, bool single, int groups, class Stages>
+__device__ __forceinline__ void multiply_stages(TileSums<packing, groups>& sums, Stages& loader, int stages,
+                                                int items, const Activations& activations) {
   ActivationReader<groups> x(activations);
 #pragma unroll 1
-  for (int left = items; stages > 0; --stages, left -= stage_items<packing>) {
-    const int slot = loader.wait();
-    const auto sums_of = [&](int i) -> float (&)[groups][4] { return i % 2 == 0 ? sums.even : sums.odd; };
+  do {
+    const int slot = loader.wait(), left = items;
+    items -= stage_items<packing>;
+    const auto sums_of = [&](int i) -> float (&)[groups][4] {
+      return packing != Packing::bf16 || i % 2 == 0 ? sums.even : sums.odd;
+    };
     if constexpr (groups > 1 && packing != Packing::bf16) {
       // Item after item: with a stage of them the sums would not fit in the registers.
       loader.refill();
@@ -120,7 +128,7 @@ __device__ __forceinline__ void multiply_stages(TileSums<groups>& sums, Stages& 
         if (i >= left) break;
         LaneItem<packing> lane;
         lane.read(slot + i * item_bytes<packing>);
-        lane.multiply(sums_of(i), x);
+        lane.template multiply<single>(sums_of(i), x);
       }
       continue;
     }
@@ -138,15 +146,15 @@ __device__ __forceinline__ void multiply_stages(TileSums<groups>& sums, Stages& 
     loader.refill();
     if (left >= stage_items<packing>) {
 #pragma unroll
-      for (int i = 0; i < stage_items<packing>; ++i) lane[i].multiply(sums_of(i), x);
+      for (int i = 0; i < stage_items<packing>; ++i) lane[i].template multiply<single>(sums_of(i), x);
     } else {
 #pragma unroll
       for (int i = 0; i < stage_items<packing>; ++i) {
         if (i >= left) break;
-        lane[i].multiply(sums_of(i), x);
+        lane[i].template multiply<single>(sums_of(i), x);
       }
     }
-  }
+  } while (--stages > 0);
 }
 
 }  // namespace hrmcore::cuda

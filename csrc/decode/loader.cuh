@@ -23,8 +23,8 @@ struct RequestState {
   int position[max_batch];                      // of the new token
   int first_page[max_batch], pages[max_batch];  // of the keys that it sees
   int kv_splits[max_batch];                     // into which these are cut
-  int page_entries[1];                          // of the block's list of pages
-  float squares[decode_warps * max_batch];
+  alignas(16) float squares[decode_warps * max_batch];
+  int page_entries[1];  // of the block's list of pages
 };
 struct SharedLayout {
   int angles, log_decay, pages, partials, activations, rings;  // offsets in bytes
@@ -140,41 +140,55 @@ class Loader {
   }
 
  private:
+  // Copies of a stage of items for this lane, and where they begin from `next_` on: an instruction reaches 2 KB either
+  // way.
+  static constexpr int copies = (stage_pieces<packing> + 31) / 32, from_next = copies > 4 ? -2048 : 0;
+
   __device__ __forceinline__ void load(int slot) {
-    if (stages_left_ == 0) enter_run();
-    if (stages_left_ > 0) {
-      --stages_left_;
-      if (tiles_ == 0) {
-        if constexpr (P::int8_cache) {
-          load_int8_page(slot);
-        } else {
-          load_page(slot);
-        }
-      } else {
-        load_items(slot);
+    if (pieces_left_ < stage_pieces<packing>) {
+      if (stages_left_ == 0) enter_run();
+      if (pieces_left_ < stage_pieces<packing>) {
+        load_rest(slot);
+        commit_copies();
+        return;
       }
     }
+    std::uint8_t* const place = place_of_lane(slot);
+#pragma unroll
+    for (int i = 0; i < copies; ++i) {
+      if (32 * (i + 1) <= stage_pieces<packing>) {
+        copy_async(place + 512 * i, next_ + (512 * i + from_next), 16);
+      } else {
+        copy_async_if(lane_id() < stage_pieces<packing> - 32 * i, place + 512 * i,
+                      next_ + (512 * i + from_next));
+      }
+    }
+    next_ += stage_weights<packing>;
+    pieces_left_ -= stage_pieces<packing>;
+    --stages_left_;
     commit_copies();
   }
 
-  // Items of this warp's share of a tile: they follow one another, scales and all.
-  __device__ __forceinline__ void load_items(int slot) {
-    constexpr int together = (stage_pieces<packing> + 31) / 32;
-    std::uint8_t* const place =
-        shared_array<std::uint8_t>(static_cast<std::size_t>(slot + 16 * lane_id())).data;
+  __device__ __forceinline__ static std::uint8_t* place_of_lane(int slot) {
+    return shared_array<std::uint8_t>(static_cast<std::size_t>(slot + 16 * lane_id())).data;
+  }
+
+  // What is no whole stage of items: those that are left of a tile, rows of a page, or nothing.
+  __device__ __forceinline__ void load_rest(int slot) {
+    if (stages_left_ == 0) return;
+    --stages_left_;
+    if (tiles_ == 0) {
+      if constexpr (P::int8_cache) {
+        load_int8_page(slot);
+      } else {
+        load_page(slot);
+      }
+      return;
+    }
     const int pieces = pieces_left_ - lane_id();  // this lane takes each 32nd of them
-    if (pieces_left_ >= stage_pieces<packing>) {
 #pragma unroll
-      for (int i = 0; i < together; ++i) {
-        if (32 * (i + 1) <= stage_pieces<packing> || lane_id() < stage_pieces<packing> - 32 * i) {
-          copy_async(place + 512 * i, next_ + 512 * i, 16);
-        }
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < together; ++i) {
-        if (32 * i < pieces) copy_async(place + 512 * i, next_ + 512 * i, 16);
-      }
+    for (int i = 0; i < copies; ++i) {
+      copy_async_if(32 * i < pieces, place_of_lane(slot) + 512 * i, next_ + (512 * i + from_next));
     }
     next_ += stage_weights<packing>;
     pieces_left_ -= stage_pieces<packing>;
@@ -215,8 +229,7 @@ class Loader {
     const bf16* row = cache_of(params_, slot_of_cache_, entry_ % 2) +
                       (static_cast<std::int64_t>(entry.row) + first + inner) * width +
                       entry.head * params_.head_dim + 8 * column;
-    std::uint8_t* const place =
-        shared_array<std::uint8_t>(static_cast<std::size_t>(slot + 16 * lane_id())).data;
+    std::uint8_t* const place = place_of_lane(slot);
 #pragma unroll
     for (int i = 0; i < page_rows_of_warp * 128 * 2 / 512; ++i) {
       if (inner >= page_rows_of_warp) break;
@@ -265,7 +278,7 @@ class Loader {
              at.layer * params_.layer_bytes + shape.offset;
     }
     const int first_item = warp_id() * shape.warp_items;
-    next_ = base + tile_ * shape.tile_bytes + first_item * item_bytes<packing> + 16 * lane_id();
+    next_ = base + tile_ * shape.tile_bytes + first_item * item_bytes<packing> + 16 * lane_id() - from_next;
     to_next_tile_ = static_cast<int>(gridDim.x) * shape.tile_bytes - shape.stages * stage_weights<packing>;
     pieces_left_ = pieces_of_tile_ =
         min(shape.warp_items, shape.items - first_item) * (item_bytes<packing> / 16);

@@ -116,18 +116,16 @@ struct Weights {
   bf16x2 at[4];
 };
 
-// Four bytes w + 128 times a scale. As the upper bits of float32's mantissa a byte b makes 128 + b / 256, whose product
-// with 256 scales is exact, and so is the sum: it is rounded once, to bfloat16.
-__device__ __forceinline__ void scale_bytes(std::uint32_t bytes, float scale, bf16x2& first, bf16x2& second) {
-  const float by = 256 * scale, offset = -(128 * 256 + 128) * scale;
-  float w[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const std::uint32_t raised = byte_permute(bytes, 0x43000000, 0x7404 + 16 * i);
-    w[i] = __uint_as_float(raised) * by + offset;
-  }
-  first = to_bf16x2(w[0], w[1]);
-  second = to_bf16x2(w[2], w[3]);
+constexpr bf16x2 minus_0 = 0x80008000;
+
+// Signs and magnitudes of two, whole numbers below 128, times a scale of 2^28 times their own (mma_layout.py). Over the
+// bits of 128 a magnitude m makes 128 + m. Exact but for the last product, which is rounded.
+__device__ __forceinline__ bf16x2 scaled(std::uint32_t pair, bf16x2 scale) {
+  constexpr bf16x2 signs = 0x80008000, all_128 = 0x43004300, by = 0x31803180;  // 2^-28
+  constexpr bf16x2 minus_128_by = 0xb500b500;
+  const bf16x2 raised = masked(pair, 0x807f807f, all_128);
+  const bf16x2 whole = multiply_add_bf16(raised, by, (pair & signs) ^ minus_128_by);
+  return multiply_add_bf16(whole, scale, minus_0);
 }
 
 // A lane's part of a tile's items of a stage.
@@ -137,7 +135,7 @@ struct LanePiece;
 template <>
 struct LanePiece<Packing::int8> {
   Packed<std::uint32_t, 4> words;
-  float scale_low, scale_high;
+  bf16x2 low = 0, high = 0;  // the scale of row g twice, and that of row g + 8
 
   __device__ __forceinline__ void read(int tile, int sixteen) {
     if (sixteen % 2 != 0) return;  // an item is 32 columns
@@ -145,13 +143,17 @@ struct LanePiece<Packing::int8> {
     words = load_shared<4>(shared_array<std::uint32_t>(static_cast<std::size_t>(item + 16 * lane_id())));
     const bf16x2 scales =
         shared_array<bf16x2>(static_cast<std::size_t>(item + fragment_bytes))[lane_id() / 4];
-    scale_low = __uint_as_float(scales << 16) / 16;  // mma_layout.py's are 16 times the weights' own
-    scale_high = __uint_as_float(scales & 0xffff0000u) / 16;
+    low = byte_permute(scales, 0, 0x1010);
+    high = byte_permute(scales, 0, 0x3232);
   }
   __device__ __forceinline__ Weights take(int sixteen) const {
     Weights weights;
-    scale_bytes(words.at[sixteen % 2 * 2], scale_low, weights.at[0], weights.at[2]);
-    scale_bytes(words.at[sixteen % 2 * 2 + 1], scale_high, weights.at[1], weights.at[3]);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const std::uint32_t bytes = words.at[sixteen % 2 * 2 + half];
+      weights.at[half] = scaled(bytes, half == 0 ? low : high);
+      weights.at[half + 2] = scaled(byte_permute(bytes, 0, 0x2301), half == 0 ? low : high);
+    }
     return weights;
   }
 };
@@ -167,16 +169,17 @@ struct LanePiece<Packing::int4> {
     scales = load_shared<2>(
         shared_array<bf16x2>(static_cast<std::size_t>(tile + fragment_bytes + 8 * (lane_id() / 4))));
   }
-  // A nibble n = w + 8 makes 128 + n, and (128 + n) / 16 - 8.5 is w / 16: exact. Its product with 16 scales is rounded.
+  // A nibble n = w + 8 makes 128 + n, and of that less 136 2^-28 or 2^-24 is exact (the scales have as much too much).
+  // The product with them is rounded.
   __device__ __forceinline__ Weights take(int sixteen) const {
-    constexpr bf16x2 sixteenth = 0x3d803d80, minus_8_5 = 0xc108c108, minus_0 = 0x80008000;
+    constexpr bf16x2 by[2] = {0x31803180, 0x33803380}, minus_136_by[2] = {0xb508b508, 0xb708b708};
     const bf16x2 pair = scales.at[sixteen / 2];
     const bf16x2 low = byte_permute(pair, 0, 0x1010), high = byte_permute(pair, 0, 0x3232);
     Weights weights;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const bf16x2 raised = masked(words.at[sixteen] >> (4 * i), 0x000f000f, 0x43004300);
-      const bf16x2 whole = multiply_add_bf16(raised, sixteenth, minus_8_5);
+      const bf16x2 whole = multiply_add_bf16(raised, by[i % 2], minus_136_by[i % 2]);
       weights.at[i] = multiply_add_bf16(whole, i % 2 == 0 ? low : high, minus_0);
     }
     return weights;

@@ -9,7 +9,7 @@
 //   limits    bfloat16's: a weight is rounded once more, by up to 2^-8 of itself. K is a multiple of 16.
 //   bytes     each block of n rows and m tokens asks for K (2 m + w n) bytes, w a weight's with its scale; W comes from
 //             memory once, x and out (2 T K, 2 T R) at most once. 2 T R K FLOPs.
-//   issues    of a warp for 16 columns: per 16 rows 20 (int8) or 15 (int4) for weights, 1 or less to read them; per 16
+//   issues    of a warp for 16 columns: per 16 rows 18 (int8) or 15 (int4) for weights, 1 or less to read them; per 16
 //             tokens 2 for activations; per 16 rows and 16 tokens 2 products.
 #pragma once
 

@@ -30,12 +30,23 @@ __device__ __forceinline__ WarpShare warp_share(const MatrixShape& shape, int it
 __device__ __forceinline__ int request_of_lane(int eight) { return eight + lane_id() % product_columns; }
 constexpr int lanes_of_request = 32 / product_columns;
 
+// The sum of neighbours, one of each warp, in order.
+__device__ __forceinline__ float sum_of_warps(const SharedArray<float>& first) {
+  const Packed<float, 4> halves[2] = {load_shared<4>(first), load_shared<4>(first + 4)};
+  float sum = 0;
+#pragma unroll
+  for (int warp = 0; warp < decode_warps; ++warp) sum += halves[warp / 4].at[warp % 4];
+  return sum;
+}
+
 // Sums of squares: the lanes of a request add theirs up; warp sums meet in the end.
-__device__ __forceinline__ void put_squares(float square, int eight) {
+template <class P>
+__device__ __forceinline__ void put_squares(const P&, float square, int eight) {
   square += __shfl_xor_sync(0xffffffffu, square, 8);
   square += __shfl_xor_sync(0xffffffffu, square, 16);
-  if (lane_id() < product_columns)
-    HRMCORE_REQUEST_STATE(float, squares)[warp_id() * max_batch + eight + lane_id()] = square;
+  const SharedArray<float> sums = HRMCORE_REQUEST_STATE(float, squares);
+  if (lane_id() < (P::single ? 1 : product_columns))
+    sums[warp_id() * (P::single ? 1 : max_batch) + eight + lane_id()] = square;
 }
 template <class P>
 __device__ __forceinline__ float inverse_rms(const P& params, float squares) {
@@ -44,6 +55,7 @@ __device__ __forceinline__ float inverse_rms(const P& params, float squares) {
 // Of a request's row, once the block has passed a barrier after put_squares.
 template <class P>
 __device__ __forceinline__ float inverse_rms_of(const P& params, int request) {
+  if constexpr (P::single) return inverse_rms(params, sum_of_warps(HRMCORE_REQUEST_STATE(float, squares)));
   float sum = 0;
 #pragma unroll
   for (int warp = 0; warp < decode_warps; ++warp) {
@@ -93,7 +105,7 @@ __device__ __forceinline__ void bring_rows(const P& params, const WarpShare& sha
   const Piece* from = static_cast<const Piece*>(rows) + share.first_sixteen * params.rows() * 2;
   const SharedArray<Piece> to = shared_array<Piece>(static_cast<std::size_t>(x.offset));
   const int count = share.sixteens * params.rows() * 2;
-  constexpr int together = 8;
+  constexpr int together = P::single ? 2 : 8;
   bool begun = false;
 #pragma unroll 1
   for (int first = lane_id(); !begun || first < count; first += 32 * together) {
@@ -214,7 +226,7 @@ __device__ __forceinline__ void enter_visit(const P& params, const SchedulePoint
       if (at.visit == 0) store<8>(entrance.kept() + place, entered.other);
     }
   }
-  put_squares(square, eight);
+  put_squares(params, square, eight);
 }
 
 // A finished pair of sums: rows `row` and `row` + 8 of a tile, of one request.
@@ -261,14 +273,12 @@ __device__ __forceinline__ void finish_gqkv(const Consumer<P>& block, const Sums
     return;
   }
   using Half = std::conditional_t<P::int8_cache, f16, bf16>;
-  Half *const first = static_cast<Half*>(params.q) + row, *const second = first + max_batch * width;
-  const float scale = quick_reciprocal_root(static_cast<float>(d)) * query_scale<P>,
-              scaled[2] = {low * scale, high * scale};
+  Half* const first = static_cast<Half*>(params.q) + 2 * (row + channel) - channel % 2;
+  const float scale = params.query_scale * query_unit<P>, scaled[2] = {low * scale, high * scale};
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int at = half == 0 ? channel : partner;
-    store<1>(first + at, Floats<1>{{scaled[half]}});
-    store<1>(second + at, Floats<1>{{scaled[half] - rounded<Half>(scaled[half])}});
+  for (int half = 0; half < 2; ++half) {  // the partner is d / 2 channels on
+    store<1>(first + half * d, Floats<1>{{scaled[half]}});
+    store<1>(first + half * d + 2, Floats<1>{{scaled[half] - rounded<Half>(scaled[half])}});
   }
 }
 
@@ -294,7 +304,7 @@ __device__ __forceinline__ SharedArray<float> partials_of(const SharedLayout& la
 
 // The pair of the block's tiles that a thread finishes. A slot of partial sums is a tile's, of those that the block
 // multiplies between two barriers, and of 8 of the requests. Warp w takes of slot w % 4 the requests 4 (w / 4) to 3
-// more: lane 4i + c rows i and i + 8 of the one numbered c.
+// more: lane 4i + c rows i and i + 8 of the one numbered c. Of a single request lane i of warp w < 4 does.
 struct Finisher {
   int tile, row, request;
   bool mine;
@@ -303,9 +313,12 @@ struct Finisher {
   template <class P>
   __device__ __forceinline__ Finisher(const Consumer<P>& block, bool to_stream)
       : tile(block.tile + slot() / P::column_groups * static_cast<int>(gridDim.x)),
-        row(lane_id() / 4),
-        request(slot() % P::column_groups * product_columns + lane_id() % 4 + warp_id() / partial_slots * 4),
-        mine(request < block.params.batch),
+        row(P::single ? lane_id() % 8 : lane_id() / 4),
+        request(P::single ? 0
+                          : slot() % P::column_groups * product_columns + lane_id() % 4 +
+                                warp_id() / partial_slots * 4),
+        mine(P::single ? static_cast<int>(threadIdx.x) < 32 * partial_slots && lane_id() < 8
+                       : request < block.params.batch),
         low_before(0),
         high_before(0) {
     if (mine && to_stream && tile < block.params.shape(block.at.phase).tiles) {
@@ -335,8 +348,9 @@ __device__ __forceinline__ void finish_stream(const Consumer<P>& block, const Su
     const float low_read = read_back<packing>(low), high_read = read_back<packing>(high);
     square = low_read * low_read + high_read * high_read;
   }
+  constexpr int rows_apart = P::single ? 1 : 4;  // lanes
 #pragma unroll
-  for (int by = 4; by < 32; by *= 2) square += __shfl_xor_sync(0xffffffffu, square, by);
+  for (int by = rows_apart; by < 8 * rows_apart; by *= 2) square += __shfl_xor_sync(0xffffffffu, square, by);
   if (finisher.mine && sums.row == 0) store<1>(params.squares + place, Floats<1>{{square}});
 }
 
@@ -345,16 +359,22 @@ template <Packing packing, class P>
 __device__ __forceinline__ void finish_tiles(const Consumer<P>& block, const Finisher& finisher,
                                              bool to_stream, int tiles_done) {
   if (Finisher::slot() / P::column_groups >= tiles_done) return;
+  if (P::single && warp_id() >= partial_slots) return;
   // What follows from these is computed here, for one phase, and not ahead of the loop for all of them.
   Sums sums{finisher.tile, opaque(finisher.row), opaque(finisher.request), 0, 0};
   const SharedArray<float> partials = partials_of(block.layout, Finisher::slot());
-  const int own =
-      sums.row * product_columns + (P::column_groups > 1 ? sums.request % product_columns : sums.request);
+  if constexpr (P::single) {  // each row by a lane of its own
+    sums.low = sum_of_warps(partials + lane_id() % tile_rows * decode_warps);
+    sums.high = __shfl_xor_sync(0xffffffffu, sums.low, 8);
+  } else {
+    const int own =
+        sums.row * product_columns + (P::column_groups > 1 ? sums.request % product_columns : sums.request);
 #pragma unroll
-  for (int warp = 0; warp < decode_warps; ++warp) {
-    const int first = warp * tile_rows * product_columns + own;
-    sums.low += partials[first];
-    sums.high += partials[first + 8 * product_columns];
+    for (int warp = 0; warp < decode_warps; ++warp) {
+      const int first = warp * tile_rows * product_columns + own;
+      sums.low += partials[first];
+      sums.high += partials[first + 8 * product_columns];
+    }
   }
   if (to_stream) {
     finish_stream<packing>(block, sums, finisher);
@@ -376,9 +396,11 @@ __device__ __forceinline__ void finish_tiles(const Consumer<P>& block, const Fin
 // Zeros where an item is wider than the matrix, and the end of a warp's bringing.
 template <Packing packing, class P>
 __device__ __forceinline__ void fill_up(const P& params, const WarpShare& share, const Activations& x) {
-  const int end = share.items * (ItemOf<packing>::columns / 16) * params.rows() * 2;
-  for (int piece = max(share.sixteens, 0) * params.rows() * 2 + lane_id(); piece < end; piece += 32) {
-    x.pieces<packing>()[piece] = ActivationPiece<packing>{};
+  const int sixteens = share.items * (ItemOf<packing>::columns / 16), end = sixteens * params.rows() * 2;
+  if (sixteens > share.sixteens) {
+    for (int piece = max(share.sixteens, 0) * params.rows() * 2 + lane_id(); piece < end; piece += 32) {
+      x.pieces<packing>()[piece] = ActivationPiece<packing>{};
+    }
   }
   __syncwarp();
 }
@@ -420,15 +442,24 @@ __device__ __forceinline__ void bring_activations(const Consumer<P>& block, cons
       squares_of_tiles(squares, params, 0, share.first_sixteen, share.sixteens);
 #pragma unroll
       for (int group = 0; group < P::column_groups; ++group) {
-        put_squares(squares[group], group * product_columns);
+        put_squares(params, squares[group], group * product_columns);
       }
     });
   }
   fill_up<packing>(params, share, x);
 }
 
-// This warp's partial sums of a tile, of 8 requests.
-__device__ __forceinline__ void put_partials(const SharedLayout& layout, int slot, const float (&sum)[4]) {
+// This warp's partial sums of a tile, of 8 requests: (warps, rows, 8), or of a single one (rows, warps).
+template <class P>
+__device__ __forceinline__ void put_partials(const P&, const SharedLayout& layout, int slot,
+                                             const float (&sum)[4]) {
+  if constexpr (P::single) {
+    if (lane_id() % 4 != 0) return;
+    const SharedArray<float> rows = partials_of(layout, slot) + (lane_id() / 4 * decode_warps + warp_id());
+    rows[0] = sum[0];
+    rows[8 * decode_warps] = sum[2];
+    return;
+  }
   const SharedArray<float> partials = partials_of(layout, slot) + warp_id() * tile_rows * product_columns;
   const SharedArray<Packed<float, 2>> pairs{reinterpret_cast<Packed<float, 2>*>(partials.data)};
   pairs[lane_id()] = Packed<float, 2>{{sum[0], sum[1]}};
@@ -470,7 +501,7 @@ struct WarpWork {
 template <Packing packing, class Stages, class P>
 __device__ __forceinline__ void multiply_tile(const Consumer<P>& block, Stages& loader,
                                               WarpWork<packing, P>& work, int done) {
-  TileSums<P::column_groups> sums;
+  TileSums<packing, P::column_groups> sums;
   if constexpr (WarpWork<packing, P>::wide) {
 #pragma unroll 1
     for (int stage = 0; stage < work.stages; stage += work.held) {
@@ -479,18 +510,18 @@ __device__ __forceinline__ void multiply_tile(const Consumer<P>& block, Stages& 
         bring_part<packing>(block, work.part(stage), work.x);
         work.brought = work.held >= work.stages;
       }
-      multiply_stages<packing>(sums, loader, min(work.held, work.stages - stage),
-                               work.share.items - stage * stage_items<packing>, work.x);
+      multiply_stages<packing, P::single>(sums, loader, min(work.held, work.stages - stage),
+                                          work.share.items - stage * stage_items<packing>, work.x);
     }
   } else {
-    multiply_stages<packing>(sums, loader, work.stages, work.share.items, work.x);
+    multiply_stages<packing, P::single>(sums, loader, work.stages, work.share.items, work.x);
   }
 #pragma unroll
   for (int eight = 0; eight < P::column_groups; ++eight) {
     float sum[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i] = sums.even[eight][i] + sums.odd[eight][i];
-    put_partials(block.layout, done * P::column_groups + eight, sum);
+    for (int i = 0; i < 4; ++i) sum[i] = sums.all(eight, i);
+    put_partials(block.params, block.layout, done * P::column_groups + eight, sum);
   }
 }
 

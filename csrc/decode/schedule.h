@@ -136,6 +136,7 @@ struct DecodeParams {
   static constexpr int column_groups = 1;  // of 8 requests, that one read of a weight is multiplied with
   static constexpr bool int8_cache = false;
   static constexpr int page_stages = 2;  // of a ring: keys, then values
+  static constexpr bool single = false;  // one request alone
 
   Schedule schedule;
   int batch, width, ffn, heads, head_dim, head_shift, vocabulary;  // head_dim = 1 << head_shift
@@ -145,14 +146,14 @@ struct DecodeParams {
   Item item, head_item;
   MatrixShape shapes[phase_count];  // by phase; attention has none
   std::int64_t layer_bytes;
-  float eps, inverse_width, embedding_scale;
+  float eps, inverse_width, embedding_scale, query_scale;  // query_scale: 1 / (sqrt(d) log 2)
   const std::int32_t *tokens, *positions, *tables;
   const void* embedding;
   const float *z_init, *rope, *log_decay;
   void* kv;
   const std::byte *l_weights, *h_weights, *head_weights;
   float *logits, *streams[2], *states[2], *squares, *gate, *split_lse, *fresh;
-  void *x, *q, *attended, *hidden;  // q: all first halves of its sums, then the second
+  void *x, *q, *attended, *hidden;  // q: of each two channels the first halves of their sums, then the second
   // fresh: the new tokens' keys, then values, for an int8 cache
   std::uint32_t* barrier;
 
@@ -213,6 +214,14 @@ struct PlainParams : DecodeParams {
   HRMCORE_HOST_DEVICE int attention_width() const { return heads * head_dim; }
 };
 
+// And of one request alone, whose number every index is then free of.
+struct SingleParams : PlainParams {
+  static constexpr bool single = true;
+  static constexpr int batch = 1;
+
+  HRMCORE_HOST_DEVICE static constexpr int rows() { return 1; }
+};
+
 // Either of them over an int8 cache, whose pages are those of int8_page.h.
 template <class Base>
 struct Int8Cache : Base {
@@ -228,7 +237,7 @@ struct Int8Cache : Base {
   }
 };
 
-// Either of them for more than 8 requests, up to 8 times `groups`.
+// Any of these but the single one for more than 8 requests, up to 8 times `groups`.
 template <class Base, int groups>
 struct WideParams : Base {
   static constexpr int column_groups = groups;

@@ -1,9 +1,11 @@
 """Weights in the order of the fused decode step on CUDA (csrc/decode/decode_step.h), in bfloat16, int8 or int4.
 
 A tile is 16 rows; an item is the tile's next 16, 32 or 64 columns: 16 bytes for each of 32 lanes, then the scales
-(bfloat16) of rows g and g + 8 for each group of 32 columns, g from 0 to 7. They are 16 times the weights' own, since
-activations beside int8 and int4 are stored in sixteenths (csrc/decode/activations.cuh). Lane 4g + h holds, of each 16
-columns, 4h to 4h + 3 of rows g and g + 8: what mma.m16n8k16 takes, with the columns of activations renumbered alike.
+(bfloat16) of rows g and g + 8 for each group of 32 columns, g from 0 to 7. They are 16 * 2^24 times the weights' own:
+activations beside int8 and int4 are stored in sixteenths (csrc/decode/activations.cuh), and whole numbers become f16
+as multiples of 2^-24, the smallest (csrc/decode/gemm.cuh). Rows g + 8 of int4 become multiples of 2^-20 instead.
+Lane 4g + h holds, of each 16 columns, 4h to 4h + 3 of rows g and g + 8: what mma.m16n8k16 takes, with the columns of
+activations renumbered alike.
 Shapes: R rows, K columns of a matrix, as the model has them; T tiles, I items.
 """
 
@@ -16,7 +18,7 @@ MMA_DTYPES = ("bfloat16", "int8", "int4")
 
 TILE = 16  # rows
 GROUP = 32  # columns that share a scale
-SIXTEENTHS = 16  # of activations, where weights are whole numbers
+SCALE_FACTOR = {"int8": (2.0**28, 2.0**28), "int4": (2.0**28, 2.0**24)}  # of rows g and g + 8
 ITEMS = {"bfloat16": 16, "int8": 32, "int4": 64}  # columns
 
 # The int4 scales that are tried for a group: its weight of largest magnitude, divided by each of these. The CPU engine
@@ -36,14 +38,16 @@ def in_fragments(weight: Tensor, dtype: str) -> Tensor:
         return order.view(tiles, items, -1).view(torch.uint8)
     whole, scales = quantised(padded, dtype)
     sixteens = whole.view(tiles, 2, 8, items, ITEMS[dtype] // 16, 4, 2, 2)
-    if dtype == "int8":
-        lanes = (sixteens + 128).permute(0, 3, 2, 5, 4, 1, 6, 7).to(torch.uint8)
-        bytes_ = lanes.reshape(tiles, items, -1)
+    if dtype == "int8":  # magnitudes of a column of both registers; each one's sign stands beside the other's magnitude
+        columns_of_two = sixteens.permute(0, 3, 2, 5, 4, 1, 7, 6)
+        signs = columns_of_two.flip(-1) < 0
+        bytes_ = (columns_of_two.abs() + 128 * signs).to(torch.uint8).reshape(tiles, items, -1)
     else:  # the first columns of the four registers in nibbles 0 to 3 of a word, the second in nibbles 4 to 7
         nibbles = (sixteens + 8).permute(0, 3, 2, 5, 4, 7, 6, 1).to(torch.uint8).reshape(tiles, items, -1, 2)
         bytes_ = nibbles[..., 0] | nibbles[..., 1] << 4
     groups = ITEMS[dtype] // GROUP
-    pairs = (SIXTEENTHS * scales).view(tiles, 2, 8, items, groups)
+    factors = scales.new_tensor(SCALE_FACTOR[dtype]).view(2, 1, 1, 1)
+    pairs = factors * scales.view(tiles, 2, 8, items, groups)
     ordered = pairs.permute(0, 3, 2, 4, 1).contiguous()  # tile, item, g, group, g or g + 8
     return torch.cat([bytes_, ordered.view(tiles, items, -1).view(torch.uint8)], dim=-1)
 

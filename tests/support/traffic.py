@@ -73,7 +73,7 @@ def traffic(
     token, own = (heads * (2 * d + 16), 8 * attention) if kv_dtype == "int8" else (4 * attention, 4 * attention)
     cache = sum(token * (position - PAGE * first) + own for position, first in zip(positions, first_pages, strict=True))
     joined = [MAX_SPLITS if n > MAX_SPLITS // 2 else MAX_SPLITS // 2 for n in splits]  # read, some of them twice
-    attended = sum(attention // 8 * (20 * n + 4 * max(0, n - MAX_SPLITS // 2) if apart else 16) for n in joined)
+    attended = sum(attention // 8 * (20 * n if apart else 16) for n in joined)
     once_attended = sum(2 * attention * n + 4 * heads * n * apart for n in splits)
     added_to = 2 * 4 * batch * width  # the stream, by o and by down
     per_layer = (
