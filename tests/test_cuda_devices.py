@@ -81,7 +81,7 @@ def test_a_device_that_is_not_there_and_tensors_on_two() -> None:
 
 def test_each_device_says_how_many_requests_it_takes() -> None:
     numbers: dict[str, Any] = {"width": 1536, "ffn": 4096, "heads": 12, "head_dim": 128, "xpos": False, "window": 0}
-    rest = {"table_length": 4, "dtype": "bfloat16", "blocks": 132}
+    rest = {"int8_cache": False, "table_length": 4, "dtype": "bfloat16", "blocks": 132}
     with emulated_cuda(), device_with(227, SECOND):
         first, second = (_C.cuda_step_most_requests(**numbers, **rest, device=number) for number in (0, SECOND))
     assert first < second == 32

@@ -47,9 +47,9 @@ def computed_on(device: torch.device, here: Here) -> Iterator[tuple[str, Tensor]
         for turn in ("run", "captured", "replayed"):
             handles, logits = runner.open([[5, 6, 7, 8]], [3])
             yield f"{dtype}, a prefill {turn}", torch.from_numpy(logits)
-            yield f"{dtype}, a step after it", torch.from_numpy(runner.step(handles, [9]))
+            yield f"{dtype}, a step after a prefill {turn}", torch.from_numpy(runner.step(handles, [9]))
             drawn = runner.draw(handles, [3], [Sampler(Sampling(temperature=1.0, seed=1), [5])], [1])
-            yield f"{dtype}, a draw after it", torch.tensor(drawn)
+            yield f"{dtype}, a draw after a prefill {turn}", torch.tensor(drawn)
             runner.close(handles[0])
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(6)

@@ -39,9 +39,9 @@ def in_fragments(weight: Tensor, dtype: str) -> Tensor:
     whole, scales = quantised(padded, dtype)
     sixteens = whole.view(tiles, 2, 8, items, ITEMS[dtype] // 16, 4, 2, 2)
     if dtype == "int8":  # magnitudes of a column of both registers; each one's sign stands beside the other's magnitude
-        columns_of_two = sixteens.permute(0, 3, 2, 5, 4, 1, 7, 6)
-        signs = columns_of_two.flip(-1) < 0
-        bytes_ = (columns_of_two.abs() + 128 * signs).to(torch.uint8).reshape(tiles, items, -1)
+        columns_of_two = sixteens.to(torch.int8).permute(0, 3, 2, 5, 4, 1, 7, 6)
+        signs = (columns_of_two.flip(-1) < 0).to(torch.uint8) << 7
+        bytes_ = (columns_of_two.abs().to(torch.uint8) | signs).reshape(tiles, items, -1)
     else:  # the first columns of the four registers in nibbles 0 to 3 of a word, the second in nibbles 4 to 7
         nibbles = (sixteens + 8).permute(0, 3, 2, 5, 4, 7, 6, 1).to(torch.uint8).reshape(tiles, items, -1, 2)
         bytes_ = nibbles[..., 0] | nibbles[..., 1] << 4
