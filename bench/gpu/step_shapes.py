@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 
 from hrmcore.config import HRMConfig
 from hrmcore.engine.mma_layout import GROUP, ITEMS, TILE
@@ -20,14 +21,21 @@ STAGE_ITEMS = {"bfloat16": 4, "int8": 6, "int4": 3}  # at most
 PAGE_STAGE = 2048  # bytes: of 8 rows of a page
 DEPTHS = {"bfloat16": (11, 7, 3), "int8": (7, 5, 2), "int4": (12, 8, 4)}  # of the rings, in stages: up to 8 requests
 WIDE_DEPTHS = {  # of up to 16 and up to 32
-    2: {"bfloat16": (9, 3), "int8": (5, 2), "int4": (9, 4)},
-    4: {"bfloat16": (5, 3), "int8": (3, 2), "int4": (5, 4)},
+    2: {"bfloat16": (9, 3), "int8": (6, 2), "int4": (9, 4)},
+    4: {"bfloat16": (6, 3), "int8": (4, 2), "int4": (6, 4)},
 }
 PRODUCT_PHASES = ("gqkv", "o", "gate_up", "down", "head")
 
 
-def kernel_name(dtype: str, column_groups: int) -> str:
-    return dtype if column_groups == 1 else f"{dtype}, {COLUMNS * column_groups} requests"
+def kernel_name(dtype: str, column_groups: int, parted: bool = False) -> str:
+    if column_groups == 1:
+        return f"{dtype}, in parts" if parted else dtype
+    return f"{dtype}, {COLUMNS * column_groups} requests"
+
+
+def window(dtype: str, groups: int) -> int:
+    """How many 16s of columns of activations a lane has asked for ahead of its products, for `groups` of 8 requests."""
+    return 2 if groups > 2 else 8 if dtype == "bfloat16" else 6
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,8 @@ class Case:
     @property
     def kernel(self) -> str:
         """Its name among the counts."""
-        return kernel_name(self.dtype, self.column_groups)
+        parted = self.column_groups == 1 and len(self.parts("down")) > 1
+        return kernel_name(self.dtype, self.column_groups, parted)
 
     def columns_of_warp(self, phase: str) -> int:
         matrix = self.matrix(phase)
@@ -130,20 +139,28 @@ class Case:
 
     @property
     def held_columns(self) -> int:
-        """Of how many columns a warp has the activations at once."""
-        of_width = max(self.columns_of_warp("gqkv"), self.columns_of_warp("head"))
-        if self.column_groups > 1:
-            return max(of_width, STAGE_ITEMS[self.dtype] * ITEMS[self.dtype])
-        return max(of_width, self.columns_of_warp("o"), self.columns_of_warp("down"))
+        """Of how many columns a warp has room for the activations."""
+        return self.layouts[self.ring_stages()][1]
+
+    def sixteens(self, phase: str) -> int:
+        """Of a warp's columns."""
+        return -(-self.matrix(phase).columns // 16 // WARPS)
+
+    def streams(self, phase: str) -> bool:
+        """Whether activations stream from the second-level cache into registers beside the products."""
+        return self.column_groups > 1 and not (phase == "o" and self.splits_apart)
 
     def parts(self, phase: str) -> list[int]:
-        """The 16s of columns that a warp brings at once, and then multiplies."""
-        sixteens = -(-self.matrix(phase).columns // 16 // WARPS)
-        held = self.held_columns // 16
+        """The 16s of columns that a warp brings to shared memory at once, and then multiplies."""
+        sixteens, held = self.sixteens(phase), self.held_columns // 16
         if self.columns_of_warp(phase) > self.held_columns:
             stage = STAGE_ITEMS[self.dtype] * ITEMS[self.dtype] // 16
             held = held // stage * stage
         return [min(held, sixteens - first) for first in range(0, sixteens, held)]
+
+    def times_brought(self, phase: str) -> int:
+        """How often a block brings them: for each of its tiles where they have no room at once."""
+        return 1 if self.columns_of_warp(phase) <= self.held_columns else self.tiles_of_block(phase)
 
     # Attention
 
@@ -170,35 +187,47 @@ class Case:
 
     def ring_stages(self) -> int:
         """How many stages a warp's ring has, as launch_packed chooses."""
-        stage = WARPS * max(PAGE_STAGE, STAGE_ITEMS[self.dtype] * self.matrix("gqkv").item_bytes)
-        for stages, together in self.depths:
-            if self.shared_bytes(together) + stages * stage <= SHARED_BYTES:
-                return stages
-        raise ValueError("the step's activations do not fit in shared memory")
+        return max(self.layouts)
 
     def tiles_together(self) -> int:
-        return PARTIAL_SLOTS // self.column_groups if self.slots == PARTIAL_SLOTS else 1
+        slots = self.layouts[self.ring_stages()][0]
+        return PARTIAL_SLOTS // self.column_groups if slots == PARTIAL_SLOTS else 1
 
-    @property
-    def slots(self) -> int:
-        return dict(self.depths)[self.ring_stages()]
-
-    @property
-    def depths(self) -> tuple[tuple[int, int], ...]:
-        """Of the rings that there are, and for how many tiles of 8 requests each there are partial sums."""
+    @cached_property
+    def layouts(self) -> dict[int, tuple[int, int]]:
+        """By the stages of the rings that fit: for how many tiles of 8 requests there are partial sums, and of how many
+        columns of a warp there is room for the activations.
+        """
+        stage = WARPS * max(PAGE_STAGE, STAGE_ITEMS[self.dtype] * self.matrix("gqkv").item_bytes)
+        of_width = max(
+            self.columns_of_warp("gqkv"), self.columns_of_warp("head"), STAGE_ITEMS[self.dtype] * ITEMS[self.dtype]
+        )
+        whole = max(of_width, self.columns_of_warp("o"), self.columns_of_warp("down"))
         if self.column_groups > 1:
-            return tuple((stages, PARTIAL_SLOTS) for stages in WIDE_DEPTHS[self.column_groups][self.dtype])
-        return tuple(zip(DEPTHS[self.dtype], (PARTIAL_SLOTS, PARTIAL_SLOTS, 1), strict=True))
+            tried = [(stages, PARTIAL_SLOTS, of_width) for stages in WIDE_DEPTHS[self.column_groups][self.dtype]]
+        else:
+            deep, middle, shallow = DEPTHS[self.dtype]
+            tried = [(deep, PARTIAL_SLOTS, whole), (middle, PARTIAL_SLOTS, whole), (shallow, 1, whole)]
+            if self.dtype == "bfloat16":
+                tried.insert(1, (deep, PARTIAL_SLOTS, of_width))
+        found: dict[int, tuple[int, int]] = {}
+        for stages, slots, columns in tried:
+            if self.shared_bytes(slots, columns) + stages * stage <= SHARED_BYTES:
+                found.setdefault(stages, (slots, columns))
+        if not found:
+            raise ValueError("the step's activations do not fit in shared memory")
+        return found
 
-    def shared_bytes(self, slots: int) -> int:
+    def shared_bytes(self, slots: int, columns: int) -> int:
         """What lies before the rings."""
         d = self.config.head_dim
         exchange = 4 * (2 * WARPS * (d + 2) + 2 * MOST_SPLITS * d)
         partials = max(slots * WARPS * TILE * COLUMNS * 4, exchange)
         pages = 32 * self.pages_of_block(self.splits_apart)
         state = -(-(24 * MOST_REQUESTS + 8 + 4 * WARPS * MOST_REQUESTS) // 128) * 128
-        activations = 2 * WARPS * self.held_columns * self.rows
-        parts = (state + 4 * self.batch * d + 2 * d, pages, partials, activations)
+        angles = 4 * self.batch * d if self.column_groups == 1 else 0
+        activations = 2 * WARPS * columns * self.rows
+        parts = (state + angles + 2 * d, pages, partials, activations)
         return sum(-(-part // 128) * 128 for part in parts)
 
     # The step before

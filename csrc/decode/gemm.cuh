@@ -55,15 +55,16 @@ struct LaneItem {
   }
 
   // sum += item x, of each group of 8 requests: a weight is read and expanded once for all of them.
-  template <int groups_of_8>
-  __device__ __forceinline__ void multiply(float (&sum)[groups_of_8][4],
-                                           ActivationReader<groups_of_8>& x) const {
+  // `number`: of the item's first 16 columns, among those that x has.
+  template <int groups_of_8, class Reader>
+  __device__ __forceinline__ void multiply(float (&sum)[groups_of_8][4], Reader& x, int number) const {
     Columns<groups_of_8> b;
     if constexpr (packing == Packing::bf16) {
-      x.take(b);
+      x.take(b, number);
       const bf16x2 a[4] = {piece.at[0], piece.at[1], piece.at[2], piece.at[3]};
 #pragma unroll
       for (int eight = 0; eight < groups_of_8; ++eight) mma_bf16(sum[eight], a, b[eight]);
+      x.taken(number);
     } else {
 #pragma unroll
       for (int group = 0; group < groups; ++group) {
@@ -77,9 +78,10 @@ struct LaneItem {
           } else {
             expand_nibbles(piece.at[half], a);
           }
-          x.take(b);
+          x.take(b, number + half);
 #pragma unroll
           for (int eight = 0; eight < groups_of_8; ++eight) mma_f16(of_group[eight], a, b[eight]);
+          x.taken(number + half);
         }
         const float low = __uint_as_float(scales.at[group] << 16),
                     high = __uint_as_float(scales.at[group] & 0xffff0000u);
@@ -102,49 +104,65 @@ struct TileSums {
   float even[groups][4] = {}, odd[groups][4] = {};
 };
 
-// Adds some stages of a tile, whose activations begin at `activations`. `items`: how many of these stages' and later
-// ones' are this warp's.
-template <Packing packing, int groups, class Stages>
+// Adds a stage of a tile, of which `left` items are this warp's. `number`: of its first 16 columns, in x's window.
+template <Packing packing, int groups, class Stages, class Reader>
+__device__ __forceinline__ void multiply_stage(TileSums<groups>& sums, Stages& loader, int left, Reader& x,
+                                               int number) {
+  constexpr int sixteens = ItemOf<packing>::columns / 16;
+  const int slot = loader.wait();
+  const auto sums_of = [&](int i) -> float (&)[groups][4] { return i % 2 == 0 ? sums.even : sums.odd; };
+  if constexpr (groups > 1 && packing != Packing::bf16) {
+    // Item after item: with a stage of them the sums would not fit in the registers.
+    loader.refill();
+#pragma unroll
+    for (int i = 0; i < stage_items<packing>; ++i) {
+      if (i >= left) break;
+      LaneItem<packing> lane;
+      lane.read(slot + i * item_bytes<packing>);
+      lane.multiply(sums_of(i), x, number + i * sixteens);
+    }
+    return;
+  }
+  LaneItem<packing> lane[stage_items<packing>];
+  if (left >= stage_items<packing>) {
+#pragma unroll
+    for (int i = 0; i < stage_items<packing>; ++i) lane[i].read(slot + i * item_bytes<packing>);
+  } else {
+#pragma unroll
+    for (int i = 0; i < stage_items<packing> - 1; ++i) {
+      if (i >= left) break;
+      lane[i].read(slot + i * item_bytes<packing>);
+    }
+  }
+  loader.refill();
+  if (left >= stage_items<packing>) {
+#pragma unroll
+    for (int i = 0; i < stage_items<packing>; ++i) lane[i].multiply(sums_of(i), x, number + i * sixteens);
+  } else {
+#pragma unroll
+    for (int i = 0; i < stage_items<packing>; ++i) {
+      if (i >= left) break;
+      lane[i].multiply(sums_of(i), x, number + i * sixteens);
+    }
+  }
+}
+
+// Adds some stages of a tile, with the activations that x has. `items`: how many of these stages' and later ones' are
+// this warp's. x's window is made of whole stages, or they of windows.
+template <Packing packing, int groups, class Stages, class Reader>
 __device__ __forceinline__ void multiply_stages(TileSums<groups>& sums, Stages& loader, int stages, int items,
-                                                const Activations& activations) {
-  ActivationReader<groups> x(activations);
+                                                Reader& x) {
+  constexpr int sixteens = stage_items<packing> * ItemOf<packing>::columns / 16;
+  constexpr int together = Reader::window > sixteens ? Reader::window / sixteens : 1;
+  static_assert(Reader::window % sixteens == 0 || sixteens % Reader::window == 0);
 #pragma unroll 1
   for (int left = items; stages > 0; --stages, left -= stage_items<packing>) {
-    const int slot = loader.wait();
-    const auto sums_of = [&](int i) -> float (&)[groups][4] { return i % 2 == 0 ? sums.even : sums.odd; };
-    if constexpr (groups > 1 && packing != Packing::bf16) {
-      // Item after item: with a stage of them the sums would not fit in the registers.
-      loader.refill();
+    multiply_stage<packing>(sums, loader, left, x, 0);
 #pragma unroll
-      for (int i = 0; i < stage_items<packing>; ++i) {
-        if (i >= left) break;
-        LaneItem<packing> lane;
-        lane.read(slot + i * item_bytes<packing>);
-        lane.multiply(sums_of(i), x);
-      }
-      continue;
-    }
-    LaneItem<packing> lane[stage_items<packing>];
-    if (left >= stage_items<packing>) {
-#pragma unroll
-      for (int i = 0; i < stage_items<packing>; ++i) lane[i].read(slot + i * item_bytes<packing>);
-    } else {
-#pragma unroll
-      for (int i = 0; i < stage_items<packing> - 1; ++i) {
-        if (i >= left) break;
-        lane[i].read(slot + i * item_bytes<packing>);
-      }
-    }
-    loader.refill();
-    if (left >= stage_items<packing>) {
-#pragma unroll
-      for (int i = 0; i < stage_items<packing>; ++i) lane[i].multiply(sums_of(i), x);
-    } else {
-#pragma unroll
-      for (int i = 0; i < stage_items<packing>; ++i) {
-        if (i >= left) break;
-        lane[i].multiply(sums_of(i), x);
-      }
+    for (int turn = 1; turn < together; ++turn) {
+      if (--stages == 0) return;
+      left -= stage_items<packing>;
+      multiply_stage<packing>(sums, loader, left, x, turn * sixteens);
     }
   }
 }

@@ -130,6 +130,7 @@ inline MatrixShape matrix_shape(std::int64_t rows, std::int64_t depth, Item item
 // as many rows as it takes requests, and what lies in those of no request is nobody's.
 struct DecodeParams {
   static constexpr int column_groups = 1;  // of 8 requests, that one read of a weight is multiplied with
+  static constexpr bool in_parts = false;  // whether activations of o and down may come in parts
 
   Schedule schedule;
   int batch, width, ffn, heads, head_dim, head_shift, vocabulary;  // head_dim = 1 << head_shift
@@ -205,10 +206,17 @@ struct PlainParams : DecodeParams {
   HRMCORE_HOST_DEVICE int attention_width() const { return heads * head_dim; }
 };
 
+// Either of them where activations of o and down may come in parts: room for deeper rings.
+template <class Base>
+struct PartedParams : Base {
+  static constexpr bool in_parts = true;
+};
+
 // Either of them for more than 8 requests, up to 8 times `groups`.
 template <class Base, int groups>
 struct WideParams : Base {
   static constexpr int column_groups = groups;
+  static constexpr bool in_parts = true;
 
   HRMCORE_HOST_DEVICE static constexpr int rows() { return groups * product_columns; }
 };
