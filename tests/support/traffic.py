@@ -39,7 +39,7 @@ class Traffic:
 def traffic(
     config: HRMConfig, positions: Sequence[int], blocks: int, dtype: str = "bfloat16", table_length: int | None = None
 ) -> Traffic:
-    """What the kernels of csrc/decode/phases.cuh read for requests with `positions` tokens in the cache.
+    """What the kernels of csrc/decode/phases.cuh read for up to 8 requests with `positions` tokens in the cache.
 
     `blocks` is the grid, `dtype` that of the weights, `table_length` the pages that a request's table has room for:
     as many as the longest needs unless given.
