@@ -28,7 +28,7 @@ INT8_PAGE_STAGE = 2176  # of an int8 cache: keys, values and scales
 INT8_DEPTHS = {"bfloat16": (10, 7, 3), "int8": (5, 5, 2), "int4": (8, 8, 3)}  # and the rings beside one
 INT8_WIDE_DEPTHS = {
     2: {"bfloat16": (8,), "int8": (5,), "int4": (8,)},
-    4: {"bfloat16": (5,), "int8": (3,), "int4": (6,)},
+    4: {"bfloat16": (5,), "int8": (3,), "int4": (5,)},
 }
 PRODUCT_PHASES = ("gqkv", "o", "gate_up", "down", "head")
 

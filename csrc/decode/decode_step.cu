@@ -210,15 +210,14 @@ Choice choose(DecodeParams& params, int blocks, int shared_bytes) {
 
 // Over an int8 cache. A stage may be larger, so the rings are less deep, and there are fewer kernels: one for each kind
 // of card, and for more than 8 requests those of head_dim 128 alone. These have
-// no shallower ones behind them: a stage more of bf16 and int8 would fit 32 requests of the 1B shape, but no longer
-// those of a width of 1,792.
+// no shallower ones behind them: a stage more would fit 32 requests of the 1B shape, but fewer of long caches.
 struct Int8Depths {
   int deep, middle, shallow;
   int of_16, of_32;
 };
 template <Packing packing>
 constexpr Int8Depths int8_depths = packing == Packing::int8   ? Int8Depths{5, 5, 2, 5, 3}
-                                   : packing == Packing::int4 ? Int8Depths{8, 8, 3, 8, 6}
+                                   : packing == Packing::int4 ? Int8Depths{8, 8, 3, 8, 5}
                                                               : Int8Depths{10, 7, 3, 8, 5};
 
 template <Packing packing>
