@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.sass import Kernel, Loop, cuobjdump, disassembled
-from bench.gpu.step_shapes import COLUMNS, STAGE_ITEMS, Matrix, kernel_name
+from bench.gpu.step_shapes import COLUMNS, STAGE_ITEMS, Matrix, kernel_name, window
+from hrmcore.engine.mma_layout import ITEMS
 
 DTYPES = {"1": "bfloat16", "2": "int8", "3": "int4"}  # enum Packing, in a mangled name
 ROWS = (2, 8)  # pieces that a lane brings at once: of a single request, of more
@@ -51,12 +52,13 @@ def deepest(kernels: Iterable[Kernel]) -> dict[str, Kernel]:
     found: dict[str, tuple[int, Kernel]] = {}
     for kernel in kernels:
         if match := KERNEL.search(kernel.name):
-            kv_dtype = "int8" if "Int8Cache" in match[0] else "bfloat16"
+            kv_dtype, parted = "int8" if "Int8Cache" in match[0] else "bfloat16", "PartedParams" in match[0]
             most = 1 if match[3] == "Single" else COLUMNS * int(match[4] or 1)
-            name, stages = kernel_name(DTYPES[match[1]], most, kv_dtype), int(match[2])
+            name, stages = kernel_name(DTYPES[match[1]], most, kv_dtype, parted), int(match[2])
             if name not in found or found[name][0] < stages:
                 found[name] = stages, kernel
     names = [kernel_name(dtype, *kind) for kind in KINDS for dtype in DTYPES.values()]
+    names.insert(names.index(DTYPES["1"]) + 1, kernel_name(DTYPES["1"], COLUMNS, parted=True))
     return {name: found[name][1] for name in names if name in found}
 
 
@@ -97,19 +99,24 @@ def new_step(kernel: Kernel, name: str) -> Counts:
     phases = phase_loop(kernel)
     halves = kernel.innermost("HMMA", "LDSM")[0]  # of a page: keys, and then values; of an int8 cache, the page
     products = [loop for loop in kernel.innermost("HMMA") if loop != halves]
-    if len(products) != 2 or not products[0].blocks < phases.blocks or products[1].blocks & phases.blocks:
-        raise UnknownCodeError("one loop of products is expected in the loop over the phases, and the head's after it")
+    inside = [loop for loop in products if loop.blocks < phases.blocks]
+    after_all = [loop for loop in products if not loop.blocks & phases.blocks]
+    streams = groups > 1  # beside the products of a first tile, in a loop of its own
+    if not len(inside) == len(after_all) == 1 + streams:
+        raise UnknownCodeError("other loops of products than expected in the loop over the phases and after it")
     head_dtype = "int8" if dtype == "int4" else dtype
     pages = halves if int8_cache else outside(kernel, halves)
-    done: Asked = {products[0].head: 1, "BAR": 3}
-    skipped = sure(kernel.once_round(products[0], {}), "a stage")
+    first = next((loop for loop in inside if kernel.count(loop.blocks, "LDG")), inside[0])
+    done: Asked = {first.head: 1, "BAR": 3}
+    skipped = sure(kernel.once_round(first, {}), "a stage")
+    begun = window(dtype, groups) * groups if streams else 0  # reads
     single = int(most == 1)  # its sums of two rows are exchanged between two lanes
-    normed: Asked = {"SHFL": 2 * groups + single, "LDG": 2, "MUFU.RSQ": 1}
+    normed: Asked = {"SHFL": 2 * groups + single, "MUFU.RSQ": 1}
     kinds: dict[str, Asked] = {
-        "gqkv": {"STG": 2, **normed},
-        "o": {"STG": 5, "SHFL": 3 + single},
-        "gate_up": {"MUFU.EX2": 1, "STG": 1, **normed},
-        "down": {"STG": 5, "SHFL": 3 + single, "LDG": 3},
+        "gqkv": {"STG": 2, "LDG": begun + 2, **normed},
+        "o": {"STG": 5, "SHFL": 3 + single, "LDG": begun + 2},
+        "gate_up": {"MUFU.EX2": 1, "STG": 1, "LDG": begun + 2 * (not streams), **normed},
+        "down": {"STG": 5, "SHFL": 3 + single, "LDG": begun + 2},
     }
     keys: Asked = {"HMMA": 8, "SHFL": 2, "MUFU": 2, "LDGSTS": 4}  # of 128 channels
     values: Asked = {"HMMA": 8, "LDSM": 4, "LDGSTS": 4}
@@ -121,9 +128,6 @@ def new_step(kernel: Kernel, name: str) -> Counts:
             for phase, work in kinds.items()
         },
     }
-    # A tile's loop is around that of its stages, or around the loop of the parts in which activations come.
-    tiles = [outside(kernel, loop) if groups == 1 else outside(kernel, outside(kernel, loop)) for loop in products]
-    without = outside(kernel, tiles[0]).blocks
     if int8_cache:
         keys = {"HMMA": 16, "SHFL": 4, "MUFU": 2, "LDSM": 2, "LDGSTS": 5}
         copies = [b for b in pages.blocks if kernel.count([b], "LDGSTS") == 4]  # a page's; or a stage's of bf16
@@ -140,22 +144,44 @@ def new_step(kernel: Kernel, name: str) -> Counts:
         found["task"] = sure(kernel.once_round(pages, {**keys, "LDG": 9}), "a task") - page
     found["split"] = sure(kernel.once_round(pages, {**keys, "BAR": 1, "STG": 1, "MUFU": 13}), "a split") - page
     attending: Asked = {**keys, pages.head: 1, "BAR": 2}
+    parted = streams or "in parts" in rest
+    without = outside(kernel, _tile(kernel, inside, parted)).blocks
     found["turn"]["attention"] = sure(kernel.once_round(phases, attending, without), "attention") - page
-    for which, loop, tile, of in (("", products[0], tiles[0], dtype), ("head_", products[1], tiles[1], head_dtype)):
-        group = outside(kernel, tile)
-        stages = [stage_work(of, items, groups) for items in range(1, STAGE_ITEMS[of] + 1)]
-        found[f"{which}stage"] = [sure(kernel.once_round(loop, work), "a stage") for work in stages]
-        one = found[f"{which}stage"][0]
-        put: Asked = {"STS": 2 * groups}
-        round_tile = sure(kernel.once_round(tile, {**stages[0], **put}), "a tile")
-        round_group = sure(kernel.once_round(group, {**stages[0], **put, "BAR": 2, "STG": 2}), "tiles together")
-        found |= {f"{which}tile": round_tile - one, f"{which}group": round_group - round_tile}
-    found |= _bringing(kernel, phases, products[0].blocks | pages.blocks, groups)
+    for which, loops, of in (("", inside, dtype), ("head_", after_all, head_dtype)):
+        tile = _tile(kernel, loops, parted and not which)
+        found |= {which + what: figures for what, figures in _products(kernel, loops, tile, of, groups).items()}
+    found |= _bringing(kernel, phases, frozenset().union(*(loop.blocks for loop in inside), pages.blocks), groups)
     after = without.union(*(loop.blocks for loop in kernel.loops if kernel.count(loop.blocks, "HMMA")))
     starts = [loop for loop in kernel.innermost("LDGSTS", "LDGDEPBAR") if not loop.blocks & after]
     copies = stage_work(dtype, STAGE_ITEMS[dtype])["LDGSTS"]
     found["fill"] = min(sure(kernel.once_round(loop, {"LDGSTS": copies}), "a ring's start") for loop in starts)
     return found
+
+
+def _tile(kernel: Kernel, loops: list[Loop], parted: bool) -> Loop:
+    """The loop over tiles: around that of their stages, or around the loop of the parts in which activations come."""
+    kept = next(loop for loop in loops if not kernel.count(loop.blocks, "LDG"))
+    return outside(kernel, outside(kernel, kept) if parted else kept)
+
+
+def _products(kernel: Kernel, loops: list[Loop], tile: Loop, dtype: str, groups: int) -> Counts:
+    """Stages whose activations lie in shared memory, by the number of their items; a tile; tiles between two barriers.
+    And whole stages beside which activations stream by."""
+    kept = next(loop for loop in loops if not kernel.count(loop.blocks, "LDG"))
+    others = frozenset[int]().union(*(loop.blocks for loop in loops if loop != kept))
+    stages = [stage_work(dtype, items, groups) for items in range(1, STAGE_ITEMS[dtype] + 1)]
+    found: Counts = {"stage": [sure(kernel.once_round(kept, work), "a stage") for work in stages]}
+    for streamed in loops:
+        if streamed != kept:
+            unrolled = max(1, 16 * window(dtype, groups) // (STAGE_ITEMS[dtype] * ITEMS[dtype]))
+            whole = {kind: unrolled * n for kind, n in stages[-1].items()}
+            work: Asked = {**whole, "LDG": whole["HMMA"]}
+            found["streamed"] = sure(kernel.once_round(streamed, work), "a stage beside a stream") / unrolled
+    group = outside(kernel, tile)
+    one, put = found["stage"][0], {"STS": 2 * groups}
+    round_tile = sure(kernel.once_round(tile, {**stages[0], **put}, others), "a tile")
+    round_group = sure(kernel.once_round(group, {**stages[0], **put, "BAR": 2, "STG": 2}, others), "tiles together")
+    return found | {"tile": round_tile - one, "group": round_group - round_tile}
 
 
 def stage_work(dtype: str, items: int, groups: int = 1) -> Asked:

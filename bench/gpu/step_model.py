@@ -6,10 +6,10 @@
 
 A phase takes max(memory, chain). Memory is its bytes over the bandwidth of a copy. The chain is what a warp of the
 busiest block does one after the other: its instructions, counted in the compiled code (step_counts.py), and what it
-waits for, by count (step_shapes.py): reads of what other blocks have written (as long as the second-level cache needs
-for their bytes, if that is longer), weights on their way from shared memory through the tensor cores, pages of keys,
-barriers. In the persistent form weights run ahead of the chain as far as the
-rings reach, over the ends of phases.
+waits for, by count (step_shapes.py): reads of what other blocks have written, weights on their way from shared memory
+through the tensor cores, pages of keys, barriers. Reads take as long as the second-level cache needs for what all
+blocks ask it for, if that is longer; activations that stream by come while a block multiplies its first tile. In the
+persistent form weights run ahead of the chain as far as the rings reach, over the ends of phases.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.step_shapes import MOST_SPLITS, STAGE_ITEMS, WARPS, Case, Matrix, SpreadCase
+from bench.gpu.step_shapes import MOST_SPLITS, STAGE_ITEMS, Case, Matrix, SpreadCase, window
 from hrmcore.config import HRMConfig
 
 PHASES = ("gqkv", "attention", "o", "gate_up", "down", "first gqkv", "head")
@@ -99,7 +99,12 @@ class Work:
     stage_cycles: float = 0  # of a stage, beside these
     reads: int = 0
     pages: int = 0
-    asked: float = 0  # bytes of activations that all blocks ask the second-level cache for
+    asked: float = 0  # bytes of activations that all blocks ask the second-level cache for, before the first product
+    # Stages beside which activations come: how many, an instruction count of each, their bytes, reads in a row.
+    streamed: int = 0
+    streamed_instructions: float = 0
+    streamed_asked: float = 0
+    streamed_reads: float = 0
     bytes: int = 0  # of all blocks, from memory
     own_ring: bool = False  # nothing is on its way before the phase begins, save during the barrier
 
@@ -107,13 +112,18 @@ class Work:
         cached = max(c.read * self.reads, self.asked / c.cache_bandwidth / 1e6)
         return c.cycles * self.instructions / c.clock + cached + c.page * self.pages
 
-    def stage(self, c: Constants) -> float:
+    def stage(self, c: Constants, number: int = -1) -> float:
+        """A stage: by its number, as the first of them are those beside which activations come."""
+        if 0 <= number < self.streamed:
+            cycles = c.cycles * self.streamed_instructions + c.wait * self.stage_waits + self.stage_cycles
+            coming = max(c.read * self.streamed_reads, self.streamed_asked / c.cache_bandwidth / 1e6) / self.streamed
+            return max(cycles / c.clock, coming)
         cycles = c.cycles * self.stage_instructions + c.wait * self.stage_waits + self.stage_cycles
         return cycles / c.clock
 
     def chain(self, c: Constants) -> float:
         """Microseconds."""
-        return self.before(c) + self.stages * self.stage(c)
+        return self.before(c) + sum(self.stage(c, number) for number in range(self.stages))
 
     def memory(self, c: Constants) -> float:
         """Microseconds."""
@@ -145,13 +155,13 @@ def together(works: list[Work], ring: int, c: Constants) -> list[Timed]:
             served, first = begun, len(consumed)
         else:
             first = 0
-        for _ in range(work.stages):
+        for number in range(work.stages):
             room = len(consumed) - ring
             asked = consumed[room] if room >= first and room >= 0 else 0.0
             served = max(served, asked) + work.memory(c) / work.stages
             here = max(served, asked + c.memory_latency)
             waited += max(0.0, here - now)
-            now = max(now, here) + work.stage(c)
+            now = max(now, here) + work.stage(c, number)
             consumed.append(now)
         found.append(Timed(now - begun, waited))
     return found
@@ -174,57 +184,68 @@ def new_work(case: Case, counts: Counts, phase: str, graph: bool = False) -> Wor
     together = -(-tiles // case.tiles_together())
     whole, rest = divmod(matrix.warp_items, STAGE_ITEMS[matrix.dtype])
     of_tile = whole * c[f"{head}stage"][-1] + (c[f"{head}stage"][rest - 1] if rest else 0)
-    bringing, more_reads = _bringing(case, c, phase, matrix, tiles)
+    bringing, more_reads = _bringing(case, c, phase, matrix)
     turn = c["turn"]["gqkv" if phase in ("first gqkv", "head") else phase]
-    return Work(
+    work = Work(
         instructions=fixed + turn + bringing + tiles * c[f"{head}tile"] + (together - 1) * c[f"{head}group"],
         stages=tiles * matrix.stages,
         stage_instructions=of_tile / matrix.stages,
         stage_waits=1,
         stage_cycles=Constants.second_product,
         reads=reads + more_reads,
-        asked=_asked(case, phase, matrix, tiles),
         bytes=matrix.bytes,
         own_ring=phase == "head",
     )
+    if phase == "first gqkv":
+        return dataclasses.replace(work, asked=case.blocks * 8 * case.batch * matrix.columns)
+    blocks, times = min(case.blocks, matrix.tiles), case.times_brought(phase)
+    asked = 2.0 * blocks * case.rows * matrix.columns * times
+    if phase == "o" and case.splits_apart:
+        asked *= max(MOST_SPLITS // 2, min(case.pages, MOST_SPLITS))
+    if not case.streams(phase):
+        return dataclasses.replace(work, asked=asked)
+    # The first window is a read before the stages; the others follow as their registers become free.
+    windows = -(-case.sixteens(phase) // window(matrix.dtype, case.column_groups))
+    return dataclasses.replace(
+        work,
+        streamed=times * matrix.stages,
+        streamed_instructions=c[f"{head}streamed"] * of_tile / matrix.stages / c[f"{head}stage"][-1],
+        streamed_asked=asked,
+        streamed_reads=times * windows - 1,
+    )
 
 
-def _bringing(case: Case, c: Counts, phase: str, matrix: Matrix, tiles: int) -> tuple[float, int]:
-    """Instructions of a warp that brings its share of the activations, and its reads one after the other."""
-    groups, sixteens = case.column_groups, -(-matrix.columns // 16 // WARPS)
+def _bringing(case: Case, c: Counts, phase: str, matrix: Matrix) -> tuple[float, int]:
+    """Instructions of a warp before its products, for their activations, and reads one after the other."""
+    groups, sixteens = case.column_groups, case.sixteens("gqkv" if phase == "first gqkv" else phase)
     if phase == "first gqkv":
         # All of the row's squares; 4 lanes of each request take 2 pieces at once. 8 requests after 8.
         squares, entering = -(-matrix.columns // 256), -(-2 * sixteens // 8)
         of_eight = squares * c["enter_squares"] + entering * c["enter"] + c["write_entered"]
         return groups * of_eight, groups * (squares + entering + 1)
-    parts = case.parts(phase)
+    instructions, reads = 0.0, 1
+    if not case.streams(phase):
+        instructions, reads = _in_parts(case, c, phase)
+    if phase in ("o", "down"):
+        return instructions, reads
+    squares = -(-sixteens // 16)  # each request has 4 lanes, which take 4 tiles at once
+    return instructions + squares * c["squares"], reads + squares - 1  # the first of both are under way together
+
+
+def _in_parts(case: Case, c: Counts, phase: str) -> tuple[float, int]:
+    """The same of what is brought to shared memory: turns of a loop, a read each."""
     instructions, reads = 0.0, 0
-    for part in parts:
+    for part in case.parts(phase):
         pieces = 2 * part * case.rows  # of 16 bytes
         if phase == "o" and case.splits_apart:
             turns = -(-pieces // 32)
             instructions += turns * c["join_half" if case.pages <= MOST_SPLITS // 2 else "join"]
         else:
-            at_once = 32 * len(c["rows"])
-            turns, (whole, rest) = -(-pieces // at_once), divmod(pieces, at_once)
-            instructions += whole * c["rows"][-1] + (c["rows"][-(-rest // 32) - 1] if rest else 0)
+            turns = -(-pieces // (32 * len(c["rows"])))
+            instructions += turns * c["rows"][-1]
         reads += turns
-    times = tiles if len(parts) > 1 else 1
-    if phase in ("o", "down"):
-        return times * instructions, times * reads
-    squares = -(-sixteens // 16)  # each request has 4 lanes, which take 4 tiles at once
-    return instructions + squares * c["squares"], reads + squares - 1  # the first of both are under way together
-
-
-def _asked(case: Case, phase: str, matrix: Matrix, tiles: int) -> float:
-    """Bytes of activations that all blocks together ask the second-level cache for."""
-    if phase == "first gqkv":
-        return case.blocks * 8 * case.batch * matrix.columns
-    of_block = 2.0 * case.rows * matrix.columns
-    if phase == "o" and case.splits_apart:
-        of_block *= max(MOST_SPLITS // 2, min(case.pages, MOST_SPLITS))
-    blocks = min(case.blocks, matrix.tiles)
-    return blocks * of_block * (tiles if len(case.parts(phase)) > 1 else 1)
+    times = case.times_brought(phase)
+    return times * instructions, times * reads
 
 
 def _new_attention(case: Case, c: Counts, fixed: float, reads: int) -> Work:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 
 from hrmcore.config import HRMConfig
 from hrmcore.engine.mma_layout import GROUP, ITEMS, TILE
@@ -20,19 +21,27 @@ STAGE_ITEMS = {"bfloat16": 4, "int8": 6, "int4": 3}  # at most
 PAGE_STAGE = 2048  # bytes: of 8 rows of a page
 DEPTHS = {"bfloat16": (11, 7, 3), "int8": (7, 5, 2), "int4": (12, 8, 4)}  # of the rings, in stages: up to 8 requests
 WIDE_DEPTHS = {  # of up to 16 and up to 32
-    2: {"bfloat16": (9, 3), "int8": (5, 2), "int4": (9, 4)},
-    4: {"bfloat16": (5, 3), "int8": (3, 2), "int4": (5, 4)},
+    2: {"bfloat16": (9, 3), "int8": (6, 2), "int4": (9, 4)},
+    4: {"bfloat16": (6, 3), "int8": (4, 2), "int4": (6, 4)},
 }
 INT8_PAGE_STAGE = 2176  # of an int8 cache: keys, values and scales
 INT8_DEPTHS = {"bfloat16": (10, 7, 3), "int8": (5, 5, 2), "int4": (8, 8, 3)}  # and the rings beside one
-INT8_WIDE_DEPTHS = {2: {"bfloat16": 8, "int8": 5, "int4": 8}, 4: {"bfloat16": 5, "int8": 3, "int4": 5}}
+INT8_WIDE_DEPTHS = {
+    2: {"bfloat16": (8,), "int8": (5,), "int4": (8,)},
+    4: {"bfloat16": (5,), "int8": (3,), "int4": (5,)},
+}
 PRODUCT_PHASES = ("gqkv", "o", "gate_up", "down", "head")
 
 
-def kernel_name(dtype: str, most: int, kv_dtype: str = "bfloat16") -> str:
-    """Of the kernel for up to so many requests: 1, 8, 16 or 32."""
+def kernel_name(dtype: str, most: int, kv_dtype: str = "bfloat16", parted: bool = False) -> str:
+    """Of the kernel for up to so many requests: 1, 8, 16 or 32. `parted`: that of 8 whose activations come in parts."""
     requests = "" if most == COLUMNS else f", {most} request{'s' if most > 1 else ''}"
-    return dtype + requests + (", int8 cache" if kv_dtype == "int8" else "")
+    return dtype + requests + (", in parts" if parted else "") + (", int8 cache" if kv_dtype == "int8" else "")
+
+
+def window(dtype: str, groups: int) -> int:
+    """How many 16s of columns of activations a lane has asked for ahead of its products, for `groups` of 8 requests."""
+    return 2 if groups > 2 else 8 if dtype == "bfloat16" else 6
 
 
 @dataclass(frozen=True)
@@ -133,8 +142,10 @@ class Case:
     @property
     def kernel(self) -> str:
         """Its name among the counts."""
-        single = self.batch == 1 and self.kv_dtype == "bfloat16"
-        return kernel_name(self.dtype, 1 if single else COLUMNS * self.column_groups, self.kv_dtype)
+        parted = self.column_groups == 1 and len(self.parts("down")) > 1
+        deepest = not self.int8_cache and self.ring_stages() == DEPTHS[self.dtype][0]
+        single = self.batch == 1 and deepest and not parted
+        return kernel_name(self.dtype, 1 if single else COLUMNS * self.column_groups, self.kv_dtype, parted)
 
     def columns_of_warp(self, phase: str) -> int:
         matrix = self.matrix(phase)
@@ -142,20 +153,28 @@ class Case:
 
     @property
     def held_columns(self) -> int:
-        """Of how many columns a warp has the activations at once."""
-        of_width = max(self.columns_of_warp("gqkv"), self.columns_of_warp("head"))
-        if self.column_groups > 1:
-            return max(of_width, STAGE_ITEMS[self.dtype] * ITEMS[self.dtype])
-        return max(of_width, self.columns_of_warp("o"), self.columns_of_warp("down"))
+        """Of how many columns a warp has room for the activations."""
+        return self.layouts[self.ring_stages()][1]
+
+    def sixteens(self, phase: str) -> int:
+        """Of a warp's columns."""
+        return -(-self.matrix(phase).columns // 16 // WARPS)
+
+    def streams(self, phase: str) -> bool:
+        """Whether activations stream from the second-level cache into registers beside the products."""
+        return self.column_groups > 1 and not (phase == "o" and self.splits_apart)
 
     def parts(self, phase: str) -> list[int]:
-        """The 16s of columns that a warp brings at once, and then multiplies."""
-        sixteens = -(-self.matrix(phase).columns // 16 // WARPS)
-        held = self.held_columns // 16
+        """The 16s of columns that a warp brings to shared memory at once, and then multiplies."""
+        sixteens, held = self.sixteens(phase), self.held_columns // 16
         if self.columns_of_warp(phase) > self.held_columns:
             stage = STAGE_ITEMS[self.dtype] * ITEMS[self.dtype] // 16
             held = held // stage * stage
         return [min(held, sixteens - first) for first in range(0, sixteens, held)]
+
+    def times_brought(self, phase: str) -> int:
+        """How often a block brings them: for each of its tiles where they have no room at once."""
+        return 1 if self.columns_of_warp(phase) <= self.held_columns else self.tiles_of_block(phase)
 
     # Attention
 
@@ -182,39 +201,49 @@ class Case:
 
     def ring_stages(self) -> int:
         """How many stages a warp's ring has, as launch_packed chooses."""
-        page = INT8_PAGE_STAGE if self.int8_cache else PAGE_STAGE
-        stage = WARPS * max(page, STAGE_ITEMS[self.dtype] * self.matrix("gqkv").item_bytes)
-        for stages, together in self.depths:
-            if self.shared_bytes(together) + stages * stage <= SHARED_BYTES:
-                return stages
-        raise ValueError("the step's activations do not fit in shared memory")
+        return max(self.layouts)
 
     def tiles_together(self) -> int:
-        return PARTIAL_SLOTS // self.column_groups if self.slots == PARTIAL_SLOTS else 1
+        slots = self.layouts[self.ring_stages()][0]
+        return PARTIAL_SLOTS // self.column_groups if slots == PARTIAL_SLOTS else 1
 
-    @property
-    def slots(self) -> int:
-        return dict(self.depths)[self.ring_stages()]
-
-    @property
-    def depths(self) -> tuple[tuple[int, int], ...]:
-        """Of the rings that there are, and for how many tiles of 8 requests each there are partial sums."""
-        if self.int8_cache and self.column_groups > 1:
-            return ((INT8_WIDE_DEPTHS[self.column_groups][self.dtype], PARTIAL_SLOTS),)
+    @cached_property
+    def layouts(self) -> dict[int, tuple[int, int]]:
+        """By the stages of the rings that fit: for how many tiles of 8 requests there are partial sums, and of how many
+        columns of a warp there is room for the activations.
+        """
+        page = INT8_PAGE_STAGE if self.int8_cache else PAGE_STAGE
+        stage = WARPS * max(page, STAGE_ITEMS[self.dtype] * self.matrix("gqkv").item_bytes)
+        of_width = max(
+            self.columns_of_warp("gqkv"), self.columns_of_warp("head"), STAGE_ITEMS[self.dtype] * ITEMS[self.dtype]
+        )
+        whole = max(of_width, self.columns_of_warp("o"), self.columns_of_warp("down"))
         if self.column_groups > 1:
-            return tuple((stages, PARTIAL_SLOTS) for stages in WIDE_DEPTHS[self.column_groups][self.dtype])
-        depths = (INT8_DEPTHS if self.int8_cache else DEPTHS)[self.dtype]
-        return tuple(zip(depths, (PARTIAL_SLOTS, PARTIAL_SLOTS, 1), strict=True))
+            depths = (INT8_WIDE_DEPTHS if self.int8_cache else WIDE_DEPTHS)[self.column_groups][self.dtype]
+            tried = [(stages, PARTIAL_SLOTS, of_width) for stages in depths]
+        else:
+            deep, middle, shallow = (INT8_DEPTHS if self.int8_cache else DEPTHS)[self.dtype]
+            tried = [(deep, PARTIAL_SLOTS, whole), (middle, PARTIAL_SLOTS, whole), (shallow, 1, whole)]
+            if self.dtype == "bfloat16" and not self.int8_cache:
+                tried.insert(1, (deep, PARTIAL_SLOTS, of_width))
+        found: dict[int, tuple[int, int]] = {}
+        for stages, slots, columns in tried:
+            if self.shared_bytes(slots, columns) + stages * stage <= SHARED_BYTES:
+                found.setdefault(stages, (slots, columns))
+        if not found:
+            raise ValueError("the step's activations do not fit in shared memory")
+        return found
 
-    def shared_bytes(self, slots: int) -> int:
+    def shared_bytes(self, slots: int, columns: int) -> int:
         """What lies before the rings."""
         d = self.config.head_dim
         exchange = 4 * (2 * WARPS * (d + 2) + 2 * MOST_SPLITS * d)
         partials = max(slots * WARPS * TILE * COLUMNS * 4, exchange)
         pages = 32 * self.pages_of_block(self.splits_apart)
         state = -(-(24 * MOST_REQUESTS + 8 + 4 * WARPS * MOST_REQUESTS) // 128) * 128
-        activations = 2 * WARPS * self.held_columns * self.rows
-        parts = (state + 4 * self.batch * d + 2 * d, pages, partials, activations)
+        angles = 4 * self.batch * d if self.column_groups == 1 else 0
+        activations = 2 * WARPS * columns * self.rows
+        parts = (state + angles + 2 * d, pages, partials, activations)
         return sum(-(-part // 128) * 128 for part in parts)
 
     # The step before

@@ -60,6 +60,8 @@ struct Activations {
   }
 };
 
+constexpr int eight_bytes = 32 * product_columns;  // 16 columns of 8 requests
+
 // This lane's registers of 16 columns, for each group of 8 requests.
 template <int groups>
 using Columns = std::uint32_t[groups][2];
@@ -73,20 +75,86 @@ class ActivationReader {
       : at_(x.offset + 8 * (groups > 1 ? lane_id() : 4 * min(lane_id() / 4, x.batch - 1) + lane_id() % 4)),
         stride_(32 * x.batch) {}
 
-  __device__ __forceinline__ void take(Columns<groups>& b) {
+  static constexpr int window = 1;
+  __device__ __forceinline__ void take(Columns<groups>& b, int) {
 #pragma unroll
     for (int group = 0; group < groups; ++group) {
       const Packed<std::uint32_t, 2> pair =
-          shared_array<Packed<std::uint32_t, 2>>(static_cast<std::size_t>(at_ + group * group_bytes))[0];
+          shared_array<Packed<std::uint32_t, 2>>(static_cast<std::size_t>(at_ + group * eight_bytes))[0];
       b[group][0] = pair.at[0];
       b[group][1] = pair.at[1];
     }
-    at_ += groups > 1 ? groups * group_bytes : stride_;
+    at_ += groups > 1 ? groups * eight_bytes : stride_;
+  }
+  __device__ __forceinline__ void taken(int) {}
+
+ private:
+  int at_, stride_;  // in bytes
+};
+
+// The same from where the phase before has left them: a lane reads what it multiplies with straight into registers,
+// some 16s of columns ahead, and may leave it in shared memory for tiles to come. So the products begin with the first
+// that come, and what is multiplied once has no place in shared memory.
+template <Packing packing, int groups>
+class ActivationStream {
+ public:
+  // 16s of columns ahead: as many as fit in the registers; in bf16 whole stages.
+  static constexpr int window = groups > 2 ? 2 : packing == Packing::bf16 ? 8 : 6;
+
+  // `sixteens` 16s of columns, from `first` on, of `rows`. They are left in `kept`, too, where it keeps.
+  __device__ __forceinline__ void begin(const void* rows, int first, int sixteens, const Activations& kept,
+                                        bool keep) {
+    next_ = static_cast<const std::byte*>(rows) + first * stride + 8 * lane_id();
+    left_ = sixteens;
+    kept_ = kept.offset + 8 * lane_id();
+    keeps_ = keep;
+#pragma unroll
+    for (int place = 0; place < window; ++place) ask(place);
+    advance();
+  }
+
+  // `number` is that of the 16 columns among those of some windows, a constant.
+  __device__ __forceinline__ void take(Columns<groups>& b, int number) {
+#pragma unroll
+    for (int group = 0; group < groups; ++group) {
+      const Pair pair = ahead_[number % window][group];
+      b[group][0] = pair.at[0];
+      b[group][1] = pair.at[1];
+      const int place = kept_ + number % window * stride + group * eight_bytes;
+      if (keeps_) shared_array<Pair>(static_cast<std::size_t>(place))[0] = pair;
+    }
+  }
+  // When they have been multiplied: the next ones into their registers. Beyond the last the weights are zeros, and what
+  // the registers have will do.
+  __device__ __forceinline__ void taken(int number) {
+    ask(number % window);
+    if (number % window < window - 1) return;
+    advance();
+    kept_ += window * stride;
   }
 
  private:
-  static constexpr int group_bytes = 32 * product_columns;
-  int at_, stride_;  // in bytes
+  using Pair = Packed<std::uint32_t, 2>;
+  static constexpr int stride = groups * eight_bytes;
+
+  __device__ __forceinline__ void ask(int place) {
+    if (place >= left_) return;
+    const std::byte* from = next_ + place * stride;
+#pragma unroll
+    for (int group = 0; group < groups; ++group) {
+      ahead_[place][group] =
+          load_packed<2>(reinterpret_cast<const std::uint32_t*>(from + group * eight_bytes));
+    }
+  }
+  __device__ __forceinline__ void advance() {
+    next_ += window * stride;
+    left_ -= window;
+  }
+
+  Pair ahead_[window][groups] = {};
+  const std::byte* next_ = nullptr;  // this lane's of the first place, and how many are left from there on
+  int left_ = 0, kept_ = 0;
+  bool keeps_ = false;
 };
 
 }  // namespace hrmcore::cuda

@@ -77,7 +77,8 @@ __device__ __forceinline__ void load_request_state(const P& params, const Shared
   __syncthreads();
   const SharedArray<float> angles = shared_array<float>(static_cast<std::size_t>(layout.angles)),
                            log_decay = shared_array<float>(static_cast<std::size_t>(layout.log_decay));
-  for (int i = static_cast<int>(threadIdx.x); i < params.batch * d; i += decode_threads) {
+  const int angles_kept = P::column_groups > 1 ? 0 : params.batch * d;
+  for (int i = static_cast<int>(threadIdx.x); i < angles_kept; i += decode_threads) {
     const std::int64_t position = HRMCORE_REQUEST_STATE(int, position)[i >> params.head_shift];
     angles[i] = load_one(params.rope + position * d + (i & (d - 1)));
   }

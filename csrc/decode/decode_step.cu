@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(decode_threads, 1) decode(Segment<P> segment) 
   const SharedLayout& layout = segment.layout;
   const bool persistent = segment.phases > 1;
   load_request_state(params, layout);
-  Consumer<P> block{params, layout, segment.first, first_tile(segment.dealt)};
+  Consumer<P, false> block{params, layout, segment.first, first_tile(segment.dealt)};
   GridBarrier barrier(params.barrier);
   if (block.at.phase != Phase::head) {
     Loader<packing, stages, P> loader(params, layout, block.at, persistent ? segment.phases - 1 : 1,
@@ -48,7 +48,8 @@ __global__ void __launch_bounds__(decode_threads, 1) decode(Segment<P> segment) 
   Loader<head, stages * stage_bytes<packing, P> / stage_bytes<head, P>, P> loader(params, layout, block.at, 1,
                                                                                   block.tile);
   if (persistent) barrier.wait();
-  multiply_phase<head>(block, loader);
+  Consumer<P, true> last{params, layout, block.at, block.tile};
+  multiply_phase<head>(last, loader);
 }
 
 constexpr int up_to(int bytes, int multiple) { return (bytes + multiple - 1) / multiple * multiple; }
@@ -59,22 +60,22 @@ int columns_of_warp(const DecodeParams& params, Phase phase) {
   return params.shape(phase).warp_items * item.columns;
 }
 
-// Of how many columns a warp has the activations at once. More than 8 requests: those of the matrices of as many
-// columns as the model is wide, whole stages.
-int held_columns(const DecodeParams& params, int rows) {
+// Of how many columns a warp has room for the activations: of any matrix's, or only of those of the matrices of as many
+// columns as the model is wide, whole stages, beside which the others' come in parts.
+int held_columns(const DecodeParams& params, bool any) {
   const int of_width = max(columns_of_warp(params, Phase::gqkv), columns_of_warp(params, Phase::head));
-  if (rows > product_columns) return max(of_width, params.item.of_stage * params.item.columns);
+  if (!any) return max(of_width, params.item.of_stage * params.item.columns);
   return max(of_width, max(columns_of_warp(params, Phase::o), columns_of_warp(params, Phase::down)));
 }
 
 // Where things lie in shared memory; the rings come last.
-SharedLayout shared_layout(const DecodeParams& params, int rows, int page_entries, int slots) {
+SharedLayout shared_layout(const DecodeParams& params, int rows, int page_entries, int slots, bool any) {
   SharedLayout layout{};
   const int d = params.head_dim, word = static_cast<int>(sizeof(float));
   layout.tiles_together = max(1, slots * product_columns / max(rows, product_columns));
-  layout.held_columns = held_columns(params, rows);
+  layout.held_columns = held_columns(params, any);
   layout.angles = request_state_bytes;
-  layout.log_decay = layout.angles + params.batch * d * word;
+  layout.log_decay = layout.angles + (rows > product_columns ? 0 : params.batch * d * word);
   layout.pages = up_to(layout.log_decay + d / 2 * word, 128);
   layout.partials = up_to(layout.pages + page_entries * static_cast<int>(sizeof(PageEntry)), 128);
   layout.activations = up_to(layout.partials + max(slots * tile_partials * word, exchange_bytes(d)), 128);
@@ -151,9 +152,9 @@ struct Depths {
   int of_16, of_32;
 };
 template <Packing packing>
-constexpr Depths depths = packing == Packing::int8   ? Depths{7, 5, 2, 5, 3}
-                          : packing == Packing::int4 ? Depths{12, 8, 4, 9, 5}
-                                                     : Depths{11, 7, 3, 9, 5};
+constexpr Depths depths = packing == Packing::int8   ? Depths{7, 5, 2, 6, 4}
+                          : packing == Packing::int4 ? Depths{12, 8, 4, 9, 6}
+                                                     : Depths{11, 7, 3, 9, 6};
 
 // A kernel and its shared memory. launch is null where the requests do not fit.
 struct Choice {
@@ -174,17 +175,22 @@ Choice choose(DecodeParams& params, int blocks, int shared_bytes) {
   const auto fits = [&](const SharedLayout& layout, int stages) {
     return layout.rings + decode_warps * stages * stage_bytes<packing, DecodeParams> <= shared_bytes;
   };
-  const SharedLayout wide = shared_layout(params, rows, pages, partial_slots);
+  const SharedLayout wide = shared_layout(params, rows, pages, partial_slots, false);
   if (groups == 1) {
-    const SharedLayout narrow = shared_layout(params, rows, pages, 1);
-    if (plain && fits(wide, depth.deep))
+    const SharedLayout whole = shared_layout(params, rows, pages, partial_slots, true),
+                       narrow = shared_layout(params, rows, pages, 1, true);
+    if (plain && fits(whole, depth.deep))
       return {params.batch == 1 ? launch_decode<packing, depth.deep, SingleParams>
                                 : launch_decode<packing, depth.deep, PlainParams>,
-              wide};
-    if (fits(wide, depth.middle))
+              whole};
+    if constexpr (packing == Packing::bf16) {  // others wait for instructions, not for the ring
+      if (plain && fits(wide, depth.deep))
+        return {launch_decode<packing, depth.deep, PartedParams<PlainParams>>, wide};
+    }
+    if (fits(whole, depth.middle))
       return {plain ? launch_decode<packing, depth.middle, PlainParams>
                     : launch_decode<packing, depth.middle, DecodeParams>,
-              wide};
+              whole};
     if (fits(narrow, depth.shallow))
       return {plain ? launch_decode<packing, depth.shallow, PlainParams>
                     : launch_decode<packing, depth.shallow, DecodeParams>,
@@ -203,7 +209,8 @@ Choice choose(DecodeParams& params, int blocks, int shared_bytes) {
 }
 
 // Over an int8 cache. A stage may be larger, so the rings are less deep, and there are fewer kernels: one for each kind
-// of card, and for more than 8 requests those of head_dim 128 alone.
+// of card, and for more than 8 requests those of head_dim 128 alone. These have
+// no shallower ones behind them: a stage more would fit 32 requests of the 1B shape, but fewer of long caches.
 struct Int8Depths {
   int deep, middle, shallow;
   int of_16, of_32;
@@ -223,19 +230,19 @@ Choice choose_over_int8(DecodeParams& params, int blocks, int shared_bytes) {
   const int pages = page_shares(params, blocks, params.splits_apart).of_block;
   const int groups = params.batch <= product_columns ? 1 : params.batch <= 2 * product_columns ? 2 : 4;
   const int rows = groups == 1 ? params.batch : groups * product_columns;
-  const SharedLayout wide = shared_layout(params, rows, pages, partial_slots),
-                     narrow = shared_layout(params, rows, pages, 1);
-  const auto fits = [&](const SharedLayout& layout, int stages) {
-    return layout.rings + decode_warps * stages * stage_bytes<packing, Any> <= shared_bytes;
+  const SharedLayout layout = shared_layout(params, rows, pages, partial_slots, groups == 1),
+                     narrow = shared_layout(params, rows, pages, 1, true);
+  const auto fits = [&](const SharedLayout& tried, int stages) {
+    return tried.rings + decode_warps * stages * stage_bytes<packing, Any> <= shared_bytes;
   };
   if (groups > 1) {
-    if (!plain || !fits(wide, groups == 2 ? depth.of_16 : depth.of_32)) return {};
+    if (!plain || !fits(layout, groups == 2 ? depth.of_16 : depth.of_32)) return {};
     return {groups == 2 ? launch_decode<packing, depth.of_16, WideParams<Plain, 2>>
                         : launch_decode<packing, depth.of_32, WideParams<Plain, 4>>,
-            wide};
+            layout};
   }
-  if (plain && fits(wide, depth.deep)) return {launch_decode<packing, depth.deep, Plain>, wide};
-  if (plain && fits(wide, depth.middle)) return {launch_decode<packing, depth.middle, Plain>, wide};
+  if (plain && fits(layout, depth.deep)) return {launch_decode<packing, depth.deep, Plain>, layout};
+  if (plain && fits(layout, depth.middle)) return {launch_decode<packing, depth.middle, Plain>, layout};
   if (fits(narrow, depth.shallow)) return {launch_decode<packing, depth.shallow, Any>, narrow};
   return {};
 }

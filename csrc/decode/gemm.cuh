@@ -55,16 +55,17 @@ struct LaneItem {
   }
 
   // sum += item x, of each group of 8 requests: a weight is read and expanded once for all of them. Of a `single`
-  // request each lane has the two rows twice, and adds up one of them.
-  template <bool single, int groups_of_8>
-  __device__ __forceinline__ void multiply(float (&sum)[groups_of_8][4],
-                                           ActivationReader<groups_of_8>& x) const {
+  // request each lane has the two rows twice, and adds up one of them. `number`: of the item's first 16 columns, among
+  // those that x has.
+  template <bool single, int groups_of_8, class Reader>
+  __device__ __forceinline__ void multiply(float (&sum)[groups_of_8][4], Reader& x, int number) const {
     Columns<groups_of_8> b;
     if constexpr (packing == Packing::bf16) {
-      x.take(b);
+      x.take(b, number);
       const bf16x2 a[4] = {piece.at[0], piece.at[1], piece.at[2], piece.at[3]};
 #pragma unroll
       for (int eight = 0; eight < groups_of_8; ++eight) mma_bf16(sum[eight], a, b[eight]);
+      x.taken(number);
     } else {
 #pragma unroll
       for (int group = 0; group < groups; ++group) {
@@ -78,9 +79,10 @@ struct LaneItem {
           } else {
             expand_nibbles(piece.at[half], a);
           }
-          x.take(b);
+          x.take(b, number + half);
 #pragma unroll
           for (int eight = 0; eight < groups_of_8; ++eight) mma_f16(of_group[eight], a, b[eight]);
+          x.taken(number + half);
         }
         const float low = __uint_as_float(scales.at[group] << 16),
                     high = __uint_as_float(scales.at[group] & 0xffff0000u);
@@ -107,52 +109,70 @@ struct TileSums {
   }
 };
 
-// Adds `stages` stages of a tile, at least one, whose activations begin at `activations`. `items`: how many of these
-// stages' and later ones' are this warp's.
-template <Packing packing, bool single, int groups, class Stages>
+// Adds a stage of a tile, of which `left` items are this warp's. `number`: of its first 16 columns, in x's window.
+template <Packing packing, bool single, int groups, class Stages, class Reader>
+__device__ __forceinline__ void multiply_stage(TileSums<packing, groups>& sums, Stages& loader, int left,
+                                               Reader& x, int number) {
+  constexpr int sixteens = ItemOf<packing>::columns / 16;
+  const int slot = loader.wait();
+  const auto sums_of = [&](int i) -> float (&)[groups][4] {
+    return packing != Packing::bf16 || i % 2 == 0 ? sums.even : sums.odd;
+  };
+  if constexpr (groups > 1 && packing != Packing::bf16) {
+    // Item after item: with a stage of them the sums would not fit in the registers.
+    loader.refill();
+#pragma unroll
+    for (int i = 0; i < stage_items<packing>; ++i) {
+      if (i >= left) break;
+      LaneItem<packing> lane;
+      lane.read(slot + i * item_bytes<packing>);
+      lane.template multiply<single>(sums_of(i), x, number + i * sixteens);
+    }
+    return;
+  }
+  LaneItem<packing> lane[stage_items<packing>];
+  if (left >= stage_items<packing>) {
+#pragma unroll
+    for (int i = 0; i < stage_items<packing>; ++i) lane[i].read(slot + i * item_bytes<packing>);
+  } else {
+#pragma unroll
+    for (int i = 0; i < stage_items<packing> - 1; ++i) {
+      if (i >= left) break;
+      lane[i].read(slot + i * item_bytes<packing>);
+    }
+  }
+  loader.refill();
+  if (left >= stage_items<packing>) {
+#pragma unroll
+    for (int i = 0; i < stage_items<packing>; ++i) {
+      lane[i].template multiply<single>(sums_of(i), x, number + i * sixteens);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < stage_items<packing>; ++i) {
+      if (i >= left) break;
+      lane[i].template multiply<single>(sums_of(i), x, number + i * sixteens);
+    }
+  }
+}
+
+// Adds `stages` stages of a tile, at least one, with the activations that x has. `items`: how many of these stages' and
+// later ones' are this warp's. x's window is made of whole stages, or they of windows.
+template <Packing packing, bool single, int groups, class Stages, class Reader>
 __device__ __forceinline__ void multiply_stages(TileSums<packing, groups>& sums, Stages& loader, int stages,
-                                                int items, const Activations& activations) {
-  ActivationReader<groups> x(activations);
+                                                int items, Reader& x) {
+  constexpr int sixteens = stage_items<packing> * ItemOf<packing>::columns / 16;
+  constexpr int together = Reader::window > sixteens ? Reader::window / sixteens : 1;
+  static_assert(Reader::window % sixteens == 0 || sixteens % Reader::window == 0);
 #pragma unroll 1
   do {
-    const int slot = loader.wait(), left = items;
+    multiply_stage<packing, single>(sums, loader, items, x, 0);
     items -= stage_items<packing>;
-    const auto sums_of = [&](int i) -> float (&)[groups][4] {
-      return packing != Packing::bf16 || i % 2 == 0 ? sums.even : sums.odd;
-    };
-    if constexpr (groups > 1 && packing != Packing::bf16) {
-      // Item after item: with a stage of them the sums would not fit in the registers.
-      loader.refill();
 #pragma unroll
-      for (int i = 0; i < stage_items<packing>; ++i) {
-        if (i >= left) break;
-        LaneItem<packing> lane;
-        lane.read(slot + i * item_bytes<packing>);
-        lane.template multiply<single>(sums_of(i), x);
-      }
-      continue;
-    }
-    LaneItem<packing> lane[stage_items<packing>];
-    if (left >= stage_items<packing>) {
-#pragma unroll
-      for (int i = 0; i < stage_items<packing>; ++i) lane[i].read(slot + i * item_bytes<packing>);
-    } else {
-#pragma unroll
-      for (int i = 0; i < stage_items<packing> - 1; ++i) {
-        if (i >= left) break;
-        lane[i].read(slot + i * item_bytes<packing>);
-      }
-    }
-    loader.refill();
-    if (left >= stage_items<packing>) {
-#pragma unroll
-      for (int i = 0; i < stage_items<packing>; ++i) lane[i].template multiply<single>(sums_of(i), x);
-    } else {
-#pragma unroll
-      for (int i = 0; i < stage_items<packing>; ++i) {
-        if (i >= left) break;
-        lane[i].template multiply<single>(sums_of(i), x);
-      }
+    for (int turn = 1; turn < together; ++turn) {
+      if (--stages == 0) return;
+      multiply_stage<packing, single>(sums, loader, items, x, turn * sixteens);
+      items -= stage_items<packing>;
     }
   } while (--stages > 0);
 }

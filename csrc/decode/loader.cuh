@@ -16,8 +16,8 @@ __device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x /
 __device__ __forceinline__ int clamped(int value, int count) { return max(0, min(value, count - 1)); }
 
 // Shared memory begins with what a launch reads once, and the sums of squares of each warp's columns. After it
-// lie, where SharedLayout says: angles (B, d), xPos's decay (d / 2), the block's list of pages, partial sums of
-// tiles (or what the attention exchanges), activations, rings.
+// lie, where SharedLayout says: angles (B, d) of up to 8 requests, xPos's decay (d / 2), the block's list of pages,
+// partial sums of tiles (or what the attention exchanges), activations, rings.
 struct RequestState {
   std::int64_t slot_mapping[max_batch];         // the cache's row of the new token
   int position[max_batch];                      // of the new token
@@ -29,7 +29,7 @@ struct RequestState {
 struct SharedLayout {
   int angles, log_decay, pages, partials, activations, rings;  // offsets in bytes
   int tiles_together;                                          // for which there are partial sums
-  int held_columns;  // of a warp's share, where activations of more than 8 requests lie: a whole number of stages
+  int held_columns;  // of a warp's share, whose activations have room
 };
 constexpr int request_state_bytes = (static_cast<int>(sizeof(RequestState)) + 127) / 128 * 128;
 constexpr int tile_partials = decode_warps * tile_rows * product_columns;  // float32, of 8 requests

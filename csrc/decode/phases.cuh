@@ -7,13 +7,19 @@
 
 namespace hrmcore::cuda {
 
-// Where a block stands among the tiles of a phase.
-template <class P>
+// Where a block stands among the tiles of a phase: of the head, or of one before it, whose code is not the head's.
+template <class P, bool of_head>
 struct Consumer {
   const P& params;
   const SharedLayout& layout;
   SchedulePoint at;
   int tile;  // the block's next
+
+  __device__ __forceinline__ bool in(Phase phase) const {
+    return (phase == Phase::head) == of_head && (of_head || at.phase == phase);
+  }
+  __device__ __forceinline__ bool enters() const { return in(Phase::gqkv) && at.layer == 0; }
+  __device__ __forceinline__ bool adds_to_stream() const { return in(Phase::o) || in(Phase::down); }
 };
 
 // A warp's share of a matrix's columns: 16s of them from `first_sixteen` on, and the items that they lie in.
@@ -234,20 +240,42 @@ struct Sums {
   int tile, row, request;
   float low, high;
 };
+// What their finishing reads, on its way while they are added up: the stream before, or a cosine and a sine.
+struct Ahead {
+  float low = 0, high = 0;
+};
 
-// A pair of outputs i and i + d / 2 of one head, of one of gate, q, k, v.
-template <class P>
-__device__ __forceinline__ void finish_gqkv(const Consumer<P>& block, const Sums& sums) {
+// A row of a tile of gqkv: of which of gate, q, k, v, and which channel of all and of its head. Its pair is d / 2 after.
+struct HeadRow {
+  int kind, channel, i;
+
+  template <class P>
+  __device__ __forceinline__ HeadRow(const P& params, int tile, int row) {
+    const int tiles_shift = params.head_shift - 4, head_of_all = tile >> tiles_shift, heads = params.heads;
+    kind = (head_of_all >= heads) + (head_of_all >= 2 * heads) + (head_of_all >= 3 * heads);
+    i = (tile & ((1 << tiles_shift) - 1)) * 8 + row;
+    channel = (head_of_all - kind * heads) * params.head_dim + i;
+  }
+  __device__ __forceinline__ bool rotates() const { return kind == 1 || kind == 2; }
+};
+
+// A pair of outputs i and i + d / 2 of one head, of one of gate, q, k, v. With more than 8 requests the finisher has
+// their cosine and sine, which would fill a stage of the ring.
+template <class P, bool of_head>
+__device__ __forceinline__ void finish_gqkv(const Consumer<P, of_head>& block, const Sums& sums,
+                                            const Ahead& ahead) {
   const P& params = block.params;
-  const int d = params.head_dim, width = params.attention_width(), tiles_shift = params.head_shift - 4;
-  const int head_of_all = sums.tile >> tiles_shift, heads = params.heads;
-  const int kind = (head_of_all >= heads) + (head_of_all >= 2 * heads) + (head_of_all >= 3 * heads);
-  const int i = (sums.tile & ((1 << tiles_shift) - 1)) * 8 + sums.row,
-            channel = (head_of_all - kind * heads) * d + i, partner = channel + d / 2;
+  const HeadRow head_row(params, sums.tile, sums.row);
+  const int d = params.head_dim, width = params.attention_width(), kind = head_row.kind,
+            channel = head_row.channel, partner = channel + d / 2;
   float low = sums.low, high = sums.high;
-  if (kind == 1 || kind == 2) {
-    const SharedArray<float> angles = shared_array<float>(static_cast<std::size_t>(block.layout.angles));
-    const float cosine = angles[sums.request * d + i], sine = angles[sums.request * d + i + d / 2];
+  if (head_row.rotates()) {
+    float cosine = ahead.low, sine = ahead.high;
+    if constexpr (P::column_groups == 1) {
+      const SharedArray<float> angles = shared_array<float>(static_cast<std::size_t>(block.layout.angles));
+      cosine = angles[sums.request * d + head_row.i];
+      sine = angles[sums.request * d + head_row.i + d / 2];
+    }
     const float before = low;
     low = low * cosine - high * sine;
     high = high * cosine + before * sine;
@@ -282,15 +310,15 @@ __device__ __forceinline__ void finish_gqkv(const Consumer<P>& block, const Sums
   }
 }
 
-template <Packing packing, class P>
-__device__ __forceinline__ void finish_gate_up(const Consumer<P>& block, const Sums& sums) {
+template <Packing packing, class P, bool of_head>
+__device__ __forceinline__ void finish_gate_up(const Consumer<P, of_head>& block, const Sums& sums) {
   const int place = sums.tile / 2 * block.params.rows() + sums.request;
   store_activation<packing>(block.params.hidden, place * 16 + sums.tile % 2 * 8 + sums.row,
                             sums.low * sums.high * quick_reciprocal(1.0f + quick_exp(-sums.low)));
 }
 
-template <class P>
-__device__ __forceinline__ void finish_head(const Consumer<P>& block, const Sums& sums) {
+template <class P, bool of_head>
+__device__ __forceinline__ void finish_head(const Consumer<P, of_head>& block, const Sums& sums) {
   const int token = sums.tile * tile_rows + sums.row, vocabulary = block.params.vocabulary;
   float* logits = block.params.logits + static_cast<std::int64_t>(sums.request) * vocabulary + token;
   if (token < vocabulary) store<1>(logits, Floats<1>{{sums.low}});
@@ -308,38 +336,41 @@ __device__ __forceinline__ SharedArray<float> partials_of(const SharedLayout& la
 struct Finisher {
   int tile, row, request;
   bool mine;
-  float low_before, high_before;  // of the stream, where the phase adds to it
+  Ahead ahead;
 
-  template <class P>
-  __device__ __forceinline__ Finisher(const Consumer<P>& block, bool to_stream)
+  template <class P, bool of_head>
+  __device__ __forceinline__ Finisher(const Consumer<P, of_head>& block)
       : tile(block.tile + slot() / P::column_groups * static_cast<int>(gridDim.x)),
         row(P::single ? lane_id() % 8 : lane_id() / 4),
         request(P::single ? 0
                           : slot() % P::column_groups * product_columns + lane_id() % 4 +
                                 warp_id() / partial_slots * 4),
         mine(P::single ? static_cast<int>(threadIdx.x) < 32 * partial_slots && lane_id() < 8
-                       : request < block.params.batch),
-        low_before(0),
-        high_before(0) {
-    if (mine && to_stream && tile < block.params.shape(block.at.phase).tiles) {
-      const float* stream =
-          block.params.streams[block.at.visit % 2] + (tile * block.params.rows() + request) * 16 + row;
-      low_before = load_one(stream);
-      high_before = load_one(stream + 8);
+                       : request < block.params.batch) {
+    const P& params = block.params;
+    if (!mine || tile >= params.shape(block.at.phase).tiles) return;
+    if (block.adds_to_stream()) {
+      const float* stream = params.streams[block.at.visit % 2] + (tile * params.rows() + request) * 16 + row;
+      ahead = {load_one(stream), load_one(stream + 8)};
+    } else if (P::column_groups > 1 && block.in(Phase::gqkv)) {
+      const HeadRow head_row(params, tile, row);
+      const std::int64_t position = HRMCORE_REQUEST_STATE(int, position)[request];
+      const float* angles = params.rope + position * params.head_dim + head_row.i;
+      if (head_row.rotates()) ahead = {load_one(angles), load_one(angles + params.head_dim / 2)};
     }
   }
   __device__ __forceinline__ static int slot() { return warp_id() % partial_slots; }
 };
 
 // The stream's pair of rows of a request grows; what the next GEMM reads is written beside it, and its squares.
-template <Packing packing, class P>
-__device__ __forceinline__ void finish_stream(const Consumer<P>& block, const Sums& sums,
+template <Packing packing, class P, bool of_head>
+__device__ __forceinline__ void finish_stream(const Consumer<P, of_head>& block, const Sums& sums,
                                               const Finisher& finisher) {
   const P& params = block.params;
   const int place = sums.tile * params.rows() + sums.request, at = place * 16 + sums.row;
   float square = 0;
   if (finisher.mine) {
-    const float low = finisher.low_before + sums.low, high = finisher.high_before + sums.high;
+    const float low = finisher.ahead.low + sums.low, high = finisher.ahead.high + sums.high;
     float* stream = params.streams[block.at.visit % 2] + at;
     store<1>(stream, Floats<1>{{low}});
     store<1>(stream + 8, Floats<1>{{high}});
@@ -355,9 +386,9 @@ __device__ __forceinline__ void finish_stream(const Consumer<P>& block, const Su
 }
 
 // Adds up the warps' partial sums of the tiles that the block has multiplied, and hands them to the phase.
-template <Packing packing, class P>
-__device__ __forceinline__ void finish_tiles(const Consumer<P>& block, const Finisher& finisher,
-                                             bool to_stream, int tiles_done) {
+template <Packing packing, class P, bool of_head>
+__device__ __forceinline__ void finish_tiles(const Consumer<P, of_head>& block, const Finisher& finisher,
+                                             int tiles_done) {
   if (Finisher::slot() / P::column_groups >= tiles_done) return;
   if (P::single && warp_id() >= partial_slots) return;
   // What follows from these is computed here, for one phase, and not ahead of the loop for all of them.
@@ -376,7 +407,7 @@ __device__ __forceinline__ void finish_tiles(const Consumer<P>& block, const Fin
       sums.high += partials[first + 8 * product_columns];
     }
   }
-  if (to_stream) {
+  if (block.adds_to_stream()) {
     finish_stream<packing>(block, sums, finisher);
     return;
   }
@@ -384,9 +415,9 @@ __device__ __forceinline__ void finish_tiles(const Consumer<P>& block, const Fin
   const float r = inverse_rms_of(block.params, sums.request);
   sums.low *= r;
   sums.high *= r;
-  if (block.at.phase == Phase::gqkv) {
-    finish_gqkv(block, sums);
-  } else if (block.at.phase == Phase::gate_up) {
+  if (block.in(Phase::gqkv)) {
+    finish_gqkv(block, sums, finisher.ahead);
+  } else if (block.in(Phase::gate_up)) {
     finish_gate_up<packing>(block, sums);
   } else {
     finish_head(block, sums);
@@ -403,50 +434,6 @@ __device__ __forceinline__ void fill_up(const P& params, const WarpShare& share,
     }
   }
   __syncwarp();
-}
-
-// Brings what o and down multiply with, a part of this warp's share of it.
-template <Packing packing, class P>
-__device__ __forceinline__ void bring_part(const Consumer<P>& block, const WarpShare& share,
-                                           const Activations& x) {
-  const P& params = block.params;
-  if (block.at.phase == Phase::o && params.splits_apart) {
-    bring_attended<packing>(params, share, x);
-  } else {
-    bring_rows<packing>(params, share, block.at.phase == Phase::o ? params.attended : params.hidden, x,
-                        [] {});
-  }
-  fill_up<packing>(params, share, x);
-}
-
-// Brings what a phase multiplies with, this warp's share of it, and the squares of that where a norm reads it. Not for
-// o and down where more than 8 requests may come in parts.
-template <Packing packing, class P>
-__device__ __forceinline__ void bring_activations(const Consumer<P>& block, const WarpShare& share,
-                                                  const Activations& x) {
-  constexpr bool wide = P::column_groups > 1;
-  const P& params = block.params;
-  if (!wide && block.at.phase == Phase::o && params.splits_apart) {
-    bring_attended<packing>(params, share, x);
-  } else if (!wide && (block.at.phase == Phase::o || block.at.phase == Phase::down)) {
-    bring_rows<packing>(params, share, block.at.phase == Phase::o ? params.attended : params.hidden, x,
-                        [] {});
-  } else if (block.at.phase == Phase::gqkv && block.at.layer == 0) {
-#pragma unroll 1
-    for (int eight = 0; eight < P::column_groups * product_columns; eight += product_columns) {
-      enter_visit<packing>(params, block.at, share, x, eight);
-    }
-  } else {
-    bring_rows<packing>(params, share, params.x, x, [&] {
-      float squares[P::column_groups];
-      squares_of_tiles(squares, params, 0, share.first_sixteen, share.sixteens);
-#pragma unroll
-      for (int group = 0; group < P::column_groups; ++group) {
-        put_squares(params, squares[group], group * product_columns);
-      }
-    });
-  }
-  fill_up<packing>(params, share, x);
 }
 
 // This warp's partial sums of a tile, of 8 requests: (warps, rows, 8), or of a single one (rows, warps).
@@ -466,27 +453,62 @@ __device__ __forceinline__ void put_partials(const P&, const SharedLayout& layou
   pairs[lane_id() + 32] = Packed<float, 2>{{sum[2], sum[3]}};
 }
 
-// A warp's share of a matrix and of the activations. Those of more than 8 requests may have no room at once: o and
-// down, whose matrices may have many columns, then multiply as many stages as there is room for, and bring the next.
-template <Packing packing, class P>
+// A warp's share of a matrix and of the activations.
+//
+// Those of up to 8 requests are brought to shared memory before they are multiplied. Those of more take the second-level
+// cache longer than the products: they stream by into registers beside the products of a tile, and into shared memory
+// as well where other tiles of the block need them and there is room. A visit is entered in shared memory, and splits
+// of the attention are joined there. Where a kernel takes o's and down's in parts, as many stages as there is room for
+// are multiplied, and then the next ones brought.
+template <Packing packing, class P, bool of_head>
 struct WarpWork {
-  static constexpr bool wide = P::column_groups > 1;
+  using Block = Consumer<P, of_head>;
+  static constexpr bool wide = P::column_groups > 1, parts = P::in_parts && !of_head;
   static constexpr int item_columns = ItemOf<packing>::columns,
                        stage_columns = stage_items<packing> * item_columns;
   WarpShare share;
   Activations x;
   int stages, held;  // of a tile, and those of them whose activations have room
-  bool brought;      // all of them
+  bool in_place;     // all of them are there, for this tile and the next
+  ActivationStream<packing, P::column_groups> stream;  // with more than 8 requests
 
-  __device__ __forceinline__ WarpWork(const Consumer<P>& block, const MatrixShape& shape)
-      : share(warp_share(shape, item_columns)), stages(shape.stages), held(shape.stages), brought(false) {
+  __device__ __forceinline__ WarpWork(const Block& block, const MatrixShape& shape)
+      : share(warp_share(shape, item_columns)), stages(shape.stages), held(shape.stages), in_place(false) {
     int columns = shape.warp_items * item_columns;
-    if constexpr (wide) {
+    if constexpr (parts) {
       if (columns > block.layout.held_columns) held = block.layout.held_columns / stage_columns;
       columns = block.layout.held_columns;
     }
     x = {block.layout.activations + warp_id() * columns * block.params.rows() * static_cast<int>(bf16_bytes),
          block.params.batch};
+  }
+
+  __device__ __forceinline__ static bool joins_splits(const Block& block) {
+    return block.in(Phase::o) && block.params.splits_apart;
+  }
+  __device__ __forceinline__ static bool streams(const Block& block) {
+    return wide && !block.enters() && !joins_splits(block);
+  }
+  __device__ __forceinline__ static const void* rows_of(const Block& block) {
+    const P& params = block.params;
+    return block.in(Phase::down) ? params.hidden : block.in(Phase::o) ? params.attended : params.x;
+  }
+
+  // Begins the stream of a tile. `more`: the block has others of this phase.
+  __device__ __forceinline__ void begin(const Block& block, bool more) {
+    stream.begin(rows_of(block), share.first_sixteen, share.sixteens, x, more && held >= stages);
+  }
+
+  // Brings a part of the share. `meanwhile` runs once beside, where nothing is joined.
+  template <class Meanwhile>
+  __device__ __forceinline__ void bring(const Block& block, const WarpShare& part,
+                                        const Meanwhile& meanwhile) {
+    if (joins_splits(block)) {
+      bring_attended<packing>(block.params, part, x);
+    } else if constexpr (!wide) {
+      bring_rows<packing>(block.params, part, rows_of(block), x, meanwhile);
+    }
+    fill_up<packing>(block.params, part, x);
   }
 
   // The share's part from a stage on.
@@ -497,24 +519,30 @@ struct WarpWork {
   }
 };
 
-// This warp's part of one of the block's tiles.
-template <Packing packing, class Stages, class P>
-__device__ __forceinline__ void multiply_tile(const Consumer<P>& block, Stages& loader,
-                                              WarpWork<packing, P>& work, int done) {
+// This warp's part of one of the block's tiles; `more`: it has others of this phase.
+template <Packing packing, class Stages, class P, bool of_head>
+__device__ __forceinline__ void multiply_tile(const Consumer<P, of_head>& block, Stages& loader,
+                                              WarpWork<packing, P, of_head>& work, int done, bool more) {
   TileSums<packing, P::column_groups> sums;
-  if constexpr (WarpWork<packing, P>::wide) {
+  if (work.streams(block) && !work.in_place) {
+    multiply_stages<packing, P::single>(sums, loader, work.stages, work.share.items, work.stream);
+    work.in_place = work.held >= work.stages;
+    if (more && !work.in_place) work.begin(block, true);
+  } else if constexpr (work.parts) {
 #pragma unroll 1
     for (int stage = 0; stage < work.stages; stage += work.held) {
-      if (!work.brought) {
+      if (!work.in_place) {
         __syncwarp();  // other lanes have multiplied with the part before
-        bring_part<packing>(block, work.part(stage), work.x);
-        work.brought = work.held >= work.stages;
+        work.bring(block, work.part(stage), [] {});
+        work.in_place = work.held >= work.stages;
       }
+      ActivationReader<P::column_groups> x(work.x);
       multiply_stages<packing, P::single>(sums, loader, min(work.held, work.stages - stage),
-                                          work.share.items - stage * stage_items<packing>, work.x);
+                                          work.share.items - stage * stage_items<packing>, x);
     }
   } else {
-    multiply_stages<packing, P::single>(sums, loader, work.stages, work.share.items, work.x);
+    ActivationReader<P::column_groups> x(work.x);
+    multiply_stages<packing, P::single>(sums, loader, work.stages, work.share.items, x);
   }
 #pragma unroll
   for (int eight = 0; eight < P::column_groups; ++eight) {
@@ -525,29 +553,57 @@ __device__ __forceinline__ void multiply_tile(const Consumer<P>& block, Stages& 
   }
 }
 
+// What a phase begins with: its activations on their way or in place, but for those that its tiles bring in parts, and
+// the squares of a norm.
+template <Packing packing, class P, bool of_head>
+__device__ __forceinline__ void begin_activations(const Consumer<P, of_head>& block,
+                                                  WarpWork<packing, P, of_head>& work, bool more) {
+  const P& params = block.params;
+  const WarpShare& share = work.share;
+  const auto add_squares = [&] {
+    float squares[P::column_groups];
+    squares_of_tiles(squares, params, 0, share.first_sixteen, share.sixteens);
+#pragma unroll
+    for (int group = 0; group < P::column_groups; ++group) {
+      put_squares(params, squares[group], group * product_columns);
+    }
+  };
+  if (block.enters()) {
+#pragma unroll 1
+    for (int eight = 0; eight < P::column_groups * product_columns; eight += product_columns) {
+      enter_visit<packing>(params, block.at, share, work.x, eight);
+    }
+    fill_up<packing>(params, share, work.x);
+    work.in_place = true;
+  } else if constexpr (work.wide) {
+    if (work.streams(block)) work.begin(block, more);
+    if (!block.adds_to_stream()) add_squares();
+  } else if (!block.adds_to_stream()) {
+    work.bring(block, share, add_squares);
+    work.in_place = true;
+  } else if constexpr (!work.parts) {
+    work.bring(block, share, [] {});
+  }
+}
+
 // A phase that multiplies. Leaves the block's first tile of the next one in `block.tile`.
-template <Packing packing, class Stages, class P>
-__device__ __forceinline__ void multiply_phase(Consumer<P>& block, Stages& loader) {
+template <Packing packing, class Stages, class P, bool of_head>
+__device__ __forceinline__ void multiply_phase(Consumer<P, of_head>& block, Stages& loader) {
   const P& params = block.params;
   const MatrixShape& shape = params.shape(block.at.phase);
-  const bool enters = block.at.phase == Phase::gqkv && block.at.layer == 0,
-             to_stream = block.at.phase == Phase::o || block.at.phase == Phase::down;
-  if (block.tile < shape.tiles || enters) {
-    WarpWork<packing, P> work(block, shape);
-    if (!work.wide || !to_stream) {
-      bring_activations<packing>(block, work.share, work.x);
-      work.brought = true;
-    }
+  if (block.tile < shape.tiles || block.enters()) {
     const int grid = static_cast<int>(gridDim.x);
+    WarpWork<packing, P, of_head> work(block, shape);
+    begin_activations<packing>(block, work, block.tile + grid < shape.tiles);
     while (block.tile < shape.tiles) {
-      const Finisher finisher(block, to_stream);
+      const Finisher finisher(block);
       int done = 0;
 #pragma unroll 1
       for (; done < block.layout.tiles_together && block.tile + done * grid < shape.tiles; ++done) {
-        multiply_tile(block, loader, work, done);
+        multiply_tile(block, loader, work, done, block.tile + (done + 1) * grid < shape.tiles);
       }
       __syncthreads();
-      finish_tiles<packing>(block, finisher, to_stream, done);
+      finish_tiles<packing>(block, finisher, done);
       block.tile += done * grid;
       if (block.tile < shape.tiles) __syncthreads();
     }

@@ -134,6 +134,7 @@ inline MatrixShape matrix_shape(std::int64_t rows, std::int64_t depth, Item item
 // as many rows as it takes requests, and what lies in those of no request is nobody's.
 struct DecodeParams {
   static constexpr int column_groups = 1;  // of 8 requests, that one read of a weight is multiplied with
+  static constexpr bool in_parts = false;  // whether activations of o and down may come in parts
   static constexpr bool int8_cache = false;
   static constexpr int page_stages = 2;  // of a ring: keys, then values
   static constexpr bool single = false;  // one request alone
@@ -222,7 +223,7 @@ struct SingleParams : PlainParams {
   HRMCORE_HOST_DEVICE static constexpr int rows() { return 1; }
 };
 
-// Either of them over an int8 cache, whose pages are those of int8_page.h.
+// Any of these over an int8 cache, whose pages are those of int8_page.h.
 template <class Base>
 struct Int8Cache : Base {
   static constexpr bool int8_cache = true;
@@ -237,10 +238,17 @@ struct Int8Cache : Base {
   }
 };
 
+// Any of these where activations of o and down may come in parts: room for deeper rings.
+template <class Base>
+struct PartedParams : Base {
+  static constexpr bool in_parts = true;
+};
+
 // Any of these but the single one for more than 8 requests, up to 8 times `groups`.
 template <class Base, int groups>
 struct WideParams : Base {
   static constexpr int column_groups = groups;
+  static constexpr bool in_parts = true;
 
   HRMCORE_HOST_DEVICE static constexpr int rows() { return groups * product_columns; }
 };

@@ -147,16 +147,16 @@ def test_more_than_8_requests_are_predicted_with_kernels_of_their_own(dtype: str
     """32 requests in one pass take longer than 8, and less than four passes; no less than memory takes."""
     counts, c = step_model.load_counts("new"), Constants()
     eight, many, most = (step_model.predict(step_model.xl(dtype, batch, 200), counts, c) for batch in (8, 16, 32))
-    assert [step_model.xl(dtype, batch, 200).kernel for batch in (8, 9, 16, 17, 32)] == [
-        dtype,
+    assert [step_model.xl(dtype, batch, 200).kernel for batch in (1, 9, 16, 17, 32)] == [
+        f"{dtype}, 1 request",
         *[f"{dtype}, 16 requests"] * 2,
         *[f"{dtype}, 32 requests"] * 2,
     ]
     assert eight["ms"] < many["ms"] < most["ms"] < 4 * eight["ms"]
     for found in (eight, many, most):
         assert found["limit_ms"] < found["ms"]
-    assert step_model.xl(dtype, 32, 200).parts("down") == [12, 12, 8]  # sixteens of columns of a warp
-    assert step_model.xl(dtype, 32, 200).parts("gate_up") == [12]
+    assert step_model.xl(dtype, 32, 200).streams("down")
+    assert not step_model.xl(dtype, 8, 200).streams("down")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
@@ -196,6 +196,17 @@ def test_as_many_requests_fit_as_the_core_says(
             step_model.xl(dtype, more, 1500, kv_dtype).ring_stages()
 
 
+def test_what_streams_by_takes_the_longer_of_products_cache_and_reads() -> None:
+    """Of the first tile's stages, two of four; the reads that begin it come before."""
+    c = MADE_UP_CONSTANTS
+    work = Work(stages=4, stage_instructions=45, stage_waits=1, reads=1, streamed=2, streamed_instructions=95)
+    assert work.chain(c) == pytest.approx(c.read + 2 * 0.2 + 2 * 0.1)
+    slow = dataclasses.replace(work, streamed_asked=5.5e6)
+    assert slow.chain(c) == pytest.approx(c.read + 1 + 2 * 0.1)
+    late = dataclasses.replace(work, streamed_reads=8)
+    assert late.chain(c) == pytest.approx(c.read + 8 * c.read + 2 * 0.1)
+
+
 def test_shapes_follow_the_schedule() -> None:
     short = step_model.xl("bfloat16", 1, 200)
     assert [short.tiles_of_block(phase) for phase in ("gqkv", "o", "gate_up", "down", "head")] == [3, 1, 4, 1, 32]
@@ -203,7 +214,11 @@ def test_shapes_follow_the_schedule() -> None:
     assert [step_model.xl(dtype, 1, 200).ring_stages() for dtype in ("int8", "int4")] == [7, 12]
     assert short.blocks_with_work("attention") == 48
     assert not step_model.xl("bfloat16", 8, 200).splits_apart
-    assert step_model.xl("bfloat16", 8, 200).ring_stages() == 7
+    assert short.parts("down") == [32]  # sixteens of columns of a warp
+    parted = step_model.xl("bfloat16", 8, 200)
+    assert (parted.ring_stages(), parted.parts("down"), parted.kernel) == (11, [12, 12, 8], "bfloat16, in parts")
+    assert [step_model.xl(dtype, 8, 200).kernel for dtype in ("int8", "int4")] == ["int8", "int4"]
+    assert [step_model.xl(dtype, 32, 200).ring_stages() for dtype in ("bfloat16", "int8", "int4")] == [6, 4, 6]
 
 
 def test_the_counts_are_those_of_the_committed_table() -> None:

@@ -44,7 +44,7 @@ def traffic(
     table_length: int | None = None,
     kv_dtype: str = "bfloat16",
 ) -> Traffic:
-    """What the kernels of csrc/decode/phases.cuh read for requests with `positions` tokens in the cache.
+    """What the kernels of csrc/decode/phases.cuh read for up to 8 requests with `positions` tokens in the cache.
 
     `blocks` is the grid, `dtype` that of the weights, `kv_dtype` of the cache, `table_length` the pages that a table
     has room for: as many as the longest needs unless given.
