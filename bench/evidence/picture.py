@@ -13,7 +13,8 @@ def draw(shown: dict[str, Any], path: Path) -> None:
     lines, reference = shown["lines"], shown["reference"]
     others = [line["arm"] for line in lines if line["arm"] != reference]
     colours = {reference: plots.PEERS[0], **dict(zip(others, plots.OURS, strict=False))}
-    figure, [[way, right]] = plots._figure(1, 2, (11, 4.6))
+    answers = any(line["right_percent"]["mean"] > 0 for line in lines)  # a set may ask for none that can be exact
+    figure, [[way, *right]] = plots._figure(1, 1 + answers, (11, 4.6))
     for line in lines:
         colour, interval = colours[line["arm"]], line["loss"]
         way.plot(shown["places"], line["losses"], color=colour, marker="o", markersize=4, label=line["arm"])
@@ -21,16 +22,19 @@ def draw(shown: dict[str, Any], path: Path) -> None:
             sides = [[max(interval["mean"] - interval["low"], 0.0)], [interval["high"] - interval["mean"]]]
             way.errorbar(shown["places"][-1:], [interval["mean"]], yerr=sides, color=colour, capsize=3)
     way.set(xlabel="steps" if shown["axis"] == "step" else "training FLOPs", ylabel="held-out loss, nats a token")
-    way.set_yscale("log")
-    plots._plain_ticks(way)
+    losses = [loss for line in lines for loss in line["losses"]]
+    if max(losses) > 3 * min(losses):
+        way.set_yscale("log")
+        plots._plain_ticks(way)
     plots._legend(way)
     bars = []
     for line in lines:
         found = line["right_percent"]
         spread = {} if found["low"] is None else {"low": found["low"], "high": found["high"]}
         bars.append((line["arm"], {"median": found["mean"], **spread}, colours[line["arm"]]))
-    plots._bars(right, bars, "{:.1f}")
-    right.set_xlabel("held-out answers that are right, %")
+    for axes in right:
+        plots._bars(axes, bars, "{:.1f}")
+        axes.set_xlabel("held-out answers that are right, %")
     plots._save(figure, path, title(shown), conditions(shown))
 
 
