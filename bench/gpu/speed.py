@@ -156,6 +156,7 @@ def error_of(plan: Plan, model: HRM, dtype: str, kv_dtype: str = "bfloat16") -> 
     return float((ours - theirs).norm() / theirs.norm())
 
 
+@torch.inference_mode()
 def in_int8(kv: Tensor) -> Tensor:
     """A cache (slots, 2, rows, H, d) in int8. The numbers of the first are rounded alike, in place."""
     slots, _, rows, heads, head_dim = kv.shape
