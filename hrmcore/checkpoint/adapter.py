@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hrmcore.checkpoint.folder_writer import file_copies, write_files
 from hrmcore.checkpoint.hrm_text import (
     CONFIG_FILE,
-    file_copies,
     key_table,
     read_tensors,
     released_config,
     resolve,
-    write_files,
 )
 from hrmcore.checkpoint.safetensors_reader import WEIGHTS_FILE
 from hrmcore.checkpoint.safetensors_writer import write_tensors

@@ -11,16 +11,15 @@ import json
 import math
 import mmap
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hrmcore.checkpoint.folder_writer import file_copies, write_files
 from hrmcore.checkpoint.safetensors_reader import (
     DTYPES,
     HOLDERS,
@@ -32,8 +31,6 @@ from hrmcore.checkpoint.safetensors_reader import (
     stored_tensors,
 )
 from hrmcore.config import PARTS, HRMConfig
-from hrmcore.durable import replacing
-from hrmcore.tokenizer import tokenizer_files
 
 if TYPE_CHECKING:
     import torch
@@ -474,26 +471,6 @@ def _released_weights(model: HRM, dtype: torch.dtype) -> dict[str, Tensor]:
         if not converted.isfinite().all() and weight.isfinite().all():
             raise ValueError(f"{key.released} does not fit {dtype}: its largest value is {weight.abs().max():.3g}")
     return weights
-
-
-def file_copies(folder: str | Path | None) -> dict[str, Callable[[Path], object]]:
-    """For `write_files`: the tokenizer's files of a folder. Raises FileNotFoundError when it has no tokenizer."""
-    if folder is None:
-        return {}
-    files = tokenizer_files(Path(folder))
-    if not {path.name for path in files} & {"tokenizer.model", "tokenizer.json"}:
-        raise FileNotFoundError(f"{folder}: no tokenizer.model and no tokenizer.json")
-    return {source.name: partial(shutil.copyfile, source) for source in files}
-
-
-def write_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
-    """Write all files under temporary names, flush them to the disk, then rename all."""
-    with replacing(*(folder / name for name in writers)) as staged:
-        for temporary, write in zip(staged, writers.values(), strict=True):
-            temporary.touch()
-            mode = temporary.stat().st_mode
-            write(temporary)
-            temporary.chmod(mode)  # safetensors leaves files that only their owner can read
 
 
 def _parts_on_disk(key: Key, stored: Mapping[str, Stored], folder: Path) -> tuple[str, ...]:
