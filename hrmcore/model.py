@@ -163,9 +163,11 @@ class Block(nn.Module):
             q, k = rope(q, k, context.table, context.positions)
         else:
             q, k, v = context.cache.extend(q, k, v, context)
-        attended, stream = _chosen(attention(q, k, v, gate, context.mask).flatten(1), stream, context.rows)
+        attended, rows = attention(q, k, v, gate, context.mask).flatten(1), context.rows
+        if context.cache is not None:  # training has the same products as the two fused ops
+            (attended, stream), rows = _chosen(attended, stream, rows), None
         normed, stream = rms_norm(self.o_proj(attended), stream, config.rms_norm_eps)
-        return self.down_proj(swiglu(self.gate_up_proj(normed))), stream
+        return _chosen(self.down_proj(swiglu(self.gate_up_proj(normed))), stream, rows)
 
     def _fused(self, normed: Tensor, stream: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """The same without a cache, in two ops that keep less for backward; of `rows` alone from the MLP on."""

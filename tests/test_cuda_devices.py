@@ -27,7 +27,7 @@ from hrmcore.ops.cross_entropy import cross_entropy
 SECOND = 1
 CONFIG = HRMConfig(50, 32, 32, 2, 2, 16, H_cycles=2, L_cycles=2, max_position_embeddings=256)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.emulated, pytest.mark.usefixtures("one_thread")]
 
 
 def rms_norm(export: Callable[[Tensor], Any]) -> None:

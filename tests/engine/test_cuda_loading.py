@@ -77,6 +77,7 @@ def test_the_1b_shape_takes_little_more_than_what_stays() -> None:
     assert live.peak < live.now + BYTES_OF_PACKING * cuda_decode.PACKED_AT_ONCE < 1.6e9
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("dtype", MMA_DTYPES)
 def test_what_lies_there_has_the_bits_of_a_model_that_was_there(dtype: str, checkpoint: Path) -> None:
     """A part at a time or all at once, from the file or from memory: the weights, and the logits of a prompt."""
