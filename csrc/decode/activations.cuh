@@ -95,11 +95,12 @@ class ActivationReader {
 // The same from where the phase before has left them: a lane reads what it multiplies with straight into registers,
 // some 16s of columns ahead, and may leave it in shared memory for tiles to come. So the products begin with the first
 // that come, and what is multiplied once has no place in shared memory.
-template <Packing packing, int groups>
+template <Packing packing, int groups, bool any_shape>
 class ActivationStream {
  public:
-  // 16s of columns ahead: as many as fit in the registers; in bf16 whole stages.
-  static constexpr int window = groups > 2 ? 2 : packing == Packing::bf16 ? 8 : 6;
+  // 16s of columns ahead: as many as fit in the registers, of which a kernel for any shape has fewer; in bf16 whole
+  // stages.
+  static constexpr int window = groups > 2 ? 2 : packing != Packing::bf16 ? 6 : any_shape ? 4 : 8;
 
   // `sixteens` 16s of columns, from `first` on, of `rows`. They are left in `kept`, too, where it keeps.
   __device__ __forceinline__ void begin(const void* rows, int first, int sixteens, const Activations& kept,

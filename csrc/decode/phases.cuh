@@ -244,7 +244,7 @@ struct WarpWork {
   Activations x;
   int stages, held;  // of a tile, and those of them whose activations have room
   bool in_place;     // all of them are there, for this tile and the next
-  ActivationStream<packing, P::column_groups> stream;  // with more than 8 requests
+  ActivationStream<packing, P::column_groups, P::any_shape> stream;  // with more than 8 requests
 
   __device__ __forceinline__ WarpWork(const Block& block, const MatrixShape& shape)
       : share(warp_share(shape, item_columns)), stages(shape.stages), held(shape.stages), in_place(false) {

@@ -135,6 +135,7 @@ inline MatrixShape matrix_shape(std::int64_t rows, std::int64_t depth, Item item
 struct DecodeParams {
   static constexpr int column_groups = 1;  // of 8 requests, that one read of a weight is multiplied with
   static constexpr bool in_parts = false;  // whether activations of o and down may come in parts
+  static constexpr bool any_shape = true;
   static constexpr bool int8_cache = false;
   static constexpr int page_stages = 2;  // of a ring: keys, then values
   static constexpr bool single = false;  // one request alone
@@ -211,6 +212,7 @@ struct DecodeParams {
 struct PlainParams : DecodeParams {
   static constexpr int head_dim = 128, head_shift = 7;
   static constexpr const float* log_decay = nullptr;
+  static constexpr bool any_shape = false;
 
   HRMCORE_HOST_DEVICE int attention_width() const { return heads * head_dim; }
 };
