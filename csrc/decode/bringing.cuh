@@ -96,7 +96,9 @@ __device__ __forceinline__ void bring_rows(const P& params, const WarpShare& sha
   const Piece* from = static_cast<const Piece*>(rows) + share.first_sixteen * params.rows() * 2;
   const SharedArray<Piece> to = shared_array<Piece>(static_cast<std::size_t>(x.offset));
   const int count = share.sixteens * params.rows() * 2;
-  constexpr int together = P::single ? 2 : P::any_shape && P::int8_cache ? 4 : 8;  // 8 spilled there on sm_120
+  constexpr int together = P::single                       ? 2
+                           : P::any_shape && P::int8_cache ? 4
+                                                           : 8;  // 8 spilled there on sm_120
   bool begun = false;
 #pragma unroll 1
   for (int first = lane_id(); !begun || first < count; first += 32 * together) {
