@@ -100,6 +100,10 @@ __device__ __forceinline__ float from_f16(f16 x) {
 #endif
 }
 
+__device__ __forceinline__ float half_of_f16(f16x2 pair, int which) {
+  return from_f16({static_cast<std::uint16_t>(which == 0 ? pair : pair >> 16)});
+}
+
 // The device's quick functions: two units in the last place, subnormal numbers taken for zero. On the host they are
 // exact to their own.
 __device__ __forceinline__ float quick_exp(float x) {
@@ -194,13 +198,11 @@ __device__ __forceinline__ f16x2 multiply_add(f16x2 x, f16x2 y, f16x2 z) {
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(x), "r"(y), "r"(z));
   return result;
 #else
-  const auto half = [](f16x2 pair, int which) {
-    return from_f16({static_cast<std::uint16_t>(which == 0 ? pair : pair >> 16)});
-  };
   // A product of two f16 is exact in float32; the sum is rounded twice, alike where it is exact.
   f16x2 result = 0;
   for (int i = 0; i < 2; ++i) {
-    result |= static_cast<f16x2>(to_f16(half(x, i) * half(y, i) + half(z, i)).bits) << (16 * i);
+    result |= static_cast<f16x2>(to_f16(half_of_f16(x, i) * half_of_f16(y, i) + half_of_f16(z, i)).bits)
+              << (16 * i);
   }
   return result;
 #endif
@@ -226,9 +228,7 @@ namespace host {
 
 template <class T>
 float half_of(std::uint32_t pair, int which) {
-  if constexpr (std::is_same_v<T, f16>) {
-    return from_f16({static_cast<std::uint16_t>(which == 0 ? pair : pair >> 16)});
-  }
+  if constexpr (std::is_same_v<T, f16>) return half_of_f16(pair, which);
   return __uint_as_float((which == 0 ? pair << 16 : pair) & 0xffff0000u);
 }
 

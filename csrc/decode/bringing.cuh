@@ -96,9 +96,8 @@ __device__ __forceinline__ void bring_rows(const P& params, const WarpShare& sha
   const Piece* from = static_cast<const Piece*>(rows) + share.first_sixteen * params.rows() * 2;
   const SharedArray<Piece> to = shared_array<Piece>(static_cast<std::size_t>(x.offset));
   const int count = share.sixteens * params.rows() * 2;
-  constexpr int together = P::single                       ? 2
-                           : P::any_shape && P::int8_cache ? 4
-                                                           : 8;  // 8 spilled there on sm_120
+  // Any shape over an int8 cache has registers for no more than 4: with 8 it spills on sm_120.
+  constexpr int of_many = P::any_shape && P::int8_cache ? 4 : 8, together = P::single ? 2 : of_many;
   bool begun = false;
 #pragma unroll 1
   for (int first = lane_id(); !begun || first < count; first += 32 * together) {

@@ -163,15 +163,25 @@ struct Choice {
   SharedLayout layout;
 };
 
+// What a step asks of its kernel: whether that is for head_dim 128 with RoPE, groups of 8 requests, rows of activations,
+// pages of the block that has most.
+struct Asked {
+  bool plain;
+  int groups, rows, pages;
+};
+Asked asked_of(DecodeParams& params, int blocks) {
+  params.splits_apart = splits_apart(params, blocks);
+  const int groups = params.batch <= product_columns ? 1 : params.batch <= 2 * product_columns ? 2 : 4;
+  return {params.head_dim == PlainParams::head_dim && params.log_decay == nullptr, groups,
+          groups == 1 ? params.batch : groups * product_columns,
+          page_shares(params, blocks, params.splits_apart).of_block};
+}
+
 // The first of a step's kernels that there is shared memory for.
 template <Packing packing>
 Choice choose(DecodeParams& params, int blocks, int shared_bytes) {
   constexpr Depths depth = depths<packing>;
-  const bool plain = params.head_dim == PlainParams::head_dim && params.log_decay == nullptr;
-  params.splits_apart = splits_apart(params, blocks);
-  const int pages = page_shares(params, blocks, params.splits_apart).of_block;
-  const int groups = params.batch <= product_columns ? 1 : params.batch <= 2 * product_columns ? 2 : 4;
-  const int rows = groups == 1 ? params.batch : groups * product_columns;
+  const auto [plain, groups, rows, pages] = asked_of(params, blocks);
   const auto fits = [&](const SharedLayout& layout, int stages) {
     return layout.rings + decode_warps * stages * stage_bytes<packing, DecodeParams> <= shared_bytes;
   };
@@ -209,27 +219,19 @@ Choice choose(DecodeParams& params, int blocks, int shared_bytes) {
 }
 
 // Over an int8 cache. A stage may be larger, so the rings are less deep, and there are fewer kernels: one for each kind
-// of card, and for more than 8 requests those of head_dim 128 alone. These have
-// no shallower ones behind them: a stage more would fit 32 requests of the 1B shape, but fewer of long caches.
-struct Int8Depths {
-  int deep, middle, shallow;
-  int of_16, of_32;
-};
+// of card, and for more than 8 requests those of head_dim 128 alone. These have no shallower ones behind them: a stage
+// more would fit 32 requests of the 1B shape, but fewer of long caches.
 template <Packing packing>
-constexpr Int8Depths int8_depths = packing == Packing::int8   ? Int8Depths{5, 5, 2, 5, 3}
-                                   : packing == Packing::int4 ? Int8Depths{8, 8, 3, 8, 5}
-                                                              : Int8Depths{10, 7, 3, 8, 5};
+constexpr Depths int8_depths = packing == Packing::int8   ? Depths{5, 5, 2, 5, 3}
+                               : packing == Packing::int4 ? Depths{8, 8, 3, 8, 5}
+                                                          : Depths{10, 7, 3, 8, 5};
 
 template <Packing packing>
 Choice choose_over_int8(DecodeParams& params, int blocks, int shared_bytes) {
   using Plain = Int8Cache<PlainParams>;
   using Any = Int8Cache<DecodeParams>;
-  constexpr Int8Depths depth = int8_depths<packing>;
-  const bool plain = params.head_dim == PlainParams::head_dim && params.log_decay == nullptr;
-  params.splits_apart = splits_apart(params, blocks);
-  const int pages = page_shares(params, blocks, params.splits_apart).of_block;
-  const int groups = params.batch <= product_columns ? 1 : params.batch <= 2 * product_columns ? 2 : 4;
-  const int rows = groups == 1 ? params.batch : groups * product_columns;
+  constexpr Depths depth = int8_depths<packing>;
+  const auto [plain, groups, rows, pages] = asked_of(params, blocks);
   const SharedLayout layout = shared_layout(params, rows, pages, partial_slots, groups == 1),
                      narrow = shared_layout(params, rows, pages, 1, true);
   const auto fits = [&](const SharedLayout& tried, int stages) {

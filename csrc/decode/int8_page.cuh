@@ -43,9 +43,6 @@ __device__ __forceinline__ f16x2 from_bytes(std::uint32_t bytes, std::uint32_t s
 constexpr std::uint32_t first_two = 0x5150, last_two = 0x5352, even_two = 0x5250, odd_two = 0x5351;
 
 // Two numbers, each as the sum of two f16: 22 bits of it, of numbers below 2^-14 what is above 2^-25.
-__device__ __forceinline__ float half_of_f16(f16x2 pair, int which) {
-  return from_f16({static_cast<std::uint16_t>(which == 0 ? pair : pair >> 16)});
-}
 __device__ __forceinline__ void split_pair_f16(float x, float y, f16x2& first, f16x2& second) {
   first = to_f16x2(x, y);
   second = to_f16x2(x - half_of_f16(first, 0), y - half_of_f16(first, 1));

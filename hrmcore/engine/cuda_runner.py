@@ -66,16 +66,17 @@ class CudaRunner(TorchRunner):
     ) -> CudaRunner:
         """Load a checkpoint; dtype auto is bfloat16, and so is a kv_dtype of None.
 
-        Raises ValueError on another dtype, on a packed checkpoint, and where there is no CUDA: it says what is missing.
+        Raises ValueError on another dtype or kv_dtype, on a packed checkpoint, and where there is no CUDA: it says what
+        is missing.
         """
+        if kv_dtype not in (None, *KV_DTYPES):
+            raise ValueError(f"kv_dtype must be {' or '.join(KV_DTYPES)} on {device}, got {kv_dtype!r}")
         try:
             require_cuda()
         except RuntimeError as error:
             raise ValueError(str(error)) from None
         if dtype not in ("auto", *MMA_DTYPES):
             raise ValueError(f"dtype must be auto, {', '.join(MMA_DTYPES)} on {device}, got {dtype!r}")
-        if kv_dtype not in (None, *KV_DTYPES):
-            raise ValueError(f"kv_dtype must be {' or '.join(KV_DTYPES)} on {device}, got {kv_dtype!r}")
         if not (folder / CONFIG_FILE).is_file():
             raise ValueError(f"{folder}: a packed checkpoint is for the CPU; give the one that it was made from")
         model = map_model(folder, attention_window).requires_grad_(False)

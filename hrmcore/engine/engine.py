@@ -113,7 +113,6 @@ def _open_runner(
         return CpuRunner.from_checkpoint(folder, dtype, kv_dtype, threads, CACHE_BUDGET, window)
     from hrmcore.engine.cuda_runner import CudaRunner
 
-    require(kv_dtype != "float32", "kv_dtype", f"bfloat16 or int8 on {device}", kv_dtype)
     return CudaRunner.from_checkpoint(folder, dtype, device, window, kv_dtype)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.emulator import counters, device_with, emulated_cuda, seeded
+from support.emulator import bits_in_any_company, counters, device_with, emulated_cuda, seeded
 from support.engines import distance
 from support.traffic import matrix_bytes, traffic
 from torch import Tensor
@@ -215,22 +215,7 @@ def test_up_to_32_requests_at_once_have_the_bits_of_fewer(
             assert step.most_requests(requests.tables.shape[1]) == 32
             return step(tokens[chosen], requests.positions[chosen], requests.tables[chosen], kv), kv
 
-    alone = torch.cat([run("persistent", 3, first, first + 8)[0] for first in (0, 8, 16, 24)])
-    kvs = []
-    cases: tuple[tuple[Form, int, int, int], ...] = (
-        ("persistent", 5, 2, 11),
-        ("graph", 2, 16, 32),
-        ("persistent", 11, 7, 24),
-        ("persistent", 4, 0, 32),
-        ("graph", 7, 0, 32),
-    )
-    for seed, (form, blocks, first, last) in enumerate(cases):
-        with seeded(seed):
-            logits, kv = run(form, blocks, first, last)
-        assert torch.equal(logits, alone[first:last])
-        if last - first == 32:
-            kvs.append(kv.view(torch.int16))
-    assert torch.equal(*kvs)
+    alone = bits_in_any_company(run)
     if dtype == "bfloat16":
         theirs = torch.from_numpy(requests.engine.step(requests.handles, tokens.tolist()))
         assert distance(alone, theirs) < TOLERANCE

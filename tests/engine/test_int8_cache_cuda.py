@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 import torch
 from engine.test_cuda_step import SHAPES, TOLERANCE, random_model
-from support.emulator import counters, device_with, emulated_cuda, same_bits_for_every_schedule, seeded
+from support.emulator import (
+    bits_in_any_company,
+    counters,
+    device_with,
+    emulated_cuda,
+    same_bits_for_every_schedule,
+    seeded,
+)
 from support.engines import distance
 from support.graphs import Replayed
 from support.traffic import traffic
@@ -253,22 +260,7 @@ def test_up_to_32_requests_at_once_have_the_bits_of_fewer(dtype: str) -> None:
             assert step.most_requests(requests.tables.shape[1]) == 32
             return requests.run(step, tokens, slice(first, last))
 
-    alone = torch.cat([run("persistent", 3, first, first + 8)[0] for first in (0, 8, 16, 24)])
-    caches = []
-    cases: tuple[tuple[Form, int, int, int], ...] = (
-        ("persistent", 5, 2, 11),
-        ("graph", 2, 16, 32),
-        ("persistent", 11, 7, 24),
-        ("persistent", 4, 0, 32),
-        ("graph", 7, 0, 32),
-    )
-    for seed, (form, blocks, first, last) in enumerate(cases):
-        with seeded(seed):
-            logits, kv = run(form, blocks, first, last)
-        assert torch.equal(logits, alone[first:last])
-        if last - first == 32:
-            caches.append(kv)
-    assert torch.equal(*caches)
+    alone = bits_in_any_company(run)
     if dtype == "bfloat16":
         assert distance(alone, requests.expected(tokens)) < TOLERANCE
 

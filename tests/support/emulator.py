@@ -42,6 +42,25 @@ def seeded(seed: int) -> Iterator[None]:
         library.hrmcore_test_seed(0)
 
 
+def bits_in_any_company(run: Callable[[Any, int, int, int], tuple[Tensor, Tensor]]) -> Tensor:
+    """The logits (32, V) of 32 requests in steps of 8, whose bits every other step of some of them must have.
+
+    `run(form, blocks, first, last)` steps requests first to last; it gives their logits and the cache after it, which
+    must be the same however all 32 came to it.
+    """
+    alone = torch.cat([run("persistent", 3, first, first + 8)[0] for first in (0, 8, 16, 24)])
+    caches = []
+    cases = [("persistent", 5, 2, 11), ("graph", 2, 16, 32), ("persistent", 11, 7, 24), ("persistent", 4, 0, 32)]
+    for seed, (form, blocks, first, last) in enumerate([*cases, ("graph", 7, 0, 32)]):
+        with seeded(seed):
+            logits, cache = run(form, blocks, first, last)
+        assert torch.equal(logits, alone[first:last])
+        if last - first == 32:
+            caches.append(cache.view(torch.uint8))
+    assert torch.equal(*caches)
+    return alone
+
+
 @contextlib.contextmanager
 def device_with(shared_kib: int, number: int = 0) -> Iterator[None]:
     """The emulated device has so much shared memory a block in this context, instead of 99 KiB."""
