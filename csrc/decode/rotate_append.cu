@@ -63,7 +63,7 @@ __device__ __forceinline__ int largest_of(const Floats<4>& x) {
   return max(max(magnitude(x[0]), magnitude(x[1])), max(magnitude(x[2]), magnitude(x[3])));
 }
 
-// Four channels of a head and their partners of a page's row, with the scale where this lane is the first of it.
+// Four channels of a head and their partners, to a page's row.
 __device__ __forceinline__ void put_bytes(std::uint8_t* row, int half, const Floats<4>& low,
                                           const Floats<4>& high, float low_inverse, float high_inverse) {
   const Packed<std::uint32_t, 1> first{{to_bytes(low.at, low_inverse)}},
