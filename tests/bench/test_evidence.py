@@ -216,11 +216,16 @@ def test_a_page_has_the_figures_of_its_picture(whole: dict[str, Any], tmp_path: 
         assert f"| {' | '.join(f'{loss:.3f}' for loss in line['losses'])} |" in printed
         assert f"{line['right_percent']['mean']:.1f}%" in printed
     assert all(f"| {entry['arm']} | {entry['settings']} |" in printed for entry in whole["tried"])
+    for line, percent in zip(shown["lines"], (0.0, 12.5), strict=True):  # eight steps may learn none, or some
+        line["right_percent"] = {"mean": percent, "low": percent, "high": percent}
     picture.draw(shown, tmp_path / "picture.png")
     way, right = figures[0].axes
     assert [text.get_text() for text in way.get_legend().get_texts()] == ["adamw", "muon"]
     assert way.lines[0].get_ydata().tolist() == adamw["losses"]
     assert [tick.get_text() for tick in right.get_yticklabels()] == ["adamw", "muon"]
+    shown["lines"][1]["right_percent"] = shown["lines"][0]["right_percent"]
+    picture.draw(shown, tmp_path / "picture.png")
+    assert len(figures[1].axes) == 1  # no bars where no answer is right
     for line, verdict in zip(shown["lines"], ("", "not told apart"), strict=True):
         line["verdict"] = verdict
     best = min(shown["lines"], key=lambda line: line["loss"]["mean"])
