@@ -11,6 +11,7 @@ other loops.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -23,10 +24,10 @@ from bench.gpu.step_shapes import COLUMNS, STAGE_ITEMS, Matrix, kernel_name, win
 from hrmcore.engine.mma_layout import ITEMS
 
 DTYPES = {"1": "bfloat16", "2": "int8", "3": "int4"}  # enum Packing, in a mangled name
-ROWS = (2, 8)  # pieces that a lane brings at once: of a single request, of more
+ROWS = 2  # pieces of a single request's row that a lane brings at once
 PRODUCTS = {"bfloat16": 1, "int8": 2, "int4": 4}  # of the tensor cores, an item
 KERNEL = re.compile(r"decodeILN\w*7PackingE(\d)ELi(\d+)ENS\w*?(Single|Plain)ParamsE*?(?:ELi(\d))?E*vN")
-KINDS = [(most, kv_dtype) for kv_dtype in ("bfloat16", "int8") for most in (1, 8, 16, 32)]  # requests at most
+REQUESTS = (1, 8, 16, 32)  # at most, of the kernels with the deepest rings
 
 Counts = dict[str, Any]
 Asked = dict[str | int, int]  # work of a way: kinds of instructions, numbers of blocks
@@ -52,13 +53,15 @@ def deepest(kernels: Iterable[Kernel]) -> dict[str, Kernel]:
     found: dict[str, tuple[int, Kernel]] = {}
     for kernel in kernels:
         if match := KERNEL.search(kernel.name):
-            kv_dtype, parted = "int8" if "Int8Cache" in match[0] else "bfloat16", "PartedParams" in match[0]
-            most = 1 if match[3] == "Single" else COLUMNS * int(match[4] or 1)
-            name, stages = kernel_name(DTYPES[match[1]], most, kv_dtype, parted), int(match[2])
+            if match[3] == "Plain" and not match[4]:
+                continue  # of cards with little shared memory
+            most = 1 if match[3] == "Single" else COLUMNS * int(match[4])
+            kv_dtype = "int8" if "Int8Cache" in match[0] else "bfloat16"
+            name, stages = kernel_name(DTYPES[match[1]], most, kv_dtype), int(match[2])
             if name not in found or found[name][0] < stages:
                 found[name] = stages, kernel
-    names = [kernel_name(dtype, *kind) for kind in KINDS for dtype in DTYPES.values()]
-    names.insert(names.index(DTYPES["1"]) + 1, kernel_name(DTYPES["1"], COLUMNS, parted=True))
+    kinds = itertools.product(("bfloat16", "int8"), REQUESTS, DTYPES.values())
+    names = [kernel_name(dtype, most, kv_dtype) for kv_dtype, most, dtype in kinds]
     return {name: found[name][1] for name in names if name in found}
 
 
@@ -94,15 +97,15 @@ def sure(count: int | None, what: str) -> int:
 def new_step(kernel: Kernel, name: str) -> Counts:
     dtype, *rest = name.split(", ")
     int8_cache = "int8 cache" in rest
-    most = next((int(what.split()[0]) for what in rest if "request" in what), COLUMNS)
+    most = int(rest[0].split()[0])
     groups = max(1, most // COLUMNS)
     phases = phase_loop(kernel)
     halves = kernel.innermost("HMMA", "LDSM")[0]  # of a page: keys, and then values; of an int8 cache, the page
     products = [loop for loop in kernel.innermost("HMMA") if loop != halves]
     inside = [loop for loop in products if loop.blocks < phases.blocks]
     after_all = [loop for loop in products if not loop.blocks & phases.blocks]
-    streams = groups > 1  # beside the products of a first tile, in a loop of its own
-    if not len(inside) == len(after_all) == 1 + streams:
+    streams = most > 1  # beside the products of a first tile, in a loop of its own
+    if len(inside) != 1 + streams or len(after_all) != 1 + streams:
         raise UnknownCodeError("other loops of products than expected in the loop over the phases and after it")
     head_dtype = "int8" if dtype == "int4" else dtype
     pages = halves if int8_cache else outside(kernel, halves)
@@ -144,11 +147,10 @@ def new_step(kernel: Kernel, name: str) -> Counts:
         found["task"] = sure(kernel.once_round(pages, {**keys, "LDG": 9}), "a task") - page
     found["split"] = sure(kernel.once_round(pages, {**keys, "BAR": 1, "STG": 1, "MUFU": 13}), "a split") - page
     attending: Asked = {**keys, pages.head: 1, "BAR": 2}
-    parted = streams or "in parts" in rest
-    without = outside(kernel, _tile(kernel, inside, parted)).blocks
+    without = outside(kernel, _tile(kernel, inside)).blocks
     found["turn"]["attention"] = sure(kernel.once_round(phases, attending, without), "attention") - page
     for which, loops, of in (("", inside, dtype), ("head_", after_all, head_dtype)):
-        tile = _tile(kernel, loops, parted and not which)
+        tile = _tile(kernel, loops)
         found |= {which + what: figures for what, figures in _products(kernel, loops, tile, of, groups).items()}
     found |= _bringing(kernel, phases, frozenset().union(*(loop.blocks for loop in inside), pages.blocks), groups)
     after = without.union(*(loop.blocks for loop in kernel.loops if kernel.count(loop.blocks, "HMMA")))
@@ -158,21 +160,21 @@ def new_step(kernel: Kernel, name: str) -> Counts:
     return found
 
 
-def _tile(kernel: Kernel, loops: list[Loop], parted: bool) -> Loop:
-    """The loop over tiles: around that of their stages, or around the loop of the parts in which activations come."""
-    kept = next(loop for loop in loops if not kernel.count(loop.blocks, "LDG"))
-    return outside(kernel, outside(kernel, kept) if parted else kept)
+def _tile(kernel: Kernel, loops: list[Loop]) -> Loop:
+    """The loop over tiles: the nearest around the loops of their stages. That of the parts in which splits are joined
+    lies inside it."""
+    return max((outside(kernel, loop) for loop in loops), key=lambda loop: len(loop.blocks))
 
 
 def _products(kernel: Kernel, loops: list[Loop], tile: Loop, dtype: str, groups: int) -> Counts:
     """Stages whose activations lie in shared memory, by the number of their items; a tile; tiles between two barriers.
     And whole stages beside which activations stream by."""
-    kept = next(loop for loop in loops if not kernel.count(loop.blocks, "LDG"))
+    kept = next(x for x in loops if not kernel.count(x.blocks, "LDG") )
     others = frozenset[int]().union(*(loop.blocks for loop in loops if loop != kept))
     stages = [stage_work(dtype, items, groups) for items in range(1, STAGE_ITEMS[dtype] + 1)]
     found: Counts = {"stage": [sure(kernel.once_round(kept, work), "a stage") for work in stages]}
     for streamed in loops:
-        if streamed != kept:
+        if kernel.count(streamed.blocks, "LDG"):
             unrolled = max(1, 16 * window(dtype, groups) // (STAGE_ITEMS[dtype] * ITEMS[dtype]))
             whole = {kind: unrolled * n for kind, n in stages[-1].items()}
             work: Asked = {**whole, "LDG": whole["HMMA"]}
@@ -198,6 +200,7 @@ def _bringing(kernel: Kernel, phases: Loop, others: frozenset[int], groups: int)
             continue
         has = {kind: kernel.count(loop.blocks, kind) for kind in ("LDG", "STS", "STG", "MUFU.EX2")}
         whole: Asked = {kind: n for kind, n in has.items() if n}
+        rows = kernel.count(loop.blocks, "LDG.E.128")
         if has["MUFU.EX2"] and has["STS"]:
             found["join_half"] = sure(kernel.once_round(loop, {"LDG": 5, "MUFU.EX2": 4, "STS": 1}), "four splits")
             found["join"] = sure(kernel.once_round(loop, whole), "all splits")
@@ -206,9 +209,9 @@ def _bringing(kernel: Kernel, phases: Loop, others: frozenset[int], groups: int)
             found["write_entered"] = min(
                 entered, found.get("write_entered", entered)
             )  # the loop over 8 requests holds it
-        elif has["LDG"] in ROWS and has["STS"] == has["LDG"]:
-            turns = range(1, has["LDG"] + 1)
-            found["rows"] = [sure(kernel.once_round(loop, {"LDG": n, "STS": n}), "rows") for n in turns]
+        elif rows == kernel.count(loop.blocks, "STS.128") == ROWS:  # the loop over the squares may lie inside
+            work = ({"LDG.E.128": n, "STS.128": n} for n in range(1, rows + 1))
+            found["rows"] = [sure(kernel.once_round(loop, of_rows), "rows") for of_rows in work]
         elif has["LDG"] in (4, 4 * groups) and not has["STS"]:  # of 8 requests where a visit is entered
             kinds = ["squares"] * (has["LDG"] == 4 * groups) + ["enter_squares"] * (has["LDG"] == 4)
             found |= dict.fromkeys(kinds, sure(kernel.once_round(loop, whole), "squares"))

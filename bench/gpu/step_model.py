@@ -201,7 +201,7 @@ def new_work(case: Case, counts: Counts, phase: str, graph: bool = False) -> Wor
     blocks, times = min(case.blocks, matrix.tiles), case.times_brought(phase)
     asked = 2.0 * blocks * case.rows * matrix.columns * times
     if phase == "o" and case.splits_apart:
-        asked *= max(MOST_SPLITS // 2, min(case.pages, MOST_SPLITS))
+        asked *= case.batch / case.rows * max(MOST_SPLITS // 2, min(case.pages, MOST_SPLITS))
     if not case.streams(phase):
         return dataclasses.replace(work, asked=asked)
     # The first window is a read before the stages; the others follow as their registers become free.
@@ -236,12 +236,11 @@ def _in_parts(case: Case, c: Counts, phase: str) -> tuple[float, int]:
     """The same of what is brought to shared memory: turns of a loop, a read each."""
     instructions, reads = 0.0, 0
     for part in case.parts(phase):
-        pieces = 2 * part * case.rows  # of 16 bytes
         if phase == "o" and case.splits_apart:
-            turns = -(-pieces // 32)
+            turns = -(-2 * part * case.batch // 32)  # of 16 bytes a lane
             instructions += turns * c["join_half" if case.pages <= MOST_SPLITS // 2 else "join"]
         else:
-            turns = -(-pieces // (32 * len(c["rows"])))
+            turns = -(-2 * part * case.rows // (32 * len(c["rows"])))
             instructions += turns * c["rows"][-1]
         reads += turns
     times = case.times_brought(phase)

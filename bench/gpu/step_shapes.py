@@ -19,29 +19,35 @@ COLUMNS, MOST_REQUESTS = 8, 32  # requests of a product of the tensor cores, and
 SHARED_BYTES = 227 << 10  # of a block, on sm_90
 STAGE_ITEMS = {"bfloat16": 4, "int8": 6, "int4": 3}  # at most
 PAGE_STAGE = 2048  # bytes: of 8 rows of a page
-DEPTHS = {"bfloat16": (11, 7, 3), "int8": (7, 5, 2), "int4": (12, 8, 4)}  # of the rings, in stages: up to 8 requests
-WIDE_DEPTHS = {  # of up to 16 and up to 32
-    2: {"bfloat16": (9, 3), "int8": (6, 2), "int4": (9, 4)},
-    4: {"bfloat16": (6, 3), "int8": (4, 2), "int4": (6, 4)},
-}
 INT8_PAGE_STAGE = 2176  # of an int8 cache: keys, values and scales
-INT8_DEPTHS = {"bfloat16": (10, 7, 3), "int8": (5, 5, 2), "int4": (8, 8, 3)}  # and the rings beside one
-INT8_WIDE_DEPTHS = {
-    2: {"bfloat16": (8,), "int8": (5,), "int4": (8,)},
-    4: {"bfloat16": (5,), "int8": (3,), "int4": (5,)},
+DEPTHS = {  # of the rings, in stages, by the weights and the cache: of one request, of up to 8, on small cards
+    ("bfloat16", "bfloat16"): (11, 7, 3),
+    ("int8", "bfloat16"): (7, 5, 2),
+    ("int4", "bfloat16"): (12, 8, 4),
+    ("bfloat16", "int8"): (10, 7, 3),
+    ("int8", "int8"): (7, 5, 2),
+    ("int4", "int8"): (10, 8, 3),
+}
+STREAMING_DEPTHS = {  # where activations stream: of up to 8, up to 16 and up to 32
+    ("bfloat16", "bfloat16"): {1: 11, 2: 9, 4: 6},
+    ("int8", "bfloat16"): {1: 7, 2: 6, 4: 4},
+    ("int4", "bfloat16"): {1: 11, 2: 9, 4: 6},
+    ("bfloat16", "int8"): {1: 10, 2: 8, 4: 5},
+    ("int8", "int8"): {1: 7, 2: 5, 4: 3},
+    ("int4", "int8"): {1: 10, 2: 8, 4: 5},
 }
 PRODUCT_PHASES = ("gqkv", "o", "gate_up", "down", "head")
 
 
-def kernel_name(dtype: str, most: int, kv_dtype: str = "bfloat16", parted: bool = False) -> str:
-    """Of the kernel for up to so many requests: 1, 8, 16 or 32. `parted`: that of 8 whose activations come in parts."""
-    requests = "" if most == COLUMNS else f", {most} request{'s' if most > 1 else ''}"
-    return dtype + requests + (", in parts" if parted else "") + (", int8 cache" if kv_dtype == "int8" else "")
+def kernel_name(dtype: str, most: int, kv_dtype: str = "bfloat16") -> str:
+    """Of the kernel for up to so many requests: 1, 8, 16 or 32."""
+    requests = f", {most} request{'s' if most > 1 else ''}"
+    return dtype + requests + (", int8 cache" if kv_dtype == "int8" else "")
 
 
 def window(dtype: str, groups: int) -> int:
     """How many 16s of columns of activations a lane has asked for ahead of its products, for `groups` of 8 requests."""
-    return 2 if groups > 2 else 8 if dtype == "bfloat16" else 6
+    return 2 if groups > 2 else 8 if dtype == "bfloat16" else 12 if groups == 1 else 6
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,17 @@ class Matrix:
     @property
     def bytes(self) -> int:
         return self.tiles * -(-self.columns // ITEMS[self.dtype]) * self.item_bytes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Of a kernel's shared memory: stages of a warp's ring, for how many tiles of 8 requests there are partial sums, of
+    how many columns of a warp there is room for the activations, and whether these stream."""
+
+    stages: int
+    slots: int
+    columns: int
+    streaming: bool
 
 
 @dataclass(frozen=True)
@@ -136,16 +153,15 @@ class Case:
 
     @property
     def rows(self) -> int:
-        """Of activations, of which some are no request's."""
-        return self.batch if self.column_groups == 1 else COLUMNS * self.column_groups
+        """Of activations, of which some are no request's where they stream."""
+        return COLUMNS * self.column_groups if self.layout.streaming else self.batch
 
     @property
     def kernel(self) -> str:
-        """Its name among the counts."""
-        parted = self.column_groups == 1 and len(self.parts("down")) > 1
-        deepest = not self.int8_cache and self.ring_stages() == DEPTHS[self.dtype][0]
-        single = self.batch == 1 and deepest and not parted
-        return kernel_name(self.dtype, 1 if single else COLUMNS * self.column_groups, self.kv_dtype, parted)
+        """Its name among the counts, which are those of cards with much shared memory."""
+        if not self.layout.streaming and (self.batch > 1 or self.ring_stages() < DEPTHS[self.dtype, self.kv_dtype][0]):
+            raise ValueError("a kernel of cards with little shared memory: it has no counts")
+        return kernel_name(self.dtype, COLUMNS * self.column_groups if self.layout.streaming else 1, self.kv_dtype)
 
     def columns_of_warp(self, phase: str) -> int:
         matrix = self.matrix(phase)
@@ -154,7 +170,7 @@ class Case:
     @property
     def held_columns(self) -> int:
         """Of how many columns a warp has room for the activations."""
-        return self.layouts[self.ring_stages()][1]
+        return self.layout.columns
 
     def sixteens(self, phase: str) -> int:
         """Of a warp's columns."""
@@ -162,7 +178,7 @@ class Case:
 
     def streams(self, phase: str) -> bool:
         """Whether activations stream from the second-level cache into registers beside the products."""
-        return self.column_groups > 1 and not (phase == "o" and self.splits_apart)
+        return self.layout.streaming and not (phase == "o" and self.splits_apart)
 
     def parts(self, phase: str) -> list[int]:
         """The 16s of columns that a warp brings to shared memory at once, and then multiplies."""
@@ -200,51 +216,49 @@ class Case:
     # Shared memory
 
     def ring_stages(self) -> int:
-        """How many stages a warp's ring has, as launch_packed chooses."""
-        return max(self.layouts)
+        """How many stages a warp's ring has."""
+        return self.layout.stages
 
     def tiles_together(self) -> int:
-        slots = self.layouts[self.ring_stages()][0]
-        return PARTIAL_SLOTS // self.column_groups if slots == PARTIAL_SLOTS else 1
+        return PARTIAL_SLOTS // self.column_groups if self.layout.slots == PARTIAL_SLOTS else 1
 
     @cached_property
-    def layouts(self) -> dict[int, tuple[int, int]]:
-        """By the stages of the rings that fit: for how many tiles of 8 requests there are partial sums, and of how many
-        columns of a warp there is room for the activations.
-        """
-        page = INT8_PAGE_STAGE if self.int8_cache else PAGE_STAGE
-        stage = WARPS * max(page, STAGE_ITEMS[self.dtype] * self.matrix("gqkv").item_bytes)
+    def layout(self) -> Layout:
+        """The first of a step's kernels that there is room for, as `choose` in csrc/decode/decode_step.cu finds it."""
         of_width = max(
             self.columns_of_warp("gqkv"), self.columns_of_warp("head"), STAGE_ITEMS[self.dtype] * ITEMS[self.dtype]
         )
         whole = max(of_width, self.columns_of_warp("o"), self.columns_of_warp("down"))
+        deep, middle, shallow = DEPTHS[self.dtype, self.kv_dtype]
+        streaming = STREAMING_DEPTHS[self.dtype, self.kv_dtype][self.column_groups]
         if self.column_groups > 1:
-            depths = (INT8_WIDE_DEPTHS if self.int8_cache else WIDE_DEPTHS)[self.column_groups][self.dtype]
-            tried = [(stages, PARTIAL_SLOTS, of_width) for stages in depths]
+            tried = [Layout(streaming, PARTIAL_SLOTS, of_width, True)]
+            if not self.int8_cache:
+                tried.append(Layout(shallow, PARTIAL_SLOTS, of_width, True))
         else:
-            deep, middle, shallow = (INT8_DEPTHS if self.int8_cache else DEPTHS)[self.dtype]
-            tried = [(deep, PARTIAL_SLOTS, whole), (middle, PARTIAL_SLOTS, whole), (shallow, 1, whole)]
-            if self.dtype == "bfloat16" and not self.int8_cache:
-                tried.insert(1, (deep, PARTIAL_SLOTS, of_width))
-        found: dict[int, tuple[int, int]] = {}
-        for stages, slots, columns in tried:
-            if self.shared_bytes(slots, columns) + stages * stage <= SHARED_BYTES:
-                found.setdefault(stages, (slots, columns))
-        if not found:
+            one = Layout(deep, PARTIAL_SLOTS, whole, False)
+            few = Layout(streaming, PARTIAL_SLOTS, of_width, True)
+            tried = [one if self.batch == 1 else few, Layout(middle, PARTIAL_SLOTS, whole, False)]
+            tried.append(Layout(shallow, 1, whole, False))
+        found = next((layout for layout in tried if self.shared_bytes(layout) <= SHARED_BYTES), None)
+        if found is None:
             raise ValueError("the step's activations do not fit in shared memory")
         return found
 
-    def shared_bytes(self, slots: int, columns: int) -> int:
-        """What lies before the rings."""
+    def shared_bytes(self, layout: Layout) -> int:
+        """Of a block, its rings last."""
         d = self.config.head_dim
         exchange = 4 * (2 * WARPS * (d + 2) + 2 * MOST_SPLITS * d)
-        partials = max(slots * WARPS * TILE * COLUMNS * 4, exchange)
+        partials = max(layout.slots * WARPS * TILE * COLUMNS * 4, exchange)
         pages = 32 * self.pages_of_block(self.splits_apart)
         state = -(-(24 * MOST_REQUESTS + 8 + 4 * WARPS * MOST_REQUESTS) // 128) * 128
         angles = 4 * self.batch * d if self.column_groups == 1 else 0
-        activations = 2 * WARPS * columns * self.rows
+        rows = COLUMNS * self.column_groups if layout.streaming else self.batch
+        activations = 2 * WARPS * layout.columns * rows
+        page = INT8_PAGE_STAGE if self.int8_cache else PAGE_STAGE
+        rings = layout.stages * WARPS * max(page, STAGE_ITEMS[self.dtype] * self.matrix("gqkv").item_bytes)
         parts = (state + angles + 2 * d, pages, partials, activations)
-        return sum(-(-part // 128) * 128 for part in parts)
+        return sum(-(-part // 128) * 128 for part in parts) + rings
 
     # The step before
 

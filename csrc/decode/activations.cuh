@@ -67,12 +67,12 @@ template <int groups>
 using Columns = std::uint32_t[groups][2];
 
 // Takes them to the tensor cores, 16 columns after 16 columns. Lanes of requests that there are not take the last
-// one's, or what lies in the row of none: what they make of it nobody reads.
-template <int groups>
+// one's, or what lies in the row of none: what they make of it nobody reads. `all_rows`: each has a row there.
+template <int groups, bool all_rows>
 class ActivationReader {
  public:
   __device__ __forceinline__ explicit ActivationReader(const Activations& x)
-      : at_(x.offset + 8 * (groups > 1 ? lane_id() : 4 * min(lane_id() / 4, x.batch - 1) + lane_id() % 4)),
+      : at_(x.offset + 8 * (all_rows ? lane_id() : 4 * min(lane_id() / 4, x.batch - 1) + lane_id() % 4)),
         stride_(32 * x.batch) {}
 
   static constexpr int window = 1;
@@ -84,7 +84,7 @@ class ActivationReader {
       b[group][0] = pair.at[0];
       b[group][1] = pair.at[1];
     }
-    at_ += groups > 1 ? groups * eight_bytes : stride_;
+    at_ += all_rows ? groups * eight_bytes : stride_;
   }
   __device__ __forceinline__ void taken(int) {}
 
@@ -100,7 +100,11 @@ class ActivationStream {
  public:
   // 16s of columns ahead: as many as fit in the registers, of which a kernel for any shape has fewer; in bf16 whole
   // stages.
-  static constexpr int window = groups > 2 ? 2 : packing != Packing::bf16 ? 6 : any_shape ? 4 : 8;
+  static constexpr int window = groups > 2                 ? 2
+                                : groups == 1              ? (packing == Packing::bf16 ? 8 : 12)
+                                : packing != Packing::bf16 ? 6
+                                : any_shape                ? 4
+                                                           : 8;
 
   // `sixteens` 16s of columns, from `first` on, of `rows`. They are left in `kept`, too, where it keeps.
   __device__ __forceinline__ void begin(const void* rows, int first, int sixteens, const Activations& kept,

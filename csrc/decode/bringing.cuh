@@ -115,26 +115,26 @@ __device__ __forceinline__ void bring_rows(const P& params, const WarpShare& sha
   }
 }
 
+// Over the batch.
 template <class P>
-__device__ __forceinline__ int sixteen_of_row(const P& params, int row) {
-  if constexpr (P::column_groups > 1) return row / params.rows();
-  if (params.batch == 1) return row;
-  return static_cast<int>(std::uint64_t{params.inverse_batch} * static_cast<std::uint32_t>(row) >> 32);
+__device__ __forceinline__ int divided_by_batch(const P& params, int number) {
+  if (params.batch == 1) return number;
+  return static_cast<int>(std::uint64_t{params.inverse_batch} * static_cast<std::uint32_t>(number) >> 32);
 }
 
-// The same of what the attention has left, its splits joined.
+// The same of what the attention has left, its splits joined: of requests that there are.
 template <Packing packing, class P>
 __device__ __forceinline__ void bring_attended(const P& params, const WarpShare& share,
                                                const Activations& x) {
   const SharedArray<ActivationPiece<packing>> to = x.pieces<packing>();
-  const int count = share.sixteens * params.rows() * 2;
+  const int count = share.sixteens * params.batch * 2;
 #pragma unroll 1
   for (int piece = lane_id(); piece < count; piece += 32) {
-    const int row = piece / 2, sixteen = sixteen_of_row(params, row);
-    int request = row - sixteen * params.rows();
-    if constexpr (P::column_groups > 1) request = min(request, params.batch - 1);
-    const int channel = 16 * (share.first_sixteen + sixteen) + 8 * (piece % 2);
-    to[piece] = attended_channels<packing>(params, request, channel);
+    const int half = piece % 2, sixteen = divided_by_batch(params, piece / 2),
+              request = piece / 2 - sixteen * params.batch;
+    const int channel = 16 * (share.first_sixteen + sixteen) + 8 * half;
+    to[(sixteen * params.rows() + request) * 2 + half] =
+        attended_channels<packing>(params, request, channel);
   }
 }
 

@@ -148,13 +148,18 @@ bool splits_apart(const DecodeParams& params, int blocks) {
 // How deep the rings are, in stages: as deep as they fit, since what is on its way covers the memory's latency and the
 // phases' chains.
 struct Depths {
-  int deep, middle, shallow;  // of up to 8 requests
-  int of_16, of_32;
+  int deep, middle, shallow;  // of a single request, of up to 8, and on cards with little shared memory
+  int of_8, of_16, of_32;     // where activations stream
 };
+// Beside an int8 cache a stage may be larger, since it has room for a page: rings are less deep there.
+template <Packing packing, bool int8_cache>
+constexpr Depths depths = packing == Packing::int8   ? Depths{7, 5, 2, 7, 6, 4}
+                          : packing == Packing::int4 ? Depths{12, 8, 4, 11, 9, 6}
+                                                     : Depths{11, 7, 3, 11, 9, 6};
 template <Packing packing>
-constexpr Depths depths = packing == Packing::int8   ? Depths{7, 5, 2, 6, 4}
-                          : packing == Packing::int4 ? Depths{12, 8, 4, 9, 6}
-                                                     : Depths{11, 7, 3, 9, 6};
+constexpr Depths depths<packing, true> = packing == Packing::int8   ? Depths{7, 5, 2, 7, 5, 3}
+                                         : packing == Packing::int4 ? Depths{10, 8, 3, 10, 8, 5}
+                                                                    : Depths{10, 7, 3, 10, 8, 5};
 
 // A kernel and its shared memory. launch is null where the requests do not fit.
 struct Choice {
@@ -163,96 +168,57 @@ struct Choice {
   SharedLayout layout;
 };
 
-// What a step asks of its kernel: whether that is for head_dim 128 with RoPE, groups of 8 requests, rows of activations,
-// pages of the block that has most.
-struct Asked {
-  bool plain;
-  int groups, rows, pages;
-};
-Asked asked_of(DecodeParams& params, int blocks) {
-  params.splits_apart = splits_apart(params, blocks);
-  const int groups = params.batch <= product_columns ? 1 : params.batch <= 2 * product_columns ? 2 : 4;
-  return {params.head_dim == PlainParams::head_dim && params.log_decay == nullptr, groups,
-          groups == 1 ? params.batch : groups * product_columns,
-          page_shares(params, blocks, params.splits_apart).of_block};
-}
+template <class Params>
+using Bf16Cache = Params;
 
-// The first of a step's kernels that there is shared memory for.
-template <Packing packing>
+// The first of a step's kernels that there is shared memory for. Over an int8 cache there are fewer: on cards with little
+// of it one for any shape, and for more than 8 requests those of head_dim 128 with RoPE alone.
+template <Packing packing, template <class> class Cached>
 Choice choose(DecodeParams& params, int blocks, int shared_bytes) {
-  constexpr Depths depth = depths<packing>;
-  const auto [plain, groups, rows, pages] = asked_of(params, blocks);
+  using Plain = Cached<PlainParams>;
+  using Any = Cached<DecodeParams>;
+  constexpr Depths depth = depths<packing, Plain::int8_cache>;
+  const bool plain = params.head_dim == PlainParams::head_dim && params.log_decay == nullptr;
+  const int groups = params.batch <= product_columns ? 1 : params.batch <= 2 * product_columns ? 2 : 4;
+  params.splits_apart = splits_apart(params, blocks);
+  const int pages = page_shares(params, blocks, params.splits_apart).of_block;
   const auto fits = [&](const SharedLayout& layout, int stages) {
-    return layout.rings + decode_warps * stages * stage_bytes<packing, DecodeParams> <= shared_bytes;
+    return layout.rings + decode_warps * stages * stage_bytes<packing, Any> <= shared_bytes;
   };
-  const SharedLayout wide = shared_layout(params, rows, pages, partial_slots, false);
-  if (groups == 1) {
-    const SharedLayout whole = shared_layout(params, rows, pages, partial_slots, true),
-                       narrow = shared_layout(params, rows, pages, 1, true);
-    if (plain && fits(whole, depth.deep))
-      return {params.batch == 1 ? launch_decode<packing, depth.deep, SingleParams>
-                                : launch_decode<packing, depth.deep, PlainParams>,
-              whole};
-    if constexpr (packing == Packing::bf16) {  // others wait for instructions, not for the ring
-      if (plain && fits(wide, depth.deep))
-        return {launch_decode<packing, depth.deep, PartedParams<PlainParams>>, wide};
+  const SharedLayout streaming = shared_layout(params, groups * product_columns, pages, partial_slots, false);
+  if (groups > 1) {
+    if (plain && groups == 2 && fits(streaming, depth.of_16))
+      return {launch_decode<packing, depth.of_16, StreamingParams<Plain, 2>>, streaming};
+    if (plain && groups == 4 && fits(streaming, depth.of_32))
+      return {launch_decode<packing, depth.of_32, StreamingParams<Plain, 4>>, streaming};
+    if constexpr (!Any::int8_cache) {
+      if (fits(streaming, depth.shallow))
+        return {groups == 2 ? launch_decode<packing, depth.shallow, StreamingParams<Any, 2>>
+                            : launch_decode<packing, depth.shallow, StreamingParams<Any, 4>>,
+                streaming};
     }
-    if (fits(whole, depth.middle))
-      return {plain ? launch_decode<packing, depth.middle, PlainParams>
-                    : launch_decode<packing, depth.middle, DecodeParams>,
-              whole};
-    if (fits(narrow, depth.shallow))
-      return {plain ? launch_decode<packing, depth.shallow, PlainParams>
-                    : launch_decode<packing, depth.shallow, DecodeParams>,
-              narrow};
     return {};
   }
-  if (plain && fits(wide, groups == 2 ? depth.of_16 : depth.of_32))
-    return {groups == 2 ? launch_decode<packing, depth.of_16, WideParams<PlainParams, 2>>
-                        : launch_decode<packing, depth.of_32, WideParams<PlainParams, 4>>,
-            wide};
-  if (fits(wide, depth.shallow))
-    return {groups == 2 ? launch_decode<packing, depth.shallow, WideParams<DecodeParams, 2>>
-                        : launch_decode<packing, depth.shallow, WideParams<DecodeParams, 4>>,
-            wide};
-  return {};
-}
-
-// Over an int8 cache. A stage may be larger, so the rings are less deep, and there are fewer kernels: one for each kind
-// of card, and for more than 8 requests those of head_dim 128 alone. These have no shallower ones behind them: a stage
-// more would fit 32 requests of the 1B shape, but fewer of long caches.
-template <Packing packing>
-constexpr Depths int8_depths = packing == Packing::int8   ? Depths{5, 5, 2, 5, 3}
-                               : packing == Packing::int4 ? Depths{8, 8, 3, 8, 5}
-                                                          : Depths{10, 7, 3, 8, 5};
-
-template <Packing packing>
-Choice choose_over_int8(DecodeParams& params, int blocks, int shared_bytes) {
-  using Plain = Int8Cache<PlainParams>;
-  using Any = Int8Cache<DecodeParams>;
-  constexpr Depths depth = int8_depths<packing>;
-  const auto [plain, groups, rows, pages] = asked_of(params, blocks);
-  const SharedLayout layout = shared_layout(params, rows, pages, partial_slots, groups == 1),
-                     narrow = shared_layout(params, rows, pages, 1, true);
-  const auto fits = [&](const SharedLayout& tried, int stages) {
-    return tried.rings + decode_warps * stages * stage_bytes<packing, Any> <= shared_bytes;
-  };
-  if (groups > 1) {
-    if (!plain || !fits(layout, groups == 2 ? depth.of_16 : depth.of_32)) return {};
-    return {groups == 2 ? launch_decode<packing, depth.of_16, WideParams<Plain, 2>>
-                        : launch_decode<packing, depth.of_32, WideParams<Plain, 4>>,
-            layout};
+  const SharedLayout whole = shared_layout(params, params.batch, pages, partial_slots, true),
+                     narrow = shared_layout(params, params.batch, pages, 1, true);
+  if (plain && params.batch == 1 && fits(whole, depth.deep))
+    return {launch_decode<packing, depth.deep, Cached<SingleParams>>, whole};
+  if (plain && params.batch > 1 && fits(streaming, depth.of_8))
+    return {launch_decode<packing, depth.of_8, StreamingParams<Plain, 1>>, streaming};
+  if (plain && fits(whole, depth.middle)) return {launch_decode<packing, depth.middle, Plain>, whole};
+  if constexpr (!Any::int8_cache) {
+    if (fits(whole, depth.middle)) return {launch_decode<packing, depth.middle, Any>, whole};
+    if (plain && fits(narrow, depth.shallow))
+      return {launch_decode<packing, depth.shallow, Plain>, narrow};
   }
-  if (plain && fits(layout, depth.deep)) return {launch_decode<packing, depth.deep, Plain>, layout};
-  if (plain && fits(layout, depth.middle)) return {launch_decode<packing, depth.middle, Plain>, layout};
   if (fits(narrow, depth.shallow)) return {launch_decode<packing, depth.shallow, Any>, narrow};
   return {};
 }
 
 template <Packing packing>
 Choice choose(DecodeParams& params, bool int8_cache, int blocks, int shared_bytes) {
-  return int8_cache ? choose_over_int8<packing>(params, blocks, shared_bytes)
-                    : choose<packing>(params, blocks, shared_bytes);
+  return int8_cache ? choose<packing, Int8Cache>(params, blocks, shared_bytes)
+                    : choose<packing, Bf16Cache>(params, blocks, shared_bytes);
 }
 
 Choice choose(Packing packing, DecodeParams& params, bool int8_cache, int blocks, int shared_bytes) {

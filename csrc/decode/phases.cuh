@@ -229,22 +229,22 @@ __device__ __forceinline__ void put_partials(const P&, const SharedLayout& layou
 
 // A warp's share of a matrix and of the activations.
 //
-// Those of up to 8 requests are brought to shared memory before they are multiplied. Those of more take the second-level
-// cache longer than the products: they stream by into registers beside the products of a tile, and into shared memory
-// as well where other tiles of the block need them and there is room. A visit is entered in shared memory, and splits
-// of the attention are joined there. Where a kernel takes o's and down's in parts, as many stages as there is room for
-// are multiplied, and then the next ones brought.
+// Those of a single request are brought to shared memory before they are multiplied. Those of more take the second-level
+// cache about as long as the products take: where a kernel streams they come straight to registers beside the products
+// of a tile, and into shared memory as well where other tiles of the block need them and there is room. A visit is
+// entered in shared memory, and splits of the attention are joined there: of as many stages as there is room for, which
+// are multiplied before the next ones are joined. On cards with little shared memory rings and room are for no streams.
 template <Packing packing, class P, bool of_head>
 struct WarpWork {
   using Block = Consumer<P, of_head>;
-  static constexpr bool wide = P::column_groups > 1, parts = P::in_parts && !of_head;
+  static constexpr bool parts = P::streaming && !of_head;
   static constexpr int item_columns = ItemOf<packing>::columns,
                        stage_columns = stage_items<packing> * item_columns;
   WarpShare share;
   Activations x;
   int stages, held;  // of a tile, and those of them whose activations have room
   bool in_place;     // all of them are there, for this tile and the next
-  ActivationStream<packing, P::column_groups, P::any_shape> stream;  // with more than 8 requests
+  ActivationStream<packing, P::column_groups, P::any_shape> stream;
 
   __device__ __forceinline__ WarpWork(const Block& block, const MatrixShape& shape)
       : share(warp_share(shape, item_columns)), stages(shape.stages), held(shape.stages), in_place(false) {
@@ -261,7 +261,7 @@ struct WarpWork {
     return block.in(Phase::o) && block.params.splits_apart;
   }
   __device__ __forceinline__ static bool streams(const Block& block) {
-    return wide && !block.enters() && !joins_splits(block);
+    return P::streaming && !block.enters() && !joins_splits(block);
   }
   __device__ __forceinline__ static const void* rows_of(const Block& block) {
     const P& params = block.params;
@@ -279,7 +279,7 @@ struct WarpWork {
                                         const Meanwhile& meanwhile) {
     if (joins_splits(block)) {
       bring_attended<packing>(block.params, part, x);
-    } else if constexpr (!wide) {
+    } else if constexpr (!P::streaming) {
       bring_rows<packing>(block.params, part, rows_of(block), x, meanwhile);
     }
     fill_up<packing>(block.params, part, x);
@@ -293,29 +293,44 @@ struct WarpWork {
   }
 };
 
+// The squares of a norm, of this warp's columns.
+template <class P>
+__device__ __forceinline__ void add_squares(const P& params, const WarpShare& share) {
+  float squares[P::column_groups];
+  squares_of_tiles(squares, params, 0, share.first_sixteen, share.sixteens);
+#pragma unroll
+  for (int group = 0; group < P::column_groups; ++group) {
+    put_squares(params, squares[group], group * product_columns);
+  }
+}
+
 // This warp's part of one of the block's tiles; `more`: it has others of this phase.
 template <Packing packing, class Stages, class P, bool of_head>
 __device__ __forceinline__ void multiply_tile(const Consumer<P, of_head>& block, Stages& loader,
                                               WarpWork<packing, P, of_head>& work, int done, bool more) {
   TileSums<packing, P::column_groups> sums;
-  if (work.streams(block) && !work.in_place) {
+  using Reader = ActivationReader<P::column_groups, P::streaming>;
+  if (P::streaming && !work.in_place && work.streams(block)) {
+    work.begin(block, more);
+    if (!block.adds_to_stream()) add_squares(block.params, work.share);  // once: these are in place from here on
     multiply_stages<packing, P::single>(sums, loader, work.stages, work.share.items, work.stream);
     work.in_place = work.held >= work.stages;
-    if (more && !work.in_place) work.begin(block, true);
   } else if constexpr (work.parts) {
+    int stage = 0;
 #pragma unroll 1
-    for (int stage = 0; stage < work.stages; stage += work.held) {
+    do {
       if (!work.in_place) {
         __syncwarp();  // other lanes have multiplied with the part before
         work.bring(block, work.part(stage), [] {});
-        work.in_place = work.held >= work.stages;
       }
-      ActivationReader<P::column_groups> x(work.x);
+      Reader x(work.x);
       multiply_stages<packing, P::single>(sums, loader, min(work.held, work.stages - stage),
                                           work.share.items - stage * stage_items<packing>, x);
-    }
+      stage += work.held;
+    } while (stage < work.stages);
+    work.in_place = work.held >= work.stages;
   } else {
-    ActivationReader<P::column_groups> x(work.x);
+    Reader x(work.x);
     multiply_stages<packing, P::single>(sums, loader, work.stages, work.share.items, x);
   }
 #pragma unroll
@@ -331,17 +346,9 @@ __device__ __forceinline__ void multiply_tile(const Consumer<P, of_head>& block,
 // the squares of a norm.
 template <Packing packing, class P, bool of_head>
 __device__ __forceinline__ void begin_activations(const Consumer<P, of_head>& block,
-                                                  WarpWork<packing, P, of_head>& work, bool more) {
+                                                  WarpWork<packing, P, of_head>& work) {
   const P& params = block.params;
   const WarpShare& share = work.share;
-  const auto add_squares = [&] {
-    float squares[P::column_groups];
-    squares_of_tiles(squares, params, 0, share.first_sixteen, share.sixteens);
-#pragma unroll
-    for (int group = 0; group < P::column_groups; ++group) {
-      put_squares(params, squares[group], group * product_columns);
-    }
-  };
   if (block.enters()) {
 #pragma unroll 1
     for (int eight = 0; eight < P::column_groups * product_columns; eight += product_columns) {
@@ -349,14 +356,10 @@ __device__ __forceinline__ void begin_activations(const Consumer<P, of_head>& bl
     }
     fill_up<packing>(params, share, work.x);
     work.in_place = true;
-  } else if constexpr (work.wide) {
-    if (work.streams(block)) work.begin(block, more);
-    if (!block.adds_to_stream()) add_squares();
-  } else if (!block.adds_to_stream()) {
-    work.bring(block, share, add_squares);
-    work.in_place = true;
-  } else if constexpr (!work.parts) {
-    work.bring(block, share, [] {});
+  } else if constexpr (!P::streaming) {
+    work.bring(block, share, [&] {
+      if (!block.adds_to_stream()) add_squares(params, share);
+    });
   }
 }
 
@@ -368,7 +371,7 @@ __device__ __forceinline__ void multiply_phase(Consumer<P, of_head>& block, Stag
   if (block.tile < shape.tiles || block.enters()) {
     const int grid = static_cast<int>(gridDim.x);
     WarpWork<packing, P, of_head> work(block, shape);
-    begin_activations<packing>(block, work, block.tile + grid < shape.tiles);
+    begin_activations<packing>(block, work);
     while (block.tile < shape.tiles) {
       const Finisher finisher(block);
       int done = 0;

@@ -134,7 +134,7 @@ inline MatrixShape matrix_shape(std::int64_t rows, std::int64_t depth, Item item
 // as many rows as it takes requests, and what lies in those of no request is nobody's.
 struct DecodeParams {
   static constexpr int column_groups = 1;  // of 8 requests, that one read of a weight is multiplied with
-  static constexpr bool in_parts = false;  // whether activations of o and down may come in parts
+  static constexpr bool streaming = false;   // whether activations come straight to registers, beside the products
   static constexpr bool any_shape = true;
   static constexpr bool int8_cache = false;
   static constexpr int page_stages = 2;  // of a ring: keys, then values
@@ -240,17 +240,12 @@ struct Int8Cache : Base {
   }
 };
 
-// Any of these where activations of o and down may come in parts: room for deeper rings.
-template <class Base>
-struct PartedParams : Base {
-  static constexpr bool in_parts = true;
-};
-
-// Any of these but the single one for more than 8 requests, up to 8 times `groups`.
+// Any of these but the single one for up to 8 times `groups` requests, whose activations stream: those of all columns
+// need no room in shared memory, so that rings are deeper.
 template <class Base, int groups>
-struct WideParams : Base {
+struct StreamingParams : Base {
   static constexpr int column_groups = groups;
-  static constexpr bool in_parts = true;
+  static constexpr bool streaming = true;
 
   HRMCORE_HOST_DEVICE static constexpr int rows() { return groups * product_columns; }
 };

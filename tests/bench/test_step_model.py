@@ -156,7 +156,7 @@ def test_more_than_8_requests_are_predicted_with_kernels_of_their_own(dtype: str
     for found in (eight, many, most):
         assert found["limit_ms"] < found["ms"]
     assert step_model.xl(dtype, 32, 200).streams("down")
-    assert not step_model.xl(dtype, 8, 200).streams("down")
+    assert not step_model.xl(dtype, 1, 200).streams("down")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
@@ -215,9 +215,9 @@ def test_shapes_follow_the_schedule() -> None:
     assert short.blocks_with_work("attention") == 48
     assert not step_model.xl("bfloat16", 8, 200).splits_apart
     assert short.parts("down") == [32]  # sixteens of columns of a warp
-    parted = step_model.xl("bfloat16", 8, 200)
-    assert (parted.ring_stages(), parted.parts("down"), parted.kernel) == (11, [12, 12, 8], "bfloat16, in parts")
-    assert [step_model.xl(dtype, 8, 200).kernel for dtype in ("int8", "int4")] == ["int8", "int4"]
+    few = [step_model.xl(dtype, 8, 200) for dtype in ("bfloat16", "int8", "int4")]
+    assert [(case.ring_stages(), case.streams("down"), case.rows) for case in few] == [(n, True, 8) for n in (11, 7, 11)]
+    assert [case.kernel for case in few] == [f"{case.dtype}, 8 requests" for case in few]
     assert [step_model.xl(dtype, 32, 200).ring_stages() for dtype in ("bfloat16", "int8", "int4")] == [6, 4, 6]
 
 
