@@ -49,7 +49,7 @@ def check(path: Path) -> None:
         raise ValueError(f"{path}: no such folder")
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float], heights: list[float] | None = None) -> Any:
+def figure_with(rows: int, columns: int, size: tuple[float, float], heights: list[float] | None = None) -> Any:
     """A figure in our style and its axes (rows, columns), drawn without a display; `heights` are those of the rows."""
     try:
         import matplotlib
@@ -66,7 +66,7 @@ def _figure(rows: int, columns: int, size: tuple[float, float], heights: list[fl
     return figure, grid
 
 
-def _save(figure: Any, path: Path, finding: str, conditions: str = "") -> None:
+def save(figure: Any, path: Path, finding: str, conditions: str = "") -> None:
     """Write the picture, with what it says above and its conditions below."""
     width = figure.get_size_inches()[0]
     title = "\n".join(textwrap.wrap(finding, int(8.5 * width)))
@@ -77,11 +77,11 @@ def _save(figure: Any, path: Path, finding: str, conditions: str = "") -> None:
     figure.savefig(path, dpi=150)
 
 
-def _legend(axes: Any, **place: Any) -> None:
+def legend(axes: Any, **place: Any) -> None:
     axes.legend(frameon=False, fontsize=10, **place)
 
 
-def _bars(axes: Any, rows: Iterable[tuple[str, dict[str, float], str]], text: str) -> None:
+def bar_rows(axes: Any, rows: Iterable[tuple[str, dict[str, float], str]], text: str) -> None:
     """Horizontal bars from the top, a row being (label, {median, low, high}, colour), the interval and the value shown.
 
     `low` and `high` may be missing; `limit`, where it is there, is drawn as a mark that the bar could reach.
@@ -128,7 +128,7 @@ def ops(report: dict[str, Any], path: Path) -> None:
     """Draw what `hrmcore.microbench.run` returned: each op's share of the machine's limit, and its speed over torch."""
     lines, machine = report["ops"], report["machine"]
     labels = list(dict.fromkeys(f"{line['op']} {line['direction']}" for line in lines))
-    figure, [[limit, peer]] = _figure(1, 2, (11, 2 + 0.5 * len(labels)))
+    figure, [[limit, peer]] = figure_with(1, 2, (11, 2 + 0.5 * len(labels)))
     for offset, dtype, colour in ((-0.2, "float32", OURS[0]), (0.2, "bfloat16", OURS[1])):
         chosen = [line for line in lines if line["dtype"] == dtype]
         places = [labels.index(f"{line['op']} {line['direction']}") + offset for line in chosen]
@@ -144,10 +144,10 @@ def ops(report: dict[str, Any], path: Path) -> None:
     for axes in (limit, peer):
         axes.axvline(1, color="black", linewidth=1, linestyle="--", zorder=1.5)
         axes.margins(x=0.12)
-    _legend(peer, loc="lower right")
+    legend(peer, loc="lower right")
     faster = sum(line["times_torch"] > 1 for line in lines)
     conditions = f"{machine['processor']}, {machine['isa']}, {machine['threads']} threads"
-    _save(figure, path, f"{faster} of {len(lines)} kernels are faster than plain torch", conditions)
+    save(figure, path, f"{faster} of {len(lines)} kernels are faster than plain torch", conditions)
 
 
 def extrapolation(report: dict[str, Any], path: Path) -> None:
@@ -155,7 +155,7 @@ def extrapolation(report: dict[str, Any], path: Path) -> None:
     runs, trained = report["runs"], report["trained_at"]
     forms = list(dict.fromkeys(run["form"] for run in runs))
     colours = dict(zip(forms, (PEERS[0], OURS[1], OURS[0], *OURS[2:]), strict=False))
-    figure, [panels] = _figure(1, 2, (11, 4.6))
+    figure, [panels] = figure_with(1, 2, (11, 4.6))
     labels = (("loss", "tokens of context", "nats a token"), ("answered", "tokens to the fact", "facts answered"))
     for axes, (key, across, up) in zip(panels, labels, strict=True):
         for form in forms:
@@ -169,7 +169,7 @@ def extrapolation(report: dict[str, Any], path: Path) -> None:
         ticks = [place for place in places if place & (place - 1) == 0 or place == places[-1]]
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.set(xlabel=across, ylabel=up)
-    _legend(panels[0], loc="center right", bbox_to_anchor=(1, 0.3))
+    legend(panels[0], loc="center right", bbox_to_anchor=(1, 0.3))
 
     lengths = [int(length) for length in runs[0]["loss"]]
     far = 4 * trained if 4 * trained in lengths else max(lengths)
@@ -180,12 +180,12 @@ def extrapolation(report: dict[str, Any], path: Path) -> None:
         rises.append(f"{form} {after / before - 1:+.1%}")
     conditions = f"trained on {trained} tokens (dashed); means of {report.get('seeds', len(runs) // len(forms))} seeds"
     conditions += ", band: all of them" if len(runs) > len(forms) else ""
-    _save(figure, path, f"Loss at {far / trained:.0f} times the training length: {', '.join(rises)}", conditions)
+    save(figure, path, f"Loss at {far / trained:.0f} times the training length: {', '.join(rises)}", conditions)
 
 
 def decode(report: dict[str, Any], path: Path) -> None:
     """Draw what bench/speed/decode.py measured: decode speed by batch and by context, one line for each dtype."""
-    figure, [[batches, contexts]] = _figure(1, 2, (11, 4.6))
+    figure, [[batches, contexts]] = figure_with(1, 2, (11, 4.6))
     for axes, key, label in ((batches, "batches", "sequences together"), (contexts, "contexts", "tokens in the cache")):
         for line, colour in zip(report["lines"], OURS, strict=False):
             places, speeds = [int(place) for place in line[key]], list(line[key].values())
@@ -194,11 +194,11 @@ def decode(report: dict[str, Any], path: Path) -> None:
             axes.errorbar(places, speeds, yerr=sides, label=line["dtype"], **style)
         axes.set(xlabel=label, ylabel="decoded tokens/s")
         axes.set_ylim(bottom=0)
-    _legend(batches)
+    legend(batches)
     best = max(report["lines"], key=lambda line: max(line["batches"].values(), default=0.0))
     batch, speed = max(best["batches"].items(), key=lambda item: item[1], default=("0", 0.0))
     finding = f"{best['dtype']} decodes {speed:.3g} tokens/s at a batch of {batch}"
-    _save(figure, path, finding, f"{report['checkpoint']}; bars: quartiles of the turns")
+    save(figure, path, finding, f"{report['checkpoint']}; bars: quartiles of the turns")
 
 
 def _quartiles(line: dict[str, Any]) -> list[list[float]]:
@@ -213,16 +213,16 @@ def _quartiles(line: dict[str, Any]) -> list[list[float]]:
 def peers(report: dict[str, Any], path: Path) -> None:
     """Draw what bench/speed/peers.py measured: prefill and decode speed of every engine, with intervals."""
     lines = report["lines"]
-    figure, [panels] = _figure(1, 2, (11, 1.8 + 0.42 * len(lines)))
+    figure, [panels] = figure_with(1, 2, (11, 1.8 + 0.42 * len(lines)))
     for axes, key in zip(panels, ("prefill", "decode"), strict=True):
         colours = [OURS[0] if line["engine"].startswith("hrmcore") else PEERS[1] for line in lines]
-        _bars(axes, [(li["engine"], li[key], colour) for li, colour in zip(lines, colours, strict=True)], "{:.4g}")
+        bar_rows(axes, [(li["engine"], li[key], colour) for li, colour in zip(lines, colours, strict=True)], "{:.4g}")
         axes.set_xlabel(f"{key}, tokens/s")
     panels[1].set_yticklabels([])
     leads = [_lead(report["ratios"], "prefill", "the best peer"), _lead(report["ratios"], "decode", "llama.cpp")]
     finding = ", ".join(lead for lead in leads if lead) or "prefill and decode of each engine"
     conditions = f"{report['checkpoint']}, {report['threads']} threads, prompts of {report['prefill']} tokens; "
-    _save(figure, path, finding.capitalize(), conditions + f"medians of {report['turns']} turns, 95% intervals")
+    save(figure, path, finding.capitalize(), conditions + f"medians of {report['turns']} turns, 95% intervals")
 
 
 def _lead(ratios: dict[str, dict[str, float]], key: str, peer: str) -> str:
@@ -238,12 +238,12 @@ def bars(report: dict[str, Any], path: Path) -> None:
     """
     panels = report["panels"]
     most = max(len(panel["rows"]) for panel in panels)
-    figure, [grid] = _figure(1, len(panels), (5.5 * len(panels), 1.8 + 0.42 * most))
+    figure, [grid] = figure_with(1, len(panels), (5.5 * len(panels), 1.8 + 0.42 * most))
     for axes, panel in zip(grid, panels, strict=True):
         rows = [(row["name"], row, OURS[0] if row.get("ours") else PEERS[1]) for row in panel["rows"]]
-        _bars(axes, rows, panel["text"])
+        bar_rows(axes, rows, panel["text"])
         axes.set_xlabel(panel["label"])
-    _save(figure, path, report["title"], report["conditions"])
+    save(figure, path, report["title"], report["conditions"])
 
 
 def evals(report: dict[str, Any], path: Path) -> None:
@@ -254,15 +254,15 @@ def evals(report: dict[str, Any], path: Path) -> None:
         if task["noise"] is not None:
             curves.setdefault(task["task"], []).append(task)
     height = 2 + 0.36 * max(len(tasks), 8)
-    figure, [panels] = _figure(1, 2, (11, height)) if curves else _figure(1, 1, (7.5, height))
+    figure, [panels] = figure_with(1, 2, (11, height)) if curves else figure_with(1, 1, (7.5, height))
     names = [t["task"] if t["noise"] is None else f"{t['task']}, noise {t['noise']}" for t in tasks]
     found = [{"median": t["accuracy"], "low": t["low"], "high": t["high"]} for t in tasks]
-    _bars(panels[0], [(name, line, OURS[0]) for name, line in zip(names, found, strict=True)], "{:.0%}")
+    bar_rows(panels[0], [(name, line, OURS[0]) for name, line in zip(names, found, strict=True)], "{:.0%}")
     chances = [(t["chance"], place) for place, t in enumerate(tasks) if t["chance"] is not None]
     if chances:
         places = zip(*chances, strict=True)
         panels[0].plot(*places, "|", color=OURS[1], markersize=16, markeredgewidth=2.5, label="chance")
-        _legend(panels[0], loc="lower right")
+        legend(panels[0], loc="lower right")
     panels[0].set_xlim(0, 1.15)
     panels[0].set_xticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
     panels[0].set_xlabel("right answers")
@@ -271,7 +271,7 @@ def evals(report: dict[str, Any], path: Path) -> None:
     above = [t["low"] > t["chance"] for t in tasks if t["chance"] is not None]
     finding = f"{sum(above)} of {len(above)} tasks are answered above chance" if above else "Right answers by task"
     conditions = f"{report['model']}, seed {report['seed']}, n = {max(t['n'] for t in tasks)}, 95% intervals"
-    _save(figure, path, finding, conditions)
+    save(figure, path, finding, conditions)
 
 
 def _noise_curves(axes: Any, curves: dict[str, list[dict[str, Any]]]) -> None:
@@ -287,7 +287,7 @@ def _noise_curves(axes: Any, curves: dict[str, list[dict[str, Any]]]) -> None:
     axes.set_xlabel("irrelevant facts in the question")
     axes.set_ylim(0, 1.03)
     axes.set_ylabel("right answers")
-    _legend(axes)
+    legend(axes)
 
 
 def training(runs: Mapping[str, list[dict[str, float]]], path: Path) -> None:
@@ -302,21 +302,21 @@ def training(runs: Mapping[str, list[dict[str, float]]], path: Path) -> None:
     ]
     known = {key for rows in runs.values() for row in rows for key in row}
     panels = [panel for panel in panels if panel[1][0] in known]
-    figure, grid = _figure(-(-len(panels) // 2), 2, (11, 1.4 + 2.6 * -(-len(panels) // 2)))
+    figure, grid = figure_with(-(-len(panels) // 2), 2, (11, 1.4 + 2.6 * -(-len(panels) // 2)))
     for axes, (label, keys, scale) in zip(grid.flat, panels, strict=False):
         for number, (name, rows) in enumerate(runs.items()):
             for part, key in enumerate(keys, number) if len(runs) == 1 else ((number, key) for key in keys):
                 _curve(axes, rows, key, OURS[part % len(OURS)], name, len(runs) == 1)
         axes.set(xlabel="step", ylabel=label, yscale=scale)
         if scale == "log":
-            _plain_ticks(axes)
+            plain_ticks(axes)
         if len(axes.lines) > 1:
-            _legend(axes)
+            legend(axes)
     grid.flat[-1].set_visible(len(panels) % 2 == 0)
     key, what = ("heldout_loss", "Held-out loss") if "heldout_loss" in known else ("loss", "Loss")
     ends = [[(row[key], row["step"], n) for row in rows if key in row][-1:] for n, rows in runs.items()]
     loss, step, name = min(itertools.chain(*ends))
-    _save(figure, path, f"{what} {loss:.3g} after {step:,.0f} steps" + (f": {name} is lowest" if len(runs) > 1 else ""))
+    save(figure, path, f"{what} {loss:.3g} after {step:,.0f} steps" + (f": {name} is lowest" if len(runs) > 1 else ""))
 
 
 def _curve(axes: Any, rows: list[dict[str, float]], key: str, colour: str, run: str, alone: bool) -> None:
@@ -328,7 +328,7 @@ def _curve(axes: Any, rows: list[dict[str, float]], key: str, colour: str, run: 
         axes.plot(*zip(*found, strict=True), color=colour, label=name, **style)
 
 
-def _plain_ticks(axes: Any) -> None:
+def plain_ticks(axes: Any) -> None:
     """Numbers as 0.9 and 2 on a logarithmic axis, not as powers of ten."""
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     low, high = axes.get_ylim()
@@ -342,14 +342,14 @@ def _study(
     """A figure of held-out losses: each seed's curve over what `panels` names, then the last values of every line."""
     drawn = panels if any(curves.values()) else {}
     size = (4.4 * len(drawn) + 5.2 if drawn else 8.5, 4.6 if drawn else 1.9 + 0.45 * len(lines))
-    figure, [grid] = _figure(1, len(drawn) + 1, size)
+    figure, [grid] = figure_with(1, len(drawn) + 1, size)
     for axes, (key, across) in zip(grid, drawn.items(), strict=False):
         for label, _, colour in lines:
             for curve in curves[label]:
                 axes.plot(curve[key], curve[loss], color=colour, linewidth=1.5)
         axes.set(xlabel=across, ylabel="held-out loss, nats a token")
         axes.set_yscale("log")
-        _plain_ticks(axes)
+        plain_ticks(axes)
     _seeds(grid[-1], lines, "{:.3f}")
     grid[-1].set_xlabel("held-out loss at the end, nats a token")
     return figure
@@ -365,7 +365,7 @@ def convergence(report: dict[str, Any], path: Path) -> None:
     figure = _study(rows, curves, {"step": "step", "seconds": "seconds of training"}, "heldout_loss")
     best = min(rows, key=lambda row: fmean(row[1]))
     finding = report.get("title") or f"{best[0]} ends lowest, at {fmean(best[1]):.3f}"
-    _save(figure, path, finding, f"{report['steps']} steps; points: seeds, mark: their mean")
+    save(figure, path, finding, f"{report['steps']} steps; points: seeds, mark: their mean")
 
 
 def _rows(labels: Sequence[str], values: Sequence[Sequence[float]], ours: Sequence[bool]) -> list[Row]:
@@ -387,7 +387,7 @@ def growth(report: dict[str, Any], path: Path) -> None:
     apart = ends["grown"] / ends["scratch"] - 1
     side = "above" if apart > 0 else "below"
     finding = f"Growing ends {abs(apart):.0%} {side} the loss from scratch, for {share:.0%} of the FLOPs"
-    _save(figure, path, finding, "points: seeds, mark: their mean")
+    save(figure, path, finding, "points: seeds, mark: their mean")
 
 
 def architecture(report: dict[str, Any], path: Path) -> None:
@@ -395,7 +395,7 @@ def architecture(report: dict[str, Any], path: Path) -> None:
     lines = report["lines"]
     data = list(dict.fromkeys(line["data"] for line in lines))
     kinds = len(lines) // len(data)
-    figure, grid = _figure(2, len(data), (5.6 * len(data), 2 * (1 + 0.4 * kinds)))
+    figure, grid = figure_with(2, len(data), (5.6 * len(data), 2 * (1 + 0.4 * kinds)))
     measures = (("exact", "right answers", "{:.1%}"), ("heldout_loss", "held-out loss, nats a token", "{:.3g}"))
     for axes_of_row, (key, label, text) in zip(grid, measures, strict=True):
         for axes, name in zip(axes_of_row, data, strict=True):
@@ -415,7 +415,7 @@ def architecture(report: dict[str, Any], path: Path) -> None:
     best = [max((li for li in published if li["data"] == name), key=_exact) for name in data]
     leads = ", ".join(f"{line['architecture']} on {line['data']} ({_exact(line):.0%})" for line in best)
     conditions = "the same training FLOPs for every cell of a data set; points: seeds, mark: their mean"
-    _save(figure, path, f"Most right answers: {leads}", conditions)
+    save(figure, path, f"Most right answers: {leads}", conditions)
 
 
 def _exact(line: dict[str, Any]) -> float:
@@ -441,7 +441,7 @@ def lens(report: dict[str, Any], path: Path) -> None:
     columns = len(names)
     cells = [(names.index(step["visit"]), step["layer"]) for step in steps]
     size = max(7.0, 1.6 + 1.35 * columns), 2.2 + 0.36 * layers + 3.3
-    figure, panels = _figure(4, 1, size, [0.36 * layers, 1.1, 1.1, 1.1])
+    figure, panels = figure_with(4, 1, size, [0.36 * layers, 1.1, 1.1, 1.1])
     grid, *curves = panels[:, 0]
     _tokens(grid, report, names, cells)
     for axes, key, label in zip(curves, ("kl", "norm", "change"), ("KL to\nthe answer", "norm", "change"), strict=True):
@@ -464,7 +464,7 @@ def lens(report: dict[str, Any], path: Path) -> None:
             text.set_fontsize(text.get_fontsize() * min(1.0, cell / text.get_window_extent().width))
         asked = " ".join(report["prompt"].split())[:90]
         below = f"{asked} {report['answered']}→ {report['answer']}; a column a visit, bold: the token finally answered"
-        _save(figure, path, _standing(report), below)
+        save(figure, path, _standing(report), below)
 
 
 def _tokens(grid: Any, report: dict[str, Any], names: list[str], cells: list[tuple[int, int]]) -> None:

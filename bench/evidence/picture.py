@@ -14,7 +14,7 @@ def draw(shown: dict[str, Any], path: Path) -> None:
     others = [line["arm"] for line in lines if line["arm"] != reference]
     colours = {reference: plots.PEERS[0], **dict(zip(others, plots.OURS, strict=False))}
     answers = any(line["right_percent"]["mean"] > 0 for line in lines)  # a set may ask for none that can be exact
-    figure, [[way, *right]] = plots._figure(1, 1 + answers, (11, 4.6))
+    figure, [[way, *right]] = plots.figure_with(1, 1 + answers, (11, 4.6))
     for line in lines:
         colour, interval = colours[line["arm"]], line["loss"]
         way.plot(shown["places"], line["losses"], color=colour, marker="o", markersize=4, label=line["arm"])
@@ -25,17 +25,17 @@ def draw(shown: dict[str, Any], path: Path) -> None:
     losses = [loss for line in lines for loss in line["losses"]]
     if max(losses) > 3 * min(losses):
         way.set_yscale("log")
-        plots._plain_ticks(way)
-    plots._legend(way)
+        plots.plain_ticks(way)
+    plots.legend(way)
     bars = []
     for line in lines:
         found = line["right_percent"]
         spread = {} if found["low"] is None else {"low": found["low"], "high": found["high"]}
         bars.append((line["arm"], {"median": found["mean"], **spread}, colours[line["arm"]]))
     for axes in right:
-        plots._bars(axes, bars, "{:.1f}")
+        plots.bar_rows(axes, bars, "{:.1f}")
         axes.set_xlabel("held-out answers that are right, %")
-    plots._save(figure, path, title(shown), conditions(shown))
+    plots.save(figure, path, title(shown), conditions(shown))
 
 
 def title(shown: dict[str, Any]) -> str:

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from bench.gpu.step_model import table
+from bench.gpu.card import H200
+from bench.gpu.report import table
 from bench.gpu.train_model import Card as TrainCard
 from bench.gpu.train_model import Work, attention_seconds
 from hrmcore.config import HRMConfig
@@ -26,17 +27,12 @@ WEIGHT_BYTES = {"bfloat16": 2.0, "int8": 1.0625, "int4": 0.5625}  # with the sca
 
 
 @dataclass(frozen=True)
-class Card:
-    """An H200: what was measured on it, and what is assumed."""
+class Card(H200):
+    """And what is assumed of it for a prefill."""
 
-    product: float = 777e12  # FLOP/s of a large bfloat16 product, measured
-    mma: float = 0.62 * 989e12  # FLOP/s of mma.sync: assumed, as for attention
-    copy: float = 4.14e12  # bytes/s of memory, measured
-    cache: float = 5.5e12  # bytes/s of the second-level cache, assumed, as in step_model
+    mma: float = 0.62 * 989e12  # FLOP/s of mma.sync, as for attention
     clock: float = 1.755e9
-    processors: int = 132
-    launch: float = 1.8e-6  # of a graph's kernel, fitted by step_model to measured phases
-    met: float = 0.85  # assumed: how much of its bound a product of packed weights reaches
+    met: float = 0.85  # how much of its bound a product of packed weights reaches
 
 
 class Tile(NamedTuple):
@@ -71,7 +67,7 @@ def tile_of(rows: int, tokens: int, dtype: str, card: Card = Card()) -> Tile:
 def packed_product(rows: int, columns: int, tokens: int, dtype: str, card: Card = Card()) -> dict[str, float]:
     """Seconds of each bound of one product, results written through the cache included."""
     found = bounds(tile_of(rows, tokens, dtype, card), rows, columns, tokens, dtype, card)
-    return found | {"cache": found["cache"] + 2 * rows * tokens / card.cache}
+    return found | {"cache": found["cache"] + 2 * rows * tokens / card.second_level}
 
 
 def bounds(tile: Tile, rows: int, columns: int, tokens: int, dtype: str, card: Card) -> dict[str, float]:
@@ -81,7 +77,7 @@ def bounds(tile: Tile, rows: int, columns: int, tokens: int, dtype: str, card: C
     return {
         "mma": turns * 2 * tile.rows * tile.tokens * columns / (card.mma / card.processors),
         "instructions": turns * tile.instructions.get(dtype, 0.0) * columns / 16 / card.clock,  # a warp a scheduler
-        "cache": blocks * columns * (tile.tokens * 2 + tile.rows * weight) / card.cache,
+        "cache": blocks * columns * (tile.tokens * 2 + tile.rows * weight) / card.second_level,
         "memory": rows * columns * weight / card.copy,
     }
 
@@ -119,7 +115,7 @@ def attention(config: HRMConfig, tokens: int) -> float:
 
 def passed(elements: float, tokens: int, card: Card) -> float:
     """Seconds of reading and writing so many bfloat16 of each token, through the second-level cache."""
-    return 2 * elements * tokens / card.cache
+    return 2 * elements * tokens / card.second_level
 
 
 def passes(config: HRMConfig, tokens: int, rotations: int, fused: bool, card: Card = Card()) -> dict[str, float]:

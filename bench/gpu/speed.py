@@ -15,7 +15,6 @@ import argparse
 import copy
 import dataclasses
 import functools
-import json
 import statistics
 import sys
 import time
@@ -30,7 +29,8 @@ from torch import Tensor
 from bench.gpu import step_model
 from bench.gpu.checks import Here, seconds_of
 from bench.gpu.models import toy
-from bench.gpu.step_model import PHASES, Constants, table
+from bench.gpu.report import figure, finish, table
+from bench.gpu.step_model import PHASES, Constants
 from bench.gpu.step_shapes import Case
 from hrmcore.config import HRMConfig
 from hrmcore.engine.cuda_cache import Int8Page, from_int8, store_int8
@@ -80,12 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else Plan(here, HRMConfig.preset("XL"), (1, 8, 32), (200, 1500), 0)
     )
     report = run(plan, time.monotonic() + LIMIT)
-    text = json.dumps(report)
-    if options.out:
-        options.out.write_text(text + "\n")
-    show(report)
-    print(text)
-    return 0 if report["right"] else 1
+    return finish(report, options.out, show)
 
 
 def run(plan: Plan, deadline: float) -> dict[str, Any]:
@@ -275,12 +270,6 @@ def show(report: dict[str, Any]) -> None:
     for case in report["cases"]:
         if isinstance(case["measured"]["phases"], str):
             print(case["measured"]["phases"])
-    for name in report["left_out"]:
-        print(f"left out, the time was over: {name}")
-
-
-def figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 if __name__ == "__main__":

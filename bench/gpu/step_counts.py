@@ -169,7 +169,7 @@ def _tile(kernel: Kernel, loops: list[Loop]) -> Loop:
 def _products(kernel: Kernel, loops: list[Loop], tile: Loop, dtype: str, groups: int) -> Counts:
     """Stages whose activations lie in shared memory, by the number of their items; a tile; tiles between two barriers.
     And whole stages beside which activations stream by."""
-    kept = next(x for x in loops if not kernel.count(x.blocks, "LDG") )
+    kept = next(x for x in loops if not kernel.count(x.blocks, "LDG"))
     others = frozenset[int]().union(*(loop.blocks for loop in loops if loop != kept))
     stages = [stage_work(dtype, items, groups) for items in range(1, STAGE_ITEMS[dtype] + 1)]
     found: Counts = {"stage": [sure(kernel.once_round(kept, work), "a stage") for work in stages]}

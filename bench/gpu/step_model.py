@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.gpu.card import H200
+from bench.gpu.report import table
 from bench.gpu.step_shapes import MOST_SPLITS, STAGE_ITEMS, Case, Matrix, SpreadCase, window
 from hrmcore.config import HRMConfig
 
@@ -73,12 +75,12 @@ class Constants:
     """Of an H200. The last five are fitted to MEASURED, all cells together."""
 
     clock: float = 1980.0  # MHz, the data sheet's boost clock
-    bandwidth: float = 4.14  # TB/s, measured: a copy
+    bandwidth: float = H200.copy / 1e12  # TB/s, measured: a copy
     grid_barrier: float = 0.94  # us, measured under no load
     memory_latency: float = 0.9  # us, assumed
-    cache_bandwidth: float = 5.5  # TB/s, of the second-level cache, assumed
+    cache_bandwidth: float = H200.second_level / 1e12  # TB/s, of the second-level cache, assumed
     second_product: float = 33.0  # cycles until a product may add to the one before, assumed
-    launch: float = 1.8  # us, a launch of the graph
+    launch: float = 1e6 * H200.launch  # us, of the graph
     cycles: float = 2.5  # of an instruction, of a warp among 8
     wait: float = 137.0  # cycles: weights landed, read from shared memory, multiplied
     read: float = 0.28  # us, of what another block has written
@@ -423,10 +425,6 @@ def name_of(key: tuple[str, int, int], kv_dtype: str = "bfloat16") -> str:
     dtype, batch, cached = key
     cache = " in int8" if kv_dtype == "int8" else ""
     return f"{dtype}, {batch} request{'s' if batch > 1 else ''}, {cached:,} tokens{cache}"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
 
 
 def print_explained(c: Constants, show: Callable[[str], None] = print) -> float:

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
+from bench.gpu.card import H200
 from hrmcore.config import HRMConfig
 from hrmcore.engine.mma_layout import GROUP, ITEMS, TILE
 from hrmcore.engine.runner import PAGE
@@ -99,7 +100,7 @@ class Case:
     dtype: str
     batch: int
     cached: int
-    blocks: int = 132
+    blocks: int = H200.processors
     kv_dtype: str = "bfloat16"
 
     def matrix(self, phase: str) -> Matrix:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
 import sys
 import time
@@ -31,7 +30,7 @@ from torch import Tensor
 from bench.gpu import train_model
 from bench.gpu.checks import Here, packed_lengths, seconds_of
 from bench.gpu.models import random_batch, toy
-from bench.gpu.step_model import table
+from bench.gpu.report import figure, finish, table
 from bench.gpu.train_model import SMALL, Work
 from hrmcore import optim
 from hrmcore.checkpoint.host_copies import CudaSide, HostCopies, Pair
@@ -105,12 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("no GPU: torch finds no CUDA device; --emulated tries this without one", file=sys.stderr)
         return 2
     report = run(plan_for(Here(options.emulated, Path())), time.monotonic() + LIMIT)
-    text = json.dumps(report)
-    if options.out:
-        options.out.write_text(text + "\n")
-    show(report)
-    print(text)
-    return 0 if report["right"] else 1
+    return finish(report, options.out, show)
 
 
 def run(plan: Plan, deadline: float) -> dict[str, Any]:
@@ -536,12 +530,6 @@ def show(report: dict[str, Any]) -> None:
             print(f"{name}: {part}")
     for name, fault in report["faults"].items():
         print(f"{name} FAILED: {fault}")
-    for name in report["left_out"]:
-        print(f"left out, the time was over: {name}")
-
-
-def figure(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
 
 
 if __name__ == "__main__":

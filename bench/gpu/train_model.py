@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.gpu.step_model import table
+from bench.gpu.card import H200
+from bench.gpu.report import table
 from hrmcore import planner
 from hrmcore.config import HRMConfig
 
@@ -31,12 +32,9 @@ SMALL = HRMConfig(
 
 
 @dataclass(frozen=True)
-class Card:
-    """An H200: what was measured on it, and what is assumed."""
+class Card(H200):
+    """And what is assumed of it for training."""
 
-    product: float = 777e12  # FLOP/s of a bfloat16 product of 8,192
-    copy: float = 4.14e12  # bytes/s, read and written together
-    processors: int = 132
     # Assumed, of attention's predicted times in docs/design/cuda_speed.md: seconds of a processor for a tile of 64 x 64
     # at head_dim 128 (0.11 and 0.37 ms for 55 sequences of mean 297), and for a block, of which it holds two, at least.
     tile_forward: float = 0.90e-6
@@ -46,7 +44,6 @@ class Card:
     kernel: float = 2e-6  # assumed: no kernel of a graph takes less
     thin: float = 0.5  # assumed: share of `product` that a product of an inner size of 192 reaches
     host: float = 2.5e-3  # assumed: what the host does between two replayed steps; filling up a batch alone takes 0.9
-    second_level: float = 5.5e12  # assumed, as in step_model.py: bytes/s of the second-level cache
     to_host: float = 50e9  # assumed: bytes/s to page-locked main memory (PCIe 5, 16 lanes: 63 at most)
     to_pageable: float = 6e9  # assumed: to any other, by way of a staging buffer
     float8: float = 1.8  # assumed: a product in float8 beside one in bfloat16, 2 on the data sheet

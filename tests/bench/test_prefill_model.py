@@ -35,7 +35,7 @@ def test_the_model_and_the_kernel_choose_the_same_blocks(dtype: str) -> None:
 
 
 def test_bounds_are_those_of_a_sum_by_hand() -> None:
-    card = dataclasses.replace(Card(), processors=2, mma=2e6, clock=1e6, cache=1e6, copy=1e6)
+    card = dataclasses.replace(Card(), processors=2, mma=2e6, clock=1e6, second_level=1e6, copy=1e6)
     # 128 rows and 192 tokens of 32 columns: three blocks of 128 x 64 on two processors, two turns of the busier
     found = prefill_model.bounds(TILES[3], 128, 32, 192, "int8", card)
     assert found["mma"] == pytest.approx(2 * 2 * 128 * 64 * 32 / 1e6)
@@ -51,7 +51,7 @@ def test_a_longer_prompt_and_more_launches_take_longer() -> None:
         assert times == sorted(times)
         launches = prefill_model.first_token(config, 256, way, dtype, 3) - times[1]
         # two launches more, and keys are read a second time
-        more = 2 * Card().launch + 2 * config.attention_width * 256 / Card().cache
+        more = 2 * Card().launch + 2 * config.attention_width * 256 / Card().second_level
         assert launches == pytest.approx(1e3 * config.cache_slots * more)
 
 
@@ -60,12 +60,12 @@ def test_a_layer_s_parts_by_hand() -> None:
     config, card = HRMConfig.preset("XL"), Card()
     parts = prefill_model.layer_of(config, 1024)
     assert parts["attention"] == pytest.approx(12 * 16 * 16 * 0.90e-6 / 132)  # tiles of 64 x 64, a head
-    assert parts["norms"] == pytest.approx(2 * 4 * 1536 * 2 * 1024 / card.cache)
+    assert parts["norms"] == pytest.approx(2 * 4 * 1536 * 2 * 1024 / card.second_level)
     assert parts["launches"] == pytest.approx(9 * card.launch)
     # 96 blocks of 128 x 128 for 132 multiprocessors are one turn; in four pieces 384 quarters of one are three
     assert parts["down"] == pytest.approx(2 * 128 * 128 * 4096 * 132 / card.product)
     saved = list(prefill_model.savings(config, 1024).values())
-    assert saved[3] == pytest.approx(parts["down"] / 4 - 2 * 3 * 1536 * 2 * 1024 / card.cache)
+    assert saved[3] == pytest.approx(parts["down"] / 4 - 2 * 3 * 1536 * 2 * 1024 / card.second_level)
     whole = 1e3 * (config.cache_slots * sum(parts.values()) + 65536 * 1536 * 2 / card.copy + card.launch)
     found = prefill_model.first_token(config, 1024, "torch", "bfloat16", 1)
     assert 0 < whole - found < 1e3 * sum(parts[name] for name in ("o", "gate_up", "down"))

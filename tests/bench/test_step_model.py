@@ -216,7 +216,9 @@ def test_shapes_follow_the_schedule() -> None:
     assert not step_model.xl("bfloat16", 8, 200).splits_apart
     assert short.parts("down") == [32]  # sixteens of columns of a warp
     few = [step_model.xl(dtype, 8, 200) for dtype in ("bfloat16", "int8", "int4")]
-    assert [(case.ring_stages(), case.streams("down"), case.rows) for case in few] == [(n, True, 8) for n in (11, 7, 11)]
+    assert [(case.ring_stages(), case.streams("down"), case.rows) for case in few] == [
+        (n, True, 8) for n in (11, 7, 11)
+    ]
     assert [case.kernel for case in few] == [f"{case.dtype}, 8 requests" for case in few]
     assert [step_model.xl(dtype, 32, 200).ring_stages() for dtype in ("bfloat16", "int8", "int4")] == [6, 4, 6]
 

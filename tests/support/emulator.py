@@ -50,7 +50,13 @@ def bits_in_any_company(run: Callable[[Any, int, int, int], tuple[Tensor, Tensor
     """
     alone = torch.cat([run("persistent", 3, first, first + 8)[0] for first in (0, 8, 16, 24)])
     caches = []
-    cases = [("persistent", 3, 5, 6), ("persistent", 5, 2, 11), ("graph", 2, 16, 32), ("persistent", 11, 7, 24), ("persistent", 4, 0, 32)]
+    cases = [
+        ("persistent", 3, 5, 6),
+        ("persistent", 5, 2, 11),
+        ("graph", 2, 16, 32),
+        ("persistent", 11, 7, 24),
+        ("persistent", 4, 0, 32),
+    ]
     for seed, (form, blocks, first, last) in enumerate([*cases, ("graph", 7, 0, 32)]):
         with seeded(seed):
             logits, cache = run(form, blocks, first, last)
