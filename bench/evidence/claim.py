@@ -19,6 +19,7 @@ from typing import Any
 from bench.evidence import data as sets
 from bench.evidence import table
 from bench.evidence.cell import STEPS, CellTrainer, Cost, Curve, curve_of, folder_of, no_cost, train
+from bench.evidence.intervals import MOST_SEEDS
 from bench.evidence.queue import Cell, Known, Rule
 from hrmcore.config import HRMConfig
 from hrmcore.durable import replacing
@@ -197,9 +198,16 @@ def main(claim: Claim, arguments: list[str] | None = None) -> None:
     parser.add_argument("--hours", type=float, default=0.0)
     parser.add_argument("--device", default="cpu", choices=sorted(claim.scales), help="also chooses the size (cpu)")
     parser.add_argument("--data", help="only these sets, separated by commas")
+    parser.add_argument("--seeds", type=int, help="of the chosen settings, at the last rung (as many as the rule says)")
     parser.add_argument("--table", action="store_true", help="train nothing; without runs this makes the data alone")
     args = parser.parse_args(arguments)
     scale = claim.scales[args.device]
+    if args.seeds is not None:
+        if not scale.seeds <= args.seeds <= MOST_SEEDS:
+            parser.error(
+                f"--seeds: the rule has {scale.seeds}, intervals are of {MOST_SEEDS} at most; got {args.seeds}"
+            )
+        scale = replace(scale, seeds=args.seeds)
     names = args.data.split(",") if args.data else scale.data
     if unknown := sorted(set(names) - set(sets.SETS)):
         parser.error(f"--data: no {', '.join(unknown)}; choose from {', '.join(sets.SETS)}")

@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 
 # Student's t at 0.975 for 1 to 12 degrees of freedom (any textbook's table); a study has no more seeds.
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
+MOST_SEEDS = len(T975) + 1
 
 Interval = dict[str, float | None]
 
@@ -18,8 +19,8 @@ def of_mean(values: Sequence[float]) -> Interval:
     Raises ValueError without a value, and on more than 13.
     """
     n = len(values)
-    if not 1 <= n <= len(T975) + 1:
-        raise ValueError(f"an interval is of 1 to {len(T975) + 1} values, got {n}")
+    if not 1 <= n <= MOST_SEEDS:
+        raise ValueError(f"an interval is of 1 to {MOST_SEEDS} values, got {n}")
     mean = fmean(values)
     if n == 1 or not math.isfinite(mean):
         return {"mean": mean, "low": None, "high": None}

@@ -261,6 +261,27 @@ def test_a_killed_cell_is_repeated(
     assert without_seconds(study.write()) == whole
 
 
+def test_more_seeds_than_the_rules_go_on_from_those(
+    tiny: Claim,
+    tmp_path: Path,
+    whole: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(claims.os, "nice", lambda more: 0)
+    claims.main(tiny, [str(tmp_path), "--hours", "1"])
+    claims.main(tiny, [str(tmp_path), "--hours", "1", "--seeds", "3"])
+    report = json.loads((tmp_path / "report-echoes.json").read_text())
+    assert report["complete"]
+    for line, of_rule in zip(report["lines"], whole["lines"], strict=True):
+        assert (line["n"], line["seeds"], line["loss"][:2]) == (3, [0, 1, 2], of_rule["loss"])
+        assert line["settings"] == of_rule["settings"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        claims.main(tiny, [str(tmp_path), "--hours", "1", "--seeds", "14"])
+    assert "the rule has 2, intervals are of 13 at most; got 14" in capsys.readouterr().err
+
+
 def test_a_cell_that_becomes_no_number_is_kept_as_failed(
     tiny: Claim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
