@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from committed import compare
+
 SETS = ("generic", "dotprod", "i8mm")
 # Symbol -> what it is; the cells are numbered as in gemm.cpp.
 TILES = {
@@ -105,15 +107,7 @@ def main() -> None:
     build, path = Path(sys.argv[1]), Path(sys.argv[2])
     version = subprocess.run(["aarch64-linux-gnu-g++", "-dumpfullversion"], capture_output=True, text=True, check=True)
     found = table(build, f"GCC {version.stdout.strip()}")
-    print(found, end="")
-    if "--update" in sys.argv:
-        path.write_text(found, encoding="utf-8")
-        return
-    committed = path.read_text(encoding="utf-8")
-    if committed.splitlines()[0] != found.splitlines()[0]:
-        print(f"{path} was made by another compiler; not compared")
-    elif committed != found:
-        sys.exit(f"{path}: other figures; if the change is meant, give --update")
+    compare({path: found}, "give --update")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from committed import compare
+
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(sm_\w+)'")
 STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (\d+) registers")
@@ -66,15 +68,7 @@ def main() -> None:
     log, path = Path(sys.argv[1]).read_text(encoding="utf-8"), Path(sys.argv[2])
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     found = table(parse(log), "nvcc " + re.findall(r"V([\d.]+)", version)[0])
-    print(found, end="")
-    if "--update" in sys.argv:
-        path.write_text(found, encoding="utf-8")
-        return
-    committed = path.read_text(encoding="utf-8")
-    if committed.splitlines()[0] != found.splitlines()[0]:
-        print(f"{path} was made by another compiler; not compared")
-    elif committed != found:
-        sys.exit(f"{path} differs; if the change is meant: make cuda-table")
+    compare({path: found}, "make cuda-table")
 
 
 if __name__ == "__main__":

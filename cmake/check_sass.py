@@ -16,15 +16,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from committed import compare
+
 from bench.gpu.sass import Kernel, cuobjdump, disassembled
 from bench.gpu.step_counts import Counts, deepest, new_step, phase_loop
 from bench.gpu.step_model import xl
-from bench.gpu.step_shapes import PRODUCT_PHASES
+from bench.gpu.step_shapes import PRODUCT_PHASES, kernel_name
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
 MODELLED = "sm_90"
 CODE_BUDGET, TURN_BUDGET = 32, 24  # KB
-ITEM_BUDGETS = {"bfloat16": 12, "int4": 100}  # of up to 8 requests
+ITEM_BUDGETS = {kernel_name(dtype, most): n for dtype, n in (("bfloat16", 12), ("int4", 100)) for most in (1, 8)}
 WORK_BUDGET = 0.9  # of the blocks
 
 Row = tuple[str, list[float], float | None]  # what, a figure a target, the most that it may be
@@ -42,18 +44,7 @@ def main() -> None:
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     compiler = "nvcc " + re.findall(r"V([\d.]+)", version)[0]
     found = {path: table(kernels, counts, compiler), counts_path: json.dumps(counts[MODELLED], indent=1) + "\n"}
-    print(found[path], end="")
-    if "--update" in sys.argv:
-        for place, text in found.items():
-            place.write_text(text, encoding="utf-8")
-        return
-    committed = path.read_text(encoding="utf-8")
-    if committed.splitlines()[0] != found[path].splitlines()[0]:
-        print(f"{path} was made by another compiler; not compared")
-        return
-    differ = [str(place) for place, text in found.items() if place.read_text(encoding="utf-8") != text]
-    if differ:
-        sys.exit(f"{', '.join(differ)}: other figures; if the change is meant: make cuda-table")
+    compare(found, "make cuda-table")
 
 
 def table(kernels: dict[str, dict[str, Kernel]], counts: dict[str, dict[str, Counts]], compiler: str) -> str:
@@ -81,7 +72,7 @@ def rows_of(kernels: dict[str, dict[str, Kernel]], counts: dict[str, dict[str, C
             (
                 f"{name}: instructions for {item}",
                 each(name, lambda _, c: c["stage"][-1] / len(c["stage"])),
-                ITEM_BUDGETS.get(name.removesuffix(", 1 request")),
+                ITEM_BUDGETS.get(name),
             ),
             (f"{name}: KB of code", each(name, lambda k, _: k.code_bytes / 1024), CODE_BUDGET),
             (f"{name}: KB of the loop over phases", each(name, lambda _, c: c["turn_bytes"] / 1024), TURN_BUDGET),

@@ -8,11 +8,12 @@ paths of arithmetic that nothing takes (a denormal's square root) and count as o
 from __future__ import annotations
 
 import heapq
+import itertools
 import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,8 @@ CODE = re.compile(r"code for (sm_\w+)|arch = (sm_\w+)")
 FUNCTION = re.compile(r"Function : (\S+)")
 LINE = re.compile(r"\s+/\*([0-9a-f]{4,6})\*/\s+(?:(@!?U?P\w+) )?\s*([\w.]+)(.*?);")
 TARGET = re.compile(r"(0x[0-9a-f]+)\s*$")
+TABLE = re.compile(r"\.nv\.constant2\.(\S+)")  # a kernel's addresses that it jumps to by a number
+ENTRY = re.compile(r"c\[0x2\]\[R\d+(?:\+(0x[0-9a-f]+))?\]")  # where it reads one: the table's beginning
 DIVISION = ("I2F.RP", "I2F.U32.RP", "I2F.U64.RP", "I2F.S64.RP")  # how a division of integers begins
 
 
@@ -80,10 +83,11 @@ class Loop:
 class Kernel:
     """One compiled kernel as a graph of blocks."""
 
-    def __init__(self, name: str, instructions: list[Instruction]) -> None:
+    def __init__(self, name: str, instructions: list[Instruction], addresses: Sequence[int] = ()) -> None:
+        """`addresses`: of its tables of jumps, one after the other."""
         self.name = name
         self.instructions = instructions
-        self.blocks = _blocks(instructions)
+        self.blocks = _blocks(instructions, _jumps(instructions, addresses))
 
     @property
     def code_bytes(self) -> int:
@@ -193,8 +197,8 @@ class Kernel:
         return sum(i.opcode in DIVISION for b in blocks for i in self.blocks[b].instructions)
 
 
-def parse(text: str) -> dict[str, dict[str, Kernel]]:
-    """Target -> mangled name -> kernel."""
+def parse(text: str, elf: str = "") -> dict[str, dict[str, Kernel]]:
+    """Target -> mangled name -> kernel. `elf` is what `cuobjdump -elf` says, for kernels that jump by a table."""
     code: dict[str, dict[str, list[Instruction]]] = {}
     target = name = ""
     for line in text.splitlines():
@@ -206,7 +210,39 @@ def parse(text: str) -> dict[str, dict[str, Kernel]]:
         elif name and (found := LINE.match(line)):
             instruction = Instruction(int(found[1], 16), found[2] or "", found[3], found[4])
             code[target][name].append(instruction)
-    return {t: {n: Kernel(n, found) for n, found in kernels.items()} for t, kernels in code.items()}
+    tables = _tables(elf)
+    return {
+        t: {n: Kernel(n, found, tables.get((t, n), ())) for n, found in kernels.items()} for t, kernels in code.items()
+    }
+
+
+def _tables(elf: str) -> dict[tuple[str, str], list[int]]:
+    """(Target, mangled name) -> the words of its tables of jumps."""
+    tables: dict[tuple[str, str], list[int]] = {}
+    target, words = "", None
+    for line in elf.splitlines():
+        if found := CODE.search(line):
+            target = found[1] or found[2]
+        elif found := TABLE.match(line):
+            words = tables.setdefault((target, found[1]), [])
+        elif words is not None and line.startswith("0x"):
+            words += [int(word, 16) for word in line.split()]
+        else:
+            words = None
+    return tables
+
+
+def _jumps(instructions: list[Instruction], addresses: Sequence[int]) -> dict[int, list[int]]:
+    """Where each jump by a table goes, by its address: its table reaches to the next one."""
+    begins: dict[int, int] = {}
+    last = 0
+    for instruction in instructions:
+        if found := ENTRY.search(instruction.operands):
+            last = int(found[1] or "0", 16)
+        if instruction.counts_as("BRX"):
+            begins[instruction.address] = last
+    end_of = dict(itertools.pairwise([*sorted(set(begins.values())), 4 * len(addresses)]))
+    return {address: sorted(set(addresses[first // 4 : end_of[first] // 4])) for address, first in begins.items()}
 
 
 def cuobjdump() -> str | None:
@@ -220,11 +256,14 @@ def cuobjdump() -> str | None:
 
 def disassembled(tool: str, binary: Path, targets: Iterable[str] = ()) -> dict[str, dict[str, Kernel]]:
     """All kernels of a library, object or cubin; of a library's targets these alone."""
-    text = ""
+    text = elf = ""
     for arguments in [["-arch", target] for target in targets] or [[]]:
         command = [tool, "-sass", *arguments, str(binary)]
         text += subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return parse(text)
+        if " BRX " in text:
+            command[1] = "-elf"
+            elf += subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return parse(text, elf)
 
 
 def _reach(first: int, after: Callable[[int], Iterable[int]]) -> set[int]:
@@ -237,8 +276,8 @@ def _reach(first: int, after: Callable[[int], Iterable[int]]) -> set[int]:
     return seen
 
 
-def _blocks(instructions: list[Instruction]) -> list[Block]:
-    starts = {instructions[0].address}
+def _blocks(instructions: list[Instruction], jumps: Mapping[int, list[int]]) -> list[Block]:
+    starts = {instructions[0].address, *(target for targets in jumps.values() for target in targets)}
     for i, instruction in enumerate(instructions):
         ends = instruction.target is not None or not instruction.falls_through or instruction.counts_as("EXIT")
         if instruction.target is not None:
@@ -251,6 +290,7 @@ def _blocks(instructions: list[Instruction]) -> list[Block]:
         last = block.instructions[-1]
         if last.target is not None and last.target in number:
             block.after.append(number[last.target])
+        block.after += [number[target] for target in jumps.get(last.address, ())]
         if last.falls_through and b + 1 < len(blocks):
             block.after.append(b + 1)
     return blocks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
 from pathlib import Path
 
 import pytest
@@ -40,6 +40,30 @@ MADE_UP = """
 """
 
 
+# Two switches: 0x20 goes to 0x60 or on to 0x30, 0x50 to 0x60 or back to 0x00.
+SWITCHES = """
+    code for sm_100
+        Function : switches
+        /*0000*/                   IADD3 R1, R1, 0x1, RZ ;
+        /*0010*/                   LDC R4, c[0x2][R2] ;
+        /*0020*/                   BRX R4 -0x30 ;
+        /*0030*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ;
+        /*0040*/                   LDC R4, c[0x2][R2+0x8] ;
+        /*0050*/                   BRX R4 -0x60 ;
+        /*0060*/                   EXIT ;
+"""
+TABLES = """
+Fatbin elf code:
+arch = sm_100
+
+.nv.constant2.switches
+0x00000060 0x00000030 0x00000060 0x00000000
+
+.nv.constant2.another
+0x00000010
+"""
+
+
 @pytest.fixture
 def kernel() -> sass.Kernel:
     return sass.parse(MADE_UP)["sm_80"]["made_up"]
@@ -66,12 +90,16 @@ def test_loops_and_shortest_ways(kernel: sass.Kernel) -> None:
     assert kernel.divisions(kernel.reachable) == 0
 
 
-def test_a_budget_that_is_missed_is_marked() -> None:
-    spec = importlib.util.spec_from_file_location("check_sass", ROOT / "cmake" / "check_sass.py")
-    assert spec is not None
-    assert spec.loader is not None
-    check_sass = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(check_sass)
+def test_jumps_by_a_table_go_where_it_says() -> None:
+    kernel = sass.parse(SWITCHES, TABLES)["sm_100"]["switches"]
+    assert [block.after for block in kernel.blocks] == [[1, 2], [0, 2], []]
+    assert kernel.once_round(kernel.loops[0], {"HMMA": 1}) == 6
+    assert kernel.through({}) == 4
+
+
+def test_a_budget_that_is_missed_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "cmake")
+    check_sass = importlib.import_module("check_sass")
     assert check_sass.line(("code", [12.0, 12.5], 12), 6).split() == ["code", "12.0", "12.5", "12", "missed"]
     assert check_sass.line(("code", [3, 12], 12), 6).split() == ["code", "3", "12", "12"]
     assert check_sass.line(("code", [3, 12], None), 6).split() == ["code", "3", "12"]
