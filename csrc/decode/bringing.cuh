@@ -133,8 +133,7 @@ __device__ __forceinline__ void bring_attended(const P& params, const WarpShare&
     const int half = piece % 2, sixteen = divided_by_batch(params, piece / 2),
               request = piece / 2 - sixteen * params.batch;
     const int channel = 16 * (share.first_sixteen + sixteen) + 8 * half;
-    to[(sixteen * params.rows() + request) * 2 + half] =
-        attended_channels<packing>(params, request, channel);
+    to[(sixteen * params.rows() + request) * 2 + half] = attended_channels<packing>(params, request, channel);
   }
 }
 

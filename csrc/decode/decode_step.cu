@@ -208,8 +208,7 @@ Choice choose(DecodeParams& params, int blocks, int shared_bytes) {
   if (plain && fits(whole, depth.middle)) return {launch_decode<packing, depth.middle, Plain>, whole};
   if constexpr (!Any::int8_cache) {
     if (fits(whole, depth.middle)) return {launch_decode<packing, depth.middle, Any>, whole};
-    if (plain && fits(narrow, depth.shallow))
-      return {launch_decode<packing, depth.shallow, Plain>, narrow};
+    if (plain && fits(narrow, depth.shallow)) return {launch_decode<packing, depth.shallow, Plain>, narrow};
   }
   if (fits(narrow, depth.shallow)) return {launch_decode<packing, depth.shallow, Any>, narrow};
   return {};

@@ -312,7 +312,8 @@ __device__ __forceinline__ void multiply_tile(const Consumer<P, of_head>& block,
   using Reader = ActivationReader<P::column_groups, P::streaming>;
   if (P::streaming && !work.in_place && work.streams(block)) {
     work.begin(block, more);
-    if (!block.adds_to_stream()) add_squares(block.params, work.share);  // once: these are in place from here on
+    if (!block.adds_to_stream())
+      add_squares(block.params, work.share);  // once: these are in place from here on
     multiply_stages<packing, P::single>(sums, loader, work.stages, work.share.items, work.stream);
     work.in_place = work.held >= work.stages;
   } else if constexpr (work.parts) {
