@@ -214,14 +214,12 @@ def test_a_rounded_cache_stays_close(isa: str, form: int, kv_dtype: str, tmp_pat
     assert 1e-4 < relative(logits, expected) < {"bfloat16": 2e-2, "int8": 8e-2}[kv_dtype]
 
 
-@pytest.mark.skipif("amx" not in _C.supported_isas(), reason="the processor has no matrix unit")
-@pytest.mark.parametrize("isa", ["amx"], indirect=True)
+@pytest.mark.skipif("bf16" not in _C.supported_isas(), reason="the processor has no products in bfloat16")
+@pytest.mark.parametrize("isa", [isa for isa in ("bf16", "amx") if isa in _C.supported_isas()], indirect=True)
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("window", [0, 64, 128])
 @pytest.mark.parametrize("scale_base", [64, 256, 1024])  # spans of one block, two and eight
-def test_a_prefix_attends_alike_on_the_matrix_unit(
-    isa: str, scale_base: int, window: int, kv_dtype: str, tmp_path: Path
-) -> None:
+def test_a_prefix_attends_alike_in_tiles(isa: str, scale_base: int, window: int, kv_dtype: str, tmp_path: Path) -> None:
     model = random_model(LONG.replace(xpos_scale_base=scale_base, attention_window=window))
     runner = runner_of(model, tmp_path / "m", "bfloat16", kv_dtype)
     for prefix in (1, 17, 64, 131, 300, 511):
@@ -230,7 +228,7 @@ def test_a_prefix_attends_alike_on_the_matrix_unit(
         for name in ("vnni", isa):
             _C.set_isa(name)
             rows[name] = torch.as_tensor(runner.logits(ids, prefix))
-        assert 0 < relative(rows["amx"], rows["vnni"]) < {"bfloat16": 6e-3, "int8": 1.5e-2}[kv_dtype]
+        assert 0 < relative(rows[isa], rows["vnni"]) < {"bfloat16": 6e-3, "int8": 1.5e-2}[kv_dtype]
 
 
 @pytest.mark.parametrize(("dtype", "kv_dtype"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("int8", "int8")])

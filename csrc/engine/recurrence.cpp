@@ -82,7 +82,8 @@ void Recurrence::place_tasks() {
 
 void Recurrence::place_rows(const std::vector<Chunk>& chunks, bool every_row) {
   const std::int64_t shortest = shortest_tiled_prefix(current_isa(), weights_.packing());
-  attends_in_tiles_ = current_isa() == Isa::amx && shortest != no_tiles && cache_.packing != Packing::f32;
+  const bool pairs = current_isa() == Isa::amx || current_isa() == Isa::bf16;
+  attends_in_tiles_ = pairs && shortest != no_tiles && cache_.packing != Packing::f32;
   chunks_.clear();
   places_.clear();
   ids_.clear();

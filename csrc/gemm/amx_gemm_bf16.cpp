@@ -1,7 +1,7 @@
 #include "gemm/tile_gemm.h"
 
-#include "gemm/amx_unit.h"
 #include "gemm/chunk_walk.h"
+#include "gemm/tile_unit.h"
 
 namespace hrmcore::HRMCORE_ISA {
 namespace {
@@ -58,10 +58,8 @@ void walk_chunks(const TileGemm& args) {
 }  // namespace
 
 void tile_gemm_bf16(const TileGemm& args) noexcept {
-  const TileShapes shapes;
-  _tile_loadconfig(&shapes);
+  const TileUnit unit;
   walk_chunks(args);
-  _tile_release();
   settle_memory();
 }
 

@@ -1,6 +1,6 @@
-#include "gemm/amx_unit.h"
 #include "gemm/chunk_walk.h"
 #include "gemm/rescale.h"
+#include "gemm/tile_unit.h"
 
 namespace hrmcore::HRMCORE_ISA {
 namespace {
@@ -97,7 +97,7 @@ HRMCORE_INLINE void go_on(Unloading& u, int tiles) {
   for (; tiles > 0 && u.next < u.tiles; --tiles) unload_tile(u);
 }
 
-// One or two bands of x by two tiles' breadth of w, as in amx_unit.h.
+// One or two bands of x by two tiles' breadth of w, as in tile_unit.h.
 template <int bands, class Meanwhile>
 HRMCORE_INLINE void multiply(const std::byte* x, std::int64_t tiles, const std::byte* w, Integers& out,
                              const Meanwhile& meanwhile) {
@@ -185,10 +185,8 @@ void walk_chunks(const TileGemm& args) {
 }  // namespace
 
 void tile_gemm_int8(const TileGemm& args) noexcept {
-  const TileShapes shapes;
-  _tile_loadconfig(&shapes);
+  const TileUnit unit;
   args.weights.packing == Packing::int8 ? walk_chunks<Packing::int8>(args) : walk_chunks<Packing::int4>(args);
-  _tile_release();
   settle_memory();
 }
 

@@ -1,50 +1,12 @@
 #include "gemm/chunk_walk.h"
-#include "gemm/lanes.h"
 #include "gemm/tile_gemm.h"
+#include "gemm/tile_unit.h"
 
 namespace hrmcore::HRMCORE_ISA {
 namespace {
 
 constexpr int vectors = 2;  // half a panel's breadth of a chunk, 16 KiB, stays in the first-level cache
-constexpr int tokens = 8;   // half a band: 16 sums, more than the multiplication's latency needs
-
-// acc + both products of each lane's pair, in float32.
-HRMCORE_INLINE vfloat dot2(vfloat acc, vint w, vint x) {
-  return (vfloat)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
-}
-
-// Rows of x by `vectors` vectors of a chunk's rows: 16 products, 2 loads and 16 broadcasts for 512 pairs.
-void multiply_tile(const std::byte* w, const std::byte* x, std::int64_t groups, float* sums, bool accumulate,
-                   PrefetchRange& ahead, std::int64_t lines) {
-  vfloat acc[tokens][vectors] = {};
-  if (accumulate) {
-#pragma GCC unroll 8
-    for (int t = 0; t < tokens; ++t) {
-#pragma GCC unroll 2
-      for (int v = 0; v < vectors; ++v) acc[t][v] = load(sums + v * tile_floats + t * lanes);
-    }
-  }
-  for (std::int64_t group = 0; group < groups; ++group, x += tile_bytes) {
-    prefetch_lines(ahead, lines);
-#pragma GCC unroll 2
-    for (int pair = 0; pair < group_columns / 2; ++pair, w += slab_bytes) {
-      vint weight[vectors];
-#pragma GCC unroll 2
-      for (int v = 0; v < vectors; ++v) weight[v] = load_bits(w + v * tile_line_bytes);
-#pragma GCC unroll 8
-      for (int t = 0; t < tokens; ++t) {
-        const vint both = splat_bits(load_cell(x + t * tile_line_bytes + 4 * pair));
-#pragma GCC unroll 2
-        for (int v = 0; v < vectors; ++v) acc[t][v] = dot2(acc[t][v], weight[v], both);
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int t = 0; t < tokens; ++t) {
-#pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) store(sums + v * tile_floats + t * lanes, acc[t][v]);
-  }
-}
+constexpr int tokens = 8;   // half a band
 
 }  // namespace
 
@@ -63,9 +25,10 @@ void tile_gemm_bf16(const TileGemm& args) noexcept {
       const std::byte* w = walk.weights(step) + first * tile_line_bytes;
       for (std::int64_t row = 0; row < args.rows; row += tokens) {
         const std::int64_t band = row / band_rows, line = row % band_rows;
-        multiply_tile(w, x + band * groups * tile_bytes + line * tile_line_bytes, groups,
-                      sums + (band * panel_tiles + first) * tile_floats + line * lanes, step >= walk.panels,
-                      ahead, lines);
+        multiply_eight(x + band * groups * tile_bytes + line * tile_line_bytes, w, tile_line_bytes,
+                       slab_bytes, groups, sums + (band * panel_tiles + first) * tile_floats + line * lanes,
+                       step >= walk.panels,
+                       [&]() __attribute__((always_inline)) { prefetch_lines(ahead, lines); });
       }
     }
   }

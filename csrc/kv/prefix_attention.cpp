@@ -1,6 +1,6 @@
 #include "kv/prefix_attention.h"
 
-#include "gemm/amx_unit.h"
+#include "gemm/tile_unit.h"
 
 namespace hrmcore::HRMCORE_ISA {
 namespace {
@@ -294,9 +294,7 @@ void attend_part(const Part& part, Room& room) {
 }  // namespace
 
 void attend_prefix(const AttendPrefix& args) noexcept {
-  const TileShapes shapes;
-  settle_memory();
-  _tile_loadconfig(&shapes);
+  const TileUnit unit;
   Room room(args.shape, args.scratch);
   for (std::int64_t query = args.query_begin; query < args.query_end;) {
     const std::int64_t left = args.window > 0 ? args.window - query % args.window : args.query_end - query;
@@ -309,7 +307,6 @@ void attend_prefix(const AttendPrefix& args) noexcept {
     }
     query += queries;
   }
-  _tile_release();
 }
 
 }  // namespace hrmcore::HRMCORE_ISA

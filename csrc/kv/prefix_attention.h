@@ -1,5 +1,5 @@
-// Attention among the tokens of a prefix on AMX, the processor's matrix unit: what paged_attention.h
-// defines, for a bfloat16 or int8 cache.
+// Attention among the tokens of a prefix on AMX, the processor's matrix unit, or by the pairs of AVX-512 BF16: what
+// paged_attention.h defines, for a bfloat16 or int8 cache.
 //
 // Queries, and xPos's keys that stand after a query, are rounded to bfloat16 when they are decayed; scores,
 // softmax and sums are float32; the weights of the keys, times their values' scales where those are int8, are
@@ -8,7 +8,7 @@
 // the prefix alone.
 //
 // Reads each visible key and value once for up to prefix_queries queries; 4 d' FLOPs a key and query, at
-// 1,024 a cycle, beside an exponential for each; where queries meet themselves under xPos, twice for 32 keys.
+// 1,024 a cycle on AMX and 64 by pairs, beside an exponential for each; where queries meet themselves under xPos, twice for 32 keys.
 // Source: arXiv 2205.14135.
 #pragma once
 
@@ -43,6 +43,6 @@ struct AttendPrefix {
          2 * band_rows * prefix_keys * (half + full) + prefix_queries * channels * full;
 }
 
-HRMCORE_DECLARE_AMX_KERNEL(attend_prefix, AttendPrefix)
+HRMCORE_DECLARE_BF16_KERNEL(attend_prefix, AttendPrefix)
 
 }  // namespace hrmcore

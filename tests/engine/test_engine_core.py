@@ -183,9 +183,14 @@ class Unit(NamedTuple):
     activations: Callable[[Tensor], Tensor]
 
 
+def rounds_weights(isa: str) -> bool:
+    """Whether a prefix's attention over a rounded cache has products of bfloat16."""
+    return isa in ("bf16", "amx")
+
+
 def unit_of(model: HRM, packed: dict[str, Tensor], dtype: str, rows: int) -> Unit:
     names = [name for name in packed if name.endswith("proj.weight")]
-    attention_rows = rows if _C.isa() == "amx" else 0
+    attention_rows = rows if rounds_weights(_C.isa()) else 0
     if dtype == "bfloat16":
         return Unit(rows, attention_rows, {name: bfloat16(packed[name]) for name in names}, bfloat16)
     weights = {}
@@ -225,8 +230,8 @@ def emulate(
 ) -> Tensor:
     """HRM in float64 from the formulas of the paper, with what meets a weight and what is cached rounded as asked.
 
-    The first rows are the tiles', if there is a unit that takes them: its own weights and activations in the stacks. On
-    the matrix unit the queries and the weights of the keys are bfloat16, if what is cached is rounded.
+    The first rows are the tiles', if there is a unit that takes them: its own weights and activations in the stacks.
+    With products of bfloat16 the queries and the weights of the keys are that, too, if what is cached is rounded.
     """
     rounded_rows = 0 if unit is None else unit.attention_rows
     eps, heads, dim, length = config.rms_norm_eps, config.num_attention_heads, config.head_dim, len(ids)
@@ -331,7 +336,14 @@ def test_sequences_are_as_near_an_emulation_as_rounding_allows(
     assert distance(all_logits(engine, ids, 25), emulated) < max(1.5 * cost, 5e-6)
 
 
-TILED = [(isa, *packing) for isa in _C.supported_isas() for packing in PACKINGS if isa in TILES.get(packing[0], ())]
+# Of longer prefixes too many of attention's weights are rounded for a prompt to be without such a value.
+TILED = [
+    (isa, *packing)
+    for isa in _C.supported_isas()
+    for packing in PACKINGS
+    if isa in TILES.get(packing[0], ())
+    and (packing[3] is same or not rounds_weights(isa) or TILES[packing[0]][isa] == 1)
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -360,19 +372,21 @@ def test_a_prefix_of_one_token_repeated_equals_an_emulation(
         assert sum(row < 5e-6 for row in rows) >= 0.5 * len(rows)
 
 
-@pytest.mark.skipif("amx" not in _C.supported_isas(), reason="the processor has no matrix unit")
+@pytest.mark.skipif("bf16" not in _C.supported_isas(), reason="the processor has no products in bfloat16")
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("window", [0, 64, 128])
 @pytest.mark.parametrize("prefix", [1, 17, 64, 131, 300])
-def test_a_prefix_attends_alike_on_the_matrix_unit(prefix: int, window: int, kv_dtype: str) -> None:
+def test_a_prefix_attends_alike_in_tiles(prefix: int, window: int, kv_dtype: str) -> None:
     model = make_model("d64")
     ids = some_ids(model.config, prefix)
     before, rows = _C.isa(), {}
-    for isa in ("vnni", "amx"):
+    tiled = [isa for isa in ("bf16", "amx") if isa in _C.supported_isas()]
+    for isa in ("vnni", *tiled):
         _C.set_isa(isa)
         rows[isa] = all_logits(make_engine(model, "bfloat16", kv_dtype, window=window), ids, prefix)
     _C.set_isa(before)
-    assert 0 < distance(rows["amx"], rows["vnni"]) < {"bfloat16": 1e-2, "int8": 3e-2}[kv_dtype]
+    for isa in tiled:
+        assert 0 < distance(rows[isa], rows["vnni"]) < {"bfloat16": 1e-2, "int8": 3e-2}[kv_dtype]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,4 +1,5 @@
-// The tiles of AMX, and packed weights widened to them; for kernels of the instruction set `amx`.
+// Products of tiles in bfloat16, on the matrix unit of `amx` or by the pairs of `bf16`; and packed weights widened to
+// tiles.
 #pragma once
 
 #include "gemm/lanes.h"
@@ -6,12 +7,6 @@
 #include "gemm/weight_layout.h"
 
 namespace hrmcore::HRMCORE_ISA {
-
-struct alignas(64) TileShapes {
-  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 // The tile instructions are opaque to the compiler: what memory holds before them must be there.
 HRMCORE_INLINE void settle_memory() { asm volatile("" ::: "memory"); }
@@ -26,10 +21,16 @@ HRMCORE_INLINE void put_interleaved(vfloat even, vfloat odd, std::byte* to) {
 }
 
 // Bytes 2 h, 2 h + 1 of eight rows' cells each, as integers: the order in which a tile wants a pair of
-// columns.
+// columns. Each lane's cell comes first where there is no instruction that moves bytes anywhere.
 HRMCORE_INLINE vfloat pick(vint cells, __m512i order) {
+#if defined(__AVX512VBMI__)
   constexpr __mmask64 low_bytes = 0x1111111111111111ull;
   return to_float((vint)_mm512_maskz_permutexvar_epi8(low_bytes, order, (__m512i)cells));
+#else
+  const vint byte = (vint)order & 63;
+  const vint own = (vint)_mm512_maskz_permutexvar_epi32(0xffff, (__m512i)(byte >> 2), (__m512i)cells);
+  return to_float(own >> (byte % 4 * 8) & 255);
+#endif
 }
 
 // Sixteen rows, four columns: two lines of a tile. scale and bias belong to rows 0-7 and 8-15, each row
@@ -44,8 +45,7 @@ HRMCORE_INLINE void widen(vint cells, const __m512i (&order)[4], const vfloat (&
 }
 
 // A chunk of a panel on its way to tiles: [4 x 16 rows][groups][16 pairs of columns][16 rows][2]. It goes in
-// quarters of a tile, between the products of the chunk before it: AMX leaves the vector units
-// idle.
+// quarters of a tile, on AMX between the products of the chunk before it: they leave the vector units idle.
 struct Widening {
   const std::byte* from = nullptr;
   std::byte* to = nullptr;
@@ -107,6 +107,31 @@ struct Block {
   bool accumulate;
 };
 
+// acc + both products of each lane's pair, in float32.
+HRMCORE_INLINE vfloat dot2(vfloat acc, vint w, vint x) {
+  return (vfloat)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
+}
+
+#if defined(HRMCORE_ISA_amx)
+
+struct alignas(64) TileShapes {
+  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Of this thread, for as long as it lives.
+struct TileUnit {
+  HRMCORE_METHOD TileUnit() {
+    const TileShapes shapes;
+    settle_memory();
+    _tile_loadconfig(&shapes);
+  }
+  HRMCORE_METHOD ~TileUnit() { _tile_release(); }
+  TileUnit(const TileUnit&) = delete;
+  TileUnit& operator=(const TileUnit&) = delete;
+};
+
 // Sums in tiles 0-3, x in 4 and 5, w in 6 and 7. meanwhile(): a little work for the vector units.
 template <int bands, class Meanwhile>
 HRMCORE_INLINE void multiply_block(const Block& b, const Meanwhile& meanwhile) {
@@ -145,5 +170,55 @@ HRMCORE_INLINE void multiply_block(const Block& b, const Meanwhile& meanwhile) {
     _tile_stored(3, below + tile_floats, tile_line_bytes);
   }
 }
+
+#else
+
+struct [[maybe_unused]] TileUnit {};
+
+// Eight rows of x by two vectors of w, which follow w_step bytes later for the second and pair_step for the next pair of
+// columns: 16 sums, more than the multiplication's latency needs; 16 products, 2 loads and 8 broadcasts for a pair.
+template <class Meanwhile>
+HRMCORE_INLINE void multiply_eight(const std::byte* x, const std::byte* w, std::int64_t w_step,
+                                   std::int64_t pair_step, std::int64_t groups, float* sums, bool accumulate,
+                                   const Meanwhile& meanwhile) {
+  constexpr int rows = 8, vectors = 2;
+  vfloat acc[rows][vectors] = {};
+  if (accumulate) {
+#pragma GCC unroll 8
+    for (int row = 0; row < rows; ++row) {
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) acc[row][v] = load(sums + v * tile_floats + row * lanes);
+    }
+  }
+  for (std::int64_t group = 0; group < groups; ++group, x += tile_bytes) {
+    meanwhile();
+#pragma GCC unroll 2
+    for (int pair = 0; pair < group_columns / 2; ++pair, w += pair_step) {
+      const vint weight[vectors] = {load_bits(w), load_bits(w + w_step)};
+#pragma GCC unroll 8
+      for (int row = 0; row < rows; ++row) {
+        const vint both = splat_bits(load_cell(x + row * tile_line_bytes + 4 * pair));
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; ++v) acc[row][v] = dot2(acc[row][v], weight[v], both);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int row = 0; row < rows; ++row) {
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) store(sums + v * tile_floats + row * lanes, acc[row][v]);
+  }
+}
+
+template <int bands, class Meanwhile>
+HRMCORE_INLINE void multiply_block(const Block& b, const Meanwhile& meanwhile) {
+  for (int half = 0; half < 2 * bands; ++half) {
+    const std::int64_t band = half / 2, row = half % 2 * 8;
+    multiply_eight(b.x + band * b.x_step + row * tile_line_bytes, b.w, b.w_step, tile_line_bytes, b.groups,
+                   b.sums + band * b.sums_step + row * lanes, b.accumulate, meanwhile);
+  }
+}
+
+#endif
 
 }  // namespace hrmcore::HRMCORE_ISA
