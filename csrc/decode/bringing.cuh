@@ -115,14 +115,14 @@ __device__ __forceinline__ void bring_rows(const P& params, const WarpShare& sha
   }
 }
 
-// Over the batch.
+// A number over the batch, rounded down.
 template <class P>
 __device__ __forceinline__ int divided_by_batch(const P& params, int number) {
   if (params.batch == 1) return number;
   return static_cast<int>(std::uint64_t{params.inverse_batch} * static_cast<std::uint32_t>(number) >> 32);
 }
 
-// The same of what the attention has left, its splits joined: of requests that there are.
+// The same of what the attention has left, its splits joined, of the requests that there are.
 template <Packing packing, class P>
 __device__ __forceinline__ void bring_attended(const P& params, const WarpShare& share,
                                                const Activations& x) {

@@ -233,7 +233,7 @@ __device__ __forceinline__ void put_partials(const P&, const SharedLayout& layou
 // cache about as long as the products take: where a kernel streams they come straight to registers beside the products
 // of a tile, and into shared memory as well where other tiles of the block need them and there is room. A visit is
 // entered in shared memory, and splits of the attention are joined there: of as many stages as there is room for, which
-// are multiplied before the next ones are joined. On cards with little shared memory rings and room are for no streams.
+// are multiplied before the next ones are joined. Kernels for cards with little shared memory do not stream.
 template <Packing packing, class P, bool of_head>
 struct WarpWork {
   using Block = Consumer<P, of_head>;
@@ -312,8 +312,7 @@ __device__ __forceinline__ void multiply_tile(const Consumer<P, of_head>& block,
   using Reader = ActivationReader<P::column_groups, P::streaming>;
   if (P::streaming && !work.in_place && work.streams(block)) {
     work.begin(block, more);
-    if (!block.adds_to_stream())
-      add_squares(block.params, work.share);  // once: these are in place from here on
+    if (!block.adds_to_stream()) add_squares(block.params, work.share);  // once: x is in place from here on
     multiply_stages<packing, P::single>(sums, loader, work.stages, work.share.items, work.stream);
     work.in_place = work.held >= work.stages;
   } else if constexpr (work.parts) {

@@ -133,9 +133,8 @@ inline MatrixShape matrix_shape(std::int64_t rows, std::int64_t depth, Item item
 // turn, (D / 16, rows, 16). A kernel for up to 8 requests has a row for each of them; one for up to 16 or 32 has
 // as many rows as it takes requests, and what lies in those of no request is nobody's.
 struct DecodeParams {
-  static constexpr int column_groups = 1;  // of 8 requests, that one read of a weight is multiplied with
-  static constexpr bool streaming =
-      false;  // whether activations come straight to registers, beside the products
+  static constexpr int column_groups = 1;   // of 8 requests, that one read of a weight is multiplied with
+  static constexpr bool streaming = false;  // activations come straight to registers, beside the products
   static constexpr bool any_shape = true;
   static constexpr bool int8_cache = false;
   static constexpr int page_stages = 2;  // of a ring: keys, then values
