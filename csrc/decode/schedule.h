@@ -130,8 +130,8 @@ inline MatrixShape matrix_shape(std::int64_t rows, std::int64_t depth, Item item
 // The parameters of every kernel of a step: its schedule, shapes, and where everything lies.
 //
 // Activations lie in the order in which the tensor cores take them: of each 16 columns, each request's 16 in
-// turn, (D / 16, rows, 16). A kernel for up to 8 requests has a row for each of them; one for up to 16 or 32 has
-// as many rows as it takes requests, and what lies in those of no request is nobody's.
+// turn, (D / 16, rows, 16). A kernel has a row for each of its requests; one whose activations stream has 8, 16
+// or 32, as many as it takes requests, and what lies in those of no request is nobody's.
 struct DecodeParams {
   static constexpr int column_groups = 1;   // of 8 requests, that one read of a weight is multiplied with
   static constexpr bool streaming = false;  // activations come straight to registers, beside the products
