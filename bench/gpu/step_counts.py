@@ -161,8 +161,7 @@ def new_step(kernel: Kernel, name: str) -> Counts:
 
 
 def _tile(kernel: Kernel, loops: list[Loop]) -> Loop:
-    """The loop over tiles: the nearest around the loops of their stages. That of the parts in which splits are joined
-    lies inside it."""
+    """The loop over tiles, around those of their stages; where splits are joined in parts another loop lies between."""
     return max((outside(kernel, loop) for loop in loops), key=lambda loop: len(loop.blocks))
 
 

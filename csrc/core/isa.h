@@ -77,12 +77,6 @@ void set_isa(const std::string& requested);  // throws std::invalid_argument on 
   [[maybe_unused]] static void kernel(const Args& args) noexcept {      \
     current_isa() == Isa::amx ? amx::kernel(args) : bf16::kernel(args); \
   }
-// The same for a kernel that runs only where current_isa() is amx.
-#define HRMCORE_DECLARE_AMX_KERNEL(kernel, Args) \
-  namespace amx {                                \
-  void kernel(const Args& args) noexcept;        \
-  }                                              \
-  [[maybe_unused]] static void kernel(const Args& args) noexcept { amx::kernel(args); }
 #else
 #if defined(HRMCORE_ARM64)
 #define HRMCORE_DECLARE_KERNEL(kernel, Args)                             \
@@ -110,7 +104,6 @@ void set_isa(const std::string& requested);  // throws std::invalid_argument on 
 #define HRMCORE_DECLARE_TILE_KERNEL(kernel, Args) \
   [[maybe_unused]] static void kernel(const Args&) noexcept {}
 #define HRMCORE_DECLARE_BF16_KERNEL(kernel, Args) HRMCORE_DECLARE_TILE_KERNEL(kernel, Args)
-#define HRMCORE_DECLARE_AMX_KERNEL(kernel, Args) HRMCORE_DECLARE_TILE_KERNEL(kernel, Args)
 #endif
 
 }  // namespace hrmcore

@@ -61,7 +61,7 @@ int columns_of_warp(const DecodeParams& params, Phase phase) {
 }
 
 // Of how many columns a warp has room for the activations: of any matrix's, or only of those of the matrices of as many
-// columns as the model is wide, whole stages, beside which the others' come in parts.
+// columns as the model is wide, whole stages, beside which the others' stream or are joined in parts.
 int held_columns(const DecodeParams& params, bool any) {
   const int of_width = max(columns_of_warp(params, Phase::gqkv), columns_of_warp(params, Phase::head));
   if (!any) return max(of_width, params.item.of_stage * params.item.columns);

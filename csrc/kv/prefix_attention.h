@@ -8,8 +8,8 @@
 // the prefix alone.
 //
 // Reads each visible key and value once for up to prefix_queries queries; 4 d' FLOPs a key and query, at
-// 1,024 a cycle on AMX and 64 by pairs, beside an exponential for each; where queries meet themselves under xPos, twice for 32 keys.
-// Source: arXiv 2205.14135.
+// 1,024 a cycle on AMX and 64 by pairs, beside an exponential for each; where queries meet themselves under
+// xPos, twice for 32 keys. Source: arXiv 2205.14135.
 #pragma once
 
 #include "core/isa.h"
